@@ -1,0 +1,1 @@
+"""Evaluation of runs, ablation grids, and tables beside the papers' numbers."""

@@ -1,0 +1,1 @@
+"""The modality-agnostic core: paths, sources, losses, guidance, solvers, backbones and training."""

@@ -1,0 +1,1 @@
+"""Flow networks and their size tables."""

@@ -1,0 +1,8 @@
+"""The packages, found by rule: every folder with an ``__init__.py`` is ``crossflow.<folder>``, since the root is ``crossflow``.
+
+Everything else about the distribution stands in pyproject.toml, which has no way to say this.
+"""
+
+from setuptools import find_packages, setup
+
+setup(packages=["crossflow", *(f"crossflow.{name}" for name in find_packages(exclude=["tests", "tests.*"]))])

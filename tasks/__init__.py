@@ -1,0 +1,1 @@
+"""What knows a modality: one folder per task, and what several tasks share in common/."""

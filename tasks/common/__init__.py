@@ -1,0 +1,1 @@
+"""What several tasks share: text, images, codecs, scenes, readers, caches."""
