@@ -5,4 +5,7 @@ Everything else about the distribution stands in pyproject.toml, which has no wa
 
 from setuptools import find_packages, setup
 
-setup(packages=["crossflow", *(f"crossflow.{name}" for name in find_packages(exclude=["tests", "tests.*"]))])
+setup(
+    packages=["crossflow", *(f"crossflow.{name}" for name in find_packages(exclude=["tests", "tests.*"]))],
+    script_name="setup.py",  # a build front end leaves its own name here, and this file would be shipped as crossflow/setup.py
+)
