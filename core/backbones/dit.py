@@ -1,0 +1,193 @@
+"""DiT (Peebles & Xie 2023) as CrossFlow uses it: adaLN-Zero blocks over the patches of a grid or over latent tokens.
+
+The conditioning vector is the timestep embedding plus the embedding of the indicator 1_c (0 conditional, 1 unconditional).
+Optional for the noise-source baselines: cross-attention to condition tokens after each self-attention, and a condition grid
+concatenated to z_t. B batch, N tokens, D width, C channels, H W height width, p patch.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crossflow.core.backbones import BACKBONES
+from crossflow.core.batch import Condition
+from crossflow.core.config import BackboneConfig
+from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.layers import Attention, FeedForward, TimestepEmbedding, patchify, sincos_1d, sincos_2d, unpatchify
+
+
+class Size(NamedTuple):
+    depth: int
+    width: int
+    heads: int
+
+
+SIZES = {
+    "tiny": Size(4, 128, 4),
+    "mini": Size(6, 192, 6),
+    "small": Size(8, 256, 8),
+    "S": Size(12, 384, 6),
+    "B": Size(12, 768, 12),
+    "L": Size(24, 1024, 16),
+    "XL": Size(28, 1152, 16),
+    "H": Size(36, 1280, 20),
+}
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, D), shift and scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """adaLN-Zero block; with context_dim a cross-attention, and with conv a depthwise convolution, after the self-attention."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, context_dim: int | None, conv: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(width, heads)
+        self.cross = Attention(width, heads, context_dim) if context_dim is not None else None
+        self.cross_norm = nn.LayerNorm(width, eps=1e-6) if context_dim is not None else None
+        self.conv = nn.Conv2d(width, width, conv, padding=conv // 2, groups=width) if conv else None
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = FeedForward(width, int(width * mlp_ratio))
+        self.dropout = nn.Dropout(dropout)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(
+        self, x: Tensor, c: Tensor, context: Tensor | None, context_mask: Tensor | None, grid: tuple[int, int] | None
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)  # (B, D) each
+        x = x + gate1[:, None] * self.dropout(self.attn(modulate(self.norm1(x), shift1, scale1)))
+        if self.cross is not None and self.cross_norm is not None:
+            x = x + self.cross(self.cross_norm(x), context, context_mask)
+        if self.conv is not None and grid is not None:
+            x = x + self.conv(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        return x + gate2[:, None] * self.dropout(self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class DiT(nn.Module):
+    """Velocity network on latents (C, H, W), H and W multiples of `patch`, or (N, C).
+
+    forward(z_t (B, *latent), t (B,), unconditional (B,) bool, condition) -> [velocity (B, *latent)]. Grids of any size that is a
+    multiple of the patch are accepted; positions are computed for the grid that comes.
+    """
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, ...],
+        size: Size,
+        *,
+        patch: int = 2,
+        mlp_ratio: float = 4.0,
+        positions: str = "sincos",
+        conv: int = 0,
+        time_scale: float = 1000.0,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        grid_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        self.is_grid = len(latent_shape) == 3
+        self.patch = patch if self.is_grid else 1
+        self.positions = positions
+        self.grid_channels = grid_channels
+        channels = latent_shape[0] if self.is_grid else latent_shape[1]
+        area = self.patch**2
+        self.embed = nn.Linear((channels + grid_channels) * area, size.width)
+        self.time = TimestepEmbedding(size.width, time_scale)
+        self.indicator = nn.Embedding(2, size.width)
+        self.null_context = nn.Parameter(torch.zeros(1, 1, context_dim)) if context_dim is not None else None
+        conv = conv if self.is_grid else 0
+        self.blocks = nn.ModuleList(
+            DiTBlock(size.width, size.heads, mlp_ratio, context_dim, conv, dropout) for _ in range(size.depth)
+        )
+        self.final_norm = nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False)
+        self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 2 * size.width))
+        self.final = nn.Linear(size.width, channels * area)
+        self._checkpointing = False
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.indicator.weight, std=0.02)
+        zero = [self.final_modulation[1], self.final]
+        for block in self.blocks:
+            assert isinstance(block, DiTBlock)
+            zero += [block.modulation[1], *([block.cross.out] if block.cross is not None else [])]
+            zero += [block.conv] if block.conv is not None else []
+        for module in zero:  # every block starts as the identity, the velocity as zero
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute the activations of each block in the backward pass."""
+        self._checkpointing = on
+
+    def _context(self, condition: Condition | None, unconditional: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Condition tokens with a learned null token in front, which alone is seen where the sample is unconditional."""
+        if self.null_context is None:
+            return None, None
+        assert condition is not None and condition.tokens is not None, "cross-attention needs condition tokens"
+        tokens = condition.tokens.to(self.null_context.dtype)  # (B, M, D')
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if condition.mask is None else condition.mask
+        null = self.null_context.expand(len(tokens), -1, -1)
+        seen = torch.cat([torch.ones_like(mask[:, :1]), mask & ~unconditional[:, None]], dim=1)
+        return torch.cat([null, tokens], dim=1), seen
+
+    def forward(self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None) -> list[Tensor]:
+        x, grid = z_t, None
+        if self.is_grid:
+            height, width = z_t.shape[-2:]
+            if height % self.patch or width % self.patch:
+                raise UserError(f"A latent of {height} x {width} cannot be cut into patches of {self.patch} x {self.patch}.")
+            if self.grid_channels:
+                assert condition is not None and condition.grid is not None, "this backbone needs a condition grid"
+                x = torch.cat([x, condition.grid * ~unconditional[:, None, None, None]], dim=1)
+            x, grid = patchify(x, self.patch), (height // self.patch, width // self.patch)
+        x = self.embed(x)  # (B, N, D)
+        if self.positions == "sincos":
+            dim = x.shape[-1]
+            table = sincos_2d(*grid, dim, x.device) if grid else sincos_1d(torch.arange(x.shape[1], device=x.device), dim)
+            x = x + table.to(x.dtype)
+        c = self.time(t) + self.indicator(unconditional.long())  # (B, D)
+        context, seen = self._context(condition, unconditional)
+        for block in self.blocks:
+            if self._checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, context, seen, grid, use_reentrant=False)
+            else:
+                x = block(x, c, context, seen, grid)
+        shift, scale = self.final_modulation(c).chunk(2, dim=1)
+        velocity = self.final(modulate(self.final_norm(x), shift, scale))
+        return [unpatchify(velocity, self.patch, *z_t.shape[-2:]) if self.is_grid else velocity]
+
+
+@BACKBONES.register("dit")
+def build_dit(
+    config: BackboneConfig, latent_shape: tuple[int, ...], *, context_dim: int | None = None, grid_channels: int = 0
+) -> DiT:
+    """A DiT of a named size; `width`, `depth`, `heads` of the configuration override the row of the table."""
+    if config.size not in SIZES:
+        raise unknown_name("DiT size", config.size, SIZES)
+    row = SIZES[config.size]
+    size = Size(config.depth or row.depth, config.width or row.width, config.heads or row.heads)
+    if size.width % size.heads or size.width % 4:
+        raise UserError(f"backbone.width = {size.width} must be a multiple of 4 and of backbone.heads = {size.heads}.")
+    return DiT(
+        latent_shape,
+        size,
+        patch=config.patch,
+        positions=config.positions,
+        conv=config.conv,
+        time_scale=config.time_scale,
+        dropout=config.dropout,
+        context_dim=context_dim,
+        grid_channels=grid_channels,
+    )

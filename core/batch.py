@@ -1,0 +1,56 @@
+"""What travels from a task to the core: a training batch and the condition of a noise-source baseline.
+
+B batch, N tokens, D width, C channels, H W height width.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class _Tensors:
+    """Moves every tensor field of a frozen dataclass (and of the ones inside it) to a device."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        moved = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, _Tensors)):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Condition(_Tensors):
+    """What a noise-source baseline sees besides z_t; CrossFlow itself has none. Guidance drops it.
+
+    `tokens` (B, N, D) or raw features that the model's condition encoder turns into such, `mask` (B, N) bool, True = token;
+    `grid` (B, C, H, W), concatenated to z_t along channels.
+    """
+
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    grid: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch(_Tensors):
+    """One training batch, all that the objective needs.
+
+    `features` (B, ...) what the source encoder reads, `mask` (B, N) bool for token features, `target` z1 (B, *latent),
+    `weight` broadcastable to the target (0 where the target value is missing), `condition` for the baselines,
+    `alignment` (B, ...) whatever the encoder loss compares z0 with, `ids` one name per sample.
+    """
+
+    features: Tensor
+    target: Tensor
+    mask: Tensor | None = None
+    weight: Tensor | None = None
+    condition: Condition | None = None
+    alignment: Tensor | None = None
+    ids: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.target)

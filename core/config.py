@@ -1,0 +1,270 @@
+"""Typed, frozen configuration: YAML in, `extends:`, key=value overrides; an unknown key or a bad value names the field.
+
+Each part of the method has its section here; a task subclasses `Config` and adds its own (see tasks/*/__init__.py).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.source import SourceKind
+
+RECIPES = Path(__file__).parent.parent / "configs"
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    train: str = "scenes"
+    """SPEC of the training data: a format prefix and a path (`crossflow list datasets`)."""
+    val: str | None = None
+    """SPEC for validation and evaluation; none: that of `train`. Its splits `val` and `test` are used."""
+    image_size: int = Field(32, ge=4, le=4096)
+    """Side of the square pictures the model sees, in pixels."""
+    num_train: int | None = Field(None, ge=1)
+    """At most so many training items; none: all (scenes: its default number)."""
+    num_val: int = Field(256, ge=1)
+    """Items of a validation and of the scores at the end of training."""
+    max_bad: float = Field(0.05, ge=0, le=1)
+    """Share of unreadable items above which a run stops."""
+
+
+class SourceConfig(Section):
+    kind: SourceKind = "variational"
+    """variational | deterministic | noisy | gaussian (the noise-source baseline: the features become a condition)."""
+    noise_scale: float = Field(1.0, gt=0)
+    """Standard deviation of the noise that the `noisy` source adds, in units of the latent."""
+    width: int = Field(128, ge=8)
+    """Width of the task's trunk."""
+    depth: int = Field(2, ge=0)
+    """Layers of the task's trunk."""
+
+
+class BackboneConfig(Section):
+    name: str = "dit"
+    """`crossflow list backbones`."""
+    size: str = "tiny"
+    """A row of the backbone's size table; `width`, `depth` and `heads` override it."""
+    width: int | None = Field(None, ge=8)
+    depth: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)
+    patch: int = Field(2, ge=1)
+    """Side of the square patches a grid latent is cut into (token latents: ignored)."""
+    positions: Literal["sincos", "none"] = "sincos"
+    """Fixed sin-cos positions, or none (with `conv`, for pictures of any size)."""
+    conv: int = Field(0, ge=0, le=15)
+    """Kernel of a depthwise convolution over the grid of patches in each block; 0: none."""
+    time_scale: float = Field(1000.0, gt=0)
+    """t in [0, 1] is multiplied by this before its embedding (1 in the released DiT)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class PathConfig(Section):
+    name: str = "linear"
+    """linear | sincos."""
+    sigma_min: float = Field(1e-5, ge=0, lt=1)
+    """s of the linear path."""
+
+
+class TimeConfig(Section):
+    law: str = "logit_normal"
+    """Law of the training time: logit_normal | uniform."""
+    mean: float = 0.0
+    std: float = Field(1.0, gt=0)
+    shift: float = Field(1.0, gt=0)
+    """Resolution shift a of t' = a t / (1 + (a - 1) t)."""
+
+
+class LossConfig(Section):
+    kl: str = "standard"
+    """Form of the regulariser: standard | released | variance."""
+    kl_weight: float = Field(1e-4, ge=0)
+    """lambda of eq. 4; the regulariser is summed over the latent of a sample."""
+    encoder: Literal["none", "contrastive", "sigmoid", "reconstruction"] = "contrastive"
+    """The encoder loss L_Enc between z0 and what the task offers to align with."""
+    encoder_target: str = "image"
+    """What z0 is aligned with, in the task's terms (t2i: image | text)."""
+    encoder_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(0.07, gt=0)
+    """Initial temperature of the contrastive losses."""
+
+
+class GuidanceConfig(Section):
+    drop: float = Field(0.1, ge=0, lt=1)
+    """Probability that a training sample is unconditional."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(64, ge=1)
+    """Samples per optimizer step, over all processes and accumulated parts."""
+    accumulate: int = Field(1, ge=1)
+    """Parts a process's share of the batch is cut into."""
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.03, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of a cosine schedule."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0: no clipping."""
+    ema: float = Field(0.9999, ge=0, lt=1)
+    """Decay of the moving average of the weights, reached as (1 + n) / (10 + n)."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    save_every: int = Field(1000, ge=1)
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept."""
+    eval_every: int = Field(1000, ge=0)
+    """Steps between validations; 0: only at the end."""
+    sample_every: int = Field(1000, ge=0)
+    """Steps between sample grids; 0: only at the end."""
+    log_every: int = Field(20, ge=1)
+    num_workers: int = Field(0, ge=0)
+    """Processes that load data beside each training process."""
+    trackers: tuple[str, ...] = ()
+    """tensorboard, wandb; json lines are always written."""
+    max_minutes: float | None = Field(None, gt=0)
+    """End cleanly, with a checkpoint, after so many minutes."""
+
+
+class SampleConfig(Section):
+    solver: str = "euler"
+    """`crossflow list solvers`."""
+    steps: int = Field(50, ge=1)
+    """Steps of a fixed-step solver."""
+    guidance: float = 1.0
+    """w of v_uncond + w (v_cond - v_uncond); 1: none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance acts."""
+    zero_init: int = Field(0, ge=0)
+    """First steps whose velocity is set to zero."""
+    time_grid: Literal["uniform", "released"] = "uniform"
+    mode: bool = False
+    """Start from the mean of the source posterior instead of a sample."""
+    batch_size: int = Field(64, ge=1)
+
+
+class Config(Section):
+    """The sections every task has."""
+
+    task: str
+    """t2i | caption | depth | sr (`crossflow list tasks`)."""
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    source: SourceConfig = SourceConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    path: PathConfig = PathConfig()
+    time: TimeConfig = TimeConfig()
+    loss: LossConfig = LossConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def recipes() -> dict[str, Path]:
+    """Shipped recipes by name (`t2i_small`), with their files."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def read(source: str | Path) -> dict[str, Any]:
+    """The settings of a recipe (a shipped name or a file), with those it `extends:` beneath; not validated yet."""
+    path = Path(source)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        path = path / "config.yaml"
+    if not path.is_file():
+        if str(source) not in recipes():
+            if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+                raise UserError(f"There is no configuration file {source}. Give a file or a shipped name: {', '.join(recipes())}.")
+            raise unknown_name("recipe", str(source), recipes())
+        path = recipes()[str(source)]
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds {type(settings).__name__}, but a configuration is a mapping of settings.")
+    base = settings.pop("extends", None)
+    if base is None:
+        return settings
+    beside = path.parent / str(base)
+    if beside.resolve() == path.resolve():
+        raise UserError(f"{path} extends itself.")
+    return merge(read(beside if beside.is_file() else str(base)), settings)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the settings of `over` laid on top, section by section."""
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`["train.steps=10", "seed=1"]` -> nested settings; values are read as YAML (also `1e-4`)."""
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise UserError(f"{override!r} is not an override. Write key=value, for example train.steps=500.")
+        value = yaml.safe_load(text) if text.strip() else None
+        if isinstance(value, str):
+            try:
+                value = float(value)  # YAML 1.1 reads 1e-4 as a string
+            except ValueError:
+                pass
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        settings = merge(settings, value)
+    return settings
+
+
+def build(kind: type[C], settings: Mapping[str, Any]) -> C:
+    """Validates `settings` as a `kind`; raises UserError that names each wrong field, what came and what is possible."""
+    try:
+        return kind.model_validate(dict(settings))
+    except ValidationError as error:
+        raise UserError(" ".join(_explain(kind, problem) for problem in error.errors())) from error
+
+
+def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    where: Sequence[Any] = problem["loc"]
+    name = ".".join(str(part) for part in where)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(kind, where[:-1])
+        prefix = "".join(f"{part}." for part in where[:-1])
+        return str(unknown_name("setting", name, [prefix + field for field in known]))
+    if problem["type"] == "missing":
+        return f"The setting {name!r} is missing."
+    return f"The setting {name} = {problem['input']!r} is not possible: {problem['msg']}."
+
+
+def _fields_at(kind: type[BaseModel], where: Sequence[Any]) -> list[str]:
+    for part in where:
+        annotation = kind.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind = annotation
+    return list(kind.model_fields)
+
+
+def dump(config: BaseModel) -> str:
+    """The complete configuration as YAML, readable back to the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,120 @@
+"""Blocks shared by backbones and trunks. B batch, N tokens, D width, C channels, H W height width."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention: self-attention, or cross-attention when `context` is given.
+
+    width D, divisible by heads; context_dim: width of the context tokens (cross-attention only).
+    """
+
+    def __init__(self, width: int, heads: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        assert width % heads == 0, f"width {width} is not a multiple of {heads} heads"
+        self.heads = heads
+        if context_dim is None:
+            self.qkv = nn.Linear(width, 3 * width)
+        else:
+            self.q = nn.Linear(width, width)
+            self.kv = nn.Linear(context_dim, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D), context (B, M, D'), mask (B, M) bool of the keys, True = attended -> (B, N, D)."""
+        if context is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, N, D/heads)
+        allowed = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear. `approximate` is that of torch's GELU ("tanh" in the released DiT)."""
+
+    def __init__(self, width: int, hidden: int, approximate: str = "tanh") -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate=approximate)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm layer of the small trunks: self-attention, optional cross-attention, feed-forward."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, context_dim: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.cross_norm = nn.LayerNorm(width) if context_dim is not None else None
+        self.cross = Attention(width, heads, context_dim) if context_dim is not None else None
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = FeedForward(width, int(width * mlp_ratio))
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, D), mask (B, N) bool, context (B, M, D'), context_mask (B, M) bool -> (B, N, D)."""
+        x = x + self.attn(self.norm1(x), mask=mask)
+        if self.cross is not None and self.cross_norm is not None:
+            assert context is not None
+            x = x + self.cross(self.cross_norm(x), context, context_mask)
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_1d(positions: Tensor, width: int) -> Tensor:
+    """[sin | cos] of position x 10000^(-2i/width): positions (N,) -> (N, width), width even."""
+    omega = 10000 ** (-torch.arange(width // 2, dtype=torch.float64, device=positions.device) / (width / 2))
+    angle = positions.double()[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Fixed positions of a grid, row-major: (H * W, dim) float32; the first half of dim codes the column, the second the row.
+
+    dim must be a multiple of 4 (the layout of MAE and DiT).
+    """
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
+    table = torch.cat([sincos_1d(columns.flatten(), dim // 2), sincos_1d(rows.flatten(), dim // 2)], dim=1)
+    return table.float()
+
+
+class TimestepEmbedding(nn.Module):
+    """[cos | sin] of scale * t * 10000^(-i/half), Linear, SiLU, Linear: t (B,) -> (B, D). `scale` is 1 in the released DiT."""
+
+    def __init__(self, width: int, scale: float = 1000.0, num_frequencies: int = 128) -> None:
+        super().__init__()
+        self.scale = scale
+        self.num_frequencies = num_frequencies
+        self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        i = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32)
+        angle = self.scale * t.float()[:, None] * torch.exp(-math.log(10000) * i / self.num_frequencies)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, H/p * W/p, p * p * C), row-major patches, inside a patch (row, column, C) with C fastest."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """The inverse of `patchify`: (B, H/p * W/p, p * p * C) -> (B, C, H, W)."""
+    b = len(tokens)
+    x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)

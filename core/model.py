@@ -1,0 +1,55 @@
+"""CrossFlow = source encoder + flow backbone (+ a condition encoder for the noise-source baseline)."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from crossflow.core.batch import Condition
+from crossflow.core.source import SourceEncoder
+
+
+class CrossFlow(nn.Module):
+    """A noise-free flow model: z0 from `source_encoder`, velocities from `backbone`. B batch.
+
+    condition_encoder: module (features, mask) -> (B, N, D), the trainable part of a baseline's condition tokens; None when the
+    condition comes ready or there is none.
+    """
+
+    def __init__(self, source_encoder: SourceEncoder, backbone: nn.Module, condition_encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.source_encoder = source_encoder
+        self.backbone = backbone
+        self.condition_encoder = condition_encoder
+
+    def encode_condition(self, condition: Condition | None) -> Condition | None:
+        """The condition as the backbone reads it; called once per batch, before any velocity."""
+        if condition is None or self.condition_encoder is None or condition.tokens is None:
+            return condition
+        return replace(condition, tokens=self.condition_encoder(condition.tokens, condition.mask))
+
+    def velocities(
+        self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
+    ) -> list[Tensor]:
+        """Velocities, coarse to fine: z_t (B, *latent), t (B,) float in [0, 1], unconditional (B,) bool."""
+        return self.backbone(z_t, t, unconditional, condition)
+
+    def velocity(self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None) -> Tensor:
+        """The velocity at full resolution, (B, *latent)."""
+        return self.velocities(z_t, t, unconditional, condition)[-1]
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters of the flow network and of the encoders apart."""
+        counts = {"flow": _count(self.backbone), "source encoder": _count(self.source_encoder)}
+        if self.condition_encoder is not None:
+            counts["condition encoder"] = _count(self.condition_encoder)
+        return counts
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def as_flags(value: bool, like: Tensor) -> Tensor:
+    """(B,) bool, all `value`, on the device of `like` (B, ...)."""
+    return torch.full((len(like),), value, dtype=torch.bool, device=like.device)

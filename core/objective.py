@@ -1,0 +1,106 @@
+"""The training objective L = L_FM + w L_Enc + lambda L_KL (CrossFlow eq. 4), with the learned parts of its losses.
+
+The wrapped module's forward returns the losses, so that data-parallel training sees every parameter. The learned parts
+(alignment head, temperature, reconstruction decoder) are training-time only and saved apart from the generator.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crossflow.core import losses
+from crossflow.core.batch import Batch
+from crossflow.core.config import Config, LossConfig
+from crossflow.core.errors import UserError
+from crossflow.core.guidance import draw_unconditional, rotate_targets
+from crossflow.core.model import CrossFlow
+from crossflow.core.noise import Noise
+from crossflow.core.paths import PATHS, TIME_LAWS, shift_time
+from crossflow.core.source import Posterior
+
+ExtraLosses = Callable[[Batch, Posterior, Tensor], Mapping[str, Tensor]]
+
+
+class Objective(nn.Module):
+    """`Objective(batch, noise) -> {"loss": ..., "flow": ..., "kl": ..., "encoder": ...}`, scalars.
+
+    alignment_head: module alignment (B, ...) -> (B, values of a latent), z_hat of the contrastive losses;
+    reconstructor: module z0 (B, *latent) -> the shape of `batch.alignment`, for the reconstruction loss;
+    extra_losses: the task's own losses by name, from (batch, posterior, z0), added with weight 1;
+    coefficients: one per stage of a multi-resolution backbone.
+    """
+
+    def __init__(
+        self,
+        model: CrossFlow,
+        config: Config,
+        *,
+        alignment_head: nn.Module | None = None,
+        reconstructor: nn.Module | None = None,
+        extra_losses: ExtraLosses | None = None,
+        coefficients: Sequence[float] = (1.0,),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.path = PATHS.get(config.path.name)(sigma_min=config.path.sigma_min)
+        self.time, self.time_law = config.time, TIME_LAWS.get(config.time.law)
+        self.settings: LossConfig = config.loss
+        losses.KL_FORMS.get(config.loss.kl)
+        self.drop = config.guidance.drop
+        self.coefficients = list(coefficients)
+        self.extra_losses = extra_losses
+        self.crosses = config.source.kind != "gaussian"
+        # A Gaussian source says nothing of the condition, and a point has nothing to regularise.
+        self.encoder_loss = config.loss.encoder if self.crosses else "none"
+        self.alignment_head = alignment_head if self.encoder_loss in ("contrastive", "sigmoid") else None
+        self.reconstructor = reconstructor if self.encoder_loss == "reconstruction" else None
+        if self.encoder_loss in ("contrastive", "sigmoid"):
+            if alignment_head is None:
+                raise UserError(f"loss.encoder = {self.encoder_loss} needs an alignment head, and this task offers none; use none.")
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / config.loss.temperature)))
+        if self.encoder_loss == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor(-10.0))
+        if self.encoder_loss == "reconstruction" and reconstructor is None:
+            raise UserError("loss.encoder = reconstruction needs a reconstruction decoder, and this task offers none; use none.")
+
+    def encoder_term(self, batch: Batch, z0: Tensor) -> Tensor | None:
+        """L_Enc of the sampled z0 (B, *latent) against `batch.alignment`; None when there is no encoder loss."""
+        if self.encoder_loss == "none":
+            return None
+        assert batch.alignment is not None, "the task prepares the alignment of its encoder loss"
+        if self.reconstructor is not None:
+            return losses.reconstruction_loss(self.reconstructor(z0), batch.alignment)
+        assert self.alignment_head is not None
+        target = self.alignment_head(batch.alignment)
+        log_temperature = self.log_temperature.clamp(max=math.log(100))
+        if self.encoder_loss == "sigmoid":
+            return losses.sigmoid_contrastive_loss(z0, target, log_temperature, self.bias)
+        return losses.clip_contrastive_loss(z0, target, log_temperature)
+
+    def forward(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        posterior = self.model.source_encoder(batch.features, batch.mask)
+        z0 = posterior.sample(noise=noise.source)
+        unconditional = draw_unconditional(noise.drop, self.drop)
+        target, weight = batch.target, batch.weight
+        if self.crosses:
+            target, weight = rotate_targets(target, weight, unconditional)
+        t = shift_time(self.time_law(noise.time, self.time.mean, self.time.std), self.time.shift)
+        point = self.path(z0, target, t)
+        condition = self.model.encode_condition(batch.condition)
+        velocities = self.model.velocities(point.z_t, t, unconditional, condition)
+        parts = {"flow": losses.multi_resolution_loss(velocities, point.velocity, self.coefficients, weight).mean()}
+        loss = parts["flow"]
+        if self.crosses and self.model.source_encoder.kind == "variational":
+            parts["kl"] = posterior.kl(self.settings.kl).mean()
+            loss = loss + self.settings.kl_weight * parts["kl"]
+        encoder = self.encoder_term(batch, z0)
+        if encoder is not None:
+            parts["encoder"] = encoder
+            loss = loss + self.settings.encoder_weight * encoder
+        if self.extra_losses is not None:
+            for name, value in self.extra_losses(batch, posterior, z0).items():
+                parts[name] = value
+                loss = loss + value
+        return {"loss": loss, **parts}

@@ -1,0 +1,86 @@
+"""Probability paths from source to target and the laws of training time.
+
+Linear (CrossFlow eq. 1-2): z_t = t z1 + (1 - (1 - s) t) z0,  u = z1 - (1 - s) z0.
+Sin-cos (stochastic interpolants): z_t = cos(pi t/2) z0 + sin(pi t/2) z1,  u = (pi/2)(cos(pi t/2) z1 - sin(pi t/2) z0).
+t = 0 is the source, t = 1 the target. B batch.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from crossflow.core.registry import Registry
+
+
+def expand(t: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1) with as many axes as `like`."""
+    return t.reshape(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A point of the path and the velocity there; t (B,), z_t and velocity (B, *latent)."""
+
+    t: Tensor
+    z_t: Tensor
+    velocity: Tensor
+
+
+class Path(Protocol):
+    def __call__(self, z0: Tensor, z1: Tensor, t: Tensor) -> PathPoint: ...
+
+
+PATHS: Registry[Callable[..., Path]] = Registry("path")
+
+
+@PATHS.register("linear")
+@dataclass(frozen=True)
+class LinearPath:
+    """z_t = t z1 + (1 - (1 - sigma_min) t) z0 (CrossFlow eq. 1-2). z0, z1 (B, *latent), t (B,) in [0, 1]."""
+
+    sigma_min: float = 1e-5
+
+    def __call__(self, z0: Tensor, z1: Tensor, t: Tensor) -> PathPoint:
+        s = expand(t, z0)
+        shrink = 1 - self.sigma_min
+        return PathPoint(t, s * z1 + (1 - shrink * s) * z0, z1 - shrink * z0)
+
+
+@PATHS.register("sincos")
+@dataclass(frozen=True)
+class SinCosPath:
+    """z_t = cos(pi t/2) z0 + sin(pi t/2) z1 (the better row of CrossFlow Table 2). `sigma_min` has no meaning here."""
+
+    sigma_min: float = 0.0
+
+    def __call__(self, z0: Tensor, z1: Tensor, t: Tensor) -> PathPoint:
+        angle = expand(t, z0) * (math.pi / 2)
+        cos, sin = angle.cos(), angle.sin()
+        return PathPoint(t, cos * z0 + sin * z1, (math.pi / 2) * (cos * z1 - sin * z0))
+
+
+TimeLaw = Callable[[Tensor, float, float], Tensor]
+TIME_LAWS: Registry[TimeLaw] = Registry("time law")
+
+
+@TIME_LAWS.register("uniform")
+def uniform_time(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """t = u."""
+    return uniform
+
+
+@TIME_LAWS.register("logit_normal")
+def logit_normal_time(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """t = sigmoid(mean + std n) with n standard normal, made from the uniform number by the inverse normal law."""
+    tiny = torch.finfo(torch.float32).eps
+    normal = torch.special.ndtri(uniform.double().clamp(tiny, 1 - tiny))
+    return torch.sigmoid(mean + std * normal).to(uniform.dtype)
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Resolution shift t' = a t / (1 + (a - 1) t); a > 1 spends more training near the target. a = 1 leaves t as it is."""
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)

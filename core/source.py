@@ -1,0 +1,79 @@
+"""The source encoder: features of the source modality -> a posterior over latents of the target's shape.
+
+A task supplies the trunk (features, mask) -> (B, 2, *latent); the variants of the ablation (CrossFlow Table 3) are made here:
+variational z0 = mu + exp(log_var/2) eps; deterministic E(x); noisy E(x) + sigma eps; gaussian z0 = eps, the features then being
+a condition of the backbone.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from crossflow.core.errors import unknown_name
+
+SourceKind = Literal["variational", "deterministic", "noisy", "gaussian"]
+# A wider log-variance only overflows float16; the release clips nothing, and no trained model comes near these bounds.
+LOG_VAR_RANGE = (-20.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """N(mean, exp(log_var)), diagonal; without log_var a point. Both shaped (B, *latent)."""
+
+    mean: Tensor
+    log_var: Tensor | None = None
+
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """mean + exp(log_var / 2) eps, with eps = `noise` if given, else drawn from `generator`; the mean without log_var."""
+        if self.log_var is None:
+            return self.mean
+        if noise is None:
+            where = generator.device if generator is not None else self.mean.device
+            noise = torch.randn(self.mean.shape, generator=generator, device=where).to(self.mean.device)
+        return self.mean + (self.log_var / 2).exp() * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl(self, form: str = "standard") -> Tensor:
+        """The regulariser named `form` (losses.KL_FORMS), summed over the latent: (B,). Zero for a point."""
+        from crossflow.core.losses import KL_FORMS
+
+        if self.log_var is None:
+            return self.mean.new_zeros(len(self.mean))
+        return KL_FORMS.get(form)(self.mean, self.log_var)
+
+
+class SourceEncoder(nn.Module):
+    """Trunk and variational head: `SourceEncoder(features, mask) -> Posterior`.
+
+    trunk: module (features, mask) -> (B, 2, *latent); the second half is read by `variational` only. None for `gaussian`.
+    latent_shape: (C, H, W) or (N, C), or with H, W the trunk's own for pixel-space tasks of any size.
+    noise_scale: sigma of the `noisy` variant, in units of the latent.
+    """
+
+    def __init__(
+        self, trunk: nn.Module | None, kind: SourceKind, latent_shape: tuple[int, ...], noise_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        if kind not in get_args(SourceKind):
+            raise unknown_name("source kind", kind, get_args(SourceKind))
+        assert (trunk is None) == (kind == "gaussian"), "every source but gaussian has a trunk"
+        self.trunk = trunk
+        self.kind = kind
+        self.latent_shape = tuple(latent_shape)
+        self.noise_scale = noise_scale
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Posterior:
+        if self.trunk is None:
+            mean = torch.zeros(len(features), *self.latent_shape, device=features.device)
+            return Posterior(mean, torch.zeros_like(mean))
+        mean, second = self.trunk(features, mask).float().unbind(1)  # (B, *latent) each; float32: exp of log_var follows
+        if self.kind == "variational":
+            return Posterior(mean, second.clamp(*LOG_VAR_RANGE))
+        if self.kind == "noisy":
+            log_var = torch.full_like(mean, 2 * torch.log(torch.tensor(self.noise_scale)).item())
+            return Posterior(mean, log_var)
+        return Posterior(mean)
