@@ -1,0 +1,104 @@
+"""Public networks used as they are: found by hub id or local folder, held still, known by a checksum of their weights.
+
+A network whose weights were not all found runs without complaint on random ones; here every missing weight is an error,
+and the checksum tells two runs whether they used the same network.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from crossflow.core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def freeze(network: Network) -> Network:
+    """The network in evaluation mode, its parameters without gradients."""
+    return network.eval().requires_grad_(False)
+
+
+def weights_checksum(network: nn.Module) -> str:
+    """SHA-256 over the floating-point weights of `network`, exactly as they are held (so it depends on their dtype).
+
+    Names do not enter, since libraries rename modules between versions: the digests of the tensors (dtype, shape,
+    bytes) are sorted and hashed together. Tensors shared under several names count once.
+    """
+    digests: dict[int, bytes] = {}
+    for tensor in network.state_dict().values():
+        if not tensor.is_floating_point() or tensor.data_ptr() in digests:
+            continue
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digests[tensor.data_ptr()] = digest.digest()
+    return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
+
+
+def expect_checksum(name: str, found: str, expected: str | None) -> None:
+    """Raises UserError when the network called `name` is not the recorded one. `expected` None accepts any."""
+    if expected is not None and found != expected:
+        raise UserError(
+            f"The weights of {name!r} are not the ones this run was made with: their SHA-256 is {found[:16]}…, "
+            f"recorded is {expected[:16]}…. Point to the original weights, or train again with the new ones."
+        )
+
+
+def load_frozen(load: Callable[..., Any], source: str, *, files: str, subfolder: str = "", **options: Any) -> Any:
+    """Loads a network by `load` (a `from_pretrained` of transformers or diffusers), checks it and freezes it.
+
+    source: hub id or local folder; files: what such a folder must hold, for the message; options are passed on.
+    Raises UserError when the network cannot be had, or when the files lack some of its weights.
+    """
+    if subfolder:
+        options["subfolder"] = subfolder
+    network, report = load_public(load, source, files=files, output_loading_info=True, **options)
+    missing = sorted(str(key) for key in report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source!r} lacks {len(missing)} weights of {type(network).__name__} ({', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}); the network would run on random ones. "
+            "Give a complete copy of its weights."
+        )
+    return freeze(network)
+
+
+def load_public(load: Callable[..., Any], source: str, *, files: str, **options: Any) -> Any:
+    """`load(source, **options)`; whatever way it is not found becomes a UserError that says what to put where."""
+    try:
+        return load(source, **options)
+    except (
+        Exception
+    ) as error:  # connection errors come as four unrelated classes, depending on the library and its version
+        raise UserError(_not_available(source, files, error)) from error
+
+
+def _not_available(source: str, files: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if Path(source).expanduser().is_dir():
+        return f"The folder {source!r} could not be loaded: it must hold {files}. The loader said: {reason}"
+    if source.startswith((".", "/", "~")):
+        return f"There is no folder {source!r}. Give a folder that holds {files}, or a hub id such as 'owner/name'."
+    return (
+        f"{source!r} could not be had from the hub or its local cache. Without a connection, put {files} of that "
+        "repository into a folder and give the folder's path instead, or copy the hub cache of another machine and set "
+        f"HF_HOME to it. The loader said: {reason}"
+    )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` so that a reader finds either the old file or the whole new one."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
