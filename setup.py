@@ -1,4 +1,4 @@
-"""The packages, found by rule: every folder with an ``__init__.py`` is ``crossflow.<folder>``, since the root is ``crossflow``.
+"""The packages, found by rule: the root is ``crossflow``, a folder with an ``__init__.py`` is ``crossflow.<folder>``.
 
 Everything else about the distribution stands in pyproject.toml, which has no way to say this.
 """
@@ -7,5 +7,6 @@ from setuptools import find_packages, setup
 
 setup(
     packages=["crossflow", *(f"crossflow.{name}" for name in find_packages(exclude=["tests", "tests.*"]))],
-    script_name="setup.py",  # a build front end leaves its own name here, and this file would be shipped as crossflow/setup.py
+    # A build front end leaves its own name here, and this file would be shipped as crossflow/setup.py.
+    script_name="setup.py",
 )

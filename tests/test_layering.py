@@ -1,0 +1,191 @@
+"""Rules that hold for every module, read off its syntax tree: who may import whom, and what is never written.
+
+Arrows run only down, ``cli -> benchmarks -> tasks -> core``.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A module imports from its own height or lower. `configs` holds recipes and no code: anyone may read it.
+HEIGHT = {"configs": 0, "core": 1, "tasks": 2, "benchmarks": 3}
+TOP = 4  # cli, __main__ and the root's public names
+# Slow or optional libraries: imported where they are used, so that a command asks only for what it needs.
+HEAVY = {
+    *("accelerate", "datasets", "diffusers", "evaluate", "gradio", "kornia", "matplotlib", "pycocoevalcap", "scipy"),
+    *("skimage", "timm", "torch_fidelity", "torchdiffeq", "torchmetrics", "torchvision", "transformers"),
+}
+
+
+def package_files() -> list[Path]:
+    folders = [ROOT, *(ROOT / noun for noun in HEIGHT)]
+    found = [p for f in folders for p in (f.glob("*.py") if f == ROOT else f.rglob("*.py"))]
+    return sorted(p.relative_to(ROOT) for p in found if p.name != "setup.py")
+
+
+def root_names() -> set[str]:
+    """What `import X` would find in the checkout though it is not installed under that name."""
+    modules = {p.stem for p in ROOT.glob("*.py")} - {"__init__", "__main__", "setup"}
+    return modules | {p.parent.name for p in ROOT.glob("*/__init__.py")} | {"tests"}
+
+
+def height(part: str) -> int:
+    return HEIGHT.get(part, TOP)
+
+
+def imported(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of each import, wherever it stands, also those by import_module("...")."""
+    package = ["crossflow", *path.parent.parts]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [] if node.level == 0 else package[: len(package) - node.level + 1]
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and called(node).split(".")[-1] in ("import_module", "__import__"):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield node.lineno, argument.value
+
+
+def called(node: ast.Call) -> str:
+    """The dotted name a call is written with, as far as it is one: torch.load(...) -> "torch.load"."""
+    return ast.unparse(node.func) if isinstance(node.func, ast.Attribute | ast.Name) else ""
+
+
+def at_import(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, first name) of the imports that run when the module is imported."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module.split(".")[0]
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def arguments(node: ast.Call) -> dict[str, str]:
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg}
+
+
+def broken_rules(path: Path, source: str, roots: set[str]) -> list[str]:
+    """`LINE: what is wrong` for a module at `path` (relative to the root)."""
+    tree = ast.parse(source)
+    part = path.parts[0] if len(path.parts) > 1 else path.stem
+    broken = []
+    for line, name in imported(tree, path):
+        words = name.split(".")
+        if words[0] in roots:
+            broken.append(f"{line}: imports {name} by its bare name; write crossflow.{name}")
+        if words[0] != "crossflow" or words[1:] in ([], ["__version__"]):
+            continue
+        if height(words[1]) > height(part):
+            broken.append(f"{line}: {part} is below {words[1]} and imports {name}")
+        if path.parts[:2] == ("tasks", "common") and words[1] == "tasks" and words[2:3] != ["common"]:
+            broken.append(f"{line}: tasks/common is below the tasks and imports {name}")
+    if path != Path("cli.py"):
+        broken += [
+            f"{line}: imports {name} at import; do it where it is used"
+            for line, name in at_import(tree)
+            if name in HEAVY
+        ]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = called(node), arguments(node)
+        if name in ("print", "rich.print") and path != Path("cli.py"):
+            broken.append(f"{node.lineno}: prints; only cli.py does")
+        if name == "torch.load" and given.get("weights_only") != "True":
+            broken.append(f"{node.lineno}: torch.load without weights_only=True runs whatever the file holds")
+        if given.get("allow_pickle", "False") != "False":
+            broken.append(f"{node.lineno}: allow_pickle runs whatever the file holds")
+        if name in ("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+            broken.append(f"{node.lineno}: {name} runs whatever the file holds")
+    return broken
+
+
+@pytest.mark.parametrize("path", package_files(), ids=str)
+def test_module_keeps_the_rules(path: Path):
+    assert broken_rules(path, (ROOT / path).read_text(encoding="utf-8"), root_names()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("core/a.py", "from crossflow.tasks.base import Task", "core is below tasks"),
+        ("core/a.py", "from crossflow import tasks", "core is below tasks"),
+        ("core/a.py", "def f():\n    import crossflow.benchmarks.speed", "core is below benchmarks"),
+        ("core/training/a.py", "from ...tasks import base", "core is below tasks"),
+        ("core/a.py", "from importlib import import_module\nimport_module('crossflow.cli')", "core is below cli"),
+        ("core/a.py", "from crossflow import load", "core is below load"),
+        ("tasks/a.py", "from crossflow.benchmarks import speed", "tasks is below benchmarks"),
+        ("tasks/common/a.py", "from crossflow.tasks.t2i import encoder", "tasks/common is below"),
+        ("benchmarks/a.py", "from crossflow import cli", "benchmarks is below cli"),
+        ("core/a.py", "from core import b", "bare name"),
+        ("cli.py", "import tasks.run", "bare name"),
+        ("core/a.py", "import torchdiffeq", "at import"),
+        ("core/a.py", "if True:\n    from transformers import CLIPTextModel", "at import"),
+        ("core/a.py", "class A:\n    import timm", "at import"),
+        ("core/a.py", "print('step')", "prints"),
+        ("core/a.py", "torch.load(path)", "weights_only"),
+        ("core/a.py", "torch.load(path, weights_only=False)", "weights_only"),
+        ("core/a.py", "np.load(path, allow_pickle=True)", "allow_pickle"),
+        ("core/a.py", "pickle.load(file)", "pickle.load"),
+        ("core/a.py", "yaml.load(text)", "yaml.load"),
+    ],
+)
+def test_a_broken_rule_is_seen(path: str, source: str, complaint: str):
+    (found,) = broken_rules(Path(path), source, {"core", "tasks", "benchmarks", "cli"})
+    assert complaint in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (
+            "core/a.py",
+            "from crossflow import __version__\nfrom crossflow.core.paths import linear\nfrom .. import __version__",
+        ),
+        ("core/a.py", "def f():\n    import torchdiffeq\n    return torchdiffeq"),
+        ("core/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import accelerate"),
+        ("core/a.py", "torch.load(path, map_location='cpu', weights_only=True)\nyaml.safe_load(text)\nnp.load(path)"),
+        ("tasks/t2i/a.py", "from crossflow.tasks.common.text import T\nfrom crossflow.core import config"),
+        ("cli.py", "print('done')\nfrom crossflow.benchmarks import speed"),
+    ],
+)
+def test_what_is_allowed_passes(path: str, source: str):
+    assert broken_rules(Path(path), source, {"core", "tasks", "benchmarks", "cli"}) == []
+
+
+def test_every_part_is_looked_at():
+    assert {p.parts[0] for p in package_files() if len(p.parts) > 1} == {
+        p.parent.name for p in ROOT.glob("*/__init__.py")
+    }
+
+
+def test_tests_are_no_package():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_importing_the_package_or_asking_for_help_imports_no_torch():
+    script = (
+        "import sys, crossflow\n"
+        "from crossflow.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'numpy', 'transformers', 'evaluate'} & set(sys.modules), 'slow libraries were imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
