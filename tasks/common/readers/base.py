@@ -69,6 +69,7 @@ class Reader(ABC):
     prefix: ClassVar[str]  # what users write before the colon
     layout: ClassVar[str]  # what a location must look like, for messages: "a folder with ..."
     offers: ClassVar[frozenset[str]]  # the fields that data of this format can have
+    together: ClassVar[int] = 1  # how many items it pays to `load` in one call
 
     spec: str
     split: str
@@ -94,7 +95,7 @@ class Reader(ABC):
         try:
             return self[index]
         except BadItem as bad:
-            return bad
+            return BadItem(bad.id, bad.reason)  # without its traceback, which would keep what it was decoding in memory
 
     @property
     def problems(self) -> dict[str, str]:
@@ -298,7 +299,7 @@ def split_by_hash(spec: str, names: Iterable[str], split: str) -> set[str]:
     if names and not counts[split]:
         raise UserError(
             f"{spec!r} has no splits of its own, and by a hash of the names its {len(names)} items are {sentence}: "
-            f"none for {split!r}. Give more items or their splits, or write '{spec}@all' to use all of them for everything."
+            f"none for {split!r}. Give more items or their splits, or write '{spec}@all' to use all of them."
         )
     if len(names) < 100:
         logger.warning("%s brings no splits of its own; by a hash of the names its items are %s.", spec, sentence)

@@ -57,8 +57,8 @@ def _from_frames(file: Path, split: str) -> list[Record]:
     unit = content.get("depth_unit", "millimetre")
     if unit not in MILLIMETRES or content.get("invalid", 0) != 0:
         raise UserError(
-            f"{str(file)!r} says depth_unit {unit!r} and invalid {content.get('invalid', 0)!r}; only depth in millimetres "
-            "with 0 for no measurement is read."
+            f"{str(file)!r} says depth_unit {unit!r} and invalid {content.get('invalid', 0)!r}; only depth in "
+            "millimetres with 0 for no measurement is read."
         )
     records = []
     for number, frame in enumerate(content["frames"]):

@@ -8,6 +8,7 @@ from crossflow.tasks.common.readers.base import BadItem, Item, Reader
 
 NUM_SCENES = {"train": 20_000, "val": 500, "test": 1_000}
 DEFAULT_SIZE = 64
+PIXELS_TOGETHER = 2**20  # per call of the renderer, which holds a few hundred bytes for each
 
 
 class ScenesReader(Reader):
@@ -19,6 +20,7 @@ class ScenesReader(Reader):
     prefix = "scenes"
     layout = "nothing behind it: the scenes are made on the fly"
     offers = frozenset(("image", "captions", "depth", "scene"))
+    together = 32
 
     def __init__(
         self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0
@@ -42,14 +44,15 @@ class ScenesReader(Reader):
 
         ids = [self.ids[index] for index in indices]  # an index out of range stops here
         scenes = [make_scene(scene_seed(self.split, index % len(self))) for index in indices]
-        if not scenes:
-            return []
-        images, depths, _ = render(scenes, self.size)
-        # Copies, so that an item kept in memory does not keep its whole batch.
-        return [
-            Item(id, image.copy(), captions(scene), depth.copy(), scene)
-            for id, image, depth, scene in zip(ids, images, depths, scenes, strict=True)
-        ]
+        items: list[Item | BadItem] = []
+        part = max(1, PIXELS_TOGETHER // self.size**2)
+        for start in range(0, len(scenes), part):
+            images, depths, _ = render(scenes[start : start + part], self.size)
+            for number, scene in enumerate(scenes[start : start + part]):
+                # Copies, so that an item kept in memory does not keep its whole part.
+                image, depth = images[number].copy(), depths[number].copy()
+                items.append(Item(ids[start + number], image, captions(scene), depth, scene))
+        return items
 
     def fingerprint(self) -> str:
         """Of the number, the size and the first four scenes as rendered, so a change of the world shows."""

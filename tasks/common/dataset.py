@@ -1,0 +1,216 @@
+"""Examples of a data set as training and evaluation take them, and the order in which training does.
+
+Which example comes when is a function of (seed, step), how it is augmented of (seed, epoch, index): a run that is
+resumed, or that has another number of processes, sees the same examples without saving any state.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from crossflow.core.errors import UserError
+from crossflow.core.noise import key
+from crossflow.tasks.common.readers import BadItem, Item, Reader
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CACHE_BYTES = 2**30
+NUM_LISTED = 10  # bad items named in an error or in the log
+
+
+class Examples(Generic[T]):
+    """`examples[epoch, index]` = transform(item, generator), for the items of a reader.
+
+    A bad item is skipped: the next good one stands in for it, the same one in every process. Decoded items stay in
+    memory while they fit, so that a small set is decoded once. Can be pickled and used by the workers of a DataLoader,
+    which ask for a whole batch at a time.
+
+    Args:
+        reader: the items, as `require` gives them.
+        transform: (item, numpy generator keyed by (seed, epoch, index)) -> example. It must not change the item's
+            arrays, and may raise BadItem for an item that it cannot use.
+        seed: of the augmentation.
+        cache: keep decoded items in memory.
+        cache_bytes: how much memory they may take, shared by the workers of a DataLoader.
+        max_bad: share of bad items in [0, 1] above which the data are refused.
+
+    Raises:
+        UserError: more than `max_bad` of all items are bad, or all of them; with the reasons of the first ten.
+            Raised as soon as it is known, which for files that cannot be decoded is when they have been asked for.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        transform: Callable[[Item, np.random.Generator], T],
+        *,
+        seed: int,
+        cache: bool = True,
+        cache_bytes: int = CACHE_BYTES,
+        max_bad: float = 0.05,
+    ) -> None:
+        self.reader, self.transform, self.seed, self.max_bad = reader, transform, seed, max_bad
+        self.cache_bytes = cache_bytes if cache else 0
+        self.bad: dict[str, str] = {}  # id -> reason, of the bad items met so far
+        self._cached: dict[int, Item] = {}
+        self._used_bytes = 0
+        self._unreadable: dict[int, BadItem] = {}
+        for id, reason in reader.problems.items():
+            self._note(BadItem(id, reason))
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, place: int | tuple[int, int]) -> T:
+        """The example at (epoch, index); an index alone is of epoch 0."""
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int | tuple[int, int]]) -> list[T]:
+        """Several examples. Their items are loaded together, which matters where a reader renders."""
+        wanted = [place if isinstance(place, tuple) else (0, place) for place in places]
+        for _, index in wanted:
+            if not 0 <= index < len(self):
+                raise IndexError(f"index {index} of {len(self)} examples")
+        loaded = self._load(wanted)
+        return [self._example(epoch, index, loaded) for epoch, index in wanted]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cached": {}, "_used_bytes": 0}
+
+    def _example(self, epoch: int, index: int, loaded: dict[int, Item | BadItem]) -> T:
+        for distance in range(len(self)):
+            candidate = (index + distance) % len(self)
+            if candidate not in loaded:
+                loaded |= self._load([(epoch, candidate)])
+            item = loaded[candidate]
+            if isinstance(item, BadItem):
+                self._note(item)
+                continue
+            try:
+                return self.transform(item, _generator(self.seed, epoch, index))
+            except BadItem as bad:
+                self._note(bad)
+        raise UserError(f"{self.reader.spec!r}: not one item can be used.{self._listed()}")
+
+    def _load(self, wanted: Sequence[tuple[int, int]]) -> dict[int, Item | BadItem]:
+        """The items at the wanted (epoch, index), from memory where they are."""
+        indices = list(dict.fromkeys(index for _, index in wanted))
+        missing = [index for index in indices if index not in self._cached and index not in self._unreadable]
+        if missing:
+            missing += self._ahead(*wanted[-1], missing)
+        fresh = dict(zip(missing, self.reader.load(missing), strict=True))
+        for index, item in fresh.items():
+            if isinstance(item, BadItem):
+                self._unreadable[index] = item
+            else:
+                self._keep(index, item)
+        return {index: self._cached.get(index) or self._unreadable.get(index) or fresh[index] for index in indices}
+
+    def _ahead(self, epoch: int, index: int, missing: Sequence[int]) -> list[int]:
+        """What to load along with the missing ones: those that follow in the epoch, if there is room to keep them."""
+        room = self.reader.together - len(missing)
+        if room <= 0 or self._used_bytes >= self._budget():
+            return []
+        sequence = order(self.seed, epoch, len(self))
+        start = int(np.flatnonzero(sequence == index)[0]) + 1
+        known = {*self._cached, *self._unreadable, *missing}
+        return [other for other in sequence[start:].tolist() if other not in known][:room]
+
+    def _keep(self, index: int, item: Item) -> None:
+        size = sum(array.nbytes for array in (item.image, item.depth) if array is not None)
+        size += 1000 + 2 * sum(map(len, item.captions))
+        if self._used_bytes + size <= self._budget():
+            self._cached[index] = item
+            self._used_bytes += size
+
+    def _budget(self) -> int:
+        from torch.utils.data import get_worker_info
+
+        worker = get_worker_info()
+        return self.cache_bytes // (worker.num_workers if worker else 1)
+
+    def _note(self, bad: BadItem) -> None:
+        if bad.id in self.bad:
+            return
+        self.bad[bad.id] = bad.reason
+        if len(self.bad) <= NUM_LISTED:
+            logger.warning("%s: skipping item %s", self.reader.spec, bad)
+        if len(self.bad) > self.max_bad * len(self) or len(self.bad) == len(self):
+            raise UserError(
+                f"{self.reader.spec!r} (split {self.reader.split!r}): {len(self.bad)} of {len(self)} items are bad so "
+                f"far, and at most {self.max_bad:.0%} may be. Mend or remove them, or raise the limit.{self._listed()}"
+            )
+
+    def _listed(self) -> str:
+        lines = [f"\n  {id}: {reason}" for id, reason in list(self.bad.items())[:NUM_LISTED]]
+        more = len(self.bad) - len(lines)
+        return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
+
+
+@functools.lru_cache(maxsize=4)
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The permutation of range(n) for an epoch of training: int64 (n,), not writable, the same everywhere."""
+    # Sorting raw bits: the bits of Philox are fixed for good, numpy's shuffling is not.
+    permutation = np.argsort(np.random.Philox(key=key("order", seed, epoch)).random_raw(n), kind="stable")
+    permutation.flags.writeable = False
+    return permutation
+
+
+def positions(step: int, global_batch: int, n: int) -> list[tuple[int, int]]:
+    """(epoch, place in its order) of the samples of training step `step`, from 0, in global sample order.
+
+    The epochs follow one another without a gap, so a batch may end one and begin the next, and a batch that is larger
+    than the data takes several; the log says so once.
+    """
+    if min(step, global_batch - 1, n - 1) < 0:
+        raise ValueError(f"need step >= 0, a batch and data of at least 1, got {step}, {global_batch} and {n}")
+    if global_batch > n:
+        _say_batch_wraps(global_batch, n)
+    return [divmod(step * global_batch + sample, n) for sample in range(global_batch)]
+
+
+def batch_keys(seed: int, step: int, global_batch: int, n: int) -> list[tuple[int, int]]:
+    """The (epoch, index) with which step `step` asks `Examples` for its samples: `positions` through `order`."""
+    return [(epoch, int(order(seed, epoch, n)[place])) for epoch, place in positions(step, global_batch, n)]
+
+
+@functools.cache
+def _say_batch_wraps(global_batch: int, n: int) -> None:
+    logger.warning("The batch of %d is larger than the data, %d items: a step sees items repeatedly.", global_batch, n)
+
+
+def _generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=key("augment", seed, epoch, index)))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What going over all items of a reader found: how many are good, and why the others are not."""
+
+    total: int
+    good: int
+    num_captions: int
+    bad: dict[str, str] = field(default_factory=dict)  # id -> reason
+
+
+def check(reader: Reader, on_progress: Callable[[int, int], None] | None = None) -> Check:
+    """Read every item. `on_progress(done, total)` is called now and then."""
+    bad: dict[str, str] = {}
+    num_captions = 0
+    stride = max(16, reader.together)
+    for start in range(0, len(reader), stride):
+        indices = range(start, min(start + stride, len(reader)))
+        for item in reader.load(indices):
+            if isinstance(item, BadItem):
+                bad[item.id] = item.reason
+            else:
+                num_captions += len(item.captions)
+        if on_progress is not None:
+            on_progress(indices.stop, len(reader))
+    return Check(len(reader), len(reader) - len(bad), num_captions, bad)
