@@ -3,15 +3,26 @@
 W ranks; every rank holds the same number of samples B, in rank order: global sample = rank * B + local sample.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from crossflow.core.errors import UserError
+
 
 def is_distributed() -> bool:
     """Whether this process is one of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def device() -> torch.device:
+    """The device of this process. The first call joins the group of processes that a launcher has announced."""
+    from accelerate import PartialState
+
+    return PartialState().device
 
 
 def rank() -> int:
@@ -36,7 +47,7 @@ def barrier() -> None:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The tensors (B, ...) of all ranks, in rank order: (W * B, ...), without gradients. All ranks give the same shape."""
+    """The tensors (B, ...) of all ranks, in rank order: (W * B, ...), without gradients; all give the same shape."""
     if not is_distributed():
         return tensor.detach()
     # Some backends know no bool.
@@ -54,7 +65,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         num_local: int = ctx.num_local  # type: ignore[attr-defined]
@@ -64,10 +75,10 @@ class _GatherWithGrad(torch.autograd.Function):
 def gather_with_grad(tensor: Tensor) -> Tensor:
     """As `gather`, but differentiable: (B, ...) -> (W * B, ...), and the backward pass sends gradients to every rank.
 
-    The gradient of a rank's slice is the *sum* over ranks of what they send to it. Data-parallel training then averages the
-    parameter gradients over ranks, that is, it optimises the mean of the ranks' losses; so the result is the gradient of one
-    process with the global batch, both when each rank computes the loss of the whole global batch (W equal losses) and when
-    each computes the mean over its own rows against everybody's columns.
+    The gradient of a rank's slice is the *sum* over ranks of what they send to it. Data-parallel training then
+    averages the parameter gradients over ranks, that is, it optimises the mean of the ranks' losses; so the result is
+    the gradient of one process with the global batch, both when each rank computes the loss of the whole global batch
+    (W equal losses) and when each computes the mean over its own rows against everybody's columns.
     """
     if not is_distributed():
         return tensor
@@ -93,10 +104,20 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
     return largest
 
 
-def broadcast_text(text: str) -> str:
-    """The text of rank 0, on every rank."""
-    if not is_distributed():
-        return text
-    box = [text]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def on_main(action: Callable[[], str]) -> str:
+    """Runs `action` on rank 0 alone; every rank returns its text, or raises what it raised (elsewhere as UserError)."""
+    text, error = "", None
+    if is_main():
+        try:
+            text = action()
+        except Exception as raised:
+            error = raised
+    if is_distributed():
+        box = [text, None if error is None else str(error)]
+        dist.broadcast_object_list(box, src=0)
+        text = box[0] or ""
+        if error is None and box[1] is not None:
+            error = UserError(box[1])
+    if error is not None:
+        raise error
+    return text

@@ -1,0 +1,68 @@
+"""A moving average of the weights: shadow <- d shadow + (1 - d) weight, with d = min(decay, (1 + n) / (10 + n)).
+
+n counts the updates made before; the small d of the first updates forgets the initial weights quickly.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """The average, in float32, of all parameters of `model`; buffers are taken from the model as they are.
+
+    decay in [0, 1); num_updates is the n above.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = model
+        self.decay = decay
+        self.num_updates = 0
+        self.parameters = list(model.parameters())
+        self.shadows = [parameter.detach().float().clone() for parameter in self.parameters]
+        self._applied = False
+
+    def decay_at(self, num_updates: int) -> float:
+        """d of the update that follows `num_updates` others."""
+        return min(self.decay, (1 + num_updates) / (10 + num_updates))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the average towards the present weights."""
+        assert not self._applied, "the model holds the averaged weights"
+        weights = [parameter.detach().float() for parameter in self.parameters]
+        torch._foreach_lerp_(self.shadows, weights, 1 - self.decay_at(self.num_updates))
+        self.num_updates += 1
+
+    @contextmanager
+    def applied(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Inside, the model (default: the one it was made for) computes with the averaged weights."""
+        assert model is None or model is self.model, "an average belongs to one model"
+        assert not self._applied, "the averaged weights are already applied"
+        weights = [parameter.data for parameter in self.parameters]
+        for parameter, shadow in zip(self.parameters, self.shadows, strict=True):
+            parameter.data = shadow.to(parameter.dtype)  # float32 weights: the shadow itself, no copy
+        self._applied = True
+        try:
+            yield
+        finally:
+            for parameter, weight in zip(self.parameters, weights, strict=True):
+                parameter.data = weight
+            self._applied = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`model.state_dict()` with the averages in place of the parameters, so it loads into the model itself."""
+        average = {id(parameter): shadow for parameter, shadow in zip(self.parameters, self.shadows, strict=True)}
+        state = dict(self.model.state_dict())
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            state[name] = average[id(parameter)]
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor], num_updates: int) -> None:
+        """The inverse of `state_dict`, with the number of updates made."""
+        for (name, _), shadow in zip(self.model.named_parameters(), self.shadows, strict=True):
+            shadow.copy_(state[name])
+        self.num_updates = num_updates

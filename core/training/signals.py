@@ -1,0 +1,39 @@
+"""A request to stop: SIGTERM or the first Ctrl-C end a run after its step, saved; a second Ctrl-C ends it at once."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+
+class StopRequest:
+    """`with StopRequest() as stop:` catches the signals while inside (main thread only) and puts the old handlers back.
+
+    `stop.received` is the signal's name, or "" as long as none came.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            # None: a handler that Python did not install and cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number).name
+
+
+def ignore_in_worker(worker: int = 0) -> None:
+    """For data-loading processes: a signal to the whole group must not take them from under the step in progress."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

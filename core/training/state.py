@@ -1,0 +1,322 @@
+"""Checkpoints: everything a run needs to go on, written so that a crash at any instant leaves the one before usable.
+
+`checkpoints/step_00001000/` holds `*.safetensors` (model, ema, objective, optimizer), `state.json` (the rest) and
+`checkpoint.json` (size and SHA-256 of each file, written last). It is made under a temporary name, flushed to disk and
+renamed. Nothing in it is a pickle.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crossflow.core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+STATE = "state.json"
+TEMPORARY = ".tmp-"
+# What the json files, the folder and the file system's own bookkeeping may need beside the tensors.
+_MARGIN = 2**20
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class CorruptCheckpoint(UserError):
+    """A checkpoint whose files are missing, short or altered."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"The checkpoint {path} cannot be used: {reason}. Resume from another one (--resume auto takes the "
+            "newest good one), or delete this folder."
+        )
+        self.path = path
+        self.reason = reason
+
+
+class NoSpace(UserError):
+    """There is no room for a checkpoint; the ones before are untouched."""
+
+    def __init__(self, root: Path, step: int, needed: int, free: int) -> None:
+        super().__init__(
+            f"There is no space for the checkpoint of step {step} in {root}: it needs {_bytes(needed)}, "
+            f"{_bytes(free)} are free. Earlier checkpoints are untouched. Free some space or choose another --output "
+            "(lower train.keep to hold fewer checkpoints), then continue with --resume auto."
+        )
+        self.needed = needed
+        self.free = free
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step` under `root` (= RUN/checkpoints)."""
+    return root / f"step_{step:08d}"
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The finished checkpoints under `root`, newest first."""
+    found = {int(path.name[5:]): path for path in root.glob("step_*") if path.is_dir() and path.name[5:].isdigit()}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the values."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def write_checkpoint(
+    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Writes the checkpoint of `step` and removes all but the newest `keep`; returns its folder.
+
+    tensors: by file name without ending (a file without tensors is not written); state: what JSON can hold. Checkpoints
+    of later steps belong to a continuation that was given up, and go. Raises NoSpace.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    needed = sum(map(num_bytes, tensors.values())) + _MARGIN
+    if (free := shutil.disk_usage(root).free) < needed:
+        raise NoSpace(root, step, needed, free)
+    final = step_folder(root, step)
+    temporary = root / f"{TEMPORARY}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for name, values in tensors.items():
+            if values:
+                _write_tensors(temporary / f"{name}.safetensors", values)
+        _write_json(temporary / STATE, state)
+        files: dict[str, dict[str, Any]] = {
+            path.name: {"bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
+        }
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(lambda name: _sha256(temporary / name), files)
+            for name, digest in zip(files, digests, strict=True):
+                files[name]["sha256"] = digest
+        _write_json(temporary / MANIFEST, {"format": FORMAT, "step": step, "files": files})
+        _sync_folder(temporary)
+        if final.exists():  # written by a continuation that was given up
+            given_up = root / f"{TEMPORARY}old-{final.name}"
+            shutil.rmtree(given_up, ignore_errors=True)
+            final.rename(given_up)
+        temporary.rename(final)
+        _sync_folder(root)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_full(error):
+            raise NoSpace(root, step, needed, shutil.disk_usage(root).free) from error
+        raise
+    remove_temporaries(root)
+    for path in checkpoints(root):
+        if path.name > final.name:
+            _remove(path)
+    for path in checkpoints(root)[keep:]:
+        _remove(path)
+    return final
+
+
+def publish(checkpoint: Path, names: tuple[str, ...], folder: Path) -> None:
+    """Makes `names` (without ending) of a checkpoint files of `folder` too: hard links, or copies where there are none.
+
+    Each appears at once and complete. A name that the checkpoint lacks is skipped.
+    """
+    for name in names:
+        source, target = checkpoint / f"{name}.safetensors", folder / f"{name}.safetensors"
+        if not source.exists() or (target.exists() and target.samefile(source)):
+            continue
+        temporary = folder / f"{TEMPORARY}{target.name}"
+        temporary.unlink(missing_ok=True)
+        try:
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+                _sync(temporary)
+            temporary.replace(target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if is_full(error):
+                needed, free = source.stat().st_size, shutil.disk_usage(folder).free
+                raise NoSpace(folder, int(checkpoint.name[5:]), needed, free) from error
+            raise
+    _sync_folder(folder)
+
+
+def verify(path: Path) -> None:
+    """Raises CorruptCheckpoint unless every file of the checkpoint is there, of its size and of its checksum."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files: dict[str, dict] = manifest["files"]
+        written = manifest["format"]
+        assert isinstance(manifest["step"], int)
+    except FileNotFoundError as error:
+        raise CorruptCheckpoint(path, f"it has no {MANIFEST}") from error
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CorruptCheckpoint(path, f"its {MANIFEST} is not readable") from error
+    if written != FORMAT:
+        raise CorruptCheckpoint(path, f"it has format {written}, and this version reads format {FORMAT}")
+    for name, facts in files.items():
+        if not (path / name).is_file():
+            raise CorruptCheckpoint(path, f"its file {name} is missing")
+        size = (path / name).stat().st_size
+        if size != facts["bytes"]:
+            raise CorruptCheckpoint(path, f"its file {name} has {size} bytes instead of {facts['bytes']}")
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: _sha256(path / name), files)
+        for (name, facts), digest in zip(files.items(), digests, strict=True):
+            if digest != facts["sha256"]:
+                raise CorruptCheckpoint(path, f"its file {name} does not match its checksum")
+
+
+def find_checkpoint(root: Path, resume: str | Path | None) -> Path | None:
+    """The verified checkpoint to resume from; None: start from the beginning. root = RUN/checkpoints.
+
+    resume None: none may be there, so that no run is overwritten; "auto": the newest good one of `root`, if any;
+    a folder: that checkpoint, or the newest of that run. Raises UserError.
+    """
+    if resume is None:
+        if there := checkpoints(root):
+            raise UserError(
+                f"{root.parent} already holds a run with checkpoints up to {there[0].name}. Continue it with "
+                "--resume auto, or choose another --output."
+            )
+        return None
+    if resume == "auto":
+        return newest_good(root)
+    folder = Path(resume)
+    if not (folder / MANIFEST).is_file() and (of_run := checkpoints(folder / "checkpoints") or checkpoints(folder)):
+        folder = of_run[0]
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} to resume from. Give a checkpoint or a run directory, or auto.")
+    verify(folder)
+    return folder
+
+
+def newest_good(root: Path) -> Path | None:
+    """The newest checkpoint under `root` that passes `verify`; None without any checkpoint. Says which ones do not."""
+    found = checkpoints(root)
+    for path in found:
+        try:
+            verify(path)
+            return path
+        except CorruptCheckpoint as error:
+            logger.warning("%s cannot be used (%s); trying the one before.", path, error.reason)
+    if found:
+        raise UserError(
+            f"None of the {len(found)} checkpoints in {root} can be used (the log says why). Choose another --output "
+            "to start again, or delete them."
+        )
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    return state
+
+
+def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of file `name` (without ending) of a checkpoint, on the CPU; none when there is no such file."""
+    file = path / f"{name}.safetensors"
+    return load_file(file) if file.exists() else {}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimiser's state as `slot/parameter name` -> tensor (AdamW's slots: step, exp_avg, exp_avg_sq)."""
+    return {
+        f"{slot}/{names[parameter]}": value
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`. Hyperparameters stay as the configuration gives them."""
+    present = optimizer.state_dict()
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    number = {name: index for index, name in enumerate(order)}
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        slot, name = key.split("/", 1)
+        if name not in number:
+            raise UserError(f"The checkpoint's optimizer knows a parameter {name} that this model does not train.")
+        slots.setdefault(number[name], {})[slot] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": present["param_groups"]})
+
+
+def remove_temporaries(root: Path) -> None:
+    """Removes what an interrupted write left behind in `root`."""
+    for path in root.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the error says that the disk (or the quota) is full."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in _FULL)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint so that a crash in between does not leave half of one under a checkpoint's name."""
+    doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    seen: set[int] = set()
+    independent = {}
+    for name, tensor in tensors.items():
+        # The format knows no shared memory, so tied weights are written once per name.
+        shared = tensor.untyped_storage().data_ptr() in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        independent[name] = tensor.detach().contiguous().clone() if shared else tensor.detach().contiguous()
+    save_file(independent, path)
+    _sync(path)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable (folders cannot be opened on Windows)."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} bytes"
