@@ -3,6 +3,8 @@
 L = L_FM + w_enc L_Enc + lambda L_KL (CrossFlow eq. 4). B batch, C channels, H W height width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,13 +16,14 @@ from crossflow.core.registry import Registry
 def flow_matching_loss(prediction: Tensor, velocity: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean squared error of the velocity, averaged per sample: (B,).
 
-    prediction, velocity (B, *latent); weight broadcastable to them, 0 where the target is missing (the mean is then over what is
-    there; a sample with nothing there counts 0).
+    prediction, velocity (B, *latent); weight (B, ...) broadcastable to them, 0 where the target is missing (the mean is
+    then over what is there; a sample with nothing there counts 0).
     """
+    assert prediction.shape == velocity.shape, f"{tuple(prediction.shape)} predicted for {tuple(velocity.shape)}"
     error = (prediction.float() - velocity.float()).square()
     if weight is None:
         return error.flatten(1).mean(1)
-    weight = weight.expand_as(error)
+    weight = weight.float().expand_as(error)
     return (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1e-6)
 
 
@@ -29,20 +32,29 @@ def multi_resolution_loss(
 ) -> Tensor:
     """Sum over stages, coarse to fine, of coefficient x mean squared error: (B,).
 
-    The target of a stage K times coarser is K times the K x K average of the velocity (the DiMR loss as released).
+    The target of a stage K times coarser is K times the K x K average of the velocity (the DiMR loss as released), and
+    with a weight the average over what is there.
     Raises AssertionError when there is not one coefficient per stage.
     """
     assert len(predictions) == len(coefficients), "one coefficient per stage"
     total = velocity.new_zeros(len(velocity), dtype=torch.float32)
     for prediction, coefficient in zip(predictions, coefficients, strict=True):
         k = velocity.shape[-1] // prediction.shape[-1] if velocity.ndim == 4 else 1
-        target = velocity if k == 1 else k * F.avg_pool2d(velocity, k)
-        stage_weight = weight if weight is None or k == 1 else F.avg_pool2d(weight.expand_as(velocity), k)
+        target, stage_weight = (velocity, weight) if k == 1 else _coarser(velocity, weight, k)
         total = total + coefficient * flow_matching_loss(prediction, target, stage_weight)
     return total
 
 
-KL_FORMS: Registry = Registry("KL form")
+def _coarser(velocity: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
+    """k times the (weighted) k x k average of the velocity (B, C, H, W), and the average of the weight."""
+    if weight is None:
+        return k * F.avg_pool2d(velocity, k), None
+    weight = weight.float().expand_as(velocity)
+    pooled = F.avg_pool2d(weight, k)
+    return k * F.avg_pool2d(weight * velocity, k) / pooled.clamp(min=1e-6), pooled
+
+
+KL_FORMS: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("KL form")
 
 
 @KL_FORMS.register("standard")
@@ -53,13 +65,16 @@ def kl_standard(mean: Tensor, log_var: Tensor) -> Tensor:
 
 @KL_FORMS.register("released")
 def kl_released(mean: Tensor, log_var: Tensor) -> Tensor:
-    """-1/2 sum(1 + log_var - (0.3 mean)^6 - exp(log_var)): (B,). The mean is nearly free inside |mean| < 3, the variance held at 1."""
+    """-1/2 sum(1 + log_var - (0.3 mean)^6 - exp(log_var)): (B,).
+
+    The mean is nearly free inside |mean| < 3, the variance held at 1.
+    """
     return -0.5 * (1 + log_var - (0.3 * mean).pow(6) - log_var.exp()).flatten(1).sum(1)
 
 
 @KL_FORMS.register("variance")
 def kl_variance(mean: Tensor, log_var: Tensor) -> Tensor:
-    """-1/2 sum(1 + log_var - exp(log_var)): (B,). The mean is free (variance-only regularisation, CSFM, arXiv 2602.05951)."""
+    """-1/2 sum(1 + log_var - exp(log_var)): (B,). The mean is free (CSFM, arXiv 2602.05951)."""
     return -0.5 * (1 + log_var - log_var.exp()).flatten(1).sum(1)
 
 
@@ -67,17 +82,25 @@ def _normalised(x: Tensor) -> Tensor:
     return F.normalize(x.float().flatten(1), dim=1)
 
 
+def _logits(a: Tensor, b: Tensor, log_temperature: Tensor) -> Tensor:
+    """exp(log_temperature) a b^T in float32 under autocast too: times 100, bfloat16 would be wrong by up to 0.4."""
+    with torch.autocast(a.device.type, enabled=False):
+        return log_temperature.float().exp() * a @ b.T
+
+
 def clip_contrastive_loss(z0: Tensor, target: Tensor, log_temperature: Tensor) -> Tensor:
     """Symmetric cross-entropy of the similarities of flattened, L2-normalised z0 and target, over all ranks: scalar.
 
-    z0, target (B, ...) of the same number of values; logits are similarities times exp(log_temperature). Negatives come from
-    every rank, with gradients (Radford et al. 2021; CrossFlow section 4.2).
+    z0, target (B, ...) of the same number of values; logits are similarities times exp(log_temperature). Negatives come
+    from every rank, with gradients (Radford et al. 2021; CrossFlow section 4.2).
     """
     a, b = _normalised(z0), _normalised(target)
     all_a, all_b = gather_with_grad(a), gather_with_grad(b)
-    scale = log_temperature.exp()
     here = torch.arange(len(a), device=a.device) + rank() * len(a)
-    return (F.cross_entropy(scale * a @ all_b.T, here) + F.cross_entropy(scale * b @ all_a.T, here)) / 2
+    return (
+        F.cross_entropy(_logits(a, all_b, log_temperature), here)
+        + F.cross_entropy(_logits(b, all_a, log_temperature), here)
+    ) / 2
 
 
 def sigmoid_contrastive_loss(z0: Tensor, target: Tensor, log_temperature: Tensor, bias: Tensor) -> Tensor:
@@ -86,12 +109,13 @@ def sigmoid_contrastive_loss(z0: Tensor, target: Tensor, log_temperature: Tensor
     all_b = gather_with_grad(b)
     here = torch.arange(len(a), device=a.device) + rank() * len(a)
     sign = 2 * F.one_hot(here, len(all_b)).float() - 1
-    logits = log_temperature.exp() * a @ all_b.T + bias
+    logits = _logits(a, all_b, log_temperature) + bias
     return -F.logsigmoid(sign * logits).sum(1).mean()
 
 
 def reconstruction_loss(reconstruction: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error to the features, averaged over what is there: scalar. mask (B, N) bool for token features."""
+    assert reconstruction.shape == features.shape, f"{tuple(reconstruction.shape)} against {tuple(features.shape)}"
     error = (reconstruction.float() - features.float()).square()
     if mask is None:
         return error.mean()
