@@ -12,11 +12,13 @@ from crossflow.core.source import SourceEncoder
 class CrossFlow(nn.Module):
     """A noise-free flow model: z0 from `source_encoder`, velocities from `backbone`. B batch.
 
-    condition_encoder: module (features, mask) -> (B, N, D), the trainable part of a baseline's condition tokens; None when the
-    condition comes ready or there is none.
+    condition_encoder: module (features, mask) -> (B, N, D), the trainable part of a baseline's condition tokens; None
+    when the condition comes ready or there is none.
     """
 
-    def __init__(self, source_encoder: SourceEncoder, backbone: nn.Module, condition_encoder: nn.Module | None = None) -> None:
+    def __init__(
+        self, source_encoder: SourceEncoder, backbone: nn.Module, condition_encoder: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.source_encoder = source_encoder
         self.backbone = backbone
@@ -35,8 +37,8 @@ class CrossFlow(nn.Module):
         return self.backbone(z_t, t, unconditional, condition)
 
     def velocity(self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None) -> Tensor:
-        """The velocity at full resolution, (B, *latent)."""
-        return self.velocities(z_t, t, unconditional, condition)[-1]
+        """The velocity at full resolution, (B, *latent), of z_t's type: guidance magnifies a half type's rounding."""
+        return self.velocities(z_t, t, unconditional, condition)[-1].to(z_t.dtype)
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters of the flow network and of the encoders apart."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crossflow.core.batch import Condition
-from crossflow.core.errors import UserError
+from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.guidance import Velocity, autoguidance, indicator_guidance, zero_init
 from crossflow.core.model import CrossFlow
 from crossflow.core.solvers import Solution, solve
@@ -30,7 +30,9 @@ def guided_velocity(
     """
     encoded = model.encode_condition(condition)
     if weak is not None:
-        velocity = autoguidance(model, weak, guidance_scale, encoded, weak.encode_condition(condition))
+        velocity = autoguidance(
+            model, weak, guidance_scale, encoded, weak.encode_condition(condition), guidance_interval
+        )
     else:
         velocity = indicator_guidance(model, guidance_scale, encoded, guidance_interval)
     return zero_init(velocity, zero_until) if zero_until > 0 else velocity
@@ -51,7 +53,7 @@ def generate(
     weak: CrossFlow | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Flows z0 (B, *latent) from t = 0 to 1: z1 (B, *latent). The arguments are those of `solve` and `guided_velocity`."""
+    """Flows z0 (B, *latent) from t = 0 to 1: z1 (B, *latent). Arguments are those of `solve` and `guided_velocity`."""
     return trajectory(
         model,
         z0,
@@ -90,11 +92,17 @@ def trajectory(
         condition=condition,
         guidance_scale=guidance_scale,
         guidance_interval=guidance_interval,
-        zero_until=zero_init_steps / num_steps,
+        zero_until=zero_init_steps / max(num_steps, 1),
         weak=weak,
     )
     return solve(
-        velocity, z0, solver=solver, num_steps=num_steps, time_grid=time_grid, keep_trajectory=keep_trajectory, on_step=on_step
+        velocity,
+        z0,
+        solver=solver,
+        num_steps=num_steps,
+        time_grid=time_grid,
+        keep_trajectory=keep_trajectory,
+        on_step=on_step,
     )
 
 
@@ -109,7 +117,7 @@ def invert(
     guidance_scale: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Flows z1 (B, *latent) back from t = 1 to 0: z0. Use a second-order solver or many steps when it is to be re-generated."""
+    """Flows z1 (B, *latent) back from t = 1 to 0: z0. To re-generate z1 use a second-order solver or many steps."""
     velocity = guided_velocity(model, condition=condition, guidance_scale=guidance_scale)
     return solve(velocity, z1, solver=solver, num_steps=num_steps, reverse=True, on_step=on_step).z
 
@@ -117,7 +125,8 @@ def invert(
 def interpolate(a: Tensor, b: Tensor, num_frames: int, kind: str = "lerp") -> Tensor:
     """Latents on the way from a to b (*latent each), both ends included: (num_frames, *latent).
 
-    lerp: (1 - w) a + w b. slerp: along the great circle of the flattened latents, their norms interpolated linearly (Shoemake 1985).
+    lerp: (1 - w) a + w b. slerp: along the great circle of the flattened latents, their norms interpolated linearly
+    (Shoemake 1985).
     """
     if num_frames < 2:
         raise UserError(f"An interpolation needs at least 2 frames; {num_frames} came.")
@@ -125,7 +134,7 @@ def interpolate(a: Tensor, b: Tensor, num_frames: int, kind: str = "lerp") -> Te
     if kind == "lerp":
         return (1 - weight) * a + weight * b
     if kind != "slerp":
-        raise UserError(f"Unknown interpolation {kind!r}. Known: lerp, slerp.")
+        raise unknown_name("interpolation", kind, ("lerp", "slerp"))
     norm_a, norm_b = a.norm(), b.norm()
     if norm_a == 0 or norm_b == 0:
         raise UserError("slerp needs two latents that are not zero; use lerp.")
@@ -138,11 +147,16 @@ def interpolate(a: Tensor, b: Tensor, num_frames: int, kind: str = "lerp") -> Te
 
 
 def arithmetic(
-    base: Tensor, plus: Tensor | None = None, minus: Tensor | None = None, strength: float = 1.0, restandardise: bool = False
+    base: Tensor,
+    plus: Tensor | None = None,
+    minus: Tensor | None = None,
+    strength: float = 1.0,
+    restandardise: bool = False,
 ) -> Tensor:
     """base + strength (plus - minus), each (B, *latent); an absent one counts zero (CrossFlow section 4.5).
 
-    restandardise: as the released demo does, subtract the result's mean and divide by its standard deviation, per sample.
+    restandardise: as the released demo does, subtract the result's mean and divide by its standard deviation, per
+    sample.
     """
     result = base
     if plus is not None:

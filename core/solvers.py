@@ -20,7 +20,10 @@ END = 1 - 1e-5
 
 @dataclass
 class Solution:
-    """z (B, *latent) at the end, the number of velocity evaluations, and the trajectory (num_steps + 1 states) if kept."""
+    """z (B, *latent) at the end, the number of velocity evaluations, and the trajectory if kept.
+
+    The trajectory has num_steps + 1 states, from the start to z; of dopri5, at evenly spaced times.
+    """
 
     z: Tensor
     num_evaluations: int
@@ -95,7 +98,10 @@ def rk4_step(velocity: Velocity, z: Tensor, t: float, h: float, memory: Memory) 
 
 @SOLVERS.register("ab2")
 def ab2_step(velocity: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
-    """Adams-Bashforth: z + h (v + r/2 (v - v_previous)), r = h / previous h; order 2, one evaluation. Starts with a midpoint step."""
+    """Adams-Bashforth: z + h (v + r/2 (v - v_previous)), r = h / previous h; order 2, one evaluation.
+
+    The first step is a midpoint step.
+    """
     v = _at(velocity, z, t)
     previous, ratio = memory.velocity, h / memory.step if memory.step else 0.0
     memory.velocity, memory.step = v, h
@@ -122,8 +128,9 @@ def solve(
 ) -> Solution:
     """Integrates dz/dt = velocity(z, t) from t = 0 to 1, or from 1 to 0 with `reverse`.
 
-    z (B, *latent); num_steps >= 1 steps of the fixed-step solvers; `dopri5` is adaptive with rtol, atol and goes from 0 to
-    1 - 1e-5; time_grid "uniform", or "released" (forward Euler only). on_step(done, total) after each step.
+    z (B, *latent); num_steps >= 1 steps of the fixed-step solvers; `dopri5` is adaptive with rtol, atol and goes from 0
+    to 1 - 1e-5; time_grid "uniform", or "released" (forward Euler only). on_step(done, total) after each step of the
+    fixed-step solvers.
     Raises UserError for unknown names and impossible combinations.
     """
     step = SOLVERS.get(solver)
@@ -132,7 +139,10 @@ def solve(
     if num_steps < 1:
         raise UserError(f"{num_steps} solver steps came; at least 1 is needed.")
     if time_grid == "released" and (solver != "euler" or reverse):
-        raise UserError("The time grid 'released' belongs to the forward euler solver; use 'uniform' for other solvers and directions.")
+        raise UserError(
+            f"The time grid 'released' belongs to euler from t = 0 to 1, not to {'backwards ' * reverse}{solver}; "
+            "use 'uniform'."
+        )
     evaluations = 0
 
     def counted(state: Tensor, t: Tensor) -> Tensor:
@@ -141,8 +151,8 @@ def solve(
         return velocity(state, t)
 
     if step is None:
-        end = _dopri5(counted, z, reverse, rtol, atol)
-        return Solution(end, evaluations, [z, end] if keep_trajectory else [])
+        states = _dopri5(counted, z, num_steps if keep_trajectory else 1, reverse, rtol, atol)
+        return Solution(states[-1], evaluations, states if keep_trajectory else [])
     grid = TIME_GRIDS[time_grid](num_steps)
     trajectory, memory = [z] if keep_trajectory else [], Memory()
     for i, (t, h) in enumerate(zip(grid.times, grid.steps, strict=True)):
@@ -154,11 +164,18 @@ def solve(
     return Solution(z, evaluations, trajectory)
 
 
-def _dopri5(velocity: Velocity, z: Tensor, reverse: bool, rtol: float, atol: float) -> Tensor:
+def _dopri5(velocity: Velocity, z: Tensor, num_parts: int, reverse: bool, rtol: float, atol: float) -> list[Tensor]:
+    """The states at num_parts + 1 evenly spaced times, both ends included."""
     from torchdiffeq import odeint
 
-    times = torch.tensor([END, 0.0] if reverse else [0.0, END], device=z.device)
-    return odeint(lambda t, state: velocity(state, t), z, times, rtol=rtol, atol=atol, method="dopri5")[-1]
+    start, end = (END, 0.0) if reverse else (0.0, END)
+    times = torch.linspace(start, end, num_parts + 1, device=z.device)
+    # Left alone the solver steps past the end and interpolates back, with velocities at times the model never saw.
+    options = {"step_t": times[-1:]}
+    states = odeint(
+        lambda t, state: velocity(state, t), z, times, rtol=rtol, atol=atol, method="dopri5", options=options
+    )
+    return list(states)
 
 
 def order_of_convergence(coarse_error: float, fine_error: float, refinement: float = 2.0) -> float:
