@@ -3,9 +3,10 @@
 Each part of the method has its section here; a task subclasses `Config` and adds its own (see tasks/*/__init__.py).
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +20,7 @@ RECIPES = Path(__file__).parent.parent / "configs"
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -183,18 +184,30 @@ def recipes() -> dict[str, Path]:
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """The settings of a recipe (a shipped name or a file), with those it `extends:` beneath; not validated yet."""
+    """The settings of a recipe (a shipped name, a file or a run directory), with those it `extends:` beneath.
+
+    They are not validated yet. Raises UserError for a recipe that is not there, not readable, or extends itself.
+    """
+    return _read(source, ())
+
+
+def _read(source: str | Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """`readers`: the files that led here by `extends:`."""
     path = Path(source)
     if path.is_dir() and (path / "config.yaml").is_file():
         path = path / "config.yaml"
     if not path.is_file():
         if str(source) not in recipes():
             if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
-                raise UserError(f"There is no configuration file {source}. Give a file or a shipped name: {', '.join(recipes())}.")
+                raise UserError(
+                    f"There is no configuration file {source}. Give a file or a shipped name: {', '.join(recipes())}."
+                )
             raise unknown_name("recipe", str(source), recipes())
         path = recipes()[str(source)]
+    if path.resolve() in readers:
+        raise UserError(f"{path} extends itself: {' -> '.join(reader.name for reader in (*readers, path))}.")
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -203,9 +216,7 @@ def read(source: str | Path) -> dict[str, Any]:
     if base is None:
         return settings
     beside = path.parent / str(base)
-    if beside.resolve() == path.resolve():
-        raise UserError(f"{path} extends itself.")
-    return merge(read(beside if beside.is_file() else str(base)), settings)
+    return merge(_read(beside if beside.is_file() else str(base), (*readers, path.resolve())), settings)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,18 +229,18 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["train.steps=10", "seed=1"]` -> nested settings; values are read as YAML (also `1e-4`)."""
+    """`["train.steps=10", "seed=1"]` -> nested settings; values are read as in a recipe. Raises UserError."""
     settings: dict[str, Any] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise UserError(f"{override!r} is not an override. Write key=value, for example train.steps=500.")
-        value = yaml.safe_load(text) if text.strip() else None
-        if isinstance(value, str):
-            try:
-                value = float(value)  # YAML 1.1 reads 1e-4 as a string
-            except ValueError:
-                pass
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"The value of {override!r} is not readable as YAML: {' '.join(str(error).split())}"
+            ) from error
         for part in reversed(name.split(".")):
             value = {part: value}
         settings = merge(settings, value)
@@ -237,7 +248,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def build(kind: type[C], settings: Mapping[str, Any]) -> C:
-    """Validates `settings` as a `kind`; raises UserError that names each wrong field, what came and what is possible."""
+    """Validates `settings` as a `kind`; raises UserError that names each wrong field, what came and what can be."""
     try:
         return kind.model_validate(dict(settings))
     except ValidationError as error:
@@ -250,6 +261,9 @@ def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         known = _fields_at(kind, where[:-1])
         prefix = "".join(f"{part}." for part in where[:-1])
+        elsewhere = [repr(path) for path in _paths(kind) if path.endswith(f".{where[-1]}")]
+        if elsewhere:
+            return f"Unknown setting {name!r}. Did you mean {' or '.join(elsewhere)}?"
         return str(unknown_name("setting", name, [prefix + field for field in known]))
     if problem["type"] == "missing":
         return f"The setting {name!r} is missing."
@@ -265,6 +279,37 @@ def _fields_at(kind: type[BaseModel], where: Sequence[Any]) -> list[str]:
     return list(kind.model_fields)
 
 
+def _paths(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted paths of all settings of `kind`."""
+    paths = []
+    for name, field in kind.model_fields.items():
+        part: Any = field.annotation
+        nested = isinstance(part, type) and issubclass(part, BaseModel)
+        paths += _paths(part, f"{prefix}{name}.") if nested else [prefix + name]
+    return paths
+
+
 def dump(config: BaseModel) -> str:
     """The complete configuration as YAML, readable back to the same configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+# YAML 1.1, which the library reads by itself, takes `no` (a precision) for false, 1e-4 for a text, 12:30 for a number.
+class _Loader(yaml.SafeLoader):
+    """Reads plain values as YAML 1.2 does."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader`, or any other reader, would take for something else."""
+
+
+for _kind, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", "-+.0123456789"),
+):
+    for _yaml in (_Loader, _Dumper):
+        _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
