@@ -58,12 +58,16 @@ class Objective(nn.Module):
         self.reconstructor = reconstructor if self.encoder_loss == "reconstruction" else None
         if self.encoder_loss in ("contrastive", "sigmoid"):
             if alignment_head is None:
-                raise UserError(f"loss.encoder = {self.encoder_loss} needs an alignment head, and this task offers none; use none.")
+                raise UserError(
+                    f"loss.encoder = {self.encoder_loss} needs an alignment head, and this task offers none; use none."
+                )
             self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / config.loss.temperature)))
         if self.encoder_loss == "sigmoid":
             self.bias = nn.Parameter(torch.tensor(-10.0))
         if self.encoder_loss == "reconstruction" and reconstructor is None:
-            raise UserError("loss.encoder = reconstruction needs a reconstruction decoder, and this task offers none; use none.")
+            raise UserError(
+                "loss.encoder = reconstruction needs a reconstruction decoder, and this task offers none; use none."
+            )
 
     def encoder_term(self, batch: Batch, z0: Tensor) -> Tensor | None:
         """L_Enc of the sampled z0 (B, *latent) against `batch.alignment`; None when there is no encoder loss."""
@@ -82,10 +86,12 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         posterior = self.model.source_encoder(batch.features, batch.mask)
         z0 = posterior.sample(noise=noise.source)
-        unconditional = draw_unconditional(noise.drop, self.drop)
         target, weight = batch.target, batch.weight
         if self.crosses:
+            unconditional = draw_unconditional(noise.drop, self.drop)
             target, weight = rotate_targets(target, weight, unconditional)
+        else:  # the condition is dropped and the target stays, also where one sample alone was drawn
+            unconditional = noise.drop < self.drop
         t = shift_time(self.time_law(noise.time, self.time.mean, self.time.std), self.time.shift)
         point = self.path(z0, target, t)
         condition = self.model.encode_condition(batch.condition)

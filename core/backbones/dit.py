@@ -1,11 +1,10 @@
 """DiT (Peebles & Xie 2023) as CrossFlow uses it: adaLN-Zero blocks over the patches of a grid or over latent tokens.
 
-The conditioning vector is the timestep embedding plus the embedding of the indicator 1_c (0 conditional, 1 unconditional).
-Optional for the noise-source baselines: cross-attention to condition tokens after each self-attention, and a condition grid
-concatenated to z_t. B batch, N tokens, D width, C channels, H W height width, p patch.
+The conditioning vector is the timestep embedding plus that of the indicator 1_c (0 conditional, 1 unconditional).
+Optional for the noise-source baselines: cross-attention to condition tokens after each self-attention, and a condition
+grid concatenated to z_t. B batch, N tokens, D width, C channels, H W height width, p patch.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -43,9 +42,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block; with context_dim a cross-attention, and with conv a depthwise convolution, after the self-attention."""
+    """adaLN-Zero block; after its self-attention a cross-attention (context_dim) and a depthwise convolution (conv)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, context_dim: int | None, conv: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, context_dim: int | None, conv: int, dropout: float
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads)
@@ -72,8 +73,8 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Velocity network on latents (C, H, W), H and W multiples of `patch`, or (N, C).
 
-    forward(z_t (B, *latent), t (B,), unconditional (B,) bool, condition) -> [velocity (B, *latent)]. Grids of any size that is a
-    multiple of the patch are accepted; positions are computed for the grid that comes.
+    forward(z_t (B, *latent), t (B,), unconditional (B,) bool, condition) -> [velocity (B, *latent)]. Grids of any size
+    that is a multiple of the patch are accepted; positions are computed for the grid that comes.
     """
 
     def __init__(
@@ -124,38 +125,49 @@ class DiT(nn.Module):
             zero += [block.modulation[1], *([block.cross.out] if block.cross is not None else [])]
             zero += [block.conv] if block.conv is not None else []
         for module in zero:  # every block starts as the identity, the velocity as zero
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute the activations of each block in the backward pass."""
         self._checkpointing = on
 
     def _context(self, condition: Condition | None, unconditional: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Condition tokens with a learned null token in front, which alone is seen where the sample is unconditional."""
+        """Condition tokens with a learned null token in front, all that is seen where the sample is unconditional."""
         if self.null_context is None:
             return None, None
-        assert condition is not None and condition.tokens is not None, "cross-attention needs condition tokens"
-        tokens = condition.tokens.to(self.null_context.dtype)  # (B, M, D')
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if condition.mask is None else condition.mask
+        tokens = None if condition is None else condition.tokens  # (B, M, D')
+        assert condition is not None
+        assert tokens is not None, "cross-attention needs condition tokens"
+        mask = condition.mask
+        if mask is None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         null = self.null_context.expand(len(tokens), -1, -1)
         seen = torch.cat([torch.ones_like(mask[:, :1]), mask & ~unconditional[:, None]], dim=1)
-        return torch.cat([null, tokens], dim=1), seen
+        return torch.cat([null, tokens.to(null.dtype)], dim=1), seen
 
-    def forward(self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None) -> list[Tensor]:
+    def forward(
+        self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
+    ) -> list[Tensor]:
         x, grid = z_t, None
         if self.is_grid:
             height, width = z_t.shape[-2:]
             if height % self.patch or width % self.patch:
-                raise UserError(f"A latent of {height} x {width} cannot be cut into patches of {self.patch} x {self.patch}.")
+                raise UserError(
+                    f"A latent of {height} x {width} cannot be cut into patches of {self.patch} x {self.patch}."
+                )
             if self.grid_channels:
-                assert condition is not None and condition.grid is not None, "this backbone needs a condition grid"
-                x = torch.cat([x, condition.grid * ~unconditional[:, None, None, None]], dim=1)
+                given = None if condition is None else condition.grid
+                assert given is not None, "this backbone needs a condition grid"
+                x = torch.cat([x, given * ~unconditional[:, None, None, None]], dim=1)
             x, grid = patchify(x, self.patch), (height // self.patch, width // self.patch)
-        x = self.embed(x)  # (B, N, D)
+        # In the weights' precision: under autocast the residual stream stays float32, layers compute in a half type.
+        x = self.embed(x).to(self.embed.weight.dtype)  # (B, N, D)
         if self.positions == "sincos":
             dim = x.shape[-1]
-            table = sincos_2d(*grid, dim, x.device) if grid else sincos_1d(torch.arange(x.shape[1], device=x.device), dim)
+            table = (
+                sincos_2d(*grid, dim, x.device) if grid else sincos_1d(torch.arange(x.shape[1], device=x.device), dim)
+            )
             x = x + table.to(x.dtype)
         c = self.time(t) + self.indicator(unconditional.long())  # (B, D)
         context, seen = self._context(condition, unconditional)
