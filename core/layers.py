@@ -80,9 +80,9 @@ def sincos_1d(positions: Tensor, width: int) -> Tensor:
 
 
 def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Fixed positions of a grid, row-major: (H * W, dim) float32; the first half of dim codes the column, the second the row.
+    """Fixed positions of a grid, row-major: (H * W, dim) float32.
 
-    dim must be a multiple of 4 (the layout of MAE and DiT).
+    The first half of dim codes the column, the second the row; dim must be a multiple of 4 (the layout of MAE and DiT).
     """
     rows, columns = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
@@ -92,7 +92,10 @@ def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = N
 
 
 class TimestepEmbedding(nn.Module):
-    """[cos | sin] of scale * t * 10000^(-i/half), Linear, SiLU, Linear: t (B,) -> (B, D). `scale` is 1 in the released DiT."""
+    """[cos | sin] of scale * t * 10000^(-i/half), Linear, SiLU, Linear: t (B,) -> (B, D).
+
+    `scale` is 1 in the released DiT.
+    """
 
     def __init__(self, width: int, scale: float = 1000.0, num_frequencies: int = 128) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Keyed randomness: every random number follows from a key, so results do not depend on batch size, order or process count.
+"""Keyed randomness: every random number follows from a key, so results depend on no batch size, order or process count.
 
-In training the key is (seed, step, global sample index), in sampling (seed, item id).
+In training the key is (seed, step, global sample index), in sampling (seed, item id). B batch.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ def keyed_generator(*parts: int | str) -> torch.Generator:
 class Noise:
     """The random numbers of one training batch.
 
-    `source` (B, *latent) standard normal; `time` (B,) uniform in [0, 1); `drop` (B,) uniform in [0, 1), the indicator is drawn by it.
+    `source` (B, *latent) standard normal; `time` (B,) uniform in [0, 1); `drop` (B,) uniform in [0, 1), by which the
+    indicator is drawn.
     """
 
     source: Tensor
@@ -49,5 +50,5 @@ def training_noise(seed: int, step: int, samples: Sequence[int], latent_shape: S
 
 
 def item_noise(seed: int, ids: Sequence[str], latent_shape: Sequence[int]) -> Tensor:
-    """Standard normal (B, *latent) where row i depends on (seed, ids[i]) only, so one item can be generated again alone."""
+    """Standard normal (B, *latent); row i depends on (seed, ids[i]) only, so one item can be generated again alone."""
     return torch.stack([torch.randn(*latent_shape, generator=keyed_generator("item", seed, name)) for name in ids])

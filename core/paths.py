@@ -82,5 +82,5 @@ def logit_normal_time(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> T
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Resolution shift t' = a t / (1 + (a - 1) t); a > 1 spends more training near the target. a = 1 leaves t as it is."""
+    """Resolution shift t' = a t / (1 + (a - 1) t); a > 1 trains more near the target, a = 1 changes nothing."""
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)

@@ -1,8 +1,8 @@
 """The source encoder: features of the source modality -> a posterior over latents of the target's shape.
 
-A task supplies the trunk (features, mask) -> (B, 2, *latent); the variants of the ablation (CrossFlow Table 3) are made here:
-variational z0 = mu + exp(log_var/2) eps; deterministic E(x); noisy E(x) + sigma eps; gaussian z0 = eps, the features then being
-a condition of the backbone.
+A task supplies the trunk (features, mask) -> (B, 2, *latent); the variants of the ablation (CrossFlow Table 3) are made
+here: variational z0 = mu + exp(log_var/2) eps; deterministic E(x); noisy E(x) + sigma eps; gaussian z0 = eps, the
+features then being a condition of the backbone.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Posterior:
     log_var: Tensor | None = None
 
     def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """mean + exp(log_var / 2) eps, with eps = `noise` if given, else drawn from `generator`; the mean without log_var."""
+        """mean + exp(log_var / 2) eps, eps = `noise` if given, else from `generator`; the mean without log_var."""
         if self.log_var is None:
             return self.mean
         if noise is None:
@@ -49,8 +49,8 @@ class Posterior:
 class SourceEncoder(nn.Module):
     """Trunk and variational head: `SourceEncoder(features, mask) -> Posterior`.
 
-    trunk: module (features, mask) -> (B, 2, *latent); the second half is read by `variational` only. None for `gaussian`.
-    latent_shape: (C, H, W) or (N, C), or with H, W the trunk's own for pixel-space tasks of any size.
+    trunk: module (features, mask) -> (B, 2, *latent), None for `gaussian`; `variational` alone reads the second half.
+    latent_shape: (C, H, W) or (N, C); only a `gaussian` source has no other way to know it.
     noise_scale: sigma of the `noisy` variant, in units of the latent.
     """
 
@@ -70,7 +70,9 @@ class SourceEncoder(nn.Module):
         if self.trunk is None:
             mean = torch.zeros(len(features), *self.latent_shape, device=features.device)
             return Posterior(mean, torch.zeros_like(mean))
-        mean, second = self.trunk(features, mask).float().unbind(1)  # (B, *latent) each; float32: exp of log_var follows
+        mean, second = (
+            self.trunk(features, mask).float().unbind(1)
+        )  # (B, *latent) each; float32: exp of log_var follows
         if self.kind == "variational":
             return Posterior(mean, second.clamp(*LOG_VAR_RANGE))
         if self.kind == "noisy":
