@@ -14,7 +14,7 @@ HIGHEST_PSNR = 100.0  # dB; of equal pictures it is infinite, which no mean surv
 SSIM_WINDOW = 11
 
 
-class SRMetric(TaskMetric):
+class SrMetric(TaskMetric):
     """psnr_y, ssim_y, psnr_rgb, ssim_rgb for uint8 (H, W, 3) pictures, dB and 0..1.
 
     Both pictures are cropped from the top left to a multiple of the scale, then `shave` pixels are left out at every

@@ -8,7 +8,7 @@ import pytest
 
 from crossflow.core.errors import UserError
 from crossflow.tasks.common.images import imresize_matlab, load_image, rgb_to_y
-from crossflow.tasks.sr.metric import SRMetric, psnr, ssim
+from crossflow.tasks.sr.metric import SrMetric, psnr, ssim
 
 
 def noise(height, width, channels=3, seed=0):
@@ -58,7 +58,7 @@ def test_psnr_equals_the_formula():
 
 
 def test_equal_pictures_have_the_highest_values():
-    metric = SRMetric()
+    metric = SrMetric()
     metric.add("same", noise(24, 24), noise(24, 24))
     assert metric.rows[0] == {"id": "same", "psnr_y": 100, "ssim_y": 1, "psnr_rgb": 100, "ssim_rgb": 1}
 
@@ -66,26 +66,26 @@ def test_equal_pictures_have_the_highest_values():
 def test_row_is_on_the_shaved_crop_and_rounded_luma():
     truth, output = noise(30, 35), noise(30, 35, seed=1)
     a, b = output[3:27, 3:30], truth[3:27, 3:30]  # 30 x 33 is left of 30 x 35 at scale 3
-    row = SRMetric(scale=3).score(output, truth)
+    row = SrMetric(scale=3).score(output, truth)
     y_a, y_b = np.floor(rgb_to_y(a) + 0.5), np.floor(rgb_to_y(b) + 0.5)
     assert row == {"psnr_y": psnr(y_a, y_b), "ssim_y": ssim(y_a, y_b), "psnr_rgb": psnr(a, b), "ssim_rgb": ssim(a, b)}
 
 
 def test_output_may_have_the_cropped_size():
     truth, output = noise(30, 35), noise(30, 35, seed=1)
-    assert SRMetric(scale=4).score(output[:28, :32], truth) == SRMetric(scale=4).score(output, truth)
+    assert SrMetric(scale=4).score(output[:28, :32], truth) == SrMetric(scale=4).score(output, truth)
 
 
 def test_border_does_not_count():
     truth = noise(32, 32)
     output = truth.copy()
     output[:4] = output[-4:] = output[:, :4] = output[:, -4:] = 0
-    assert SRMetric(4).score(output, truth)["psnr_rgb"] == 100
-    assert SRMetric(4, shave=0).score(output, truth)["psnr_rgb"] < 30
+    assert SrMetric(4).score(output, truth)["psnr_rgb"] == 100
+    assert SrMetric(4, shave=0).score(output, truth)["psnr_rgb"] < 30
 
 
 def test_small_pictures_have_no_ssim():
-    metric = SRMetric(4)
+    metric = SrMetric(4)
     metric.add("small", noise(16, 40), noise(16, 40, seed=1))
     metric.add("large", noise(40, 40), noise(40, 40, seed=1))
     assert metric.rows[0]["ssim_y"] is None
@@ -105,19 +105,19 @@ def test_small_pictures_have_no_ssim():
 )
 def test_unfit_output_is_an_error_that_names_the_item(output, reason):
     with pytest.raises(ValueError, match=f"item 'x': .*{reason}"):
-        SRMetric().add("x", output, noise(24, 24))
+        SrMetric().add("x", output, noise(24, 24))
 
 
 def test_bad_options_are_user_errors():
     with pytest.raises(UserError):
-        SRMetric(scale=0)
+        SrMetric(scale=0)
     with pytest.raises(UserError):
-        SRMetric(shave=-1)
+        SrMetric(shave=-1)
 
 
 def bicubic_scores(folder, pattern):
-    """Mean PSNR and SSIM on luma of x4 bicubic, resized on luma as the tables do, and by SRMetric, resized on RGB."""
-    published, metric = [], SRMetric(4)
+    """Mean PSNR and SSIM on luma of x4 bicubic, resized on luma as the tables do, and by SrMetric, resized on RGB."""
+    published, metric = [], SrMetric(4)
     for path in sorted(folder.glob(pattern)):
         truth = load_image(path)
         truth = truth[: truth.shape[0] // 4 * 4, : truth.shape[1] // 4 * 4]
