@@ -1,4 +1,4 @@
-"""What travels from a task to the core: a training batch and the condition of a noise-source baseline.
+"""What travels from a task to the core: a training batch, what sampling starts from, the condition of a noise-source baseline.
 
 B batch, N tokens, D width, C channels, H W height width.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _Tensors:
-    """Moves every tensor field of a frozen dataclass (and of the ones inside it) to a device."""
+    """What a frozen dataclass of tensors (and of such dataclasses) can do: move to a device, take rows."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         moved = {}
@@ -20,6 +20,15 @@ class _Tensors:
             if isinstance(value, (Tensor, _Tensors)):
                 moved[field.name] = value.to(device, non_blocking=non_blocking)
         return replace(self, **moved)  # type: ignore[type-var]
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        """The same with some rows of every tensor."""
+        chosen = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, _Tensors)):
+                chosen[field.name] = value[rows]
+        return replace(self, **chosen)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,24 @@ class Condition(_Tensors):
 
 
 @dataclass(frozen=True)
+class Source(_Tensors):
+    """What sampling starts from: the part of a batch that is known without the target. Fields as in `Batch`."""
+
+    features: Tensor
+    mask: Tensor | None = None
+    condition: Condition | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
 class Batch(_Tensors):
     """One training batch, all that the objective needs.
 
     `features` (B, ...) what the source encoder reads, `mask` (B, N) bool for token features, `target` z1 (B, *latent),
-    `weight` broadcastable to the target (0 where the target value is missing), `condition` for the baselines,
+    `weight` (B, ...) broadcastable to the target (0 where the target value is missing; the target is finite there too),
+    `condition` for the baselines,
     `alignment` (B, ...) whatever the encoder loss compares z0 with, `ids` one name per sample.
     """
 

@@ -6,7 +6,7 @@ resumed, or that has another number of processes, sees the same examples without
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -80,6 +80,33 @@ class Examples(Generic[T]):
         loaded = self._load(wanted)
         return [self._example(epoch, index, loaded) for epoch, index in wanted]
 
+    def items(self, limit: int | None = None) -> Iterator[Item]:
+        """The good items themselves, in the reader's order, at most `limit`; bad ones are left out and counted."""
+        start, left = 0, len(self) if limit is None else limit
+        while start < len(self) and left > 0:
+            stop = min(start + min(left, max(16, self.reader.together)), len(self))
+            for item in self._items_at(range(start, stop)):
+                left -= 1
+                yield item
+            start = stop
+
+    def _items_at(self, indices: Sequence[int]) -> Iterator[Item]:
+        missing = [index for index in indices if index not in self._cached and index not in self._unreadable]
+        fresh = dict(zip(missing, self.reader.load(missing), strict=True))
+        for index in indices:
+            item = fresh.get(index) or self._cached.get(index) or self._unreadable[index]
+            if isinstance(item, BadItem):
+                self._unreadable[index] = item
+                self._note(item)
+            else:
+                self._keep(index, item)
+                yield item
+
+    def captions(self, limit: int | None = None) -> Iterator[str]:
+        """Every caption of the first `limit` items, without decoding images where the reader can do without."""
+        for index in range(min(len(self), limit or len(self))):
+            yield from self.reader.captions(index)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cached": {}, "_used_bytes": 0}
 
@@ -123,6 +150,8 @@ class Examples(Generic[T]):
         return [other for other in sequence[start:].tolist() if other not in known][:room]
 
     def _keep(self, index: int, item: Item) -> None:
+        if index in self._cached:
+            return
         size = sum(array.nbytes for array in (item.image, item.depth) if array is not None)
         size += 1000 + 2 * sum(map(len, item.captions))
         if self._used_bytes + size <= self._budget():

@@ -1,1 +1,192 @@
-"""Image to metric depth."""
+"""Depth estimation: RGB -> metric depth, in pixel space (CrossFlow section 5.3).
+
+An image variational encoder maps 3 x H x W to 1 x H x W; the flow leads from there to the depth map, in logarithm by default.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from crossflow.core.backbones import build_backbone
+from crossflow.core.batch import Batch, Condition, Source
+from crossflow.core.config import Config, Section
+from crossflow.core.model import CrossFlow
+from crossflow.core.objective import Objective
+from crossflow.core.source import SourceEncoder
+from crossflow.tasks.base import Case, Example, Flow, Report, Task, Tile
+from crossflow.tasks.common.dataset import Examples
+from crossflow.tasks.common.images import (
+    center_crop_resize,
+    colour_depth,
+    load_depth_png,
+    load_image,
+    save_depth_png,
+    save_png,
+    to_tensor,
+)
+from crossflow.tasks.common.metrics import TaskMetric
+from crossflow.tasks.common.readers import Item
+from crossflow.tasks.common.sizes import by_shape, fit_shorter_side
+from crossflow.tasks.depth.dataset import Augmentation, example, square
+from crossflow.tasks.depth.decoder import DepthScale, DepthTarget
+from crossflow.tasks.depth.encoder import build_reconstructor, build_trunk
+
+
+class DepthSettings(Section):
+    target: DepthTarget = "log"
+    """What the flow predicts: log | linear | disparity."""
+    near: float = Field(0.1, gt=0)
+    """Metres; nearer measurements count as missing."""
+    far: float = Field(100.0, gt=0)
+    """Metres; farther measurements count as missing."""
+    alignment: str = "none"
+    """How predictions are aligned before they are scored: none | median | affine."""
+    augmentation: Augmentation = Augmentation()
+
+
+class DepthConfig(Config):
+    depth: DepthSettings = DepthSettings()
+
+
+class Adapter(Task[DepthConfig]):
+    name = "depth"
+    Config = DepthConfig
+    needs = frozenset({"image", "depth"})
+    input_kind = "image"
+    headline = ("abs_rel", "rmse", "delta1")
+
+    scale: DepthScale
+
+    # -- what is learned before the flow
+
+    def prepare(self, examples: Examples, report: Report) -> None:
+        settings = self.config.depth
+        depths = [examples[(0, index)]["depth"] for index in range(min(len(examples), 256))]
+        self.scale = DepthScale.fit(settings.target, settings.near, settings.far, depths)
+        report(f"{settings.target} depth: mean {self.scale.shift:.3f}, standard deviation {self.scale.scale:.3f}")
+
+    def save(self, folder: Path) -> None:
+        self.scale.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.scale = DepthScale.load(folder)
+
+    # -- the model
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (1, self.config.data.image_size, self.config.data.image_size)
+
+    def build_model(self) -> CrossFlow:
+        config = self.config
+        gaussian = config.source.kind == "gaussian"
+        trunk = None if gaussian else build_trunk(config.source, config.backbone.patch)
+        source = SourceEncoder(trunk, config.source.kind, self.latent_shape, config.source.noise_scale)
+        return CrossFlow(source, build_backbone(config.backbone, self.latent_shape, grid_channels=3 if gaussian else 0))
+
+    def build_objective(self, model: CrossFlow) -> Objective:
+        return Objective(model, self.config, reconstructor=build_reconstructor())
+
+    # -- data
+
+    def transform(self, item: Item, generator: np.random.Generator) -> Example:
+        return example(item, self.config.data.image_size, self.config.depth.augmentation, generator)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        rgb = torch.stack([one["rgb"] for one in examples])
+        depth = torch.stack([one["depth"] for one in examples])
+        source = self._source(rgb)
+        return Batch(
+            features=source.features,
+            target=self.scale.encode(depth),
+            weight=self.scale.valid(depth).float(),
+            condition=source.condition,
+            alignment=rgb,
+            ids=tuple(one["id"] for one in examples),
+        )
+
+    def _source(self, rgb: Tensor) -> Source:
+        return Source(rgb, condition=Condition(grid=rgb) if self.config.source.kind == "gaussian" else None)
+
+    # -- sampling
+
+    def source(self, inputs: Sequence[np.ndarray]) -> Source:
+        return self._source(torch.stack([to_tensor(image) for image in inputs]))
+
+    def decode(self, z1: Tensor) -> list[np.ndarray]:
+        """Depth maps float32 (H, W) in metres."""
+        return [depth.numpy() for depth in self.scale.decode(z1)[:, 0].cpu()]
+
+    def run(self, inputs: Sequence[np.ndarray], flow: Flow, ids: Sequence[str]) -> list[np.ndarray]:
+        """Pictures of any size: the shorter side is brought to the model's, the depth map back to the picture's size."""
+        depths = by_shape([self.fit(image) for image in inputs], ids, lambda images, names: self.decode(flow(self.source(images), names)))
+        return [_resize_depth(depth, image.shape[:2]) for depth, image in zip(depths, inputs, strict=True)]
+
+    def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:
+        return value if isinstance(value, np.ndarray) else load_image(value)
+
+    def fit(self, value: np.ndarray) -> np.ndarray:
+        return fit_shorter_side(value, self.config.data.image_size, self.config.backbone.patch)
+
+    def target(self, value: str | Path | np.ndarray) -> Tensor:
+        """A depth map in metres, or a 16-bit PNG of one in millimetres; missing depth takes the mean."""
+        depth = value if isinstance(value, np.ndarray) else load_depth_png(value)
+        square = center_crop_resize(depth, self.config.data.image_size, resample="nearest")
+        return self.scale.encode(torch.from_numpy(square)[None, None])
+
+    def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        """Millimetres as 16-bit PNG, metres as .npy, and a coloured picture."""
+        millimetres = save_depth_png(output, stem.with_name(f"{stem.name}_depth_mm.png"), metadata=metadata)
+        metres = stem.with_name(f"{stem.name}_depth.npy")
+        np.save(metres, output, allow_pickle=False)
+        return [millimetres, metres, save_png(colour_depth(output), stem.with_name(f"{stem.name}_depth.png"), metadata)]
+
+    # -- scoring
+
+    def cases(self, examples: Examples, limit: int) -> list[Case]:
+        cases = []
+        for item in examples.items(limit):
+            image, depth = square(item, self.config.data.image_size)
+            cases.append(Case(item.id, image, np.where(self._scorable(depth), depth, 0), item))
+        return cases
+
+    def _scorable(self, depth: np.ndarray) -> np.ndarray:
+        return (depth >= self.config.depth.near) & (depth <= self.config.depth.far)
+
+    def metric(self) -> TaskMetric:
+        from crossflow.tasks.depth.metric import DepthMetric
+
+        return DepthMetric(alignment=self.config.depth.alignment)
+
+    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+        """The per-pixel median of the training depth maps, the same for every picture."""
+        depths = [square(item, self.config.data.image_size)[1] for item in train.items(1000)]
+        stack = np.stack([np.where(self._scorable(depth), depth, np.nan) for depth in depths])
+        everywhere = np.nanmedian(stack)
+        missing = np.isnan(stack).all(axis=0)
+        median = np.where(missing, everywhere, np.nanmedian(np.where(missing, everywhere, stack), axis=0))
+        metric = self.metric()
+        for case in cases:
+            metric.add(case.id, median.astype(np.float32), case.truth)
+        return metric.compute()
+
+    def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
+        measured = case.truth[case.truth > 0]
+        near, far = (float(measured.min()), float(measured.max())) if len(measured) else (None, None)
+        return [
+            Tile(case.input, "picture"),
+            Tile(colour_depth(output, near=near, far=far), "estimate"),
+            Tile(colour_depth(case.truth, near=near, far=far), "truth"),
+        ]
+
+
+def _resize_depth(depth: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if depth.shape == tuple(shape):
+        return depth
+    return F.interpolate(torch.from_numpy(depth)[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[0, 0].numpy()

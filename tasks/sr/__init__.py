@@ -1,1 +1,177 @@
-"""Super-resolution."""
+"""Super-resolution: a picture enlarged by bicubic interpolation -> a sharp one (CrossFlow section 5.4).
+
+The enlarged picture is itself the source z0; the flow adds what it lacks. Any scale factor, pictures of any size.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from crossflow.core.backbones import build_backbone
+from crossflow.core.batch import Batch, Condition, Source
+from crossflow.core.config import Config, Section, SourceConfig
+from crossflow.core.errors import UserError
+from crossflow.core.model import CrossFlow
+from crossflow.core.objective import Objective
+from crossflow.core.source import SourceEncoder
+from crossflow.tasks.base import Case, Example, Flow, Report, Task, Tile
+from crossflow.tasks.common.codecs import PixelCodec, load_codec
+from crossflow.tasks.common.dataset import Examples
+from crossflow.tasks.common.images import load_image, save_png
+from crossflow.tasks.common.metrics import TaskMetric
+from crossflow.tasks.common.readers import Item
+from crossflow.tasks.common.trunks import Reconstructor
+from crossflow.tasks.sr.dataset import enlarge, example, reduce, to_multiple
+from crossflow.tasks.sr.decoder import decode, pictures, through_tiles
+from crossflow.tasks.sr.encoder import build_trunk
+
+
+class SrSettings(Section):
+    scale: int = Field(4, ge=2, le=16)
+    """Factor between the low and the high resolution."""
+    tile: int = Field(128, ge=8)
+    """Side of the tiles a large picture is cut into, in pixels of the high resolution."""
+    overlap: int = Field(16, ge=0)
+    """Pixels that neighbouring tiles share at least."""
+
+
+class SrConfig(Config):
+    source: SourceConfig = SourceConfig(kind="deterministic")
+    sr: SrSettings = SrSettings()
+
+
+class Adapter(Task[SrConfig]):
+    name = "sr"
+    Config = SrConfig
+    needs = frozenset({"image"})
+    input_kind = "image"
+    headline = ("psnr_y", "ssim_y", "psnr", "ssim")
+
+    codec: PixelCodec
+
+    def __init__(self, config: SrConfig) -> None:
+        super().__init__(config)
+        scale, patch = config.sr.scale, config.backbone.patch
+        if config.data.image_size % scale or config.data.image_size % patch:
+            raise UserError(
+                f"data.image_size = {config.data.image_size} must be a multiple of sr.scale = {scale} and of backbone.patch = {patch}."
+            )
+        if config.sr.tile % patch or config.sr.overlap >= config.sr.tile:
+            raise UserError(
+                f"sr.tile = {config.sr.tile} must be a multiple of backbone.patch = {patch} and larger than sr.overlap = {config.sr.overlap}."
+            )
+
+    # -- what is learned before the flow
+
+    def prepare(self, examples: Examples, report: Report) -> None:
+        sharp = torch.stack([examples[(0, index)]["sharp"] for index in range(min(len(examples), 256))])
+        self.codec = PixelCodec(3)
+        self.codec.fit_scale([sharp])
+        report(f"pixels: mean {self.codec.shift.mean():.3f}, standard deviation {(1 / self.codec.scale).mean():.3f}")
+
+    def save(self, folder: Path) -> None:
+        self.codec.save(folder / "codec")
+
+    def load(self, folder: Path) -> None:
+        codec = load_codec(folder / "codec")
+        assert isinstance(codec, PixelCodec)
+        self.codec = codec
+
+    # -- the model
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (3, self.config.data.image_size, self.config.data.image_size)
+
+    def build_model(self) -> CrossFlow:
+        config = self.config
+        gaussian = config.source.kind == "gaussian"
+        source = SourceEncoder(build_trunk(config.source.kind), config.source.kind, self.latent_shape, config.source.noise_scale)
+        return CrossFlow(source, build_backbone(config.backbone, self.latent_shape, grid_channels=3 if gaussian else 0))
+
+    def build_objective(self, model: CrossFlow) -> Objective:
+        return Objective(model, self.config, reconstructor=Reconstructor(3, 3))
+
+    # -- data
+
+    def transform(self, item: Item, generator: np.random.Generator) -> Example:
+        return example(item, self.config.data.image_size, self.config.sr.scale, generator)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        source = self._source(torch.stack([one["bicubic"] for one in examples]))
+        target = self.codec.encode(torch.stack([one["sharp"] for one in examples])).mean
+        ids = tuple(one["id"] for one in examples)
+        return Batch(source.features, target, condition=source.condition, alignment=source.features, ids=ids)
+
+    def _source(self, bicubic: Tensor) -> Source:
+        features = self.codec.encode(bicubic).mean
+        return Source(features, condition=Condition(grid=features) if self.config.source.kind == "gaussian" else None)
+
+    # -- sampling
+
+    def source(self, inputs: Sequence[np.ndarray]) -> Source:
+        """inputs: enlarged pictures of one size, uint8 (H, W, 3)."""
+        return self._source(pictures(inputs))
+
+    def decode(self, z1: Tensor) -> list[np.ndarray]:
+        """Pictures uint8 (H, W, 3)."""
+        return decode(self.codec, z1)
+
+    def run(self, inputs: Sequence[np.ndarray], flow: Flow, ids: Sequence[str]) -> list[np.ndarray]:
+        """Low-resolution pictures of any size uint8 (h, w, 3) -> (h scale, w scale, 3), in overlapped tiles."""
+        settings, multiple, outputs = self.config.sr, self.config.backbone.patch, []
+        for image, name in zip(inputs, ids, strict=True):
+
+            def tiles(pieces: Sequence[np.ndarray], name: str = name) -> list[np.ndarray]:
+                return self.decode(flow(self.source(pieces), [f"{name}#{i}" for i in range(len(pieces))]))
+
+            enlarged = enlarge(image, settings.scale)
+            outputs.append(through_tiles(enlarged, settings.tile, settings.overlap, multiple, tiles))
+        return outputs
+
+    def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:
+        return value if isinstance(value, np.ndarray) else load_image(value)
+
+    def fit(self, value: np.ndarray) -> np.ndarray:
+        """The enlarged picture, its sides cut to multiples of the patch."""
+        return to_multiple(enlarge(value, self.config.sr.scale), self.config.backbone.patch)
+
+    def target(self, value: str | Path | np.ndarray) -> Tensor:
+        image = to_multiple(self.read_input(value), self.config.backbone.patch)
+        return self.codec.encode(pictures([image])).mean
+
+    def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        return [save_png(output, stem.with_name(f"{stem.name}_x{self.config.sr.scale}.png"), metadata)]
+
+    # -- scoring
+
+    def cases(self, examples: Examples, limit: int) -> list[Case]:
+        scale, cases = self.config.sr.scale, []
+        for item in examples.items(limit):
+            assert item.image is not None
+            sharp = to_multiple(item.image, scale)
+            if min(sharp.shape[:2]) >= 4 * scale:  # a smaller picture has no inside left to be scored
+                cases.append(Case(item.id, reduce(sharp, scale), sharp, item))
+        if not cases:
+            raise UserError(f"No picture of {examples.reader.spec} is at least {4 * scale} pixels wide and high, so none can be scored.")
+        return cases
+
+    def metric(self) -> TaskMetric:
+        from crossflow.tasks.sr.metric import SrMetric
+
+        return SrMetric(shave=self.config.sr.scale)
+
+    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+        """Bicubic enlargement."""
+        metric = self.metric()
+        for case in cases:
+            metric.add(case.id, enlarge(case.input, self.config.sr.scale), case.truth)
+        return metric.compute()
+
+    def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
+        return [Tile(enlarge(case.input, self.config.sr.scale), "bicubic"), Tile(output, "output"), Tile(case.truth, "truth")]

@@ -1,1 +1,167 @@
-"""Text to image."""
+"""Text-to-image: a prompt's latent flows to a picture's (CrossFlow sections 4 and 5.1)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossflow.core.backbones import build_backbone
+from crossflow.core.batch import Batch, Condition, Source
+from crossflow.core.config import Config, Section
+from crossflow.core.errors import UserError
+from crossflow.core.model import CrossFlow
+from crossflow.core.objective import Objective
+from crossflow.core.source import SourceEncoder
+from crossflow.tasks.base import Case, Example, Report, Task, Tile
+from crossflow.tasks.common.codecs import Codec
+from crossflow.tasks.common.dataset import Examples
+from crossflow.tasks.common.image_latents import FOLDER, CodecSettings, encode, open_codec, read_codec
+from crossflow.tasks.common.images import center_crop_resize, load_image, save_png, to_tensor
+from crossflow.tasks.common.metrics import TaskMetric
+from crossflow.tasks.common.readers import Item
+from crossflow.tasks.common.trunks import AlignmentHead
+from crossflow.tasks.t2i.dataset import example
+from crossflow.tasks.t2i.decoder import decode
+from crossflow.tasks.t2i.encoder import TextSettings, TextSide
+
+
+class T2ISettings(Section):
+    clip: str | None = None
+    """Hub id or folder of a CLIP model for the CLIP score; none: pictures of other data than scenes are not scored."""
+
+
+class T2IConfig(Config):
+    text: TextSettings = TextSettings()
+    codec: CodecSettings = CodecSettings()
+    t2i: T2ISettings = T2ISettings()
+
+
+class Adapter(Task[T2IConfig]):
+    name = "t2i"
+    Config = T2IConfig
+    needs = frozenset({"image", "captions"})
+    input_kind = "text"
+    headline = ("overall", "single_object", "colors", "two_objects")
+
+    text: TextSide
+    codec: Codec
+
+    def __init__(self, config: T2IConfig) -> None:
+        super().__init__(config)
+        if config.loss.encoder != "none" and config.loss.encoder_target not in ("image", "text"):
+            raise UserError(f"loss.encoder_target = {config.loss.encoder_target!r} is not possible for t2i; it is image or text.")
+
+    # -- what is learned before the flow
+
+    def prepare(self, examples: Examples, report: Report) -> None:
+        self.text = TextSide.prepare(self.config.text, examples.captions(20_000))
+        first = (examples[(0, index)]["image"] for index in range(min(len(examples), 512)))
+        self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
+        if self.text.tokenizer is not None:
+            report(f"tokenizer: {len(self.text.tokenizer)} tokens; codec: {self.config.codec.kind}, latent {self.latent_shape}")
+
+    def save(self, folder: Path) -> None:
+        self.text.save(folder)
+        self.codec.save(folder / FOLDER)
+
+    def load(self, folder: Path) -> None:
+        self.text = TextSide.load(self.config.text, folder)
+        self.codec = read_codec(folder)
+
+    # -- the model
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.codec.latent_shape(self.config.data.image_size)
+
+    def build_model(self) -> CrossFlow:
+        config, shape = self.config, self.latent_shape
+        if config.source.kind == "gaussian":
+            source = SourceEncoder(None, "gaussian", shape)
+            backbone = build_backbone(config.backbone, shape, context_dim=config.source.width)
+            return CrossFlow(source, backbone, self.text.build_condition_encoder(config.source))
+        trunk = self.text.build_trunk(config.source, shape)
+        return CrossFlow(
+            SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale), build_backbone(config.backbone, shape)
+        )
+
+    def build_objective(self, model: CrossFlow) -> Objective:
+        num_values = math.prod(self.latent_shape)
+        by_text = self.config.loss.encoder_target == "text"
+        head = self.text.build_alignment_head(num_values) if by_text else AlignmentHead(3, num_values)
+        return Objective(
+            model, self.config, alignment_head=head, reconstructor=self.text.build_reconstructor(self.latent_shape)
+        )
+
+    # -- data
+
+    def transform(self, item: Item, generator: np.random.Generator) -> Example:
+        return example(item, self.config.data.image_size, generator)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        texts = [one["caption"] for one in examples]
+        images = torch.stack([one["image"] for one in examples])
+        source = self.source(texts)
+        loss = self.config.loss
+        # Only the contrastive loss can look at the picture; a source is reconstructed to the text it came from.
+        by_image = loss.encoder in ("contrastive", "sigmoid") and loss.encoder_target == "image"
+        alignment = images if by_image else self.text.alignment(source.features, texts, loss.encoder == "reconstruction")
+        return Batch(
+            features=source.features,
+            mask=source.mask,
+            target=encode(self.codec, images, [one["seed"] for one in examples]),
+            condition=source.condition,
+            alignment=alignment,
+            ids=tuple(one["id"] for one in examples),
+        )
+
+    # -- sampling
+
+    def source(self, inputs: Sequence[str]) -> Source:
+        features, mask = self.text.features(inputs)
+        condition = Condition(tokens=features, mask=mask) if self.config.source.kind == "gaussian" else None
+        return Source(features, mask, condition)
+
+    def decode(self, z1: Tensor) -> list[np.ndarray]:
+        """Pictures uint8 (H, W, 3)."""
+        return decode(self.codec, z1)
+
+    def read_input(self, value: str | Path | np.ndarray) -> str:
+        if not isinstance(value, str):
+            raise UserError(f"A text-to-image model takes prompts; {type(value).__name__} came.")
+        return value
+
+    def target(self, value: str | Path | np.ndarray) -> Tensor:
+        image = value if isinstance(value, np.ndarray) else load_image(value)
+        return encode(self.codec, to_tensor(center_crop_resize(image, self.config.data.image_size))[None])
+
+    def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        return [save_png(output, stem.with_name(f"{stem.name}.png"), metadata)]
+
+    # -- scoring
+
+    def cases(self, examples: Examples, limit: int) -> list[Case]:
+        """On scenes: prompts of the six GenEval kinds, as many of each. Elsewhere: the first caption of each item."""
+        if "scene" in examples.reader.fields:
+            from crossflow.tasks.t2i.metric import scene_cases
+
+            return [Case(id, prompt.text, prompt) for id, prompt in scene_cases(limit, self.config.seed)]
+        return [Case(item.id, item.captions[0], item.captions[0], item) for item in examples.items(limit)]
+
+    def metric(self) -> TaskMetric:
+        from crossflow.tasks.t2i.metric import T2IMetric
+
+        return T2IMetric(clip=self.config.t2i.clip, seed=self.config.seed)
+
+    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+        return {}  # the metric carries its own control, the same pictures judged by shuffled prompts
+
+    def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
+        tiles = [Tile(output, case.input)]
+        if case.item is not None and case.item.image is not None:
+            tiles.append(Tile(center_crop_resize(case.item.image, self.config.data.image_size), "truth"))
+        return tiles

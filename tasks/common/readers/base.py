@@ -61,10 +61,7 @@ class BadItem(Exception):
 
 
 class Reader(ABC):
-    """The items of one `split` of a data set, in a fixed order. Nothing is decoded before `reader[index]`.
-
-    Made by `cls(location, split, image_size=..., limit=..., seed=...)`, the arguments of `open_reader`.
-    """
+    """The items of one `split` of a data set, in a fixed order. Nothing is decoded before `reader[index]`."""
 
     prefix: ClassVar[str]  # what users write before the colon
     layout: ClassVar[str]  # what a location must look like, for messages: "a folder with ..."
@@ -76,6 +73,12 @@ class Reader(ABC):
     fields: frozenset[str]  # what these data have, a subset of FIELDS
     ids: Sequence[str]  # unique and stable; may contain "/"
 
+    @abstractmethod
+    def __init__(
+        self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0
+    ) -> None:
+        """`location` is what the user wrote behind the prefix; the others are as in `open_reader`."""
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -86,6 +89,10 @@ class Reader(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Item:
         """Item `index`, decoded. Raises BadItem with the reason when it cannot be used."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of item `index`, without its image where that can be had."""
+        return self[index].captions
 
     def load(self, indices: Sequence[int]) -> list[Item | BadItem]:
         """Several items at once; a bad one is returned, not raised."""
@@ -190,6 +197,9 @@ class FileReader(Reader):
             raise BadItem(record.id, f"depth is {_size(depth)}, the image {_size(image)} pixels (height x width)")
         return Item(record.id, image, record.captions, depth)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.records[index].captions
+
     @property
     def problems(self) -> dict[str, str]:
         return {record.id: record.problem for record in self.records if record.problem}
@@ -247,12 +257,11 @@ def inside(root: Path, name: str, allowed: Collection[Path]) -> Path:
     Names come from files that others wrote, so neither `..` nor an absolute path nor a link may lead to the rest of the
     disk. `allowed` are resolved paths.
     """
-    pure = PurePosixPath(name)
     if not name or "\0" in name:
         raise ValueError(f"{name!r} names no file")
-    if pure.is_absolute() or ".." in pure.parts:
+    if leaves(name):
         raise ValueError(f"path {name!r} leaves the data folder; only paths below it are read")
-    path = root / pure
+    path = root / name
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
@@ -264,6 +273,12 @@ def inside(root: Path, name: str, allowed: Collection[Path]) -> Path:
     if not path.is_file():
         raise ValueError(f"{name!r} is not a regular file")
     return path
+
+
+def leaves(name: str) -> bool:
+    """Whether the path `name` leads out of the folder that it is relative to, links aside."""
+    pure = PurePosixPath(name)
+    return pure.is_absolute() or ".." in pure.parts
 
 
 def _size(array: np.ndarray) -> str:
@@ -376,9 +391,9 @@ def image_files(folder: Path) -> list[str]:
 
 def fullest_folder(candidates: Sequence[Path], names: Sequence[str]) -> Path:
     """The candidate that holds most of the first names (the first candidate on a tie): where a list's images lie."""
-    usual = [name for name in names if name and not PurePosixPath(name).is_absolute() and ".." not in name][:20]
+    usual = [name for name in names if name and "\0" not in name and not leaves(name)][:20]
     present = [folder for folder in candidates if folder.is_dir()] or list(candidates[:1])
-    return max(present, key=lambda folder: sum(os.path.isfile(folder / name) for name in usual if "\0" not in name))
+    return max(present, key=lambda folder: sum(os.path.isfile(folder / name) for name in usual))
 
 
 def _unique(records: list[Record]) -> list[Record]:

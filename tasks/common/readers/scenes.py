@@ -39,6 +39,11 @@ class ScenesReader(Reader):
         assert isinstance(item, Item)
         return item
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        from crossflow.tasks.common.scenes import captions, make_scene, scene_seed
+
+        return captions(make_scene(scene_seed(self.split, index)))
+
     def load(self, indices: Sequence[int]) -> list[Item | BadItem]:
         from crossflow.tasks.common.scenes import captions, make_scene, render, scene_seed
 

@@ -1,0 +1,191 @@
+"""What a task is: the adapter between a pair of modalities and the modality-agnostic core, and the registry of tasks.
+
+A task's life: built from its configuration; `prepare`d once on the training data (tokenizer, scales, a text autoencoder), after
+which `save` and `load` carry what it learned; then it builds the model and its objective, turns items into batches, inputs into
+sources, latents into outputs, and scores outputs.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from crossflow.core.batch import Batch, Source
+from crossflow.core.config import Config, build, dump, merge, parse_overrides, read
+from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.model import CrossFlow
+from crossflow.core.objective import Objective
+from crossflow.tasks.common.dataset import Examples
+from crossflow.tasks.common.metrics import TaskMetric
+from crossflow.tasks.common.readers import Item, open_reader, require
+
+C = TypeVar("C", bound=Config)
+Example = Mapping[str, Any]
+Flow = Callable[[Source, Sequence[str]], Tensor]
+"""(source of B items, their ids) -> z1 (B, *latent): posterior, keyed sample, ODE."""
+Report = Callable[[str], None]
+"""Takes one line that tells a person what is going on."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to be scored: what goes in, what is right, and the item behind it (None when there is only a prompt)."""
+
+    id: str
+    input: Any
+    truth: Any
+    item: Item | None = None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture (H, W, 3) uint8 with the words under it."""
+
+    image: np.ndarray
+    text: str = ""
+
+
+class Task(ABC, Generic[C]):
+    """One task adapter; see the module's docstring. `needs` names the reader's fields that the task lives on."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Config]]
+    needs: ClassVar[frozenset[str]]
+    input_kind: ClassVar[str]
+    """text | image: what a person gives it."""
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    # -- what is learned before the flow
+
+    @abstractmethod
+    def prepare(self, examples: Examples, report: Report) -> None:
+        """Learns from the training items what the flow presupposes; deterministic under config.seed."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes what `prepare` learned into the run directory."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+
+    # -- the model
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of z0 and z1 in training."""
+
+    @abstractmethod
+    def build_model(self) -> CrossFlow: ...
+
+    @abstractmethod
+    def build_objective(self, model: CrossFlow) -> Objective: ...
+
+    # -- data
+
+    @abstractmethod
+    def transform(self, item: Item, generator: np.random.Generator) -> Example:
+        """One training example of an item, augmented by `generator` alone."""
+
+    @abstractmethod
+    def batch(self, examples: Sequence[Example]) -> Batch: ...
+
+    def dataset(self, split: str, spec: str | None = None, limit: int | None = None) -> Examples:
+        """The items of a split (train | val | test) as training examples; spec: that of the configuration when None."""
+        data = self.config.data
+        if spec is None:
+            spec = data.train if split == "train" or data.val is None else data.val
+        if limit is None and split == "train":
+            limit = data.num_train
+        reader = open_reader(spec, split, image_size=data.image_size, limit=limit, seed=self.config.seed)
+        require(reader, self.needs, self.name)
+        return Examples(reader, self.transform, seed=self.config.seed, max_bad=data.max_bad)
+
+    # -- sampling
+
+    @abstractmethod
+    def source(self, inputs: Sequence[Any]) -> Source:
+        """Inputs of one shape as the model reads them, on the CPU."""
+
+    @abstractmethod
+    def decode(self, z1: Tensor) -> list[Any]:
+        """Latents (B, *latent) -> outputs."""
+
+    def run(self, inputs: Sequence[Any], flow: Flow, ids: Sequence[str]) -> list[Any]:
+        """Inputs -> outputs through `flow`; a task whose inputs differ in size or are cut into tiles says how here."""
+        return self.decode(flow(self.source(inputs), ids))
+
+    @abstractmethod
+    def read_input(self, value: str | Path | np.ndarray) -> Any:
+        """What a person gave (a prompt, a path, a picture (H, W, 3) uint8) as an input."""
+
+    def fit(self, value: Any) -> Any:
+        """An input brought to a size that `source` takes whole, for the latent tools; `run` does this itself."""
+        return value
+
+    @abstractmethod
+    def target(self, value: str | Path | np.ndarray) -> Tensor:
+        """What the task makes (a picture, a caption, a depth map; a path to one) as a latent z1 (1, *latent), to be inverted."""
+
+    @abstractmethod
+    def write_output(self, output: Any, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        """Writes an output to files named after `stem` and returns them; pictures carry the metadata."""
+
+    # -- scoring
+
+    @abstractmethod
+    def cases(self, examples: Examples, limit: int) -> list[Case]:
+        """What is scored on the items of an evaluation split."""
+
+    @abstractmethod
+    def metric(self) -> TaskMetric: ...
+
+    @abstractmethod
+    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+        """Scores of the trivial baseline on the same cases; empty when the metric itself carries its control."""
+
+    @abstractmethod
+    def tiles(self, case: Case, output: Any) -> list[Tile]:
+        """Source, output and truth of a case, side by side."""
+
+    headline: ClassVar[tuple[str, ...]] = ()
+    """Names of the scores shown first."""
+
+
+TASK_NAMES = ("t2i", "caption", "depth", "sr")
+
+
+def task_class(name: str) -> type[Task]:
+    """The adapter called `name`, from the folder of that name beside this file. Raises UserError with near names."""
+    if name not in TASK_NAMES:
+        raise unknown_name("task", str(name), TASK_NAMES)
+    return importlib.import_module(f"crossflow.tasks.{name}").Adapter
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | None = None) -> Config:
+    """The complete configuration of a recipe (shipped name, file, or run directory) with key=value overrides.
+
+    Raises UserError for unknown recipes, tasks, keys and values, and when the recipe belongs to another `task`.
+    """
+    settings = merge(read(source), parse_overrides(overrides))
+    name = settings.get("task")
+    if name is None:
+        raise UserError(f"The configuration {source} does not say its task. Add a line `task: t2i`, or another of {', '.join(TASK_NAMES)}.")
+    if task is not None and name != task:
+        raise UserError(f"The configuration {source} is one for the task {name!r}, but --task says {task!r}. Leave out one of the two.")
+    return build(task_class(name).Config, settings)
+
+
+def build_task(config: Config) -> Task:
+    return task_class(config.task)(config)
+
+
+__all__ = ["Case", "Example", "Flow", "Report", "Task", "Tile", "build_task", "dump", "load_config", "task_class"]

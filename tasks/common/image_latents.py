@@ -1,0 +1,56 @@
+"""The image codec of a run and its settings, for the tasks whose pictures live in a latent space (t2i, caption)."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from crossflow.core.config import Section
+from crossflow.core.errors import UserError
+from crossflow.core.noise import item_noise
+from crossflow.tasks.common.codecs import Codec, build_codec, load_codec
+
+FOLDER = "codec"
+
+
+class CodecSettings(Section):
+    kind: Literal["pixel", "autoencoder_kl", "autoencoder_tiny"] = "pixel"
+    """pixel: the picture itself, scaled to unit variance; or a frozen autoencoder of diffusers."""
+    source: str | None = None
+    """Hub id or folder of the autoencoder."""
+    subfolder: str = ""
+    scale: float | None = None
+    """Factor on the autoencoder's latents (0.23010 in the released models); none: its own."""
+    shift: float | None = None
+    factor: int = Field(1, ge=1)
+    """pixel: squares of factor x factor pixels become channels."""
+
+
+def open_codec(settings: CodecSettings, images: Iterable[Tensor]) -> Codec:
+    """The codec of a new run; the pixel codec measures its scale on images (B, 3, H, W)."""
+    if settings.kind == "pixel":
+        if settings.source is not None:
+            raise UserError("codec.source names an autoencoder, but codec.kind = pixel has none; set codec.kind = autoencoder_kl or autoencoder_tiny.")
+        return build_codec("pixel", factor=settings.factor).fit_scale(images)
+    if settings.source is None:
+        raise UserError(f"codec.kind = {settings.kind} needs codec.source, the hub id or folder of an autoencoder.")
+    given = {"scale": settings.scale, "shift": settings.shift, "subfolder": settings.subfolder}
+    return build_codec(settings.kind, source=settings.source, **{name: value for name, value in given.items() if value not in (None, "")})
+
+
+def read_codec(folder: Path) -> Codec:
+    return load_codec(folder / FOLDER)
+
+
+def encode(codec: Codec, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w).
+
+    seeds: one per image; where the codec's posterior has a spread, a sample keyed by it is taken (a new one each epoch), else
+    the mean.
+    """
+    posterior = codec.encode(images)
+    if seeds is None or posterior.log_var is None:
+        return posterior.mean
+    return posterior.sample(noise=item_noise(0, [str(seed) for seed in seeds], posterior.mean.shape[1:]))

@@ -1,0 +1,104 @@
+"""Trunks of source encoders that read pictures. B batch, C channels, H W height width, p patch, D width."""
+
+import torch
+from torch import Tensor, nn
+
+from crossflow.core.layers import TransformerLayer, patchify, sincos_2d, unpatchify
+
+
+class PatchTrunk(nn.Module):
+    """Patches, a few transformer layers, and back to the grid: (B, C, H, W) -> (B, 2, C', H, W), mean and log-variance.
+
+    A depthwise convolution in front of every layer sees neighbouring patches, so that pictures of any size (multiples of the
+    patch) are read alike; with `positions` the layers also know where a patch lies. The mean starts near zero and the
+    log-variance at `log_var`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        width: int,
+        depth: int,
+        patch: int,
+        positions: bool = True,
+        log_var: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.patch, self.positions, self.out_channels = patch, positions, out_channels
+        self.embed = nn.Linear(in_channels * patch**2, width)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(depth))
+        self.layers = nn.ModuleList(TransformerLayer(width, max(1, width // 32)) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 2 * out_channels * patch**2)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        # Channels of the head are (p_h, p_w, [mean | log_var], C') with C' fastest, see `patchify`.
+        self.head.bias.data.reshape(patch**2, 2, out_channels)[:, 1] = log_var
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        height, width = features.shape[-2:]
+        grid = (height // self.patch, width // self.patch)
+        x = self.embed(patchify(features, self.patch))  # (B, H/p * W/p, D)
+        if self.positions:
+            x = x + sincos_2d(*grid, x.shape[-1], x.device).to(x.dtype)
+        for conv, layer in zip(self.convs, self.layers, strict=True):
+            x = x + conv(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+            x = layer(x)
+        both = unpatchify(self.head(self.norm(x)), self.patch, height, width)  # (B, 2C', H, W)
+        return both.unflatten(1, (2, self.out_channels))
+
+
+class IdentityTrunk(nn.Module):
+    """The source already lies in the target's space: (B, C, H, W) -> (B, 2, C, H, W) with the mean = features.
+
+    The log-variance, read by the variational source only, is a 3 x 3 convolution of the features that starts at `log_var`.
+    """
+
+    def __init__(self, channels: int, variational: bool, log_var: float = -6.0) -> None:
+        super().__init__()
+        self.log_var = nn.Conv2d(channels, channels, 3, padding=1) if variational else None
+        if self.log_var is not None:
+            nn.init.zeros_(self.log_var.weight)
+            nn.init.constant_(self.log_var.bias, log_var)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        second = torch.zeros_like(features) if self.log_var is None else self.log_var(features)
+        return torch.stack([features, second], dim=1)
+
+
+class AlignmentHead(nn.Module):
+    """Pictures (B, C, H, W) -> (B, num_values): the small trained tower that the contrastive encoder loss compares z0 with."""
+
+    def __init__(self, in_channels: int, num_values: int, width: int = 64) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(
+            nn.Conv2d(in_channels, width, 4, stride=4),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, 2, stride=2),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+        )
+        self.project = nn.Sequential(nn.LayerNorm(32 * width), nn.Linear(32 * width, num_values))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.project(self.tower(pictures))
+
+
+class Reconstructor(nn.Module):
+    """Decoder of the reconstruction loss: z0 (B, C, H, W) -> (B, C', H, W), two convolutions."""
+
+    def __init__(self, in_channels: int, out_channels: int, width: int = 32) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, out_channels, 3, padding=1),
+        )
+
+    def forward(self, z0: Tensor) -> Tensor:
+        return self.net(z0)

@@ -1,0 +1,43 @@
+"""Training examples of depth estimation: a square picture and its depth, cropped and flipped alike. H W = image_size."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from crossflow.core.config import Section
+from crossflow.tasks.common.images import center_crop_resize, to_tensor
+from crossflow.tasks.common.readers import Item
+
+
+class Augmentation(Section):
+    flip: bool = True
+    """Mirror half of the training pictures."""
+    crop: float = Field(1.0, gt=0, le=1)
+    """Smallest side of a random square crop, as a share of the shorter side; 1: the centre crop."""
+
+
+def square(item: Item, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The centre crop of an item at the model's size: uint8 (size, size, 3), float32 (size, size) metres (nearest, 0 = missing)."""
+    assert item.image is not None and item.depth is not None
+    return center_crop_resize(item.image, size), center_crop_resize(item.depth, size, resample="nearest")
+
+
+def example(item: Item, size: int, augmentation: Augmentation, generator: np.random.Generator) -> dict[str, Any]:
+    """{"id", "rgb" float32 (3, H, W) in [-1, 1], "depth" float32 (1, H, W) metres}; all chance from `generator`."""
+    assert item.image is not None and item.depth is not None
+    image, depth = item.image, item.depth
+    if augmentation.crop < 1:
+        shorter = min(image.shape[:2])
+        side = max(1, round(shorter * generator.uniform(augmentation.crop, 1)))
+        top, left = (int(generator.integers(0, length - side + 1)) for length in image.shape[:2])
+        image, depth = image[top : top + side, left : left + side], depth[top : top + side, left : left + side]
+    image, depth = center_crop_resize(image, size), center_crop_resize(depth, size, resample="nearest")
+    if augmentation.flip and generator.random() < 0.5:
+        image, depth = image[:, ::-1], depth[:, ::-1]
+    return {
+        "id": item.id,
+        "rgb": to_tensor(np.ascontiguousarray(image)),
+        "depth": torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32))[None],
+    }

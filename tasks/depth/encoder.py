@@ -1,0 +1,16 @@
+"""Source encoder of depth estimation: RGB (B, 3, H, W) -> posterior over (B, 1, H, W), with a reconstruction loss to the RGB."""
+
+from torch import nn
+
+from crossflow.core.config import SourceConfig
+from crossflow.tasks.common.trunks import PatchTrunk, Reconstructor
+
+
+def build_trunk(config: SourceConfig, patch: int) -> nn.Module:
+    """RGB (B, 3, H, W) in [-1, 1] -> (B, 2, 1, H, W), any H and W that are multiples of `patch`."""
+    return PatchTrunk(3, 1, width=config.width, depth=config.depth, patch=patch, positions=True, log_var=-2.0)
+
+
+def build_reconstructor() -> nn.Module:
+    """z0 (B, 1, H, W) -> RGB (B, 3, H, W)."""
+    return Reconstructor(1, 3)

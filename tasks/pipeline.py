@@ -1,0 +1,208 @@
+"""`crossflow.load(DIR)`: a task with its trained model, callable and savable; what sampling, evaluation and the latent tools use.
+
+    pipe = crossflow.load("runs/t2i")
+    pictures = pipe(["a red cube"], seed=1)
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossflow.core import sampling
+from crossflow.core.batch import Source
+from crossflow.core.config import SampleConfig, build, dump
+from crossflow.core.errors import UserError
+from crossflow.core.model import CrossFlow
+from crossflow.core.noise import item_noise
+from crossflow.tasks.base import Flow, Task, build_task, load_config
+
+WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
+OnStep = Callable[[int, int], None]
+
+
+def load(source: str | Path, *, weights: str | None = None, device: str | None = None) -> "Pipeline":
+    """The pipeline of a run directory, or of a hub repository that holds one.
+
+    weights: "ema" (default when the run has them) or "model". Raises UserError when files are missing, damaged or do not fit.
+    """
+    folder = _folder(source)
+    config = load_config(folder)
+    task = build_task(config)
+    task.load(folder)
+    if weights is not None and weights not in WEIGHTS:
+        raise UserError(f"Unknown weights {weights!r}. Known: {', '.join(WEIGHTS)}.")
+    kind = weights or ("ema" if (folder / WEIGHTS["ema"]).is_file() else "model")
+    model = task.build_model()
+    _load_weights(model, folder / WEIGHTS[kind])
+    return Pipeline(task, model, folder=folder, weights=kind, device=device)
+
+
+def _folder(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} is not a run directory: it has no config.yaml. Give the folder that `crossflow train` wrote to.")
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} is a file, but a checkpoint is a run directory. Convert released files with `crossflow convert`.")
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise UserError(f"There is no folder {source}. Give a run directory, or a hub id such as owner/name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.yaml", "*.safetensors", "*.txt"]))
+    except Exception as error:  # the hub's client raises many kinds, and each means the same to the user
+        raise UserError(
+            f"There is no folder {source}, and it cannot be had from the hub ({type(error).__name__}). Give a run directory, "
+            "or download the repository and give its folder."
+        ) from error
+
+
+def _load_weights(model: CrossFlow, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}: the run has not saved weights yet, or the file was removed.")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged and cannot be read ({error}). Use another checkpoint of the run.") from error
+    expected = model.state_dict()
+    wrong = [
+        *(f"{key} is missing" for key in expected if key not in state),
+        *(f"{key} is not part of this model" for key in state if key not in expected),
+        *(
+            f"{key} has shape {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in state and state[key].shape != value.shape
+        ),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{path} does not fit the model of its config.yaml: {'; '.join(wrong[:5])}{more}.")
+    model.load_state_dict(state)
+
+
+class Pipeline:
+    """A task and its model, ready for use. `weights` says which weights it carries (ema | model)."""
+
+    def __init__(
+        self, task: Task, model: CrossFlow, *, folder: Path | None = None, weights: str = "model", device: str | None = None
+    ) -> None:
+        self.task = task
+        self.model = model
+        self.folder = folder
+        self.weights = weights
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model.to(self.device).eval()
+
+    @property
+    def settings(self) -> SampleConfig:
+        return self.task.config.sample
+
+    def _settings(self, overrides: dict[str, Any]) -> SampleConfig:
+        return build(SampleConfig, {**self.settings.model_dump(), **overrides})
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        ids: Sequence[str] | None = None,
+        num: int = 1,
+        seed: int = 0,
+        on_step: OnStep | None = None,
+        **settings: Any,
+    ) -> list[Any]:
+        """Outputs for one input or a list of them (prompts; pictures or their paths), `num` of each, in order.
+
+        The noise of output k of input i follows from (seed, ids[i], k) alone; ids default to the inputs' numbers. settings:
+        fields of `SampleConfig` (steps, solver, guidance, ...). on_step(done, total) after each solver step of a batch.
+        """
+        single = not isinstance(inputs, (list, tuple))
+        given = [inputs] if single else list(inputs)
+        read = [self.task.read_input(value) for value in given]
+        names = list(ids) if ids is not None else [str(index) for index in range(len(given))]
+        repeated = [(value, f"{name}/{k}") for value, name in zip(read, names, strict=True) for k in range(num)]
+        outputs: list[Any] = []
+        chosen = self._settings(settings)
+        for start in range(0, len(repeated), chosen.batch_size):
+            part = repeated[start : start + chosen.batch_size]
+            outputs += self.outputs([value for value, _ in part], [name for _, name in part], seed, chosen, on_step)
+        return outputs
+
+    @torch.no_grad()
+    def outputs(
+        self, inputs: Sequence[Any], ids: Sequence[str], seed: int, settings: SampleConfig | None = None, on_step: OnStep | None = None
+    ) -> list[Any]:
+        """Outputs of one batch of read inputs."""
+        return self.task.run(inputs, self.flow(seed, settings or self.settings, on_step), ids)
+
+    def flow(self, seed: int, settings: SampleConfig, on_step: OnStep | None = None) -> Flow:
+        """The function that a task calls to turn sources into z1; sources are taken in parts of settings.batch_size."""
+
+        def run(source: Source, ids: Sequence[str]) -> Tensor:
+            parts = [
+                self.generate(part, self.latents(part, names, seed, settings.mode), settings, on_step)
+                for part, names in _parts(source, ids, settings.batch_size)
+            ]
+            return torch.cat(parts).float().cpu()
+
+        return run
+
+    @torch.no_grad()
+    def latents(self, source: Source, ids: Sequence[str], seed: int = 0, mode: bool = False) -> Tensor:
+        """z0 (B, *latent): a sample of the source posterior with the noise of (seed, id), or its mean."""
+        source = source.to(self.device)
+        posterior = self.model.source_encoder(source.features, source.mask)
+        if self.model.source_encoder.kind == "gaussian":
+            shape = self._gaussian_shape(source)
+            return item_noise(seed, ids, shape).to(self.device)
+        if mode or posterior.log_var is None:
+            return posterior.mode()
+        return posterior.sample(noise=item_noise(seed, ids, posterior.mean.shape[1:]).to(self.device))
+
+    def _gaussian_shape(self, source: Source) -> tuple[int, ...]:
+        shape = self.task.latent_shape
+        grid = source.condition.grid if source.condition is not None else None
+        return (*shape[:1], *grid.shape[-2:]) if grid is not None and len(shape) == 3 else shape
+
+    def generate(self, source: Source, z0: Tensor, settings: SampleConfig, on_step: OnStep | None = None) -> Tensor:
+        """z0 (B, *latent) -> z1 on this pipeline's device."""
+        condition = source.condition.to(self.device) if source.condition is not None else None
+        return sampling.generate(
+            self.model,
+            z0.to(self.device),
+            condition=condition,
+            solver=settings.solver,
+            num_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            guidance_interval=settings.guidance_interval,
+            zero_init_steps=settings.zero_init,
+            time_grid=settings.time_grid,
+            on_step=on_step,
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes a complete run directory (configuration, weights, tokenizer, codec); returns it."""
+        from safetensors.torch import save_file
+
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.yaml").write_text(dump(self.task.config))
+        state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
+        for kind in {"model", self.weights}:
+            save_file(state, target / WEIGHTS[kind])
+        self.task.save(target)
+        if self.folder is not None and (self.folder / "manifest.json").is_file() and self.folder.resolve() != target.resolve():
+            shutil.copy(self.folder / "manifest.json", target / "manifest.json")
+        return target
+
+
+def _parts(source: Source, ids: Sequence[str], size: int) -> Iterator[tuple[Source, Sequence[str]]]:
+    for start in range(0, len(source), size):
+        yield source[start : start + size], ids[start : start + size]

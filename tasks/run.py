@@ -1,0 +1,252 @@
+"""train(config): builds task, model, objective and trainer, runs them, and leaves a complete run directory."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossflow.core import distributed
+from crossflow.core.config import Config, dump
+from crossflow.core.errors import UserError
+from crossflow.core.noise import keyed_generator
+from crossflow.core.training.state import checkpoints
+from crossflow.core.training.tracking import Progress, Silent
+from crossflow.core.training.trainer import DryRun, Trainer, TrainResult
+from crossflow.tasks.base import Task, Tile, build_task, load_config
+from crossflow.tasks.common.dataset import Examples
+from crossflow.tasks.common.images import save_png, sheet
+from crossflow.tasks.pipeline import Pipeline
+from crossflow.tasks.scoring import Scores, held_out_loss, score
+
+logger = logging.getLogger(__name__)
+
+NUM_SAMPLES = 16
+"""Cases of a sample grid."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run leaves: where, how it ended, and the scores at the end beside the trivial baseline's."""
+
+    folder: Path
+    result: TrainResult
+    scores: Scores | None = None
+    baseline: dict[str, float] = field(default_factory=dict)
+
+
+class TrainingSet:
+    """Examples of a task, collated by it: what the trainer reads."""
+
+    def __init__(self, examples: Examples, task: Task) -> None:
+        self.examples, self.task = examples, task
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        return self.examples[place]
+
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Any]:
+        return self.examples.__getitems__(places)
+
+    def collate(self, examples: Sequence[Any]) -> Any:
+        return self.task.batch(examples)
+
+
+class Run:
+    """A run directory with its task, model and data; `train` and `dry_run` work on it."""
+
+    def __init__(self, config: Config, folder: Path, *, progress: Progress | None = None, resume: str | None = None) -> None:
+        """Prepares the task, or reads it back when `resume`d. Raises UserError for unusable settings, data, folders."""
+        self.config, self.folder = config, folder
+        self.progress = progress if progress is not None and distributed.is_main() else Silent()
+        self.resume = resume
+        self.task = build_task(config)
+        self.data = self.task.dataset("train")
+        self._prepare()
+        torch.manual_seed(keyed_generator("weights", config.seed).initial_seed())
+        self.model = self.task.build_model()
+        self.objective = self.task.build_objective(self.model)
+        self._cases: list[Any] | None = None
+
+    def _prepare(self) -> None:
+        """Everything that comes before the flow: learned once by the main process, read by all from the run directory."""
+        prepared = self.folder / "config.yaml"
+        resumable = bool(checkpoints(self.folder / "checkpoints"))
+        if prepared.exists() and self.resume is None:
+            raise UserError(
+                f"{self.folder} already holds a run{' with checkpoints' if resumable else ''}. Continue it with --resume auto, "
+                "or choose another --output."
+            )
+        if self.resume is not None and resumable:
+            self._check_same(prepared)
+        elif distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.task.prepare(self.data, self.progress.note)
+            self.task.save(self.folder)
+            write_atomically(prepared, dump(self.config))
+            write_atomically(self.folder / "manifest.json", json.dumps(manifest(self.config, self.data), indent=1))
+        distributed.barrier()
+        # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
+        self.task.load(self.folder)
+
+    def _check_same(self, prepared: Path) -> None:
+        """A resumed run must be the same run, but for how long it goes on and what it writes."""
+        before = load_config(prepared).model_dump(mode="json")
+        now = self.config.model_dump(mode="json")
+        free = {"steps", "save_every", "keep", "eval_every", "sample_every", "log_every", "num_workers", "trackers", "max_minutes"}
+        different = [
+            f"{section}.{name} ({before[section][name]} -> {value})" if isinstance(before[section], dict) else f"{section} ({before[section]} -> {now[section]})"
+            for section in now
+            for name, value in (now[section].items() if isinstance(now[section], dict) else [("", None)])
+            if (before[section] != now[section] if not isinstance(now[section], dict) else before[section].get(name) != value)
+            and not (section == "train" and name in free)
+        ]
+        if different:
+            raise UserError(
+                f"The run in {self.folder} was started with other settings: {', '.join(different)}. Resume with its own settings, "
+                "or start a new run in another --output."
+            )
+        write_atomically(prepared, dump(self.config))
+
+    # -- training
+
+    def _trainer(self) -> Trainer:
+        return Trainer(
+            self.config.train,
+            self.objective,
+            TrainingSet(self.data, self.task),
+            run_dir=self.folder,
+            seed=self.config.seed,
+            latent_shape=self.task.latent_shape,
+            sample=self._sample,
+            validate=self._validate,
+            progress=self.progress,
+            settings=self.config.model_dump(mode="json"),
+        )
+
+    def dry_run(self) -> DryRun:
+        """What the run will take: parameters, memory, time, disk."""
+        return self._trainer().dry_run()
+
+    def train(self) -> Outcome:
+        """Trains, then scores the averaged weights on the validation split beside the trivial baseline."""
+        trainer = self._trainer()
+        result = trainer.run(self.resume)
+        if result.status == "stopped" or not distributed.is_main():
+            return Outcome(self.folder, result)
+        self.progress.note("Scoring the averaged weights on the validation split.")
+        with trainer.ema.applied():
+            scores = score(self._pipeline(), self.cases(), seed=self.config.seed, num_tiles=NUM_SAMPLES)
+        self._write_sheet(scores.pages, "final.png")
+        baseline = self.task.baseline(self.data, self.cases())
+        write_atomically(
+            self.folder / "scores.json", json.dumps({"scores": scores.values, "intervals": scores.intervals, "baseline": baseline}, indent=1)
+        )
+        return Outcome(self.folder, result, scores, baseline)
+
+    def cases(self) -> list[Any]:
+        """What is scored during and after training: `data.num_val` cases of the validation split."""
+        if self._cases is None:
+            self._cases = self.task.cases(self._validation(), self.config.data.num_val)
+        return self._cases
+
+    def _validation(self) -> Examples:
+        return self.task.dataset("val", limit=self.config.data.num_val)
+
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(self.task, self.model, folder=self.folder, weights="ema", device=str(next(self.model.parameters()).device))
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Flow loss on held-out items, with their own sources and with those of other items."""
+        return held_out_loss(self.task, self.model, self._validation())
+
+    def _sample(self, step: int) -> None:
+        if not distributed.is_main():
+            return
+        few = self.cases()
+        few = few[:: max(1, len(few) // NUM_SAMPLES)][:NUM_SAMPLES]
+        scores = score(self._pipeline(), few, seed=self.config.seed, num_tiles=NUM_SAMPLES)
+        path = self._write_sheet(scores.pages, f"step_{step:08d}.png")
+        self.progress.note(f"Samples: {path}")
+
+    def _write_sheet(self, pages: list[list[Tile]], name: str) -> Path:
+        tiles = [tile for page in pages for tile in page]
+        columns = len(pages[0]) * max(1, 8 // (2 * len(pages[0])))
+        picture = sheet([tile.image for tile in tiles], [tile.text for tile in tiles], columns=columns, cell=128)
+        (self.folder / "samples").mkdir(exist_ok=True)
+        return save_png(picture, self.folder / "samples" / name, {"seed": self.config.seed, "task": self.config.task})
+
+
+def train(config: Config, folder: Path, *, progress: Progress | None = None, resume: str | None = None) -> Outcome:
+    """Trains `config` into the run directory `folder`. resume: None, "auto", or a checkpoint's folder."""
+    return Run(config, folder, progress=progress, resume=resume).train()
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """root/name, or root/name-2, -3, ... when there is something already."""
+    folder, number = root / name, 1
+    while folder.exists():
+        number += 1
+        folder = root / f"{name}-{number}"
+    return folder
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file under a temporary name, then renames it: it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+PACKAGES = ("crossflow-toolkit", "torch", "accelerate", "transformers", "diffusers", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for manifests."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git": _revision(),
+    }
+
+
+def _revision() -> str | None:
+    root = Path(__file__).parent.parent
+    try:
+        found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def manifest(config: Config, data: Examples) -> dict[str, Any]:
+    """What a run was made of."""
+    return {
+        "task": config.task,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "data": {"spec": data.reader.spec, "split": data.reader.split, "num_items": len(data), "fingerprint": data.reader.fingerprint()},
+        **environment(),
+    }
+
+
+__all__ = ["DryRun", "Outcome", "Run", "asdict", "environment", "manifest", "new_folder", "train", "write_atomically"]

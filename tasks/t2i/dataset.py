@@ -1,0 +1,16 @@
+"""Training examples of text-to-image: a square picture and one of its captions, drawn anew each epoch."""
+
+from typing import Any
+
+import numpy as np
+
+from crossflow.tasks.common.images import center_crop_resize, to_tensor
+from crossflow.tasks.common.readers import Item
+
+
+def example(item: Item, size: int, generator: np.random.Generator) -> dict[str, Any]:
+    """{"id", "image" float32 (3, size, size) in [-1, 1], "caption", "seed" of its latent's sample}; all chance from `generator`."""
+    assert item.image is not None
+    caption = item.captions[int(generator.integers(len(item.captions)))]
+    image = to_tensor(center_crop_resize(item.image, size))
+    return {"id": item.id, "image": image, "caption": caption, "seed": int(generator.integers(2**62))}

@@ -1,0 +1,174 @@
+"""The text side of text-to-image: features of a prompt, the trunk of the text variational encoder, what z0 is aligned with.
+
+Features are token ids, read by a small text transformer that is trained with the model (default), or those of a frozen encoder
+(CLIP, T5, a Llama-type decoder) by hub id or path. B batch, N tokens, D width.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from crossflow.core.config import Section, SourceConfig
+from crossflow.core.errors import UserError
+from crossflow.core.layers import patchify
+from crossflow.core.noise import keyed_generator
+from crossflow.tasks.common.frozen import write_json
+from crossflow.tasks.common.text import QueryHead, TextFeatures, TextTransformer, TextTrunk, smallest_patch
+from crossflow.tasks.common.tokenizer import build_tokenizer, load_tokenizer, tokenize
+
+FROZEN_FILE = "text_encoder.json"
+TOKENIZER = "tokenizer"
+FIXED_WIDTH = 64
+
+
+class TextSettings(Section):
+    encoder: str | None = None
+    """Hub id or folder of a frozen text encoder (CLIP, T5, Llama-type); none: a small transformer trained with the model."""
+    subfolder: str = ""
+    """Of the encoder inside that repository."""
+    max_length: int = Field(77, ge=2)
+    """Tokens per prompt; longer prompts are cut."""
+    vocab_size: int = Field(4096, ge=300)
+    """Largest vocabulary of the tokenizer built from the data (no frozen encoder)."""
+    scale: float = Field(1.0, gt=0)
+    """Factor on frozen features (10 with T5 in the released models)."""
+    layer: int | None = None
+    """Hidden state of a frozen encoder to take; none: the last, after its norm."""
+    template: str | None = None
+    """Text around {prompt}, for Llama-type encoders."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen encoder."""
+    head: Literal["queries", "flatten"] = "queries"
+    """How tokens become a latent: learned queries, or all tokens flattened through one linear map (as released)."""
+
+
+class TextSide:
+    """Prompts -> features (B, N) ids or (B, N, D), and mask (B, N) bool; with the modules that read them.
+
+    Exactly one of `tokenizer` (trained text transformer) and `frozen` is set.
+    """
+
+    def __init__(self, settings: TextSettings, tokenizer: Any = None, frozen: TextFeatures | None = None) -> None:
+        assert (tokenizer is None) != (frozen is None)
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.frozen = frozen
+
+    @classmethod
+    def prepare(cls, settings: TextSettings, captions: Iterable[str]) -> "TextSide":
+        """Loads the frozen encoder, or builds a tokenizer from the captions."""
+        if settings.encoder is None:
+            return cls(settings, build_tokenizer(captions, settings.vocab_size, settings.max_length))
+        return cls(
+            settings,
+            frozen=TextFeatures.load(
+                settings.encoder,
+                subfolder=settings.subfolder,
+                max_length=settings.max_length,
+                precision=settings.precision,
+                scale=settings.scale,
+                layer=settings.layer,
+                template=settings.template,
+            ),
+        )
+
+    def save(self, folder: Path) -> None:
+        if self.frozen is not None:
+            write_json(folder / FROZEN_FILE, self.frozen.settings())
+        else:
+            self.tokenizer.save_pretrained(folder / TOKENIZER)
+
+    @classmethod
+    def load(cls, settings: TextSettings, folder: Path) -> "TextSide":
+        """Reads what `save` wrote; a frozen encoder must have the recorded checksum."""
+        if settings.encoder is None:
+            return cls(settings, load_tokenizer(folder / TOKENIZER))
+        path = folder / FROZEN_FILE
+        if not path.is_file():
+            raise UserError(f"{folder} has no {FROZEN_FILE}, which says what text encoder its model reads.")
+        return cls(settings, frozen=TextFeatures.load(**{**json.loads(path.read_text()), "source": settings.encoder}))
+
+    def features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if self.frozen is not None:
+            features, mask = self.frozen(texts)
+            return features.cpu(), mask.cpu()
+        return tokenize(self.tokenizer, texts, self.settings.max_length)
+
+    @property
+    def _reads(self) -> dict[str, int]:
+        if self.frozen is not None:
+            return {"feature_width": self.frozen.width}
+        return {"vocab_size": len(self.tokenizer)}
+
+    def build_trunk(self, config: SourceConfig, latent_shape: tuple[int, ...]) -> nn.Module:
+        """features, mask -> (B, 2, *latent)."""
+        return TextTrunk(
+            latent_shape,
+            **self._reads,
+            max_length=self.settings.max_length,
+            width=config.width,
+            depth=config.depth,
+            heads=max(1, config.width // 32),
+            head=self.settings.head,
+        )
+
+    def build_condition_encoder(self, config: SourceConfig) -> nn.Module:
+        """features, mask -> condition tokens (B, N, config.width), for the noise-source baseline."""
+        return TextTransformer(
+            **self._reads,
+            max_length=self.settings.max_length,
+            width=config.width,
+            depth=config.depth,
+            heads=max(1, config.width // 32),
+        )
+
+    # -- what z0 is aligned with
+
+    def alignment(self, features: Tensor, texts: Sequence[str], reconstruct: bool) -> Tensor:
+        """The text side of the encoder loss: features to be reconstructed (B, N, D), else one vector per text or its ids."""
+        if self.frozen is None:
+            return fixed_embedding(len(self.tokenizer))[features] if reconstruct else features
+        return features if reconstruct else self.frozen.pooled(texts).cpu()
+
+    def build_alignment_head(self, num_values: int) -> nn.Module:
+        """The text alignment of `alignment` -> (B, num_values)."""
+        if self.frozen is not None:
+            return _mlp(self.frozen.width, num_values)
+        return nn.Sequential(nn.EmbeddingBag(len(self.tokenizer), 256), _mlp(256, num_values))
+
+    def build_reconstructor(self, latent_shape: tuple[int, ...]) -> nn.Module:
+        """z0 (B, *latent) -> features (B, N, D)."""
+        width = self.frozen.width if self.frozen is not None else FIXED_WIDTH
+        return FeatureDecoder(latent_shape, self.settings.max_length, width)
+
+
+def fixed_embedding(vocab_size: int) -> Tensor:
+    """(V, 64): a fixed random vector of unit variance per token, so that ids have features that can be reconstructed."""
+    return torch.randn(vocab_size, FIXED_WIDTH, generator=keyed_generator("token features"))
+
+
+class FeatureDecoder(nn.Module):
+    """z0 (B, C, H, W) or (B, N', C) -> token features (B, N, D): one learned query per token looks at the latent."""
+
+    def __init__(self, latent_shape: tuple[int, ...], num_tokens: int, width: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.patch = smallest_patch(latent_shape[1], latent_shape[2], 64) if len(latent_shape) == 3 else 0
+        channels = latent_shape[0] * self.patch**2 if self.patch else latent_shape[1]
+        self.embed = nn.Linear(channels, hidden)
+        self.positions = nn.Parameter(torch.randn(math.prod(latent_shape) // channels, hidden) * 0.1)
+        self.head = QueryHead((num_tokens, width), hidden, 4, 1)
+
+    def forward(self, z0: Tensor) -> Tensor:
+        tokens = self.embed(patchify(z0, self.patch) if self.patch else z0) + self.positions
+        seen = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return self.head(tokens, seen)[:, 0]
+
+
+def _mlp(width: int, num_values: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU(), nn.Linear(512, num_values))
