@@ -3,7 +3,10 @@
 W ranks; every rank holds the same number of samples B, in rank order: global sample = rank * B + local sample.
 """
 
+import atexit
+import os
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -18,11 +21,24 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+@cache
 def device() -> torch.device:
     """The device of this process. The first call joins the group of processes that a launcher has announced."""
     from accelerate import PartialState
 
-    return PartialState().device
+    announced = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # Told nothing, accelerate takes several processes without a GPU for as many runs of one process.
+    state = PartialState(cpu=announced and not torch.accelerator.is_available())
+    if is_distributed():
+        atexit.register(_leave)
+    found: torch.device = state.device
+    return found
+
+
+def _leave() -> None:
+    """Leaves the group of processes; a process that ends as a member may be aborted by the group's threads."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

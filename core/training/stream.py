@@ -117,4 +117,6 @@ def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: b
         pin_memory=pin,
         collate_fn=_unchanged,  # type: ignore[arg-type]  # without batching it gets the single item
         worker_init_fn=ignore_in_worker,
+        # Its own generator: without one, beginning to load draws from the global one, and a resumed run begins again.
+        generator=keyed_generator("loader", dataset.seed),
     )

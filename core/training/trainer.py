@@ -629,13 +629,14 @@ def _accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
         # An ablation may leave out a loss and with it the parameters that only this loss reaches.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if accelerator.distributed_type not in _SUPPORTED:
         raise UserError(
             f"accelerate is configured for {accelerator.distributed_type.value}, but training is data-parallel only. "
             "Choose multi-GPU or multi-CPU in `accelerate config`, or pass --multi_gpu to `accelerate launch`."
         )
+    assert accelerator.num_processes == distributed.world_size(), "accelerate sees other processes than torch does"
     return accelerator
 
 
