@@ -69,6 +69,9 @@ def require(reader: Reader, fields: Collection[str], task: str) -> Reader:
     missing = [field for field in fields if field not in reader.fields]
     if not missing:
         return reader.having(fields)
+    reasons = [f"{id}: {reason}" for id, reason in reader.problems.items()]
+    if len(reasons) == len(reader):
+        raise UserError(f"All {len(reader)} items of {reader.spec!r} are bad, such as {'; '.join(reasons[:3])}.")
     fitting = [name for name in READERS.names() if READERS.get(name).offers.issuperset(fields)]
     raise UserError(
         f"Task {task!r} needs {_listed(fields)}, but {reader.spec!r} (split {reader.split!r}) has only "

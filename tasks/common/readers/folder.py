@@ -14,6 +14,7 @@ from crossflow.tasks.common.readers.base import (
     inside,
     json_file,
     json_lines,
+    leaves,
     split_by_hash,
     split_folders,
 )
@@ -64,7 +65,7 @@ class Entry:
     path: str = ""
     captions: list[str] = field(default_factory=list)
     problem: str = ""
-    malformed: bool = False  # a line of metadata that names no image, so it is in every split
+    malformed: bool = False  # a line of metadata that names no image here, so it is in every split
 
     def record(self, name: str) -> Record:
         return Record(name, self.path, tuple(self.captions), problem=self.problem)
@@ -144,6 +145,8 @@ def _described(line: object, label: str) -> tuple[str, Entry]:
     if not isinstance(line, Mapping) or not isinstance(given, str) or not given:
         return label, Entry(problem=f"{label} names no image", malformed=True)
     name = str(PurePosixPath(given))
+    if leaves(name):
+        return label, Entry(problem=f"{label}: path {name!r} leaves the data folder", malformed=True)
     try:
         captions = captions_of(line)
     except ValueError as error:

@@ -62,15 +62,17 @@ def _from_frames(file: Path, split: str) -> list[Record]:
         )
     records = []
     for number, frame in enumerate(content["frames"]):
-        names = [frame.get(key) for key in ("rgb", "depth", "split")] if isinstance(frame, Mapping) else []
-        if not names or not all(isinstance(name, str) and name for name in names):
+        values = [frame.get(key) for key in ("rgb", "depth", "split")] if isinstance(frame, Mapping) else []
+        names = [value for value in values if isinstance(value, str) and value]
+        if len(names) < 3:
             # In no known split, so every split shows it.
             label = f"{file.name}:frames[{number}]"
             records.append(Record(label, problem=f"{label} lacks rgb, depth or split"))
             continue
         rgb, depth, where = names
         if split in ("all", split_word(where)):
-            records.append(Record(str(frame.get("id", PurePosixPath(rgb).with_suffix(""))), rgb, depth=depth))
+            id = frame.get("id")
+            records.append(Record(str(PurePosixPath(rgb).with_suffix("") if id is None else id), rgb, depth=depth))
     return records
 
 

@@ -3,6 +3,7 @@
 Smoke data: real pixels without a download.
 """
 
+import copy
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -84,8 +85,7 @@ class SkimageReader(Reader):
     def having(self, fields: Collection[str]) -> "SkimageReader":
         """With depth: only the pieces that have it."""
         assert self.fields.issuperset(fields)
-        reader = object.__new__(SkimageReader)
-        reader.__dict__.update(self.__dict__)
+        reader = copy.copy(self)
         reader._set_pieces([piece for piece in self.pieces if piece.disparity or "depth" not in fields])
         return reader
 
