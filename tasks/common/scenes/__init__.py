@@ -21,6 +21,7 @@ from crossflow.tasks.common.scenes.world import (
     COLOURS,
     FAR,
     FRONT_MARGIN,
+    HALF_VIEW,
     LEFT_MARGIN,
     MATERIALS,
     MIN_SHARE,
@@ -39,8 +40,8 @@ from crossflow.tasks.common.scenes.world import (
 )
 
 __all__ = [
-    "COLOURS", "FAR", "FRONT_MARGIN", "GROUND", "LEFT_MARGIN", "MATERIALS", "MIN_SHARE", "OPPOSITE", "PROMPT_KINDS",
-    "RELATIONS", "SHAPES", "SIZES", "SKY", "SPLITS", "Camera", "ObjectName", "Prompt", "Requirement", "Scene", "Solid",
-    "Surroundings", "captions", "geneval_prompts", "make_scene", "object_f1", "objects_in_references", "objects_of",
-    "parse_objects", "place", "render", "scene_seed", "visible_shares",
+    "COLOURS", "FAR", "FRONT_MARGIN", "GROUND", "HALF_VIEW", "LEFT_MARGIN", "MATERIALS", "MIN_SHARE", "OPPOSITE",
+    "PROMPT_KINDS", "RELATIONS", "SHAPES", "SIZES", "SKY", "SPLITS", "Camera", "ObjectName", "Prompt",
+    "Requirement", "Scene", "Solid", "Surroundings", "captions", "geneval_prompts", "make_scene", "object_f1",
+    "objects_in_references", "objects_of", "parse_objects", "place", "render", "scene_seed", "visible_shares",
 ]  # fmt: skip
