@@ -1,0 +1,411 @@
+"""Text autoencoder: captions <-> a latent of the image codec's shape, decoded to all tokens in parallel.
+
+Captioning is a flow from an image to this latent (CrossFlow; its Table 10 gives the share of tokens that come back).
+The decoder must read what the flow hits rather than what the encoder wrote, so in training noise is added to the
+latent, which is held at mean 0 and variance 1: loss = cross-entropy of all tokens + kl_weight KL.
+Each token has its own share of the latent's patches at first; mixing and attention are learned from there.
+B batch, N tokens, V vocabulary, D width, C channels, H W height width, M patches, k tokens per patch.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from crossflow.core.config import Section
+from crossflow.core.errors import UserError
+from crossflow.core.layers import TransformerLayer, patchify, unpatchify
+from crossflow.core.noise import keyed_generator
+from crossflow.core.source import LOG_VAR_RANGE, Posterior
+from crossflow.tasks.common.frozen import write_json
+from crossflow.tasks.common.text import TextTransformer, detokenize, load_tokenizer, smallest_patch, tokenize
+
+logger = logging.getLogger(__name__)
+
+MOST_PATCHES = 64
+SETTINGS_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "text_autoencoder.json", "model.safetensors", "tokenizer"
+
+
+class TextAutoencoderConfig(Section):
+    max_length: int = Field(32, ge=2, le=512)
+    """Tokens of a caption, `<eos>` included; longer ones are cut."""
+    width: int = Field(128, ge=8)
+    depth: int = Field(2, ge=1)
+    """Layers of the encoder, and of the decoder."""
+    heads: int = Field(4, ge=1)
+    patch: int = Field(0, ge=0)
+    """Side of the latent's patches; 0: the smallest that makes at most 64. Token latents (N, C): a patch is a token."""
+    bottleneck: int = Field(0, ge=0)
+    """Numbers that describe a patch, spread linearly over its elements; 0: each element is free."""
+    noise: float = Field(1.0, ge=0)
+    """Largest standard deviation of the noise on the latent in training, where the latent has 1; drawn per caption."""
+    kl_weight: float = Field(1e-6, ge=0)
+    """Weight of KL(posterior || N(0, I)), summed over the latent of a caption."""
+    pad_weight: float = Field(0.1, ge=0, le=1)
+    """Weight of the positions after `<eos>`, which are to be decoded as padding."""
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """How well captions survive: the share of tokens (with `<eos>`, without padding) and of whole captions that come
+    back.
+
+    latent_mean, latent_std: over all elements of all captions; spread: standard deviation of an element over
+    captions, mean over elements; posterior_std: mean of the posterior's own; noise: standard deviation added before
+    decoding.
+    """
+
+    token_accuracy: float
+    exact_match: float
+    latent_mean: float
+    latent_std: float
+    spread: float
+    posterior_std: float
+    noise: float
+    num_captions: int
+
+
+class TextAutoencoder(nn.Module):
+    """`encode(texts) -> Posterior` over latents of mean 0 and variance 1, `decode(z) -> texts`.
+
+    tokenizer: as `build_tokenizer` makes it; latent_shape: (C, H, W) or (N', C).
+    """
+
+    # z = (raw - shift) * scale. One scale for all elements: with their own, a place that few captions are long enough
+    # to use would be blown up in those that do.
+    shift: Tensor  # (*latent)
+    scale: Tensor  # ()
+
+    def __init__(
+        self, tokenizer: Any, latent_shape: tuple[int, ...], config: TextAutoencoderConfig | None = None
+    ) -> None:
+        super().__init__()
+        config = config or TextAutoencoderConfig()
+        if len(latent_shape) not in (2, 3):
+            raise UserError(f"A text autoencoder makes latents (C, H, W) or (N, C), not {tuple(latent_shape)}.")
+        self.tokenizer, self.config, self.latent_shape = tokenizer, config, tuple(latent_shape)
+        self.vocab_size = len(tokenizer)
+        self.patches = Patches(self.latent_shape, config.patch)
+        self.encoder = TokenEncoder(self.vocab_size, config, self.patches)
+        self.decoder = TokenDecoder(self.vocab_size, config, self.patches)
+        self.register_buffer("shift", torch.zeros(self.latent_shape))
+        self.register_buffer("scale", torch.ones(()))
+
+    def posterior(self, ids: Tensor, mask: Tensor) -> Posterior:
+        """ids (B, N) int64, mask (B, N) bool -> posterior over the normalised latent (B, *latent), float32.
+
+        In training the latent is normalised by the statistics of the batch, and the stored ones follow them.
+        """
+        raw, log_var = self.encoder(ids, mask).float().unbind(1)
+        if self.training and len(raw) > 1:
+            mean, std = statistics(raw)
+            with torch.no_grad():
+                self.shift.lerp_(mean, 0.05)
+                self.scale.lerp_(1 / std, 0.05)
+            latent = (raw - mean) / std
+        else:
+            latent = (raw - self.shift) * self.scale
+        return Posterior(latent, log_var.clamp(*LOG_VAR_RANGE))
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Latents (B, *latent) -> token logits (B, N, V), all tokens in parallel."""
+        return self.decoder(z)
+
+    def loss(self, ids: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Scalars `loss`, `reconstruction`, `kl` and `token_accuracy` of a batch of ids (B, N) and mask (B, N).
+
+        generator: of the sampling and of the noise on the latent (on CPU, so that it is the same on every device).
+        """
+        posterior = self.posterior(ids, mask)
+        noise = torch.randn(2, *posterior.mean.shape, generator=generator).to(ids.device)
+        level = torch.rand(len(ids), generator=generator).to(ids.device) * self.config.noise
+        z = posterior.sample(noise=noise[0]) + level.reshape(-1, *[1] * len(self.latent_shape)) * noise[1]
+        logits = self.logits(z).float()
+        weight = torch.where(mask, 1.0, self.config.pad_weight)
+        losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").reshape(ids.shape)
+        reconstruction = (losses * weight).sum() / weight.sum()
+        kl = posterior.kl().mean()
+        correct = (logits.argmax(-1) == ids) & mask
+        return {
+            "loss": reconstruction + self.config.kl_weight * kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "token_accuracy": correct.sum() / mask.sum(),
+        }
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], chunk: int = 256) -> Posterior:
+        """Texts -> posterior over latents (B, *latent), by the stored statistics and without gradient."""
+        was_training = self.training
+        self.eval()
+        ids, mask = self.tokenize(texts)
+        parts = [self.posterior(*part) for part in zip(ids.split(chunk), mask.split(chunk), strict=True)]
+        self.train(was_training)
+        return Posterior(
+            torch.cat([part.mean for part in parts]),
+            torch.cat([part.log_var for part in parts if part.log_var is not None]),
+        )
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, chunk: int = 256) -> list[str]:
+        """Latents (B, *latent) -> texts: the likeliest token at every position, up to the first `<eos>` or padding."""
+        ids = torch.cat([self.logits(part).argmax(-1) for part in z.to(self.shift).split(chunk)])
+        return self._texts(ids)
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> ids (B, N) and mask (B, N) on this module's device."""
+        ids, mask = tokenize(self.tokenizer, texts, self.config.max_length)
+        return ids.to(self.shift.device), mask.to(self.shift.device)
+
+    def fit(
+        self,
+        captions: Sequence[str],
+        *,
+        steps: int = 200,
+        minutes: float | None = None,
+        batch_size: int = 64,
+        lr: float = 2e-3,
+        seed: int = 0,
+        precision: Literal["no", "bf16"] = "no",
+        progress: Callable[[int, dict[str, float]], None] | None = None,
+        log_every: int = 50,
+    ) -> TextReport:
+        """Trains on captions (AdamW, warm-up, cosine), measures the statistics of the latent on them and reports on
+        them.
+
+        minutes: stop after so many even if steps are left (the result then depends on the machine's speed);
+        seed: batches and noise follow from (seed, step) alone; precision bf16: autocast;
+        progress: called every `log_every` steps with the step and its losses. The module is in evaluation mode
+        afterwards.
+        """
+        if not captions:
+            raise UserError("The text autoencoder is trained on captions, and the data holds none.")
+        ids, mask = self.tokenize(captions)
+        batch_size = min(batch_size, len(ids))
+        optimizer = torch.optim.AdamW(self.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(steps))
+        device = self.shift.device.type
+        autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+        start = time.monotonic()
+        self.train()
+        for step in range(steps):
+            rows = batch_rows(len(ids), batch_size, seed, step).to(ids.device)
+            with autocast:
+                losses = self.loss(ids[rows], mask[rows], keyed_generator("text_autoencoder", seed, step))
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % log_every == 0 or step + 1 == steps:
+                values = {name: value.item() for name, value in losses.items()}
+                logger.info("text autoencoder, step %d: %s", step + 1, values)
+                if progress is not None:
+                    progress(step + 1, values)
+            if minutes is not None and time.monotonic() - start > 60 * minutes:
+                logger.info("text autoencoder: stopped after %d of %d steps, %.1f minutes", step + 1, steps, minutes)
+                break
+        self.eval()
+        self.measure_statistics(captions)
+        report = self.evaluate(captions[: 2 * batch_size], seed=seed)
+        logger.info("text autoencoder: %s", report)
+        return report
+
+    @torch.no_grad()
+    def measure_statistics(self, captions: Sequence[str], most: int = 2048) -> None:
+        """Sets shift and scale such that over (`most` of) the captions the latent has mean 0 and variance 1."""
+        self.shift.zero_()
+        self.scale.fill_(1)
+        raw = self.encode(captions[:most]).mean
+        if len(raw) > 1:
+            mean, std = statistics(raw)
+            self.shift.copy_(mean)
+            self.scale.copy_(1 / std)
+
+    @torch.no_grad()
+    def evaluate(self, captions: Sequence[str], noise: float = 0.0, seed: int = 0) -> TextReport:
+        """Encodes captions (the mean), adds noise of that standard deviation, decodes and compares."""
+        ids, mask = self.tokenize(captions)
+        posterior = self.encode(captions)
+        assert posterior.log_var is not None
+        generator = keyed_generator("text_autoencoder/evaluate", seed)
+        z = posterior.mean + noise * torch.randn(posterior.mean.shape, generator=generator).to(self.shift.device)
+        decoded = torch.cat([self.logits(part).argmax(-1) for part in z.split(256)])
+        same = [ours == theirs for ours, theirs in zip(self._texts(decoded), self._texts(ids), strict=True)]
+        return TextReport(
+            token_accuracy=((decoded == ids) & mask).sum().item() / mask.sum().item(),
+            exact_match=sum(same) / len(same),
+            latent_mean=posterior.mean.mean().item(),
+            latent_std=posterior.mean.std().item(),
+            spread=posterior.mean.std(0, unbiased=False).mean().item(),
+            posterior_std=(posterior.log_var / 2).exp().mean().item(),
+            noise=noise,
+            num_captions=len(captions),
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes weights, settings and tokenizer to `folder` (made if need be) and returns it."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+        part = folder / (WEIGHTS_FILE + ".part")
+        save_file({name: value.detach().contiguous() for name, value in self.state_dict().items()}, part)
+        os.replace(part, folder / WEIGHTS_FILE)
+        write_json(
+            folder / SETTINGS_FILE, {"latent_shape": list(self.latent_shape), "config": self.config.model_dump()}
+        )
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The autoencoder saved in `folder`, in evaluation mode. Raises UserError when there is none."""
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        if not (folder / SETTINGS_FILE).is_file():
+            raise UserError(f"{str(folder)!r} holds no text autoencoder: there is no {SETTINGS_FILE} in it.")
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+        config = TextAutoencoderConfig.model_validate(settings["config"])
+        autoencoder = cls(tokenizer, tuple(settings["latent_shape"]), config)
+        autoencoder.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        return autoencoder.eval()
+
+    def _texts(self, ids: Tensor) -> list[str]:
+        """ids (B, N) -> texts, where padding ends a text like `<eos>`."""
+        return detokenize(
+            self.tokenizer, torch.where(ids == self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, ids)
+        )
+
+
+def statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, *latent) -> the mean of every element (*latent), and the standard deviation () around it over all
+    elements.
+    """
+    return raw.mean(0), (raw.var(0, unbiased=False).mean() + 1e-6).sqrt()
+
+
+class Patches:
+    """How a latent is cut: (B, *latent) <-> (B, M, E) with E elements per patch."""
+
+    def __init__(self, latent_shape: tuple[int, ...], patch: int) -> None:
+        self.latent_shape = latent_shape
+        if len(latent_shape) == 2:
+            self.side, self.count, self.size = 1, *latent_shape
+            return
+        channels, height, width = latent_shape
+        self.side = patch or smallest_patch(height, width, MOST_PATCHES)
+        if height % self.side or width % self.side:
+            raise UserError(f"Patches of {self.side} do not divide a latent of {height} x {width}.")
+        self.count = (height // self.side) * (width // self.side)
+        self.size = channels * self.side**2
+
+    def cut(self, z: Tensor) -> Tensor:
+        return patchify(z, self.side) if len(self.latent_shape) == 3 else z
+
+    def join(self, patches: Tensor) -> Tensor:
+        return unpatchify(patches, self.side, *self.latent_shape[1:]) if len(self.latent_shape) == 3 else patches
+
+
+class TokenEncoder(nn.Module):
+    """Token ids -> mean and log-variance of the latent, not normalised: (B, N) -> (B, 2, *latent)."""
+
+    def __init__(self, vocab_size: int, config: TextAutoencoderConfig, patches: Patches) -> None:
+        super().__init__()
+        width = config.width
+        self.patches = patches
+        self.transformer = TextTransformer(
+            vocab_size=vocab_size, max_length=config.max_length, width=width, depth=config.depth, heads=config.heads
+        )
+        self.tokens_per_patch = math.ceil(config.max_length / patches.count)
+        shares = shares_of_tokens(config.max_length, patches.count * self.tokens_per_patch)
+        self.mixing = nn.Parameter(shares)  # (M k, N)
+        hidden = config.bottleneck or width
+        self.narrow = nn.Linear(self.tokens_per_patch * width, hidden)
+        self.positions = nn.Parameter(0.1 * torch.randn(patches.count, hidden))
+        self.mean = nn.Linear(hidden, patches.size)
+        self.log_var = nn.Linear(hidden, patches.size)
+        nn.init.zeros_(self.log_var.weight)
+        nn.init.constant_(self.log_var.bias, -4.0)  # a nearly exact code at first; the KL term widens it where it may
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids (B, N) int64, mask (B, N) bool -> (B, 2, *latent)."""
+        tokens = self.transformer(ids, mask) * mask[..., None]
+        slots = self.mixing @ tokens  # (B, M k, D)
+        x = self.narrow(slots.unflatten(1, (self.patches.count, -1)).flatten(2)) + self.positions
+        return torch.stack([self.patches.join(self.mean(x)), self.patches.join(self.log_var(x))], dim=1)
+
+
+class TokenDecoder(nn.Module):
+    """Latent -> token logits in parallel: N output slots, each from its patches, attend to one another and to all
+    patches.
+    """
+
+    def __init__(self, vocab_size: int, config: TextAutoencoderConfig, patches: Patches) -> None:
+        super().__init__()
+        width = config.width
+        self.patches = patches
+        self.tokens_per_patch = math.ceil(config.max_length / patches.count)
+        hidden = config.bottleneck or width
+        self.embed = (
+            nn.Sequential(nn.Linear(patches.size, hidden), nn.Linear(hidden, width))
+            if config.bottleneck
+            else (nn.Linear(patches.size, width))
+        )
+        self.patch_positions = nn.Parameter(0.1 * torch.randn(patches.count, width))
+        self.widen = nn.Linear(width, self.tokens_per_patch * width)
+        shares = shares_of_tokens(config.max_length, patches.count * self.tokens_per_patch)
+        self.mixing = nn.Parameter((shares / shares.sum(0).clamp(min=1)).T.contiguous())  # (N, M k)
+        self.queries = nn.Parameter(0.1 * torch.randn(config.max_length, width))
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, config.heads, context_dim=width) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, vocab_size)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, *latent) -> (B, N, V)."""
+        context = self.embed(self.patches.cut(z)) + self.patch_positions  # (B, M, D)
+        slots = self.widen(context).unflatten(2, (self.tokens_per_patch, -1)).flatten(1, 2)  # (B, M k, D)
+        x = self.mixing @ slots + self.queries
+        for layer in self.layers:
+            x = layer(x, context=context)
+        return self.out(self.norm(x))
+
+
+def shares_of_tokens(num_tokens: int, num_slots: int) -> Tensor:
+    """(num_slots, num_tokens) of 0 and 1: slot j belongs to token floor(j num_tokens / num_slots)."""
+    owner = torch.arange(num_slots) * num_tokens // num_slots
+    return F.one_hot(owner, num_tokens).float()
+
+
+def batch_rows(count: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The rows (batch_size,) of step `step`: whole batches of a shuffle per epoch, which follows from (seed, epoch)."""
+    per_epoch = count // batch_size
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(count, generator=keyed_generator("text_autoencoder/order", seed, epoch))
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+def _warm_cosine(steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate: up over the first twentieth, then a cosine down to a hundredth."""
+    warm = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        done = min(1.0, step / max(1, steps))
+        return min(1.0, (step + 1) / warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+    return factor

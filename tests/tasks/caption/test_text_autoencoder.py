@@ -1,0 +1,184 @@
+"""The text autoencoder: captions survive the latent, also when the latent is missed, and the latent is well scaled."""
+
+import random
+
+import pytest
+import torch
+
+from crossflow.core.errors import UserError
+from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig, batch_rows, shares_of_tokens
+from crossflow.tasks.common.text import build_tokenizer
+
+COLOURS, SHAPES = ("red", "green", "blue", "grey"), ("cube", "sphere", "cone")
+
+
+def grammar(count, seed):
+    """Captions of one or two solids with a relation, a few thousand possible ones."""
+    rng = random.Random(seed)
+
+    def solid():
+        return f"a {rng.choice(('small', 'large'))} {rng.choice(COLOURS)} {rng.choice(SHAPES)}"
+
+    return [
+        solid() if rng.random() < 0.3 else f"{solid()} {rng.choice(('left of', 'behind'))} {solid()}."
+        for _ in range(count)
+    ]
+
+
+TRAIN, HELD_OUT = grammar(600, 0), grammar(100, 1)
+SMALL = {"max_length": 14, "width": 32, "depth": 1, "heads": 2}
+LATENTS = [(1, 16, 16), (3, 8, 8), (12, 16), (5, 24)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(TRAIN, vocab_size=400, max_length=14)
+
+
+def make(tokenizer, latent=(1, 16, 16), seed=0, **config):
+    torch.manual_seed(seed)
+    return TextAutoencoder(tokenizer, latent, TextAutoencoderConfig(**{**SMALL, **config}))
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer):
+    autoencoder = make(tokenizer)
+    autoencoder.fit(TRAIN, steps=150, batch_size=32, lr=5e-3)
+    return autoencoder
+
+
+def test_held_out_captions_survive_a_missed_latent(trained):
+    exact = trained.evaluate(HELD_OUT)
+    assert exact.token_accuracy >= 0.99
+    assert exact.exact_match >= 0.95
+    noisy = trained.evaluate(HELD_OUT, noise=0.5)
+    assert noisy.token_accuracy >= 0.97
+    assert trained.evaluate(HELD_OUT, noise=50.0).token_accuracy < 0.6
+
+
+def test_latent_has_mean_zero_and_variance_one(trained):
+    posterior = trained.encode(TRAIN)
+    assert abs(posterior.mean.mean().item()) < 1e-3
+    assert posterior.mean.std().item() == pytest.approx(1, abs=0.02)
+    report = trained.evaluate(TRAIN[:64])
+    assert 0.5 < report.spread <= report.latent_std < 1.5
+    assert report.num_captions == 64
+
+
+def test_texts_come_back_clean(trained):
+    texts = trained.decode(
+        trained.encode(["A  large RED cube", "a small blue cone left of a large grey sphere."]).mode()
+    )
+    assert texts == ["a large red cube", "a small blue cone left of a large grey sphere."]
+
+
+@pytest.mark.parametrize("text", ["", "a red cube " * 1000, "🦓 שלום"], ids=["empty", "long", "strange"])
+def test_any_text_has_a_finite_latent(trained, text):
+    posterior = trained.encode([text])
+    assert posterior.mean.isfinite().all()
+    assert isinstance(trained.decode(posterior.mean)[0], str)
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("bottleneck", [0, 6])
+def test_any_latent_shape_trains_every_parameter(tokenizer, latent, bottleneck):
+    autoencoder = make(tokenizer, latent, bottleneck=bottleneck)
+    ids, mask = autoencoder.tokenize(TRAIN[:8])
+    losses = autoencoder.loss(ids, mask, torch.Generator().manual_seed(0))
+    losses["loss"].backward()
+    assert autoencoder.posterior(ids, mask).mean.shape == (8, *latent)
+    assert autoencoder.logits(torch.zeros(2, *latent)).shape == (2, 14, len(tokenizer))
+    for name, parameter in autoencoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_training_is_deterministic_and_its_state_is_left_alone(tokenizer):
+    first, second, other = make(tokenizer), make(tokenizer), make(tokenizer)
+    first.fit(TRAIN, steps=3, batch_size=16, seed=1)
+    torch.rand(7)  # the global generator plays no part
+    second.fit(TRAIN, steps=3, batch_size=16, seed=1)
+    other.fit(TRAIN, steps=3, batch_size=16, seed=2)
+    states = [autoencoder.state_dict() for autoencoder in (first, second, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+    assert not first.training
+
+
+def test_progress_is_reported_and_time_ends_training(tokenizer):
+    seen = []
+    make(tokenizer).fit(
+        TRAIN, steps=5, batch_size=16, log_every=2, progress=lambda step, values: seen.append((step, values))
+    )
+    assert [step for step, _ in seen] == [2, 4, 5]
+    assert {"loss", "reconstruction", "kl", "token_accuracy"} <= set(seen[0][1])
+    seen.clear()
+    make(tokenizer).fit(
+        TRAIN, steps=10_000, minutes=0.0, batch_size=16, log_every=1, progress=lambda *step: seen.append(step)
+    )
+    assert len(seen) == 1
+
+
+def test_bf16_trains(tokenizer):
+    values = []
+    make(tokenizer).fit(
+        TRAIN, steps=2, batch_size=8, precision="bf16", log_every=1, progress=lambda _, v: values.append(v)
+    )
+    assert all(torch.tensor(list(v.values())).isfinite().all() for v in values)
+
+
+def test_saved_autoencoder_is_the_same(trained, tmp_path):
+    folder = trained.save(tmp_path / "codec")
+    loaded = TextAutoencoder.load(folder)
+    z = trained.encode(HELD_OUT).mean
+    assert torch.equal(loaded.encode(HELD_OUT).mean, z)
+    assert loaded.decode(z) == trained.decode(z)
+    assert loaded.config == trained.config
+    assert not list(folder.glob("*.part"))
+    with pytest.raises(UserError, match="no text autoencoder"):
+        TextAutoencoder.load(tmp_path)
+
+
+def test_evaluation_does_not_depend_on_the_batch(trained):
+    together = trained.encode(HELD_OUT[:10]).mean
+    alone = torch.cat([trained.encode([text]).mean for text in HELD_OUT[:10]])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_every_token_has_a_share_of_the_latent():
+    for tokens, slots in [(14, 64), (77, 77), (32, 36), (5, 5)]:
+        shares = shares_of_tokens(tokens, slots)
+        assert (shares.sum(1) == 1).all()
+        assert (shares.sum(0) >= 1).all()
+
+
+def test_an_epoch_shows_every_caption_once():
+    rows = torch.cat([batch_rows(12, 4, seed=0, step=step) for step in range(3)])
+    assert rows.sort().values.tolist() == list(range(12))
+    assert not torch.equal(rows[:4], batch_rows(12, 4, seed=0, step=3))
+
+
+def test_user_errors(tokenizer):
+    with pytest.raises(UserError, match="Patches of 3"):
+        make(tokenizer, (3, 8, 8), patch=3)
+    with pytest.raises(UserError, match="not \\(8,\\)"):
+        make(tokenizer, (8,))
+    with pytest.raises(UserError, match="holds none"):
+        make(tokenizer).fit([])
+
+
+@pytest.mark.slow
+def test_scene_captions_survive_within_a_minute():
+    from crossflow.tasks.common.scenes import captions, make_scene, scene_seed
+
+    train, held_out = (
+        [text for index in range(count) for text in captions(make_scene(scene_seed(split, index)))]
+        for split, count in (("train", 1000), ("val", 60))
+    )
+    torch.manual_seed(0)
+    autoencoder = TextAutoencoder(build_tokenizer(train, max_length=32), (3, 32, 32))
+    autoencoder.fit(train, steps=120)
+    for noise in (0.0, 0.5):
+        report = autoencoder.evaluate(held_out, noise=noise)
+        assert report.token_accuracy >= 0.99
+        assert report.exact_match >= 0.95
