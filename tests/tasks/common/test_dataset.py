@@ -171,6 +171,21 @@ def test_damaged_files_on_disk_are_replaced(tmp_path):
     assert set(examples.bad) == {"000.png", "039.png"}
 
 
+def test_items_are_the_good_ones_in_order_up_to_the_limit():
+    examples = Examples(CountingReader(limit=50, broken=(1,)), name, seed=0)
+    assert [item.id for item in examples.items()] == [f"item{index}" for index in range(50) if index != 1]
+    assert [item.id for item in examples.items(limit=3)] == ["item0", "item2", "item3"]
+    assert examples.bad == {"item1": "broken"}
+    assert set(examples.reader.loaded.values()) == {1}
+
+
+def test_captions_come_without_decoding_pictures(tmp_path):
+    rows = [f'{{"image": "{number}.png", "captions": ["a {number}", "b"]}}\n' for number in range(3)]
+    (tmp_path / "x.jsonl").write_text("".join(rows))  # of pictures that are not there
+    examples = Examples(open_reader(f"jsonl:{tmp_path}/x.jsonl@all", "train"), name, seed=0)
+    assert list(examples.captions(limit=2)) == ["a 0", "b", "a 1", "b"]
+
+
 # --------------------------------------------------------------------------------------------------------------- memory
 
 

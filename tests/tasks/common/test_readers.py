@@ -308,6 +308,9 @@ def test_coco_never_mixes_years(tmp_path, caplog):
     with pytest.raises(UserError, match="none for 'test'"):
         open_reader(f"coco:{tmp_path}", "test")
     assert "captions of 2017, not those of 2014" in caplog.text
+    (tmp_path / "annotations/captions_train2017.json").rename(tmp_path / "annotations/captions_train2014.json")
+    with pytest.raises(UserError, match="train, test but none for 'val'"):  # val2017 shares images with train2014
+        open_reader(f"coco:{tmp_path}", "val")
 
 
 def test_coco_plain_layout_with_other_splits(tmp_path):
@@ -336,8 +339,8 @@ def test_coco_bad_entries_are_bad_items_with_reasons(tmp_path):
         "2": "no such file: 'missing.png'",
         "3": "has no caption",
         "4": "all its 2 captions are empty",
-        "5": "leaves the data folder",
-        "6": "leaves the data folder",
+        "5": "path '../outside.png' leaves the data folder",
+        "6": "path '/etc/passwd' leaves the data folder",
         "captions_train.json:images[6]": "no id and file_name",
         "captions_train.json:images[7]": "no id and file_name",
         "1#2": "the id '1' occurred before",
@@ -456,7 +459,7 @@ def test_jsonl_bad_lines_are_counted_with_their_numbers(tmp_path):
         "empty.png": "no caption that is not empty",
         "number.png": "line 7 of x.jsonl: caption is int, not text",
         "missing.png": "no such file",
-        "../outside.png": "leaves the data folder",
+        "../outside.png": "path '../outside.png' leaves the data folder",
         str(tmp_path / "outside.png"): "leaves the data folder",
         "link.png": "is a link that leaves the data folder",
         "a\0b.png": "names no file",
