@@ -1,4 +1,4 @@
-"""What travels from a task to the core: a training batch, what sampling starts from, the condition of a noise-source baseline.
+"""What travels from a task to the core: a training batch, what sampling starts from, a baseline's condition.
 
 B batch, N tokens, D width, C channels, H W height width.
 """
@@ -35,8 +35,8 @@ class _Tensors:
 class Condition(_Tensors):
     """What a noise-source baseline sees besides z_t; CrossFlow itself has none. Guidance drops it.
 
-    `tokens` (B, N, D) or raw features that the model's condition encoder turns into such, `mask` (B, N) bool, True = token;
-    `grid` (B, C, H, W), concatenated to z_t along channels.
+    `tokens` (B, N, D) or raw features that the model's condition encoder turns into such, `mask` (B, N) bool, True =
+    token; `grid` (B, C, H, W), concatenated to z_t along channels.
     """
 
     tokens: Tensor | None = None

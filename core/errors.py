@@ -11,6 +11,8 @@ class UserError(ValueError):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a `name` that is not among the `known` names of a `kind`: near names first, then all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
+    prefix = name[: name.rfind(".") + 1]  # that of a setting ("train."), which would make all of them look near
+    ends = {known_name.removeprefix(prefix): known_name for known_name in names}
+    near = difflib.get_close_matches(name.removeprefix(prefix), ends, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(ends[match]) for match in near)}?" if near else ""
     return UserError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
