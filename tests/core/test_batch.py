@@ -1,0 +1,30 @@
+"""Batch and Condition: frozen, and moved to a device as a whole."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from crossflow.core.batch import Batch, Condition
+
+
+def test_every_tensor_moves_also_those_of_the_condition() -> None:
+    condition = Condition(tokens=torch.zeros(2, 3, 4), mask=torch.ones(2, 3, dtype=torch.bool))
+    batch = Batch(features=torch.zeros(2, 5), target=torch.zeros(2, 4, 8, 8), condition=condition, ids=("a", "b"))
+    moved = batch.to("meta")
+    assert moved.features.device.type == moved.target.device.type == "meta"
+    assert moved.condition is not None
+    assert moved.condition.tokens is not None
+    assert moved.condition.mask is not None
+    assert moved.condition.tokens.device.type == moved.condition.mask.device.type == "meta"
+    assert moved.condition.grid is None
+    assert moved.weight is None
+    assert moved.ids == ("a", "b")
+    assert batch.features.device.type == "cpu", "the original stays"
+
+
+def test_length_is_the_number_of_samples_and_fields_are_frozen() -> None:
+    batch = Batch(features=torch.zeros(3, 5), target=torch.zeros(3, 4))
+    assert len(batch) == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.target = torch.zeros(1)  # type: ignore[misc]

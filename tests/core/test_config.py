@@ -1,0 +1,221 @@
+"""Configuration: extends, overrides, errors that name the field, round trip."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from crossflow.core.config import Config, Section, build, dump, merge, parse_overrides, read
+from crossflow.core.errors import UserError
+
+BASE = {"task": "toy"}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def built(*overrides: str) -> Config:
+    return build(Config, merge(BASE, parse_overrides(overrides)))
+
+
+def test_a_chain_of_extends_lays_the_nearer_on_top(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "task: toy\ntrain: {lr: 1.0e-3, steps: 10}\nsource: {kind: noisy}\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\ntrain: {steps: 20, batch_size: 8}\n")
+    write(tmp_path / "c.yaml", "extends: b.yaml\ntrain: {batch_size: 4}\nseed: 3\n")
+    settings = read(tmp_path / "c.yaml")
+    assert settings == {
+        "task": "toy",
+        "train": {"lr": 1e-3, "steps": 20, "batch_size": 4},
+        "source": {"kind": "noisy"},
+        "seed": 3,
+    }
+
+
+def test_extends_finds_files_beside_the_one_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep" / "base.yaml", "task: toy\nseed: 5\n")
+    write(tmp_path / "deep" / "top.yaml", "extends: base.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    assert read("deep/top.yaml") == {"task": "toy", "seed": 5}
+
+
+def test_a_run_directory_is_read_by_its_config(tmp_path: Path) -> None:
+    write(tmp_path / "config.yaml", dump(built("seed=7")))
+    assert build(Config, read(tmp_path)) == built("seed=7")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_circle_of_extends_is_a_user_error(tmp_path: Path, length: int) -> None:
+    for i in range(length):
+        write(tmp_path / f"r{i}.yaml", f"extends: r{(i + 1) % length}.yaml\n")
+    with pytest.raises(UserError, match=r"extends itself: r0\.yaml -> .*r0\.yaml"):
+        read(tmp_path / "r0.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1, 2", "not readable as YAML"), ("- 1\n- 2\n", "holds list, but a configuration is a mapping")],
+)
+def test_unreadable_recipes_are_user_errors(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(write(tmp_path / "bad.yaml", text))
+
+
+def test_recipes_that_are_not_there_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no configuration file"):
+        read(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="Unknown recipe 'no_such_recipe'"):
+        read("no_such_recipe")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("3", 3),
+        ("-2.5", -2.5),
+        (".5", 0.5),
+        ("1E3", 1000.0),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("", None),
+        ("no", "no"),
+        ("on", "on"),
+        ("[0.9, 1e-2]", [0.9, 0.01]),
+        ("coco:/data/x", "coco:/data/x"),
+        ("12:30", "12:30"),
+        ("010", "010"),
+        ("a=b", "a=b"),
+        ("'3'", "3"),
+    ],
+)
+def test_values_of_overrides(text: str, value: object) -> None:
+    parsed = parse_overrides([f"x.y={text}"])["x"]["y"]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_overrides_nest_and_the_last_wins() -> None:
+    settings = parse_overrides(["train.steps=10", "train.lr=1e-4", "seed=1", "train.steps=20"])
+    assert settings == {"train": {"steps": 20, "lr": 1e-4}, "seed": 1}
+
+
+def test_overrides_reach_the_configuration() -> None:
+    config = built("train.lr=1e-4", "train.precision=no", "train.betas=[0.9, 0.95]", "source.kind=deterministic")
+    assert config.train.lr == 1e-4
+    assert config.train.precision == "no"
+    assert config.train.betas == (0.9, 0.95)
+    assert config.source.kind == "deterministic"
+
+
+def test_precision_no_needs_no_quotes_in_a_recipe(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "task: toy\ntrain: {precision: no, lr: 1e-4}\n")
+    assert build(Config, read(path)).train.precision == "no"
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "steps 10"])
+def test_what_is_no_override_is_a_user_error(override: str) -> None:
+    with pytest.raises(UserError, match="Write key=value"):
+        parse_overrides([override])
+
+
+def test_a_value_that_is_no_yaml_is_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"'train.betas=\[0.9' is not readable as YAML"):
+        parse_overrides(["train.betas=[0.9"])
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("train.batch_sise=3", "'train.batch_size'"),
+        ("sorce.kind=noisy", "'source'"),
+        ("lr=1e-3", "'train.lr'"),
+        ("steps=3", "'train.steps' or 'sample.steps'"),
+        ("train.guidance=3", "'sample.guidance'"),
+    ],
+)
+def test_unknown_keys_name_near_ones_with_their_whole_path(override: str, near: str) -> None:
+    with pytest.raises(UserError) as error:
+        built(override)
+    name = override.partition("=")[0]
+    name = "sorce" if name.startswith("sorce") else name
+    assert f"Unknown setting {name!r}. Did you mean {near}" in str(error.value)
+
+
+def test_an_unknown_key_lists_its_section() -> None:
+    with pytest.raises(UserError, match=r"Unknown setting 'path.xyzzy'\. Known: path.name, path.sigma_min\."):
+        built("path.xyzzy=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("train.lr=-1", "train.lr = -1"),
+        ("train.steps=many", "train.steps = 'many'"),
+        ("train.steps=1.5", "train.steps = 1.5"),
+        ("source.kind=nosy", "source.kind = 'nosy'"),
+        ("guidance.drop=1", "guidance.drop = 1"),
+        ("sample.guidance=nan", "sample.guidance = 'nan'"),
+        ("train=3", "train = 3"),
+    ],
+)
+def test_bad_values_name_the_field_and_what_came(override: str, name: str) -> None:
+    with pytest.raises(UserError) as error:
+        built(override)
+    assert f"The setting {name} is not possible" in str(error.value)
+
+
+def test_a_missing_setting_and_several_problems_are_all_named() -> None:
+    with pytest.raises(UserError) as error:
+        build(Config, {"train": {"lr": 0, "stps": 3}})
+    message = str(error.value)
+    assert "'task' is missing" in message
+    assert "train.lr = 0" in message
+    assert "'train.stps'" in message
+
+
+def test_dumped_configuration_builds_the_same() -> None:
+    config = built(
+        "train.lr=1e-5", "train.max_minutes=2.5", "data.train=folder:/ä b", "data.val='1e-4'", "train.trackers=[wandb]"
+    )
+    text = dump(config)
+    assert build(Config, yaml.safe_load(text)) == config, "any reader of YAML reads the same"
+
+
+@pytest.mark.parametrize("text", ["no", "1e-4", "12:30", "010", "true", "null", "", "a: b", "2024-01-01", "0.5", "~"])
+def test_texts_that_look_like_something_else_survive_the_round_trip(tmp_path: Path, text: str) -> None:
+    config = build(Config, merge(BASE, {"data": {"train": text}}))
+    path = write(tmp_path / "r.yaml", dump(config))
+    assert build(Config, read(path)) == config
+    assert yaml.safe_load(dump(config))["data"]["train"] == text
+
+
+def test_configuration_is_frozen() -> None:
+    config = built()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.lr = 1.0
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+
+
+def test_tasks_add_sections_of_their_own() -> None:
+    class Extra(Section):
+        words: int = 3
+
+    class Toy(Config):
+        extra: Extra = Extra()
+
+    config = build(Toy, merge(BASE, parse_overrides(["extra.words=5"])))
+    assert config.extra.words == 5
+    with pytest.raises(UserError, match=r"Unknown setting 'extra.wrds'\. Did you mean 'extra.words'"):
+        build(Toy, merge(BASE, parse_overrides(["extra.wrds=5"])))
+
+
+def test_merge_modifies_neither_side() -> None:
+    base, over = {"a": {"x": 1}}, {"a": {"y": 2}}
+    assert merge(base, over) == {"a": {"x": 1, "y": 2}}
+    assert (base, over) == ({"a": {"x": 1}}, {"a": {"y": 2}})

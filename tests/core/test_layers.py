@@ -1,0 +1,104 @@
+"""Layers: attention against a naive computation, positions against their formula, patches and back."""
+
+import math
+
+import pytest
+import torch
+
+from crossflow.core.layers import (
+    Attention,
+    TimestepEmbedding,
+    TransformerLayer,
+    patchify,
+    sincos_1d,
+    sincos_2d,
+    unpatchify,
+)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3])
+@pytest.mark.parametrize(("height", "width"), [(6, 6), (6, 12)])
+def test_unpatchify_undoes_patchify(patch: int, height: int, width: int) -> None:
+    x = torch.randn(2, 5, height, width)
+    tokens = patchify(x, patch)
+    assert tokens.shape == (2, height * width // patch**2, patch**2 * 5)
+    assert torch.equal(unpatchify(tokens, patch, height, width), x)
+
+
+def test_patches_are_row_major_with_channels_fastest() -> None:
+    c, h, w = torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij")
+    x = (100 * c + 10 * h + w)[None].float()  # the value tells channel, row and column
+    tokens = patchify(x, 2)
+    assert tokens[0, 0].tolist() == [0, 100, 200, 1, 101, 201, 10, 110, 210, 11, 111, 211]
+    assert tokens[0, 1, 0] == 2, "the next patch is the one to the right"
+    assert tokens[0, 3, 0] == 20, "after a row of three patches the one below"
+
+
+def test_sincos_1d_has_its_formula() -> None:
+    table = sincos_1d(torch.tensor([0, 1, 7]), 6)
+    for row, position in enumerate((0, 1, 7)):
+        angles = [position * 10000 ** (-2 * i / 6) for i in range(3)]
+        expected = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+        assert table[row].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_sincos_2d_codes_the_column_then_the_row() -> None:
+    table = sincos_2d(3, 5, 8)
+    assert table.shape == (15, 8)
+    assert table.dtype == torch.float32
+    line = sincos_1d(torch.arange(5), 4).float()
+    for row in range(3):
+        for column in range(5):
+            assert torch.equal(table[5 * row + column], torch.cat([line[column], line[row]]))
+
+
+def test_timestep_embedding_is_cosine_first_and_scaled() -> None:
+    embedding = TimestepEmbedding(4, scale=1.0, num_frequencies=3)
+    seen = []
+    embedding.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    embedding(torch.tensor([0.0, 0.5]))
+    angles = [0.5 * 10000 ** (-i / 3) for i in range(3)]
+    assert seen[0][0].tolist() == [1, 1, 1, 0, 0, 0]
+    assert seen[0][1].tolist() == pytest.approx([math.cos(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-6)
+    scaled = TimestepEmbedding(4, scale=1000.0, num_frequencies=3)
+    scaled.load_state_dict(embedding.state_dict())
+    assert torch.allclose(scaled(torch.tensor([0.0005])), embedding(torch.tensor([0.5])), atol=1e-6)
+
+
+def test_self_attention_equals_the_formula_head_by_head() -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(8, 2), torch.randn(3, 5, 8)
+    q, k, v = attention.qkv(x).split(8, dim=-1)  # [q heads | k heads | v heads]
+    heads = []
+    for part in (slice(0, 4), slice(4, 8)):
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / 2
+        heads.append(scores.softmax(-1) @ v[..., part])
+    assert torch.allclose(attention(x), attention.out(torch.cat(heads, -1)), atol=1e-6)
+
+
+def test_masked_keys_have_no_influence() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    attention, x = Attention(8, 2, context_dim=6), torch.randn(2, 3, 8)
+    context = torch.randn(2, 4, 6)
+    changed = context.masked_fill(~mask[..., None], 99.0)
+    assert torch.allclose(attention(x, context, mask), attention(x, changed, mask))
+    assert torch.allclose(attention(x, context, mask)[:1], attention(x[:1], context[:1, :2]), atol=1e-6)
+    assert not torch.allclose(attention(x, context, mask)[:1], attention(x[:1], context[:1]), atol=1e-3)
+
+
+def test_transformer_layer_reads_context_only_where_allowed() -> None:
+    torch.manual_seed(0)
+    layer, x, context = TransformerLayer(8, 2, context_dim=6), torch.randn(1, 3, 8), torch.randn(1, 4, 6)
+    only_first = torch.tensor([[True, False, False, False]])
+    changed = context.clone()
+    changed[:, 1:] += 1
+    assert torch.allclose(
+        layer(x, context=context, context_mask=only_first), layer(x, context=changed, context_mask=only_first)
+    )
+    assert not torch.allclose(layer(x, context=context), layer(x, context=changed), atol=1e-3)
+
+
+def test_width_must_be_a_multiple_of_heads() -> None:
+    with pytest.raises(AssertionError, match="not a multiple"):
+        Attention(10, 3)

@@ -1,0 +1,60 @@
+"""Registry and the error for unknown names."""
+
+import pytest
+
+from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.registry import Registry
+
+
+@pytest.fixture
+def shapes() -> Registry[int]:
+    registry: Registry[int] = Registry("shape")
+    registry.register("triangle")(3)
+    registry.register("square")(4)
+    return registry
+
+
+def test_register_returns_what_it_enters() -> None:
+    registry: Registry[type] = Registry("class")
+
+    @registry.register("thing")
+    class Thing:
+        pass
+
+    assert registry.get("thing") is Thing
+    assert isinstance(Thing(), Thing)
+
+
+def test_names_are_sorted(shapes: Registry[int]) -> None:
+    assert shapes.names() == ["square", "triangle"]
+
+
+def test_unknown_name_gives_near_names_and_all_known(shapes: Registry[int]) -> None:
+    with pytest.raises(
+        UserError, match=r"Unknown shape 'triangel'\. Did you mean 'triangle'\? Known: square, triangle\."
+    ):
+        shapes.get("triangel")
+
+
+def test_unknown_name_far_from_all_gives_no_false_hint(shapes: Registry[int]) -> None:
+    with pytest.raises(UserError) as error:
+        shapes.get("xyz")
+    assert "Did you mean" not in str(error.value)
+    assert "Known: square, triangle." in str(error.value)
+
+
+def test_a_name_is_registered_once(shapes: Registry[int]) -> None:
+    with pytest.raises(AssertionError, match="registered twice"):
+        shapes.register("square")(5)
+    assert shapes.get("square") == 4
+
+
+def test_user_error_is_a_value_error_and_an_empty_table_says_none() -> None:
+    error = unknown_name("planet", "Vulcan", [])
+    assert isinstance(error, ValueError)
+    assert str(error) == "Unknown planet 'Vulcan'. Known: none."
+
+
+def test_a_common_prefix_makes_no_name_near() -> None:
+    assert "Did you mean" not in str(unknown_name("setting", "path.xyzzy", ["path.name", "path.sigma_min"]))
+    assert "Did you mean 'train.steps'?" in str(unknown_name("setting", "train.step", ["train.steps", "train.lr"]))
