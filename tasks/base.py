@@ -106,7 +106,7 @@ class Task(ABC, Generic[C]):
         if limit is None and split == "train":
             limit = data.num_train
         reader = open_reader(spec, split, image_size=data.image_size, limit=limit, seed=self.config.seed)
-        require(reader, self.needs, self.name)
+        reader = require(reader, self.needs, self.name)
         return Examples(reader, self.transform, seed=self.config.seed, max_bad=data.max_bad)
 
     # -- sampling

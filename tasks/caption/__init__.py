@@ -1,1 +1,231 @@
-"""Image to caption."""
+"""Captioning: an image's latent flows to a text latent of the same shape, read by a parallel decoder (CrossFlow section 5.2).
+
+The text autoencoder is trained first and frozen (default) or further trained with the flow (`caption.joint`).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from crossflow.core.backbones import build_backbone
+from crossflow.core.batch import Batch, Condition, Source
+from crossflow.core.config import Config, Section
+from crossflow.core.errors import UserError
+from crossflow.core.model import CrossFlow
+from crossflow.core.noise import key, keyed_generator
+from crossflow.core.objective import Objective
+from crossflow.core.source import Posterior, SourceEncoder
+from crossflow.tasks.base import Case, Example, Report, Task, Tile
+from crossflow.tasks.caption.dataset import Captions, example
+from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig
+from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
+from crossflow.tasks.common.codecs import Codec
+from crossflow.tasks.common.dataset import Examples
+from crossflow.tasks.common.image_latents import FOLDER, CodecSettings, encode, open_codec, read_codec
+from crossflow.tasks.common.images import center_crop_resize, load_image, to_tensor
+from crossflow.tasks.common.metrics import TaskMetric
+from crossflow.tasks.common.readers import Item
+from crossflow.tasks.common.tokenizer import build_tokenizer
+from crossflow.tasks.common.trunks import Reconstructor
+
+TEXT_FOLDER = "text_autoencoder"
+
+
+class CaptionSettings(Section):
+    vocab_size: int = Field(8192, ge=300)
+    """Largest vocabulary of the tokenizer built from the captions."""
+    autoencoder: TextAutoencoderConfig = TextAutoencoderConfig()
+    text_steps: int = Field(600, ge=1)
+    """Steps of the text autoencoder's own training, before the flow's."""
+    text_batch_size: int = Field(128, ge=2)
+    text_lr: float = Field(2e-3, gt=0)
+    joint: bool = False
+    """Go on training the text autoencoder beside the flow."""
+    captions: Captions = Captions()
+
+
+class CaptionConfig(Config):
+    codec: CodecSettings = CodecSettings()
+    caption: CaptionSettings = CaptionSettings()
+
+
+class TextLoss(nn.Module):
+    """The text autoencoder's own loss beside the flow's; reads the token ids that `batch.alignment` carries."""
+
+    def __init__(self, autoencoder: TextAutoencoder, pad: int) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.pad = pad
+
+    def forward(self, batch: Batch, posterior: Posterior, z0: Tensor) -> Mapping[str, Tensor]:
+        assert batch.alignment is not None
+        self.autoencoder.train(self.training)
+        losses = self.autoencoder.loss(batch.alignment, batch.alignment != self.pad)
+        return {"text": losses["loss"]}
+
+
+class Adapter(Task[CaptionConfig]):
+    name = "caption"
+    Config = CaptionConfig
+    needs = frozenset({"image", "captions"})
+    input_kind = "image"
+    headline = ("CIDEr", "BLEU-4", "ROUGE-L", "object_f1")
+
+    codec: Codec
+    text: TextAutoencoder
+
+    def __init__(self, config: CaptionConfig) -> None:
+        super().__init__(config)
+        target, loss = config.loss.encoder_target, config.loss.encoder
+        if loss != "none" and target not in ("image", "text"):
+            raise UserError(f"loss.encoder_target = {target!r} is not possible for captioning; it is image or text.")
+        if loss in ("contrastive", "sigmoid") and target == "image":
+            raise UserError("Captioning aligns z0 with the caption: set loss.encoder_target=text, or loss.encoder=reconstruction for the image.")
+        if loss == "reconstruction" and target == "text":
+            raise UserError("The source of captioning is an image, so loss.encoder=reconstruction needs loss.encoder_target=image.")
+        if config.caption.joint and loss == "reconstruction":
+            raise UserError("caption.joint goes with loss.encoder=contrastive or none; reconstruction takes the place of the token ids.")
+
+    # -- what is learned before the flow
+
+    def prepare(self, examples: Examples, report: Report) -> None:
+        settings = self.config.caption
+        captions = list(examples.captions(20_000))
+        first = (examples[(0, index)]["image"] for index in range(min(len(examples), 512)))
+        self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
+        tokenizer = build_tokenizer(captions, settings.vocab_size, settings.autoencoder.max_length)
+        torch.manual_seed(key("text autoencoder", self.config.seed))
+        self.text = TextAutoencoder(tokenizer, self.latent_shape, settings.autoencoder)
+        report(f"Training the text autoencoder on {len(captions)} captions, {len(tokenizer)} tokens.")
+        quality = self.text.fit(
+            captions,
+            steps=settings.text_steps,
+            batch_size=settings.text_batch_size,
+            lr=settings.text_lr,
+            seed=self.config.seed,
+            precision="bf16" if self.config.train.precision == "bf16" else "no",
+            progress=lambda step, losses: report(
+                f"text autoencoder {step}/{settings.text_steps}: loss {losses['loss']:.3f}, tokens right {losses['token_accuracy']:.3f}"
+            ),
+        )
+        self.text_report = asdict(quality)
+        report(
+            f"text autoencoder: {quality.token_accuracy:.2%} of tokens and {quality.exact_match:.2%} of captions come back; latent mean "
+            f"{quality.latent_mean:.2f}, standard deviation {quality.latent_std:.2f}, spread {quality.spread:.2f}."
+        )
+
+    def save(self, folder: Path) -> None:
+        self.codec.save(folder / FOLDER)
+        self.text.save(folder / TEXT_FOLDER)
+        if hasattr(self, "text_report"):
+            (folder / TEXT_FOLDER / "report.json").write_text(json.dumps(self.text_report, indent=1))
+
+    def load(self, folder: Path) -> None:
+        self.codec = read_codec(folder)
+        self.text = TextAutoencoder.load(folder / TEXT_FOLDER).requires_grad_(self.config.caption.joint)
+
+    # -- the model
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.codec.latent_shape(self.config.data.image_size)
+
+    @property
+    def _pad(self) -> int:
+        return self.text.tokenizer.pad_token_id
+
+    def build_model(self) -> CrossFlow:
+        config, shape = self.config, self.latent_shape
+        gaussian = config.source.kind == "gaussian"
+        trunk = None if gaussian else build_trunk(config.source, shape[0], config.backbone.patch)
+        source = SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale)
+        return CrossFlow(source, build_backbone(config.backbone, shape, grid_channels=shape[0] if gaussian else 0))
+
+    def build_objective(self, model: CrossFlow) -> Objective:
+        shape = self.latent_shape
+        return Objective(
+            model,
+            self.config,
+            alignment_head=BagOfTokens(self.text.vocab_size, self._pad, math.prod(shape)),
+            reconstructor=Reconstructor(shape[0], shape[0]),
+            extra_losses=TextLoss(self.text, self._pad) if self.config.caption.joint else None,
+        )
+
+    # -- data
+
+    def transform(self, item: Item, generator: np.random.Generator) -> Example:
+        return example(item, self.config.data.image_size, self.config.caption.captions, generator)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        seeds = [one["seed"] for one in examples]
+        texts = [one["caption"] for one in examples]
+        source = self._source(encode(self.codec, torch.stack([one["image"] for one in examples]), seeds))
+        ids, _ = self.text.tokenize(texts)
+        return Batch(
+            features=source.features,
+            target=self.text.encode(texts).mean.cpu(),
+            condition=source.condition,
+            alignment=source.features if self.config.loss.encoder == "reconstruction" else ids.cpu(),
+            ids=tuple(one["id"] for one in examples),
+        )
+
+    def _source(self, latents: Tensor) -> Source:
+        return Source(latents, condition=Condition(grid=latents) if self.config.source.kind == "gaussian" else None)
+
+    # -- sampling
+
+    def source(self, inputs: Sequence[np.ndarray]) -> Source:
+        """inputs: pictures uint8 (H, W, 3) of any size; the centre square is read."""
+        size = self.config.data.image_size
+        return self._source(encode(self.codec, torch.stack([to_tensor(center_crop_resize(image, size)) for image in inputs])))
+
+    def decode(self, z1: Tensor) -> list[str]:
+        """Captions."""
+        return self.text.decode(z1)
+
+    def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:
+        return value if isinstance(value, np.ndarray) else load_image(value)
+
+    def target(self, value: str | Path | np.ndarray) -> Tensor:
+        return self.text.encode([str(value)]).mean.cpu()
+
+    def write_output(self, output: str, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        path = stem.with_name(f"{stem.name}.txt")
+        path.write_text(output + "\n", encoding="utf-8")
+        return [path]
+
+    # -- scoring
+
+    def cases(self, examples: Examples, limit: int) -> list[Case]:
+        return [Case(item.id, item.image, item, item) for item in examples.items(limit)]
+
+    def metric(self) -> TaskMetric:
+        from crossflow.tasks.caption.metric import CaptionMetric
+
+        return CaptionMetric()
+
+    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+        """The one caption that fits the training items best (by CIDEr), given to every picture."""
+        from crossflow.tasks.caption.metric import best_single_caption
+
+        items = list(train.items(200))
+        rng = keyed_generator("single caption", self.config.seed)
+        captions = [caption for item in items for caption in item.captions]
+        candidates = [captions[int(i)] for i in torch.randperm(len(captions), generator=rng)[:100]]
+        best = best_single_caption(candidates, [item.captions for item in items])
+        metric = self.metric()
+        for case in cases:
+            metric.add(case.id, best, case.truth)
+        return metric.compute()
+
+    def tiles(self, case: Case, output: str) -> list[Tile]:
+        picture = center_crop_resize(case.input, min(256, min(case.input.shape[:2])))
+        return [Tile(picture, f"{output}\n(truth: {case.truth.captions[0]})")]

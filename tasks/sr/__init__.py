@@ -50,7 +50,7 @@ class Adapter(Task[SrConfig]):
     Config = SrConfig
     needs = frozenset({"image"})
     input_kind = "image"
-    headline = ("psnr_y", "ssim_y", "psnr", "ssim")
+    headline = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 
     codec: PixelCodec
 
