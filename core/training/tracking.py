@@ -1,6 +1,7 @@
 """What is told about a run while it goes on: progress for whoever watches, json lines and trackers for later.
 
-`metrics.jsonl` has one object per line with `kind` ("train" or "val"), `step` (completed optimizer steps) and numbers.
+`metrics.jsonl` has one object per line with `kind` (train, val, sample), `step` (completed optimizer steps) and
+numbers.
 """
 
 import importlib.util
@@ -86,7 +87,7 @@ class RichProgress:
     def report(self, line: Mapping[str, Any]) -> None:
         if line["kind"] == "train" and self._bar is not None and self._task is not None:
             self._bar.update(self._task, text=describe(line, self.total))
-        else:
+        elif line["kind"] != "sample":
             self.note(f"step {line['step']}/{self.total} {describe(line, self.total)}")
 
     def note(self, text: str) -> None:
@@ -125,31 +126,44 @@ class MetricsFile:
         self.path = path
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Numbers that JSON cannot hold (NaN, infinities) become null."""
+        """Numbers that JSON cannot hold (NaN, infinities) become null. Raises UserError on a full disk."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}). Checkpoints are untouched. Make room or choose "
+                "another --output, then continue with --resume auto."
+            ) from error
 
-    def truncate(self, step: int) -> None:
-        """Keeps the lines up to `step`, so that a resumed run writes none twice; an unfinished last line goes too."""
+    def truncate(self, step: int) -> dict[str, dict[str, Any]]:
+        """Keeps the lines up to `step`, so that a resumed run writes none twice; returns the last of each kind.
+
+        A last line that was never finished goes too.
+        """
         if not self.path.exists():
-            return
-        kept = [text for text in self.path.read_text(encoding="utf-8").splitlines() if _step_of(text) <= step]
+            return {}
+        lines = [(text, _parse(text)) for text in self.path.read_text(encoding="utf-8").splitlines()]
+        kept = [(text, line) for text, line in lines if line is not None and line["step"] <= step]
         temporary = self.path.with_name(f".tmp-{self.path.name}")
         with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(text + "\n" for text in kept)
+            file.writelines(text + "\n" for text, _ in kept)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
+        return {line["kind"]: line for _, line in kept}
 
 
-def _step_of(text: str) -> float:
+def _parse(text: str) -> dict[str, Any] | None:
+    """The line, or None when it is not one of ours."""
     try:
-        return float(json.loads(text)["step"])
+        line = json.loads(text)
+        return line if isinstance(line["step"], int) and isinstance(line["kind"], str) else None
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return None
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -6,9 +6,9 @@ average updated. All generators are seeded from (seed, step, rank) before each s
 between nor a resume can change what follows, and no generator state needs to be kept.
 """
 
+import json
 import logging
 import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 
 from crossflow.core import distributed
@@ -30,7 +26,15 @@ from crossflow.core.errors import UserError
 from crossflow.core.noise import key
 from crossflow.core.training import state
 from crossflow.core.training.ema import EMA
+from crossflow.core.training.meter import Flags, Meter
 from crossflow.core.training.optim import build_optimizer, learning_rate
+from crossflow.core.training.prepare import (
+    build_accelerator,
+    check_sizes,
+    checkpoint_activations,
+    compile_blocks,
+    seed_everything,
+)
 from crossflow.core.training.signals import StopRequest
 from crossflow.core.training.stream import MicroBatch, MicroBatches, Positions, TrainingData, loader
 from crossflow.core.training.tracking import MetricsFile, Progress, Silent, check_trackers
@@ -41,7 +45,6 @@ WEIGHTS = ("model", "ema", "objective")
 # Steps in a row whose fp16 gradients overflowed although the scale was halved each time: not a matter of scale any
 # more.
 _MAX_SKIPPED = 50
-_SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,10 @@ class Trainer:
         self.seed = seed
         self.run_dir = Path(run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
-        self.accelerator = _accelerator(config, self.run_dir)
+        self.accelerator = build_accelerator(config, self.run_dir)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.device = self.accelerator.device
-        _check_sizes(config, len(data), self.world_size)
+        check_sizes(config, len(data), self.world_size)
         self.progress: Progress = progress if progress is not None and self.rank == 0 else Silent()
         self.validate, self.sample, self.on_save = validate, sample, on_save
         self.settings = dict(settings or {})
@@ -150,7 +153,7 @@ class Trainer:
         self.num_examples = len(data)
 
         if config.checkpointing:
-            _checkpoint_activations(self.model)
+            checkpoint_activations(self.model)
         if config.compile:
             compile_blocks(self.model)
         objective.to(self.device)
@@ -169,10 +172,12 @@ class Trainer:
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl")
 
         self.step = 0  # completed optimizer steps
-        self._meter = _Meter(self.device)
-        self._flags = _Flags(self.device)
+        self._meter = Meter(self.device)
+        self._flags = Flags(self.device)
         self._skipped = self._skipped_in_a_row = 0
-        self._last: dict[str, dict[str, float]] = {"train": {}, "val": {}}
+        self._last: dict[str, dict[str, float]] = {}  # the newest numbers of each kind
+        self._evaluated: frozenset[str] = frozenset()  # what was done at the step resumed from
+        self._spent = False
         self._checkpoint: Path | None = None
 
     # --- the run -------------------------------------------------------------------------------------------------
@@ -184,6 +189,8 @@ class Trainer:
         the folder of a checkpoint or run. Raises UserError: nothing to resume, a corrupt checkpoint asked for by
         name, a loss or gradient that is not finite, no space for a checkpoint.
         """
+        assert not self._spent, "a trainer runs once, and not after a dry run"
+        self._spent = True
         begun = time.monotonic()
         self._restore(resume)
         if self.config.trackers:
@@ -193,64 +200,69 @@ class Trainer:
         with StopRequest() as stop, _quiet_unused_parameters():
             try:
                 self.progress.begin(self.step, self.config.steps)
-                if self.step < self.config.steps:
-                    reason = self._loop(stop, begun)
-                elif self._checkpoint is not None and self.rank == 0:
-                    state.publish(self._checkpoint, WEIGHTS, self.run_dir)
+                reason = self._loop(stop, begun)
             finally:
                 self.progress.end()
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
         assert self._checkpoint is not None
         return TrainResult(
-            "stopped" if self.step < self.config.steps else "finished",
+            "stopped" if reason else "finished",
             self.step,
-            reason if self.step < self.config.steps else "",
+            reason,
             self._checkpoint,
-            dict(self._last["train"]),
-            dict(self._last["val"]),
+            dict(self._last.get("train", {})),
+            dict(self._last.get("val", {})),
             time.monotonic() - begun,
         )
 
     def _loop(self, stop: StopRequest, begun: float) -> str:
-        """Steps until the end or a reason to stop, which it returns; a checkpoint of the last step is written."""
+        """Steps until the end ("") or a reason to stop, which it returns; a checkpoint of the last step is written.
+
+        At one step the order is log, save, validate, sample: a slow validation that is cut short costs no training,
+        and a resumed run begins with it.
+        """
         config = self.config
         deadline = math.inf if config.max_minutes is None else begun + 60 * config.max_minutes
+        self._evaluate(done=self._evaluated)
         micro_batches = self._micro_batches()
         self._meter.restart_clock()
-        while True:
+        while self.step < config.steps:
             self._train_step(next(micro_batches) for _ in range(config.accumulate))
             self.progress.advance(self.step)
-            last = self.step == config.steps
-            due = {name: last or (every > 0 and self.step % every == 0) for name, every in self._periods().items()}
             wanted = "max_minutes" if time.monotonic() > deadline else stop.received
-            reason = self._check(wanted, now=any(due.values()))
-            if due["log"]:
+            periods = (config.log_every, config.save_every, config.eval_every, config.sample_every)
+            reason = self._check(wanted, now=any(map(self._is_due, periods)))
+            if self._is_due(config.log_every):
                 self._log()
-            if not reason:
-                with self._meter.paused():
-                    if due["eval"] and self.validate is not None:
-                        self.progress.note(f"Validating after step {self.step}.")
-                        with self._evaluating():
-                            scores = self.validate(self.step)
-                        self._record("val", {name: float(value) for name, value in scores.items()})
-                    if due["sample"] and self.sample is not None:
-                        with self._evaluating():
-                            self.sample(self.step)
-            if due["save"] or reason:
-                with self._meter.paused():
-                    if reason:
-                        self.progress.note(f"Stopping after step {self.step} ({reason}).")
-                        self._check("", now=True)
+            with self._meter.paused():
+                if reason:
+                    self.progress.note(f"Stopping after step {self.step} ({reason}).")
+                    self._check("", now=True)
                     self.save()
-            if reason or last:
-                return reason
+                    return reason
+                if self._is_due(config.save_every):
+                    self.save()
+                self._evaluate()
+        return ""
 
-    def _periods(self) -> dict[str, int]:
-        config = self.config
-        return {
-            "log": config.log_every, "eval": config.eval_every, "sample": config.sample_every, "save": config.save_every
-        }  # fmt: skip
+    def _is_due(self, every: int) -> bool:
+        """Whether what happens `every` so many steps (0: only at the end) happens after the present one."""
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _evaluate(self, done: frozenset[str] = frozenset()) -> None:
+        """The callbacks that are due, but for the kinds already `done`."""
+        if self.step == 0:
+            return
+        if self.validate is not None and self._is_due(self.config.eval_every) and "val" not in done:
+            self.progress.note(f"Validating after step {self.step}.")
+            with self._evaluating():
+                scores = self.validate(self.step)
+            self._record("val", {name: float(value) for name, value in scores.items()})
+        if self.sample is not None and self._is_due(self.config.sample_every) and "sample" not in done:
+            with self._evaluating():
+                self.sample(self.step)
+            self._record("sample", {})
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         config = self.config
@@ -265,7 +277,7 @@ class Trainer:
         rate = self.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        _seed_everything(key("step", self.seed, self.step, self.rank))
+        seed_everything(key("step", self.seed, self.step, self.rank))
         parts = torch.zeros(())
         for number, micro_batch in enumerate(micro_batches, start=1):
             # Gradients are exchanged once per step, with the last part.
@@ -359,7 +371,7 @@ class Trainer:
             line = {"kind": kind, "step": self.step, **numbers}
             self.metrics.append(line)
             self.progress.report(line)
-        if self.config.trackers:
+        if self.config.trackers and numbers:
             self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=self.step)
 
     @contextmanager
@@ -393,7 +405,6 @@ class Trainer:
             "ema_updates": self.ema.num_updates,
             "skipped": [self._skipped, self._skipped_in_a_row],
             "interval": pending,
-            "last": self._last,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         path = state.write_checkpoint(self.checkpoints, self.step, self._tensors(), content, self.config.keep)
@@ -416,17 +427,25 @@ class Trainer:
         """Brings everything to the state of the checkpoint to resume from, or leaves it at the beginning."""
 
         def prepare() -> str:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"{self.run_dir} cannot be made ({error.strerror}). Choose another --output."
+                ) from error
             found = state.find_checkpoint(self.checkpoints, resume)
             state.remove_temporaries(self.checkpoints)
             state.remove_temporaries(self.run_dir)
-            self.metrics.truncate(0 if found is None else int(state.read_state(found)["step"]))
-            return str(found or "")
+            step = 0 if found is None else int(state.read_state(found)["step"])
+            lines = self.metrics.truncate(step)
+            if found is not None and found.parent == self.checkpoints:
+                state.publish(found, WEIGHTS, self.run_dir)  # it may have been interrupted before this
+            return json.dumps({"path": str(found or ""), "lines": lines})
 
-        found = distributed.on_main(prepare)
-        if not found:
+        found = json.loads(distributed.on_main(prepare))
+        if not found["path"]:
             return
-        path = Path(found)
+        path = Path(found["path"])
         content = state.read_state(path)
         model, learned = state.read_tensors(path, "model"), state.read_tensors(path, "objective")
         try:
@@ -440,8 +459,9 @@ class Trainer:
         if self.accelerator.scaler is not None and content["scaler"]:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
+        self._last = {kind: _numbers(line) for kind, line in found["lines"].items()}
+        self._evaluated = frozenset(kind for kind, line in found["lines"].items() if line["step"] == self.step)
         self._skipped, self._skipped_in_a_row = content["skipped"]
-        self._last = content["last"]
         self._meter.load_state(content["interval"])
         self._checkpoint = path
         present = {"seed": self.seed, "batch_size": self.config.batch_size, "num_examples": self.num_examples}
@@ -458,6 +478,8 @@ class Trainer:
         """Measures `num_steps` steps after two to warm up, and writes nothing. The trainer cannot be run afterwards."""
         found = state.find_checkpoint(self.checkpoints, resume)
         done = 0 if found is None else int(state.read_state(found)["step"])
+        assert not self._spent, "a trainer runs once"
+        self._spent = True
         self.objective.train()
         on_gpu = self.device.type == "cuda"
         if on_gpu:
@@ -496,150 +518,6 @@ class Trainer:
         )
 
 
-class _Meter:
-    """Sums of the losses and of the gradient norm since the last log, on the device, and the time they took."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.names: tuple[str, ...] = ()
-        self.latest = self.norm = torch.zeros(0, device=device)
-        self._sums: Tensor | None = None
-        self._num_steps = 0  # in the sums
-        self._num_timed = 0  # since the clock started
-        self._begun = time.monotonic()
-
-    def add(self, names: tuple[str, ...], losses: Tensor, norm: Tensor) -> None:
-        """The losses (P,) and the gradient norm of one step."""
-        self.names, self.latest, self.norm = names, losses, norm
-        values = torch.cat([losses, norm.view(1).to(losses)])
-        self._sums = values if self._sums is None else self._sums + values
-        self._num_steps += 1
-        self._num_timed += 1
-
-    def take(self) -> tuple[dict[str, float], float, int]:
-        """(means over steps and ranks by name, seconds, the steps in these seconds); begins anew."""
-        means = self._means()
-        seconds, num_timed = time.monotonic() - self._begun, self._num_timed
-        self._sums, self._num_steps = None, 0
-        self.restart_clock()
-        return means, seconds, num_timed
-
-    def _means(self) -> dict[str, float]:
-        assert self._sums is not None
-        values = distributed.mean_over_ranks(self._sums).double() / self._num_steps
-        return dict(zip([*self.names, "grad_norm"], values.tolist(), strict=True))
-
-    def restart_clock(self) -> None:
-        self._begun, self._num_timed = time.monotonic(), 0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self._begun += time.monotonic() - begun
-
-    def state(self) -> dict[str, Any]:
-        """The open interval, as JSON; the same on every rank."""
-        sums = None if self._sums is None else distributed.mean_over_ranks(self._sums).tolist()
-        return {"names": list(self.names), "sums": sums, "num_steps": self._num_steps}
-
-    def load_state(self, content: Mapping[str, Any]) -> None:
-        self.names = tuple(content["names"])
-        self._sums = None if content["sums"] is None else torch.tensor(content["sums"], device=self.device)
-        self._num_steps = content["num_steps"]
-
-
-class _Flags:
-    """What all ranks must agree on after each step, read without making the host wait for a GPU that is still at work.
-
-    A row is (reason to stop, is loss 0 not finite, ..., is the gradient norm not finite), maximised over ranks.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
-
-    def post(self, step: int, reason: int, bad: Tensor, now: bool) -> list[tuple[int, list[float]]]:
-        """Hands in the row of `step`; returns those that can be read: on a GPU, and not `now`, only earlier ones."""
-        row = torch.cat([torch.full((1,), float(reason), device=self.device), bad.float()])
-        row = distributed.max_over_ranks(row)
-        if self.device.type == "cuda":
-            host = torch.empty(row.shape, pin_memory=True)
-            host.copy_(row, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending.append((step, host, event))
-        else:
-            self._pending.append((step, row, None))
-            now = True
-        num_ready = len(self._pending) if now else len(self._pending) - 1
-        ready, self._pending = self._pending[:num_ready], self._pending[num_ready:]
-        rows = []
-        for at, values, done in ready:
-            if done is not None:
-                done.synchronize()
-            rows.append((at, values.tolist()))
-        return rows
-
-
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
-    """Compiles, in place, every block of the innermost module lists (or the whole model without any); returns how many.
-
-    Blocks of one kind share their code, so this takes a fraction of the time of compiling the whole; and a module
-    compiled in place keeps the names in its state dict.
-    """
-    blocks = [
-        child
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        for child in module
-        if not any(isinstance(inner, nn.ModuleList) for inner in child.modules())
-    ]
-    for block in blocks or [model]:
-        block.compile(backend=backend)
-    return len(blocks or [model])
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    able = [module for module in model.modules() if callable(getattr(module, "set_checkpointing", None))]
-    if not able:
-        raise UserError(
-            "train.checkpointing = true, but this model's backbone cannot recompute activations. Leave it out."
-        )
-    for module in able:
-        module.set_checkpointing(True)  # type: ignore[operator]
-
-
-def _accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
-    distributed.device()
-    initialised = AcceleratorState._shared_state
-    if initialised and initialised.get("_mixed_precision") not in (None, config.precision):
-        # One process may train several times; accelerate holds the precision of the first time for all.
-        AcceleratorState._reset_state()
-    if config.precision == "fp16" and distributed.device().type == "cpu":
-        raise UserError("train.precision = fp16 needs a GPU, and this run is on the CPU. Use bf16 or no.")
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        # Accumulation is done here, where its weights are known; a value from the launcher's environment must not
-        # divide again.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=list(config.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
-        # An ablation may leave out a loss and with it the parameters that only this loss reaches.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    if accelerator.distributed_type not in _SUPPORTED:
-        raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, but training is data-parallel only. "
-            "Choose multi-GPU or multi-CPU in `accelerate config`, or pass --multi_gpu to `accelerate launch`."
-        )
-    assert accelerator.num_processes == distributed.world_size(), "accelerate sees other processes than torch does"
-    return accelerator
-
-
 @contextmanager
 def _quiet_unused_parameters() -> Iterator[None]:
     """Looking for unused parameters is meant; torch advises against it whenever there are none."""
@@ -648,23 +526,8 @@ def _quiet_unused_parameters() -> Iterator[None]:
         yield
 
 
-def _check_sizes(config: TrainConfig, num_examples: int, world_size: int) -> None:
-    if num_examples == 0:
-        raise UserError("The training data holds no example. Check data.train and its split.")
-    parts = world_size * config.accumulate
-    if config.batch_size % parts:
-        nearest = max(1, round(config.batch_size / parts)) * parts
-        raise UserError(
-            f"train.batch_size = {config.batch_size} is the whole batch, over {world_size} process(es) and "
-            f"train.accumulate = {config.accumulate} part(s), and must be a multiple of their product {parts}; for "
-            f"example {nearest}."
-        )
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in ("kind", "step")}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,8 @@ import pytest
 def tiny() -> ModuleType:
     path = Path(__file__).with_name("tiny_run.py")
     spec = importlib.util.spec_from_file_location("crossflow_tests_tiny_run", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""A training run of a second: a two-layer model on made-up data. Also a program, for tests that kill it or start two."""
+"""A training run of a second: a two-layer model on made-up data. Also a program, for tests that kill it."""
 
 import argparse
 import json
@@ -88,7 +88,7 @@ def config(**settings: object) -> TrainConfig:
 
 
 def trainer(run_dir: Path, objective: nn.Module | None = None, data: Data | None = None, **settings: object) -> Trainer:
-    """The keyword arguments `validate`, `sample`, `on_save`, `progress`, `seed` go to the trainer, the others to its config."""
+    """`validate`, `sample`, `on_save`, `progress`, `seed` go to the trainer, the other settings to its config."""
     known = {name: settings.pop(name) for name in ("validate", "sample", "on_save", "progress") if name in settings}
     seed = int(settings.pop("seed", 0))  # type: ignore[call-overload]
     torch.manual_seed(seed)

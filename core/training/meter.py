@@ -1,0 +1,100 @@
+"""What is measured in each step without making the host wait for the device: losses, times and flags."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossflow.core import distributed
+
+
+class Meter:
+    """Sums of the losses and of the gradient norm since the last log, on the device, and the time they took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.names: tuple[str, ...] = ()
+        self.latest = self.norm = torch.zeros(0, device=device)
+        self._sums: Tensor | None = None
+        self._num_steps = 0  # in the sums
+        self._num_timed = 0  # since the clock started
+        self._begun = time.monotonic()
+
+    def add(self, names: tuple[str, ...], losses: Tensor, norm: Tensor) -> None:
+        """The losses (P,) and the gradient norm of one step."""
+        self.names, self.latest, self.norm = names, losses, norm
+        values = torch.cat([losses, norm.view(1).to(losses)])
+        self._sums = values if self._sums is None else self._sums + values
+        self._num_steps += 1
+        self._num_timed += 1
+
+    def take(self) -> tuple[dict[str, float], float, int]:
+        """(means over steps and ranks by name, seconds, the steps in these seconds); begins anew."""
+        means = self._means()
+        seconds, num_timed = time.monotonic() - self._begun, self._num_timed
+        self._sums, self._num_steps = None, 0
+        self.restart_clock()
+        return means, seconds, num_timed
+
+    def _means(self) -> dict[str, float]:
+        assert self._sums is not None
+        values = distributed.mean_over_ranks(self._sums).double() / self._num_steps
+        return dict(zip([*self.names, "grad_norm"], values.tolist(), strict=True))
+
+    def restart_clock(self) -> None:
+        self._begun, self._num_timed = time.monotonic(), 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._begun += time.monotonic() - begun
+
+    def state(self) -> dict[str, Any]:
+        """The open interval, as JSON; the same on every rank."""
+        sums = None if self._sums is None else distributed.mean_over_ranks(self._sums).tolist()
+        return {"names": list(self.names), "sums": sums, "num_steps": self._num_steps}
+
+    def load_state(self, content: Mapping[str, Any]) -> None:
+        self.names = tuple(content["names"])
+        self._sums = None if content["sums"] is None else torch.tensor(content["sums"], device=self.device)
+        self._num_steps = content["num_steps"]
+
+
+class Flags:
+    """What all ranks must agree on after each step, read without making the host wait for a GPU that is still at work.
+
+    A row is (reason to stop, is loss 0 not finite, ..., is the gradient norm not finite), maximised over ranks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
+
+    def post(self, step: int, reason: int, bad: Tensor, now: bool) -> list[tuple[int, list[float]]]:
+        """Hands in the row of `step`; returns those that can be read: on a GPU, and not `now`, only earlier ones."""
+        row = torch.cat([torch.full((1,), float(reason), device=self.device), bad.float()])
+        row = distributed.max_over_ranks(row)
+        if self.device.type == "cuda":
+            host = torch.empty(row.shape, pin_memory=True)
+            host.copy_(row, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending.append((step, host, event))
+        else:
+            self._pending.append((step, row, None))
+            now = True
+        num_ready = len(self._pending) if now else len(self._pending) - 1
+        ready, self._pending = self._pending[:num_ready], self._pending[num_ready:]
+        rows = []
+        for at, values, done in ready:
+            if done is not None:
+                done.synchronize()
+            rows.append((at, values.tolist()))
+        return rows

@@ -1,0 +1,91 @@
+"""What happens once before the first step: processes and precision, sizes, compilation, activation checkpointing."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from torch import nn
+
+from crossflow.core import distributed
+from crossflow.core.config import TrainConfig
+from crossflow.core.errors import UserError
+
+_SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
+    """Compiles, in place, every block of the innermost module lists (or the whole model without any); returns how many.
+
+    Blocks of one kind share their code, so this takes a fraction of the time of compiling the whole; and a module
+    compiled in place keeps the names in its state dict.
+    """
+    blocks = [
+        child
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        for child in module
+        if not any(isinstance(inner, nn.ModuleList) for inner in child.modules())
+    ]
+    for block in blocks or [model]:
+        block.compile(backend=backend)
+    return len(blocks or [model])
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    able = [module for module in model.modules() if callable(getattr(module, "set_checkpointing", None))]
+    if not able:
+        raise UserError(
+            "train.checkpointing = true, but this model's backbone cannot recompute activations. Leave it out."
+        )
+    for module in able:
+        module.set_checkpointing(True)  # type: ignore[operator]
+
+
+def build_accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
+    distributed.device()
+    initialised = AcceleratorState._shared_state
+    if initialised and initialised.get("_mixed_precision") not in (None, config.precision):
+        # One process may train several times; accelerate holds the precision of the first time for all.
+        AcceleratorState._reset_state()
+    if config.precision == "fp16" and distributed.device().type == "cpu":
+        raise UserError("train.precision = fp16 needs a GPU, and this run is on the CPU. Use bf16 or no.")
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        # Accumulation is done here, where its weights are known; a value from the launcher's environment must not
+        # divide again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
+        # An ablation may leave out a loss and with it the parameters that only this loss reaches.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, but training is data-parallel only. "
+            "Choose multi-GPU or multi-CPU in `accelerate config`, or pass --multi_gpu to `accelerate launch`."
+        )
+    assert accelerator.num_processes == distributed.world_size(), "accelerate sees other processes than torch does"
+    return accelerator
+
+
+def check_sizes(config: TrainConfig, num_examples: int, world_size: int) -> None:
+    if num_examples == 0:
+        raise UserError("The training data holds no example. Check data.train and its split.")
+    parts = world_size * config.accumulate
+    if config.batch_size % parts:
+        nearest = max(1, round(config.batch_size / parts)) * parts
+        raise UserError(
+            f"train.batch_size = {config.batch_size} is the whole batch, over {world_size} process(es) and "
+            f"train.accumulate = {config.accumulate} part(s), and must be a multiple of their product {parts}; for "
+            f"example {nearest}."
+        )
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
