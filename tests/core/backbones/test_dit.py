@@ -130,6 +130,14 @@ def test_residual_stream_stays_float32_under_autocast(tiny_dit: Callable) -> Non
     assert types == [torch.float32, torch.float32]
 
 
+@torch.no_grad()
+def test_network_compiles_as_one_graph(tiny_dit: Callable) -> None:
+    model = tiny_dit(GRID, context_dim=6, conv=3)
+    condition = Condition(tokens=torch.randn(2, 4, 6))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(*inputs(GRID), condition)[0], model(*inputs(GRID), condition)[0], atol=1e-6)
+
+
 def count(model: DiT) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
