@@ -54,13 +54,17 @@ def command() -> None:
     """
 
 
-
-
 @command.command()
 @click.option("--task", type=click.Choice(TASKS), help="What to train; needed unless --config says it.")
-@click.option("--config", "recipe", help="A shipped recipe (crossflow list configs) or a YAML file. Default: TASK_tiny.")
-@click.option("--data", help="Training data: scenes, coco:DIR, jsonl:FILE, folder:DIR, pairs:DIR, ... (crossflow list datasets).")
-@click.option("--output", type=click.Path(path_type=Path), help="Run directory. Default: runs/RECIPE, numbered if taken.")
+@click.option(
+    "--config", "recipe", help="A shipped recipe (crossflow list configs) or a YAML file. Default: TASK_tiny."
+)
+@click.option(
+    "--data", help="Training data: scenes, coco:DIR, jsonl:FILE, folder:DIR, pairs:DIR, ... (crossflow list datasets)."
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Run directory. Default: runs/RECIPE, numbered if taken."
+)
 @click.option("--resume", help="auto: the newest good checkpoint of --output; or a checkpoint's folder.")
 @click.option("--dry-run", is_flag=True, help="Say parameters, memory, time and disk, and train nothing.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -90,9 +94,15 @@ def train(
     from crossflow.tasks.base import load_config
     from crossflow.tasks.run import Run, new_folder
 
-    resumed = output if resume is not None and recipe is None and output is not None and (output / "config.yaml").exists() else None
+    resumed = (
+        output
+        if resume is not None and recipe is None and output is not None and (output / "config.yaml").exists()
+        else None
+    )
     if task is None and recipe is None and resumed is None:
-        raise UserError(f"Say what to train: --task {'|'.join(TASKS)}, or --config with a recipe (crossflow list configs).")
+        raise UserError(
+            f"Say what to train: --task {'|'.join(TASKS)}, or --config with a recipe (crossflow list configs)."
+        )
     name = recipe or f"{task}_tiny"
     given = ([f"data.train={data}"] if data is not None else []) + list(overrides)
     config = load_config(resumed or name, given, task)
@@ -114,15 +124,19 @@ def train(
         return
     result = outcome.result
     if result.status == "stopped":
-        say(f"Stopped after step {result.step} ({result.reason}); continue with: crossflow train --output {folder} --resume auto")
+        say(
+            f"Stopped after step {result.step} ({result.reason}); continue with: crossflow train --output {folder} --resume auto"
+        )
         return
     say(f"Trained {result.step} steps in {result.seconds / 60:.1f} minutes. Samples: {folder / 'samples'}")
     if outcome.scores is not None:
         _show_scores(outcome.scores.values, outcome.scores.intervals, outcome.baseline, run.task.headline)
         for note in outcome.scores.notes:
             say(f"note: {note}")
-    say(f"The run is in {folder}. Use it: crossflow {'sample' if config.task == 't2i' else 'evaluate'} --checkpoint {folder}"
-        + (' --prompt "a red cube"' if config.task == "t2i" else ""))
+    say(
+        f"The run is in {folder}. Use it: crossflow {'sample' if config.task == 't2i' else 'evaluate'} --checkpoint {folder}"
+        + (' --prompt "a red cube"' if config.task == "t2i" else "")
+    )
 
 
 def _progress() -> Any:
@@ -135,15 +149,26 @@ def _progress() -> Any:
 
 def _show_dry_run(report: Any) -> None:
     say("parameters      " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in report.parameters.items()))
-    say("memory          " + ", ".join(f"{name} {count / 2**20:.0f} MiB" for name, count in report.memory.items()) + ", and activations")
+    say(
+        "memory          "
+        + ", ".join(f"{name} {count / 2**20:.0f} MiB" for name, count in report.memory.items())
+        + ", and activations"
+    )
     if report.peak_memory is not None:
         say(f"peak            {report.peak_memory / 2**30:.2f} GiB")
-    say(f"time            {report.seconds_per_step:.3f} s per step, {report.remaining_seconds / 60:.1f} min for {report.remaining_steps} steps")
-    say(f"disk            {report.checkpoint_bytes / 2**20:.0f} MiB per checkpoint, {report.disk_bytes / 2**20:.0f} MiB at most")
+    say(
+        f"time            {report.seconds_per_step:.3f} s per step, {report.remaining_seconds / 60:.1f} min for {report.remaining_steps} steps"
+    )
+    say(
+        f"disk            {report.checkpoint_bytes / 2**20:.0f} MiB per checkpoint, {report.disk_bytes / 2**20:.0f} MiB at most"
+    )
 
 
 def _show_scores(
-    values: dict[str, float], intervals: dict[str, tuple[float, float]], baseline: dict[str, float], headline: Sequence[str]
+    values: dict[str, float],
+    intervals: dict[str, tuple[float, float]],
+    baseline: dict[str, float],
+    headline: Sequence[str],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -153,10 +178,13 @@ def _show_scores(
     for name in names:
         low, high = intervals.get(name, (None, None))
         span = "" if low is None else f"{low:.4g} to {high:.4g}"
-        table.add_row(name, f"{values[name]:.4g}", span, *([f"{baseline[name]:.4g}" if name in baseline else ""] if baseline else []))
+        table.add_row(
+            name,
+            f"{values[name]:.4g}",
+            span,
+            *([f"{baseline[name]:.4g}" if name in baseline else ""] if baseline else []),
+        )
     Console().print(table)
-
-
 
 
 def _checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -203,21 +231,29 @@ def _step_bar(label: str) -> tuple[Any, Callable[[int, int], None]]:
     return bar, on_step
 
 
-def _inputs(pipe: "Pipeline", prompts: Sequence[str], prompt_file: Path | None, inputs: Sequence[Path]) -> list[tuple[str, Any]]:
+def _inputs(
+    pipe: "Pipeline", prompts: Sequence[str], prompt_file: Path | None, inputs: Sequence[Path]
+) -> list[tuple[str, Any]]:
     """(name, input) of everything asked for; raises UserError when it does not fit the task."""
     from crossflow.tasks.common.images import load_image
 
     if pipe.task.input_kind == "text":
         if inputs:
-            raise UserError("This is a text-to-image run: give --prompt or --prompts, not --input. To turn a picture into its latent use `crossflow invert`.")
+            raise UserError(
+                "This is a text-to-image run: give --prompt or --prompts, not --input. To turn a picture into its latent use `crossflow invert`."
+            )
         texts = list(prompts)
         if prompt_file is not None:
             texts += [line.strip() for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not texts:
-            raise UserError('Say what to draw: --prompt "a red cube" (several times if you like), or --prompts FILE with one per line.')
+            raise UserError(
+                'Say what to draw: --prompt "a red cube" (several times if you like), or --prompts FILE with one per line.'
+            )
         return [(f"{number:04d}", text) for number, text in enumerate(texts)]
     if prompts or prompt_file is not None:
-        raise UserError(f"This is a {pipe.task.name} run, which takes pictures: give --input FILE or FOLDER, not a prompt.")
+        raise UserError(
+            f"This is a {pipe.task.name} run, which takes pictures: give --input FILE or FOLDER, not a prompt."
+        )
     files = [file for path in inputs for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     files = [file for file in files if file.suffix.lower() in IMAGES or file in inputs]
     if not files:
@@ -238,8 +274,19 @@ def _inputs(pipe: "Pipeline", prompts: Sequence[str], prompt_file: Path | None, 
 @command.command()
 @_checkpoint_options
 @click.option("--prompt", "prompts", multiple=True, help="A prompt, for text-to-image; may be given several times.")
-@click.option("--prompts", "prompt_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file with one prompt per line.")
-@click.option("--input", "inputs", multiple=True, type=click.Path(exists=True, path_type=Path), help="A picture or a folder of pictures, for the other tasks.")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file with one prompt per line.",
+)
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="A picture or a folder of pictures, for the other tasks.",
+)
 @click.option("--num", default=1, show_default=True, type=click.IntRange(1), help="Outputs per input.")
 def sample(
     checkpoint: str,
@@ -275,7 +322,13 @@ def sample(
     for index, result in enumerate(results):
         name, value = asked[index // num]
         stem = folder / (f"{name}_{index % num}" if num > 1 else name)
-        metadata = {"seed": seed, "item": index // num, "number": index % num, "checkpoint": str(checkpoint), "weights": pipe.weights}
+        metadata = {
+            "seed": seed,
+            "item": index // num,
+            "number": index % num,
+            "checkpoint": str(checkpoint),
+            "weights": pipe.weights,
+        }
         metadata |= {"settings": {**pipe.settings.model_dump(), **settings}}
         if isinstance(value, str):
             metadata["prompt"] = value
@@ -296,7 +349,9 @@ def _plain(value: Any) -> str:
 def _write_grid(pictures: Sequence[Any], names: Sequence[str], path: Path) -> Path:
     from crossflow.tasks.common.images import save_png, sheet
 
-    return save_png(sheet(list(pictures), list(names), cell=max(128, max(picture.shape[1] for picture in pictures[:1]))), path)
+    return save_png(
+        sheet(list(pictures), list(names), cell=max(128, max(picture.shape[1] for picture in pictures[:1]))), path
+    )
 
 
 @command.command()
@@ -345,8 +400,6 @@ def evaluate(
     say(f"Wrote {report.folder / 'metrics.json'} and the pictures beside it ({report.folder / 'index.html'}).")
 
 
-
-
 def _given(pipe: "Pipeline", text: str | None) -> Any:
     """An input as typed: a prompt for text-to-image, else the path of a picture."""
     if text is None or pipe.task.input_kind == "text":
@@ -375,7 +428,10 @@ def _write_all(pipe: "Pipeline", results: Sequence[Any], names: Sequence[str], f
         _write_grid(pictures, names, folder / "grid.png")
     if pictures and animate:
         scale = max(1, 256 // pictures[0].shape[1])
-        frames = [Image.fromarray(one).resize((one.shape[1] * scale, one.shape[0] * scale), Image.Resampling.NEAREST) for one in pictures]
+        frames = [
+            Image.fromarray(one).resize((one.shape[1] * scale, one.shape[0] * scale), Image.Resampling.NEAREST)
+            for one in pictures
+        ]
         frames[0].save(folder / "animation.gif", save_all=True, append_images=frames[1:], duration=120, loop=0)
     say(f"Wrote {len(results)} results to {folder}.")
 
@@ -385,7 +441,13 @@ def _write_all(pipe: "Pipeline", results: Sequence[Any], names: Sequence[str], f
 @click.option("--from", "start", required=True, help="A prompt, or the path of a picture.")
 @click.option("--to", "end", required=True, help="A prompt, or the path of a picture.")
 @click.option("--frames", default=9, show_default=True, type=click.IntRange(2))
-@click.option("--kind", default="lerp", show_default=True, type=click.Choice(["lerp", "slerp"]), help="Straight line or great circle.")
+@click.option(
+    "--kind",
+    default="lerp",
+    show_default=True,
+    type=click.Choice(["lerp", "slerp"]),
+    help="Straight line or great circle.",
+)
 @click.option("--mean", is_flag=True, help="Interpolate means of the source posteriors instead of samples.")
 def interpolate(
     checkpoint: str, weights: str | None, device: str | None, seed: int, solver: str | None, steps: int | None,
@@ -396,7 +458,9 @@ def interpolate(
 
     pipe = _load(checkpoint, weights, device)
     settings = _settings(solver=solver, steps=steps, guidance=guidance)
-    results = latents.interpolate(pipe, _given(pipe, start), _given(pipe, end), frames, kind=kind, seed=seed, mode=mean, **settings)
+    results = latents.interpolate(
+        pipe, _given(pipe, start), _given(pipe, end), frames, kind=kind, seed=seed, mode=mean, **settings
+    )
     names = [f"{index / (frames - 1):.2f}" for index in range(frames)]
     _write_all(pipe, results, names, output or Path("outputs") / "interpolate", animate=True)
 
@@ -406,8 +470,18 @@ def interpolate(
 @click.option("--base", required=True, help="A prompt, or the path of a picture.")
 @click.option("--plus", help="What is added.")
 @click.option("--minus", help="What is subtracted.")
-@click.option("--strength", "strengths", multiple=True, type=float, default=(1.0,), show_default=True, help="k of base + k (plus - minus); several give a row.")
-@click.option("--restandardise", is_flag=True, help="Bring the result to mean 0 and deviation 1, as the released demo does.")
+@click.option(
+    "--strength",
+    "strengths",
+    multiple=True,
+    type=float,
+    default=(1.0,),
+    show_default=True,
+    help="k of base + k (plus - minus); several give a row.",
+)
+@click.option(
+    "--restandardise", is_flag=True, help="Bring the result to mean 0 and deviation 1, as the released demo does."
+)
 @click.option("--mean", is_flag=True, help="Compute with means of the source posteriors instead of samples.")
 def arithmetic(
     checkpoint: str, weights: str | None, device: str | None, seed: int, solver: str | None, steps: int | None,
@@ -433,12 +507,16 @@ def arithmetic(
         mode=mean,
         **_settings(solver=solver, steps=steps, guidance=guidance),
     )
-    _write_all(pipe, results, [f"k = {k:g}" for k in strengths], output or Path("outputs") / "arithmetic", animate=False)
+    _write_all(
+        pipe, results, [f"k = {k:g}" for k in strengths], output or Path("outputs") / "arithmetic", animate=False
+    )
 
 
 @command.command()
 @_checkpoint_options
-@click.option("--input", "value", required=True, help="What the task makes: a picture, a caption, a depth PNG in millimetres.")
+@click.option(
+    "--input", "value", required=True, help="What the task makes: a picture, a caption, a depth PNG in millimetres."
+)
 @click.option("--source", help="The input it belongs to; only for noise-source baselines.")
 def invert(
     checkpoint: str, weights: str | None, device: str | None, seed: int, solver: str | None, steps: int | None,
@@ -450,7 +528,9 @@ def invert(
     from crossflow.tasks import latents
 
     if guidance not in (None, 1.0):
-        raise UserError("An inversion has no guidance: the guided flow is not the one that is run backwards. Leave out --guidance.")
+        raise UserError(
+            "An inversion has no guidance: the guided flow is not the one that is run backwards. Leave out --guidance."
+        )
     pipe = _load(checkpoint, weights, device)
     if pipe.task.name != "caption" and not Path(value).is_file():
         raise UserError(f"There is no file {value}. Give a picture of the kind this {pipe.task.name} run makes.")
@@ -462,8 +542,6 @@ def invert(
     save_file({"z0": z0.contiguous()}, folder / "latent.safetensors")
     say(f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "
         f"Root mean squared error of the re-generated latent: {error:.2g}.")  # fmt: skip
-
-
 
 
 @command.command(name="list")
@@ -491,20 +569,24 @@ def _names(what: str) -> list[tuple[str, ...]]:
     if what == "datasets":
         from crossflow.tasks.common.readers import READERS
 
-        return [(name, READERS.get(name).layout, "has " + ", ".join(sorted(READERS.get(name).offers))) for name in READERS.names()]
+        return [
+            (name, READERS.get(name).layout, "has " + ", ".join(sorted(READERS.get(name).offers)))
+            for name in READERS.names()
+        ]
     if what == "solvers":
         from crossflow.core.solvers import SOLVERS
 
         return [(name, ((SOLVERS.get(name) or _adaptive).__doc__ or "").splitlines()[0]) for name in SOLVERS.names()]
     from crossflow.core.backbones import dit
 
-    return [("dit", f"size {name}: depth {size.depth}, width {size.width}, {size.heads} heads") for name, size in dit.SIZES.items()]
+    return [
+        ("dit", f"size {name}: depth {size.depth}, width {size.width}, {size.heads} heads")
+        for name, size in dit.SIZES.items()
+    ]
 
 
 def _adaptive() -> None:
     """Dormand-Prince with adaptive steps (rtol = atol = 1e-5), from 0 to 1 - 1e-5."""
-
-
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,7 +53,11 @@ def evaluate(
         "task": task.name,
         "checkpoint": str(pipe.folder),
         "weights": pipe.weights,
-        "data": {"spec": examples.reader.spec, "split": examples.reader.split, "fingerprint": examples.reader.fingerprint()},
+        "data": {
+            "spec": examples.reader.spec,
+            "split": examples.reader.split,
+            "fingerprint": examples.reader.fingerprint(),
+        },
         "num_items": len(cases),
         "bad_items": examples.bad,
         "image_size": task.config.data.image_size,
@@ -62,7 +66,13 @@ def evaluate(
         "seconds": round(seconds, 2),
         **environment(),
     }
-    content = {"scores": scores.values, "intervals": scores.intervals, "baseline": baseline, "notes": scores.notes, "manifest": manifest}
+    content = {
+        "scores": scores.values,
+        "intervals": scores.intervals,
+        "baseline": baseline,
+        "notes": scores.notes,
+        "manifest": manifest,
+    }
     write_atomically(target / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False))
     write_atomically(target / "items.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows))
     write_page(target, f"{task.name} on {examples.reader.spec} ({examples.reader.split})", content, scores.pages)

@@ -42,7 +42,10 @@ def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequ
     tiles = [tile for page in pages for tile in page]
     if tiles:
         columns = len(pages[0]) * max(1, 8 // (2 * len(pages[0])))
-        save_png(sheet([tile.image for tile in tiles], [tile.text for tile in tiles], columns=columns, cell=160), folder / "pictures.png")
+        save_png(
+            sheet([tile.image for tile in tiles], [tile.text for tile in tiles], columns=columns, cell=160),
+            folder / "pictures.png",
+        )
     return folder / "index.html"
 
 

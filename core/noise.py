@@ -3,10 +3,12 @@
 In training the key is (seed, step, global sample index), in sampling (seed, item id). B batch.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,3 +54,12 @@ def training_noise(seed: int, step: int, samples: Sequence[int], latent_shape: S
 def item_noise(seed: int, ids: Sequence[str], latent_shape: Sequence[int]) -> Tensor:
     """Standard normal (B, *latent); row i depends on (seed, ids[i]) only, so one item can be generated again alone."""
     return torch.stack([torch.randn(*latent_shape, generator=keyed_generator("item", seed, name)) for name in ids])
+
+
+@functools.lru_cache(maxsize=4)
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The permutation of range(n) for an epoch of training: int64 (n,), not writable, the same everywhere."""
+    # Sorting raw bits: the bits of Philox are fixed for good, numpy's shuffling is not.
+    permutation = np.argsort(np.random.Philox(key=key("order", seed, epoch)).random_raw(n), kind="stable")
+    permutation.flags.writeable = False
+    return permutation

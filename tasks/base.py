@@ -178,9 +178,13 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | N
     settings = merge(read(source), parse_overrides(overrides))
     name = settings.get("task")
     if name is None:
-        raise UserError(f"The configuration {source} does not say its task. Add a line `task: t2i`, or another of {', '.join(TASK_NAMES)}.")
+        raise UserError(
+            f"The configuration {source} does not say its task. Add a line `task: t2i`, or another of {', '.join(TASK_NAMES)}."
+        )
     if task is not None and name != task:
-        raise UserError(f"The configuration {source} is one for the task {name!r}, but --task says {task!r}. Leave out one of the two.")
+        raise UserError(
+            f"The configuration {source} is one for the task {name!r}, but --task says {task!r}. Leave out one of the two."
+        )
     return build(task_class(name).Config, settings)
 
 

@@ -44,7 +44,15 @@ def _generate(pipe: Pipeline, z0: Tensor, settings: dict[str, Any]) -> list[Any]
 
 
 def interpolate(
-    pipe: Pipeline, a: Any, b: Any, num_frames: int = 9, *, kind: str = "lerp", seed: int = 0, mode: bool = False, **settings: Any
+    pipe: Pipeline,
+    a: Any,
+    b: Any,
+    num_frames: int = 9,
+    *,
+    kind: str = "lerp",
+    seed: int = 0,
+    mode: bool = False,
+    **settings: Any,
 ) -> list[Any]:
     """Outputs for `num_frames` source latents on the way from input a to input b, both included."""
     z_a, z_b = _encode_all(pipe, [a, b], seed, mode)
@@ -75,7 +83,13 @@ def arithmetic(
 
 
 def invert(
-    pipe: Pipeline, value: str | Path | np.ndarray, *, source: Any = None, solver: str = "heun", steps: int = 50, seed: int = 0
+    pipe: Pipeline,
+    value: str | Path | np.ndarray,
+    *,
+    source: Any = None,
+    solver: str = "heun",
+    steps: int = 50,
+    seed: int = 0,
 ) -> tuple[Tensor, Any, float]:
     """Flows a finished output (a picture, a caption, a depth map) back to its source latent and forward again.
 
@@ -86,7 +100,9 @@ def invert(
     condition = None
     if pipe.model.source_encoder.kind == "gaussian":
         if source is None:
-            raise UserError("This model starts from noise under a condition; say which input the output belongs to (--prompt or --source).")
+            raise UserError(
+                "This model starts from noise under a condition; say which input the output belongs to (--prompt or --source)."
+            )
         condition = encode(pipe, source, seed=seed)[0].to(pipe.device).condition
     z0 = sampling.invert(pipe.model, z1, condition=condition, solver=solver, num_steps=steps)
     again = sampling.generate(pipe.model, z0, condition=condition, solver=solver, num_steps=steps)

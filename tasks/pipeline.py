@@ -1,7 +1,7 @@
 """`crossflow.load(DIR)`: a task with its trained model, callable and savable; what sampling, evaluation and the latent tools use.
 
-    pipe = crossflow.load("runs/t2i")
-    pictures = pipe(["a red cube"], seed=1)
+pipe = crossflow.load("runs/t2i")
+pictures = pipe(["a red cube"], seed=1)
 """
 
 import shutil
@@ -45,10 +45,14 @@ def _folder(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.yaml").is_file():
-            raise UserError(f"{folder} is not a run directory: it has no config.yaml. Give the folder that `crossflow train` wrote to.")
+            raise UserError(
+                f"{folder} is not a run directory: it has no config.yaml. Give the folder that `crossflow train` wrote to."
+            )
         return folder
     if folder.exists():
-        raise UserError(f"{folder} is a file, but a checkpoint is a run directory. Convert released files with `crossflow convert`.")
+        raise UserError(
+            f"{folder} is a file, but a checkpoint is a run directory. Convert released files with `crossflow convert`."
+        )
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise UserError(f"There is no folder {source}. Give a run directory, or a hub id such as owner/name.")
     from huggingface_hub import snapshot_download
@@ -67,11 +71,15 @@ def _load_weights(model: CrossFlow, path: Path) -> None:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}: the run has not saved weights yet, or the file was removed.")
+        raise UserError(
+            f"{path.parent} has no {path.name}: the run has not saved weights yet, or the file was removed."
+        )
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged and cannot be read ({error}). Use another checkpoint of the run.") from error
+        raise UserError(
+            f"{path} is damaged and cannot be read ({error}). Use another checkpoint of the run."
+        ) from error
     expected = model.state_dict()
     wrong = [
         *(f"{key} is missing" for key in expected if key not in state),
@@ -92,7 +100,13 @@ class Pipeline:
     """A task and its model, ready for use. `weights` says which weights it carries (ema | model)."""
 
     def __init__(
-        self, task: Task, model: CrossFlow, *, folder: Path | None = None, weights: str = "model", device: str | None = None
+        self,
+        task: Task,
+        model: CrossFlow,
+        *,
+        folder: Path | None = None,
+        weights: str = "model",
+        device: str | None = None,
     ) -> None:
         self.task = task
         self.model = model
@@ -137,7 +151,12 @@ class Pipeline:
 
     @torch.no_grad()
     def outputs(
-        self, inputs: Sequence[Any], ids: Sequence[str], seed: int, settings: SampleConfig | None = None, on_step: OnStep | None = None
+        self,
+        inputs: Sequence[Any],
+        ids: Sequence[str],
+        seed: int,
+        settings: SampleConfig | None = None,
+        on_step: OnStep | None = None,
     ) -> list[Any]:
         """Outputs of one batch of read inputs."""
         return self.task.run(inputs, self.flow(seed, settings or self.settings, on_step), ids)
@@ -198,7 +217,11 @@ class Pipeline:
         for kind in {"model", self.weights}:
             save_file(state, target / WEIGHTS[kind])
         self.task.save(target)
-        if self.folder is not None and (self.folder / "manifest.json").is_file() and self.folder.resolve() != target.resolve():
+        if (
+            self.folder is not None
+            and (self.folder / "manifest.json").is_file()
+            and self.folder.resolve() != target.resolve()
+        ):
             shutil.copy(self.folder / "manifest.json", target / "manifest.json")
         return target
 

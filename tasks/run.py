@@ -26,7 +26,7 @@ from crossflow.tasks.base import Task, Tile, build_task, load_config
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.images import save_png, sheet
 from crossflow.tasks.pipeline import Pipeline
-from crossflow.tasks.scoring import Scores, held_out_loss, score
+from crossflow.tasks.scoring import Scores, held_out_loss, score, show
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,9 @@ class TrainingSet:
 class Run:
     """A run directory with its task, model and data; `train` and `dry_run` work on it."""
 
-    def __init__(self, config: Config, folder: Path, *, progress: Progress | None = None, resume: str | None = None) -> None:
+    def __init__(
+        self, config: Config, folder: Path, *, progress: Progress | None = None, resume: str | None = None
+    ) -> None:
         """Prepares the task, or reads it back when `resume`d. Raises UserError for unusable settings, data, folders."""
         self.config, self.folder = config, folder
         self.progress = progress if progress is not None and distributed.is_main() else Silent()
@@ -104,12 +106,28 @@ class Run:
         """A resumed run must be the same run, but for how long it goes on and what it writes."""
         before = load_config(prepared).model_dump(mode="json")
         now = self.config.model_dump(mode="json")
-        free = {"steps", "save_every", "keep", "eval_every", "sample_every", "log_every", "num_workers", "trackers", "max_minutes"}
+        free = {
+            "steps",
+            "save_every",
+            "keep",
+            "eval_every",
+            "sample_every",
+            "log_every",
+            "num_workers",
+            "trackers",
+            "max_minutes",
+        }
         different = [
-            f"{section}.{name} ({before[section][name]} -> {value})" if isinstance(before[section], dict) else f"{section} ({before[section]} -> {now[section]})"
+            f"{section}.{name} ({before[section][name]} -> {value})"
+            if isinstance(before[section], dict)
+            else f"{section} ({before[section]} -> {now[section]})"
             for section in now
             for name, value in (now[section].items() if isinstance(now[section], dict) else [("", None)])
-            if (before[section] != now[section] if not isinstance(now[section], dict) else before[section].get(name) != value)
+            if (
+                before[section] != now[section]
+                if not isinstance(now[section], dict)
+                else before[section].get(name) != value
+            )
             and not (section == "train" and name in free)
         ]
         if different:
@@ -151,7 +169,8 @@ class Run:
         self._write_sheet(scores.pages, "final.png")
         baseline = self.task.baseline(self.data, self.cases())
         write_atomically(
-            self.folder / "scores.json", json.dumps({"scores": scores.values, "intervals": scores.intervals, "baseline": baseline}, indent=1)
+            self.folder / "scores.json",
+            json.dumps({"scores": scores.values, "intervals": scores.intervals, "baseline": baseline}, indent=1),
         )
         return Outcome(self.folder, result, scores, baseline)
 
@@ -165,7 +184,9 @@ class Run:
         return self.task.dataset("val", limit=self.config.data.num_val)
 
     def _pipeline(self) -> Pipeline:
-        return Pipeline(self.task, self.model, folder=self.folder, weights="ema", device=str(next(self.model.parameters()).device))
+        return Pipeline(
+            self.task, self.model, folder=self.folder, weights="ema", device=str(next(self.model.parameters()).device)
+        )
 
     def _validate(self, step: int) -> dict[str, float]:
         """Flow loss on held-out items, with their own sources and with those of other items."""
@@ -176,8 +197,7 @@ class Run:
             return
         few = self.cases()
         few = few[:: max(1, len(few) // NUM_SAMPLES)][:NUM_SAMPLES]
-        scores = score(self._pipeline(), few, seed=self.config.seed, num_tiles=NUM_SAMPLES)
-        path = self._write_sheet(scores.pages, f"step_{step:08d}.png")
+        path = self._write_sheet(show(self._pipeline(), few, seed=self.config.seed), f"step_{step:08d}.png")
         self.progress.note(f"Samples: {path}")
 
     def _write_sheet(self, pages: list[list[Tile]], name: str) -> Path:
@@ -232,7 +252,9 @@ def environment() -> dict[str, Any]:
 def _revision() -> str | None:
     root = Path(__file__).parent.parent
     try:
-        found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None
@@ -244,7 +266,12 @@ def manifest(config: Config, data: Examples) -> dict[str, Any]:
         "task": config.task,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "data": {"spec": data.reader.spec, "split": data.reader.split, "num_items": len(data), "fingerprint": data.reader.fingerprint()},
+        "data": {
+            "spec": data.reader.spec,
+            "split": data.reader.split,
+            "num_items": len(data),
+            "fingerprint": data.reader.fingerprint(),
+        },
         **environment(),
     }
 

@@ -55,6 +55,12 @@ def score(
     return Scores(values, metric.intervals(), metric.rows, pages, metric.notes)
 
 
+def show(pipe: Pipeline, cases: Sequence[Case], *, seed: int = 0) -> list[list[Tile]]:
+    """The tiles of some cases, not scored."""
+    outputs = pipe.outputs([case.input for case in cases], [case.id for case in cases], seed)
+    return [pipe.task.tiles(case, output) for case, output in zip(cases, outputs, strict=True)]
+
+
 def batches(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:
     for start in range(0, len(cases), size):
         yield cases[start : start + size]
@@ -67,7 +73,9 @@ def held_out_loss(task: Task, model: CrossFlow, examples: Examples, *, batch_siz
     `flow_shuffled` gives each target the source of another item: how much the source tells shows in the difference.
     """
     config = task.config
-    plain = config.model_copy(update={"loss": LossConfig(encoder="none", kl_weight=0.0), "guidance": GuidanceConfig(drop=0.0)})
+    plain = config.model_copy(
+        update={"loss": LossConfig(encoder="none", kl_weight=0.0), "guidance": GuidanceConfig(drop=0.0)}
+    )
     objective = Objective(model, plain)
     device = next(model.parameters()).device
     was_training = model.training

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crossflow.core.batch import Batch
-from crossflow.core.noise import Noise, keyed_generator, training_noise
+from crossflow.core.noise import Noise, order, training_noise
 from crossflow.core.training.signals import ignore_in_worker
 
 
@@ -63,21 +63,20 @@ class MicroBatches(Dataset[MicroBatch]):
         self.data = data
         self.seed = seed
         self.latent_shape = tuple(latent_shape)
-        self._orders: dict[int, Tensor] = {}
 
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> MicroBatch:
         step, positions = key
-        examples = [self.data[self.example_at(position)] for position in positions]
+        places = [self.example_at(position) for position in positions]
+        # Data that load several items faster together than one by one say so by this method, as for torch's loaders.
+        together = getattr(self.data, "__getitems__", None)
+        examples = together(places) if together else [self.data[place] for place in places]
         noise = training_noise(self.seed, step, positions, self.latent_shape)
         return MicroBatch(self.data.collate(examples), noise)
 
     def example_at(self, position: int) -> tuple[int, int]:
         """(epoch, index) of a global position."""
         epoch, place = divmod(position, len(self.data))
-        if epoch not in self._orders:
-            self._orders = {kept: order for kept, order in self._orders.items() if kept == epoch - 1}
-            self._orders[epoch] = torch.randperm(len(self.data), generator=keyed_generator("order", self.seed, epoch))
-        return epoch, int(self._orders[epoch][place])
+        return epoch, int(order(self.seed, epoch, len(self.data))[place])
 
 
 class Positions(Sampler[tuple[int, Sequence[int]]]):

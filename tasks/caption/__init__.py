@@ -88,11 +88,17 @@ class Adapter(Task[CaptionConfig]):
         if loss != "none" and target not in ("image", "text"):
             raise UserError(f"loss.encoder_target = {target!r} is not possible for captioning; it is image or text.")
         if loss in ("contrastive", "sigmoid") and target == "image":
-            raise UserError("Captioning aligns z0 with the caption: set loss.encoder_target=text, or loss.encoder=reconstruction for the image.")
+            raise UserError(
+                "Captioning aligns z0 with the caption: set loss.encoder_target=text, or loss.encoder=reconstruction for the image."
+            )
         if loss == "reconstruction" and target == "text":
-            raise UserError("The source of captioning is an image, so loss.encoder=reconstruction needs loss.encoder_target=image.")
+            raise UserError(
+                "The source of captioning is an image, so loss.encoder=reconstruction needs loss.encoder_target=image."
+            )
         if config.caption.joint and loss == "reconstruction":
-            raise UserError("caption.joint goes with loss.encoder=contrastive or none; reconstruction takes the place of the token ids.")
+            raise UserError(
+                "caption.joint goes with loss.encoder=contrastive or none; reconstruction takes the place of the token ids."
+            )
 
     # -- what is learned before the flow
 
@@ -185,7 +191,9 @@ class Adapter(Task[CaptionConfig]):
     def source(self, inputs: Sequence[np.ndarray]) -> Source:
         """inputs: pictures uint8 (H, W, 3) of any size; the centre square is read."""
         size = self.config.data.image_size
-        return self._source(encode(self.codec, torch.stack([to_tensor(center_crop_resize(image, size)) for image in inputs])))
+        return self._source(
+            encode(self.codec, torch.stack([to_tensor(center_crop_resize(image, size)) for image in inputs]))
+        )
 
     def decode(self, z1: Tensor) -> list[str]:
         """Captions."""

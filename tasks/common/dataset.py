@@ -4,7 +4,6 @@ Which example comes when is a function of (seed, step), how it is augmented of (
 resumed, or that has another number of processes, sees the same examples without saving any state.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.core.noise import key
+from crossflow.core.noise import key, order
 from crossflow.tasks.common.readers import BadItem, Item, Reader
 
 logger = logging.getLogger(__name__)
@@ -180,38 +179,6 @@ class Examples(Generic[T]):
         lines = [f"\n  {id}: {reason}" for id, reason in list(self.bad.items())[:NUM_LISTED]]
         more = len(self.bad) - len(lines)
         return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
-
-
-@functools.lru_cache(maxsize=4)
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The permutation of range(n) for an epoch of training: int64 (n,), not writable, the same everywhere."""
-    # Sorting raw bits: the bits of Philox are fixed for good, numpy's shuffling is not.
-    permutation = np.argsort(np.random.Philox(key=key("order", seed, epoch)).random_raw(n), kind="stable")
-    permutation.flags.writeable = False
-    return permutation
-
-
-def positions(step: int, global_batch: int, n: int) -> list[tuple[int, int]]:
-    """(epoch, place in its order) of the samples of training step `step`, from 0, in global sample order.
-
-    The epochs follow one another without a gap, so a batch may end one and begin the next, and a batch that is larger
-    than the data takes several; the log says so once.
-    """
-    if min(step, global_batch - 1, n - 1) < 0:
-        raise ValueError(f"need step >= 0, a batch and data of at least 1, got {step}, {global_batch} and {n}")
-    if global_batch > n:
-        _say_batch_wraps(global_batch, n)
-    return [divmod(step * global_batch + sample, n) for sample in range(global_batch)]
-
-
-def batch_keys(seed: int, step: int, global_batch: int, n: int) -> list[tuple[int, int]]:
-    """The (epoch, index) with which step `step` asks `Examples` for its samples: `positions` through `order`."""
-    return [(epoch, int(order(seed, epoch, n)[place])) for epoch, place in positions(step, global_batch, n)]
-
-
-@functools.cache
-def _say_batch_wraps(global_batch: int, n: int) -> None:
-    logger.warning("The batch of %d is larger than the data, %d items: a step sees items repeatedly.", global_batch, n)
 
 
 def _generator(seed: int, epoch: int, index: int) -> np.random.Generator:

@@ -32,12 +32,18 @@ def open_codec(settings: CodecSettings, images: Iterable[Tensor]) -> Codec:
     """The codec of a new run; the pixel codec measures its scale on images (B, 3, H, W)."""
     if settings.kind == "pixel":
         if settings.source is not None:
-            raise UserError("codec.source names an autoencoder, but codec.kind = pixel has none; set codec.kind = autoencoder_kl or autoencoder_tiny.")
+            raise UserError(
+                "codec.source names an autoencoder, but codec.kind = pixel has none; set codec.kind = autoencoder_kl or autoencoder_tiny."
+            )
         return build_codec("pixel", factor=settings.factor).fit_scale(images)
     if settings.source is None:
         raise UserError(f"codec.kind = {settings.kind} needs codec.source, the hub id or folder of an autoencoder.")
     given = {"scale": settings.scale, "shift": settings.shift, "subfolder": settings.subfolder}
-    return build_codec(settings.kind, source=settings.source, **{name: value for name, value in given.items() if value not in (None, "")})
+    return build_codec(
+        settings.kind,
+        source=settings.source,
+        **{name: value for name, value in given.items() if value not in (None, "")},
+    )
 
 
 def read_codec(folder: Path) -> Codec:

@@ -125,7 +125,11 @@ class Adapter(Task[DepthConfig]):
 
     def run(self, inputs: Sequence[np.ndarray], flow: Flow, ids: Sequence[str]) -> list[np.ndarray]:
         """Pictures of any size: the shorter side is brought to the model's, the depth map back to the picture's size."""
-        depths = by_shape([self.fit(image) for image in inputs], ids, lambda images, names: self.decode(flow(self.source(images), names)))
+        depths = by_shape(
+            [self.fit(image) for image in inputs],
+            ids,
+            lambda images, names: self.decode(flow(self.source(images), names)),
+        )
         return [_resize_depth(depth, image.shape[:2]) for depth, image in zip(depths, inputs, strict=True)]
 
     def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:
@@ -189,4 +193,6 @@ class Adapter(Task[DepthConfig]):
 def _resize_depth(depth: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if depth.shape == tuple(shape):
         return depth
-    return F.interpolate(torch.from_numpy(depth)[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[0, 0].numpy()
+    return F.interpolate(torch.from_numpy(depth)[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[
+        0, 0
+    ].numpy()

@@ -91,7 +91,9 @@ class Adapter(Task[SrConfig]):
     def build_model(self) -> CrossFlow:
         config = self.config
         gaussian = config.source.kind == "gaussian"
-        source = SourceEncoder(build_trunk(config.source.kind), config.source.kind, self.latent_shape, config.source.noise_scale)
+        source = SourceEncoder(
+            build_trunk(config.source.kind), config.source.kind, self.latent_shape, config.source.noise_scale
+        )
         return CrossFlow(source, build_backbone(config.backbone, self.latent_shape, grid_channels=3 if gaussian else 0))
 
     def build_objective(self, model: CrossFlow) -> Objective:
@@ -158,7 +160,9 @@ class Adapter(Task[SrConfig]):
             if min(sharp.shape[:2]) >= 4 * scale:  # a smaller picture has no inside left to be scored
                 cases.append(Case(item.id, reduce(sharp, scale), sharp, item))
         if not cases:
-            raise UserError(f"No picture of {examples.reader.spec} is at least {4 * scale} pixels wide and high, so none can be scored.")
+            raise UserError(
+                f"No picture of {examples.reader.spec} is at least {4 * scale} pixels wide and high, so none can be scored."
+            )
         return cases
 
     def metric(self) -> TaskMetric:
@@ -174,4 +178,8 @@ class Adapter(Task[SrConfig]):
         return metric.compute()
 
     def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
-        return [Tile(enlarge(case.input, self.config.sr.scale), "bicubic"), Tile(output, "output"), Tile(case.truth, "truth")]
+        return [
+            Tile(enlarge(case.input, self.config.sr.scale), "bicubic"),
+            Tile(output, "output"),
+            Tile(case.truth, "truth"),
+        ]

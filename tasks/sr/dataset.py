@@ -24,7 +24,9 @@ def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
     return imresize_matlab(image, scale)
 
 
-def random_pair(image: np.ndarray, size: int, scale: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def random_pair(
+    image: np.ndarray, size: int, scale: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """A random `size` x `size` crop of a picture, flipped and turned, and its bicubic version; both uint8 (size, size, 3).
 
     The crop is reduced together with a margin of its surroundings, so that its border looks as inside a picture. A picture that

@@ -53,7 +53,9 @@ class Adapter(Task[T2IConfig]):
     def __init__(self, config: T2IConfig) -> None:
         super().__init__(config)
         if config.loss.encoder != "none" and config.loss.encoder_target not in ("image", "text"):
-            raise UserError(f"loss.encoder_target = {config.loss.encoder_target!r} is not possible for t2i; it is image or text.")
+            raise UserError(
+                f"loss.encoder_target = {config.loss.encoder_target!r} is not possible for t2i; it is image or text."
+            )
 
     # -- what is learned before the flow
 
@@ -62,7 +64,9 @@ class Adapter(Task[T2IConfig]):
         first = (examples[(0, index)]["image"] for index in range(min(len(examples), 512)))
         self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
         if self.text.tokenizer is not None:
-            report(f"tokenizer: {len(self.text.tokenizer)} tokens; codec: {self.config.codec.kind}, latent {self.latent_shape}")
+            report(
+                f"tokenizer: {len(self.text.tokenizer)} tokens; codec: {self.config.codec.kind}, latent {self.latent_shape}"
+            )
 
     def save(self, folder: Path) -> None:
         self.text.save(folder)
@@ -86,7 +90,8 @@ class Adapter(Task[T2IConfig]):
             return CrossFlow(source, backbone, self.text.build_condition_encoder(config.source))
         trunk = self.text.build_trunk(config.source, shape)
         return CrossFlow(
-            SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale), build_backbone(config.backbone, shape)
+            SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale),
+            build_backbone(config.backbone, shape),
         )
 
     def build_objective(self, model: CrossFlow) -> Objective:
@@ -109,7 +114,9 @@ class Adapter(Task[T2IConfig]):
         loss = self.config.loss
         # Only the contrastive loss can look at the picture; a source is reconstructed to the text it came from.
         by_image = loss.encoder in ("contrastive", "sigmoid") and loss.encoder_target == "image"
-        alignment = images if by_image else self.text.alignment(source.features, texts, loss.encoder == "reconstruction")
+        alignment = (
+            images if by_image else self.text.alignment(source.features, texts, loss.encoder == "reconstruction")
+        )
         return Batch(
             features=source.features,
             mask=source.mask,

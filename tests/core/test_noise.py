@@ -1,8 +1,10 @@
 """Keyed noise: a row follows from its key alone."""
 
+import numpy as np
+import pytest
 import torch
 
-from crossflow.core.noise import item_noise, key, keyed_generator, training_noise
+from crossflow.core.noise import item_noise, key, keyed_generator, order, training_noise
 
 
 def test_training_noise_of_a_sample_is_independent_of_batch_and_order() -> None:
@@ -54,3 +56,23 @@ def test_keys_tell_parts_apart_and_are_the_same_everywhere() -> None:
 def test_noise_moves_as_a_whole() -> None:
     moved = training_noise(0, 0, [0], (2,)).to("meta")
     assert {moved.source.device.type, moved.time.device.type, moved.drop.device.type} == {"meta"}
+
+
+def test_order_is_a_permutation_per_epoch_and_seed():
+    orders = [order(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)]
+    for permutation in orders:
+        assert sorted(permutation.tolist()) == list(range(1000))
+    assert len({tuple(permutation.tolist()) for permutation in orders}) == 4
+    with pytest.raises(ValueError, match="read-only"):
+        orders[0][0] = 1
+
+
+def test_order_is_mixed():
+    permutation = order(0, 0, 10_000)
+    assert abs(np.corrcoef(permutation, np.arange(10_000))[0, 1]) < 0.05
+    assert np.mean(permutation == np.arange(10_000)) < 0.01
+
+
+def test_order_never_changes():
+    """Runs are resumed by newer versions, which must go on in the same order."""
+    assert order(0, 0, 10).tolist() == [6, 5, 0, 7, 3, 2, 4, 9, 8, 1]

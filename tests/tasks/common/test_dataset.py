@@ -1,6 +1,5 @@
 """Order and augmentation follow from keys alone, and bad items are replaced the same way in every process."""
 
-import logging
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 from PIL import Image
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common import dataset
-from crossflow.tasks.common.dataset import Examples, batch_keys, check, order, positions
+from crossflow.core.noise import order
+from crossflow.tasks.common.dataset import Examples, check
 from crossflow.tasks.common.readers import BadItem, Item, Reader, open_reader
 
 
@@ -240,67 +239,9 @@ def test_pickling_leaves_the_decoded_items_behind():
 def test_workers_give_the_same_examples(tmp_path):
     reader = folder_of_pictures(tmp_path, 24, broken=(3,))
     examples = Examples(reader, name_and_number, seed=1)
-    batches = [batch_keys(1, step, 6, 24) for step in range(6)]
+    batches = [[(0, index) for index in range(first, first + 6)] for first in range(0, 24, 6)]
     loader = torch.utils.data.DataLoader(examples, batch_sampler=batches, num_workers=2, collate_fn=list)
     assert list(loader) == [[examples[key] for key in batch] for batch in batches]
-
-
-# ---------------------------------------------------------------------------------------------------------------- order
-
-
-def test_order_is_a_permutation_per_epoch_and_seed():
-    orders = [order(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)]
-    for permutation in orders:
-        assert sorted(permutation.tolist()) == list(range(1000))
-    assert len({tuple(permutation.tolist()) for permutation in orders}) == 4
-    with pytest.raises(ValueError, match="read-only"):
-        orders[0][0] = 1
-
-
-def test_order_is_mixed():
-    permutation = order(0, 0, 10_000)
-    assert abs(np.corrcoef(permutation, np.arange(10_000))[0, 1]) < 0.05
-    assert np.mean(permutation == np.arange(10_000)) < 0.01
-
-
-def test_order_never_changes():
-    """Runs are resumed by newer versions, which must go on in the same order."""
-    assert order(0, 0, 10).tolist() == [6, 5, 0, 7, 3, 2, 4, 9, 8, 1]
-
-
-def test_steps_go_through_every_epoch_exactly_once():
-    n, global_batch = 10, 4
-    keys = [key for step in range(15) for key in batch_keys(7, step, global_batch, n)]
-    assert len(keys) == 60
-    for epoch in range(6):
-        assert keys[epoch * n : (epoch + 1) * n] == [(epoch, index) for index in order(7, epoch, n).tolist()]
-
-
-def test_the_same_samples_come_whatever_the_number_of_processes():
-    whole = batch_keys(0, 5, 8, 100)
-    for world in (1, 2, 4, 8):
-        share = 8 // world
-        parts = [whole[rank * share : (rank + 1) * share] for rank in range(world)]
-        assert [key for part in parts for key in part] == whole
-
-
-def test_a_batch_larger_than_the_data_wraps_exactly_and_is_logged_once(caplog):
-    caplog.set_level(logging.WARNING)
-    dataset._say_batch_wraps.cache_clear()
-    for step in range(3):
-        places = positions(step, 7, 3)
-    assert positions(0, 7, 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
-    assert places[0] == (4, 2)
-    assert caplog.text.count("larger than the data") == 1
-
-
-@pytest.mark.parametrize("arguments", [(-1, 4, 10), (0, 0, 10), (0, 4, 0)])
-def test_positions_refuse_what_has_no_meaning(arguments):
-    with pytest.raises(ValueError, match="at least 1"):
-        positions(*arguments)
-
-
-# ---------------------------------------------------------------------------------------------------------------- check
 
 
 def test_check_reads_everything_and_reports_progress(tmp_path):
@@ -321,8 +262,9 @@ def test_check_counts_captions():
 def test_examples_of_scenes_render_together_and_repeat():
     reader = open_reader("scenes", "train", image_size=16, limit=40)
     examples = Examples(reader, lambda item, generator: item, seed=0)
-    once = [examples[key] for key in batch_keys(0, 0, 8, 40)]
+    places = [(0, index) for index in order(0, 0, 40)[:8].tolist()]
+    once = [examples[key] for key in places]
     again = Examples(reader, lambda item, generator: item, seed=0, cache=False)
-    for item, key in zip(once, batch_keys(0, 0, 8, 40), strict=True):
+    for item, key in zip(once, places, strict=True):
         np.testing.assert_array_equal(item.image, again[key].image)
         assert item.captions == again[key].captions
