@@ -85,7 +85,11 @@ def check_sizes(config: TrainConfig, num_examples: int, world_size: int) -> None
         )
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seeds the global generators of Python, numpy and torch on the CPU and on `device`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # torch.manual_seed would, at every call, queue a seed for each kind of device that is not in use.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

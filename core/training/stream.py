@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crossflow.core.batch import Batch
-from crossflow.core.noise import Noise, order, training_noise
+from crossflow.core.noise import Noise, keyed_generator, order, training_noise
 from crossflow.core.training.signals import ignore_in_worker
 
 
