@@ -205,6 +205,8 @@ class Trainer:
                 self.progress.end()
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
+        if self._checkpoint is None:  # no steps were asked for
+            self.save()
         assert self._checkpoint is not None
         return TrainResult(
             "stopped" if reason else "finished",
@@ -277,7 +279,7 @@ class Trainer:
         rate = self.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        seed_everything(key("step", self.seed, self.step, self.rank))
+        seed_everything(key("step", self.seed, self.step, self.rank), self.device)
         parts = torch.zeros(())
         for number, micro_batch in enumerate(micro_batches, start=1):
             # Gradients are exchanged once per step, with the last part.
@@ -377,6 +379,7 @@ class Trainer:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Averaged weights, evaluation mode, no gradients; afterwards each module has the mode it had."""
+        seed_everything(key("evaluate", self.seed, self.step, self.rank), self.device)
         modes = [(module, module.training) for module in self.objective.modules()]
         self.objective.eval()
         try:
