@@ -1,0 +1,254 @@
+"""Scores of text-to-image: six GenEval-like scores on prompts about scenes, and the CLIP score on any prompt.
+
+A picture of a prompt is right (1) or wrong (0): a recogniser finds its solids; they must be what the prompt requires.
+As in GenEval (Ghosh et al., NeurIPS 2023), more solids than asked for do no harm, except where the prompt counts them;
+"overall" is the mean of the six kinds. As a control every picture is also judged by another prompt of its kind
+("shuffled_..."): what a model scores that draws fine pictures but does not listen.
+CLIP score = 100 max(0, cos(image embedding, text embedding)) (Hessel et al., EMNLP 2021, without their factor 2.5).
+"""
+
+import dataclasses
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from crossflow.core.errors import UserError
+from crossflow.tasks.common.metrics import Row, TaskMetric, bootstrap_interval, mean_metric, percentile_interval
+from crossflow.tasks.common.scenes import PROMPT_KINDS, Prompt, Requirement, geneval_prompts
+from crossflow.tasks.t2i.recogniser import Detection, Recogniser, load_recogniser, stands
+
+Judge = Callable[[np.ndarray], list[tuple[Detection, ...]]]
+
+
+def scene_cases(count: int, seed: int) -> list[tuple[str, Prompt]]:
+    """``count`` prompts with ids such as "colors/0003"; the six kinds take turns, so that there are as many of each."""
+    number = len(PROMPT_KINDS)
+    decks = {
+        kind: geneval_prompts(kind, seed, (count + number - 1 - place) // number)
+        for place, kind in enumerate(PROMPT_KINDS)
+    }
+    turns = ((index // number, PROMPT_KINDS[index % number]) for index in range(count))
+    return [(f"{kind}/{turn:04d}", decks[kind][turn]) for turn, kind in turns]
+
+
+def fulfils(prompt: Prompt, found: Sequence[Detection]) -> bool:
+    """Whether the solids found in a picture are what the prompt requires."""
+    fitting = [[one for one in found if _fits(one, required)] for required in prompt.required]
+    if prompt.kind == "counting":
+        return all(len(ones) == required.count for ones, required in zip(fitting, prompt.required, strict=True))
+    if any(len(ones) < required.count for ones, required in zip(fitting, prompt.required, strict=True)):
+        return False
+    if prompt.relation is None:
+        return True
+    return any(stands(prompt.relation, a, b) for a in fitting[0] for b in fitting[1] if a is not b)
+
+
+def _fits(one: Detection, required: Requirement) -> bool:
+    return one.shape == required.shape and required.colour in (None, one.colour)
+
+
+class T2IMetric(TaskMetric):
+    """Scores pictures uint8 (H, W, 3) against a ``Prompt`` about scenes, or against any text by a CLIP model.
+
+    Rows: "prompt"; for prompts about scenes "kind", "correct" (0 or 1), what was required and what was found, so that
+    every verdict can be read and repeated; "clip_score" when there is a CLIP model.
+
+    Args:
+        clip: hub id or folder of a CLIP model of transformers; None: no CLIP score.
+        seed: of the shuffled control.
+        judge: finds the solids of pictures; None: the recogniser of the user's cache, trained at the first need.
+    """
+
+    names = (*PROMPT_KINDS, "overall", "clip_score")
+
+    def __init__(self, *, clip: str | None = None, seed: int = 0, judge: Judge | None = None) -> None:
+        super().__init__()
+        self.seed = seed
+        self._judge = judge
+        self._clip = clip_scorer(clip) if clip is not None else None
+
+    def score(self, output: np.ndarray, truth: Prompt | str) -> Row:
+        """The row of one picture, without its id."""
+        if output.ndim != 3 or output.shape[2] != 3 or output.dtype != np.uint8:
+            raise ValueError(f"a picture must be uint8 (H, W, 3), got {output.dtype} {output.shape}")
+        text = truth.text if isinstance(truth, Prompt) else truth
+        row: Row = {"prompt": text}
+        if isinstance(truth, Prompt):
+            if self._judge is None:
+                self._judge = load_recogniser()
+            (found,) = self._judge(output[None])
+            row |= {
+                "kind": truth.kind,
+                "correct": int(fulfils(truth, found)),
+                "required": [[r.count, r.shape, r.colour] for r in truth.required],
+                "relation": truth.relation,
+                "found": [list(dataclasses.astuple(one)) for one in found],
+            }
+        if self._clip is not None:
+            row["clip_score"] = self._clip(output, text)
+        return row
+
+    def compute(self) -> dict[str, float]:
+        """The share of right pictures of every kind, "overall", the same shuffled, CLIP score and the judge's accuracy.
+
+        Numbers in [0, 1], the CLIP score in [0, 100]. Without prompts about scenes and without CLIP only "num_items".
+        """
+        self._require_rows()
+        self.notes = []
+        verdicts, shuffled = self._verdicts(), self._shuffled()
+        columns: dict[str, list[float | None]] = {}
+        for kind in PROMPT_KINDS:
+            if verdicts[kind]:
+                columns[kind] = [row.get("correct") if row.get("kind") == kind else None for row in self.rows]
+            if shuffled[kind]:
+                columns[f"shuffled_{kind}"] = [*shuffled[kind], *[None] * (len(self.rows) - len(shuffled[kind]))]
+        if any("clip_score" in row for row in self.rows):
+            columns["clip_score"] = [row.get("clip_score") for row in self.rows]
+        values = mean_metric(columns) if columns else {}
+        for prefix in ("", "shuffled_"):
+            parts = [values[prefix + kind] for kind in PROMPT_KINDS if prefix + kind in values]
+            if parts:
+                values[f"{prefix}overall"] = math.fsum(parts) / len(parts)
+        if isinstance(self._judge, Recogniser):
+            values |= {f"judge_{name}": self._judge.report[name] for name in ("shape", "colour", "count", "relation")}
+        self._take_notes(verdicts, shuffled, bool(columns))
+        return {**values, "num_items": float(len(self.rows))}
+
+    def intervals(
+        self, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
+    ) -> dict[str, tuple[float, float]]:
+        """Wilson's interval for every kind; bootstrap for the overall means (within each kind) and the CLIP score."""
+        found: dict[str, tuple[float, float]] = {}
+        for prefix, groups in (("", self._verdicts()), ("shuffled_", self._shuffled())):
+            kinds = {kind: numbers for kind, numbers in groups.items() if numbers}
+            found |= {prefix + kind: wilson_interval(sum(ns), len(ns), level) for kind, ns in kinds.items()}
+            if kinds:
+                draws = _resampled_overall(list(kinds.values()), num_resamples, seed)
+                found[f"{prefix}overall"] = percentile_interval(draws, level)
+        clip = [row["clip_score"] for row in self.rows if "clip_score" in row]
+        if len(clip) >= 2:
+            found["clip_score"] = bootstrap_interval(clip, level=level, num_resamples=num_resamples, seed=seed)
+        return found
+
+    def _verdicts(self) -> dict[str, list[int]]:
+        return {kind: [row["correct"] for row in self.rows if row.get("kind") == kind] for kind in PROMPT_KINDS}
+
+    def _shuffled(self) -> dict[str, list[int]]:
+        """Verdicts on every picture by another prompt of its kind; pictures for which there is none are left out."""
+        verdicts: dict[str, list[int]] = {}
+        for kind in PROMPT_KINDS:
+            rows = sorted((row for row in self.rows if row.get("kind") == kind), key=lambda row: row["id"])
+            partners = derangement([row["prompt"] for row in rows], f"{kind}/{self.seed}")
+            verdicts[kind] = [
+                int(fulfils(_prompt_of(rows[partner]), [Detection(*one) for one in row["found"]]))
+                for row, partner in zip(rows, partners, strict=True)
+                if partner is not None
+            ]
+        return verdicts
+
+    def _take_notes(self, verdicts: dict[str, list[int]], shuffled: dict[str, list[int]], scored: bool) -> None:
+        if not scored:
+            self.notes.append("nothing was scored: these prompts are not about scenes, and no CLIP model was given")
+        missing = [kind for kind in PROMPT_KINDS if not verdicts[kind]]
+        if any(verdicts.values()):
+            if missing:
+                self.notes.append(f"overall is the mean without {', '.join(missing)}, of which there were no prompts")
+            alone = sum(map(len, verdicts.values())) - sum(map(len, shuffled.values()))
+            if alone:
+                self.notes.append(
+                    f"{alone} pictures have no other prompt of their kind and miss from the shuffled control"
+                )
+        if isinstance(self._judge, Recogniser):
+            numbers = ", ".join(
+                f"{name} {self._judge.report[name]:.3f}" for name in ("shape", "colour", "count", "relation")
+            )
+            self.notes.append(f"the recogniser that judges is right on held-out renders in: {numbers}")
+
+
+def _prompt_of(row: Row) -> Prompt:
+    required = tuple(Requirement(*one) for one in row["required"])
+    return Prompt(row["kind"], row["prompt"], required, row["relation"])
+
+
+def derangement(texts: Sequence[str], seed: str) -> list[int | None]:
+    """For every text the place of another one that differs, each used once; None where that is not possible.
+
+    Equal texts are put side by side and all are shifted by the size of the largest group of equals.
+    """
+    rng = random.Random(f"derangement/{seed}")
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, text in enumerate(texts):
+        groups[text].append(place)
+    mixed = sorted(sorted(groups), key=lambda _: rng.random())
+    order = [place for text in mixed for place in groups[text]]
+    shift = max(Counter(texts).values(), default=0)
+    partners: list[int | None] = [None] * len(texts)
+    for position, place in enumerate(order):
+        other = order[(position + shift) % len(order)]
+        if texts[other] != texts[place]:
+            partners[place] = other
+    return partners
+
+
+def wilson_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share (1927), which stays sensible at 0 and 1: (low, high) in [0, 1].
+
+    ``(p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)`` with z the normal quantile of (1 + level) / 2.
+    """
+    from statistics import NormalDist
+
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"{successes} successes in {trials} trials have no share")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    p, spread = successes / trials, z * z / trials
+    middle = p + spread / 2
+    half = math.sqrt(p * (1 - p) * spread + spread * spread / 4)
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
+def _resampled_overall(groups: Sequence[Sequence[int]], num_resamples: int, seed: int) -> list[float]:
+    """Means over kinds, where the pictures of every kind are drawn again with replacement."""
+    generator = np.random.default_rng(seed)
+    means = [
+        np.asarray(group, float)[generator.integers(0, len(group), (num_resamples, len(group)))].mean(1)
+        for group in groups
+    ]
+    return [float(value) for value in np.mean(means, axis=0)]
+
+
+def clip_scorer(source: str) -> Callable[[np.ndarray, str], float]:
+    """A function (picture uint8 (H, W, 3), text) -> CLIP score in [0, 100], by a CLIP model of transformers.
+
+    Args:
+        source: hub id or folder with the model, its tokenizer and its image processor.
+
+    Raises:
+        UserError: the model cannot be had, is incomplete, or is not a CLIP model.
+    """
+    import torch
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+    from crossflow.tasks.common.frozen import load_frozen, load_public
+
+    files = "config.json, model.safetensors, preprocessor_config.json and the tokenizer's files of a CLIP model"
+    model = load_frozen(CLIPModel.from_pretrained, source, files=files)
+    if model.config.model_type != "clip":
+        raise UserError(f"{source!r} is a {model.config.model_type} model; the CLIP score needs a CLIP model.")
+    tokenizer = load_public(AutoTokenizer.from_pretrained, source, files=files)
+    processor = load_public(CLIPImageProcessor.from_pretrained, source, files=files)
+    longest = model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def score(picture: np.ndarray, text: str) -> float:
+        words = tokenizer([text], truncation=True, max_length=longest, return_tensors="pt")
+        pixels = processor(images=[picture], return_tensors="pt", input_data_format="channels_last")
+        output = model(
+            input_ids=words["input_ids"], attention_mask=words["attention_mask"], pixel_values=pixels["pixel_values"]
+        )
+        cosine = torch.nn.functional.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
+        return max(0.0, 100 * float(cosine))
+
+    return score
