@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 format() { python -m ruff format --check .; }
-lint() { python -m ruff check .; }
+lint() { python -m ruff check --output-format concise .; }
 types() {
     # The root is the package `crossflow` without being called so; through this link mypy finds it under its name.
     mkdir -p .typing && ln -sfn .. .typing/crossflow
