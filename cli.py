@@ -44,8 +44,8 @@ class Commands(click.Group):
 def command() -> None:
     """Noise-free cross-modal flow models: train, sample, evaluate.
 
-    A source (a sentence, a photograph) becomes a latent of the target's shape, and a transformer flows it into the target
-    (a picture, a caption, a depth map, a sharper picture).
+    A source (a sentence, a photograph) becomes a latent of the target's shape, and a transformer flows it into the
+    target (a picture, a caption, a depth map, a sharper picture).
 
     \b
       crossflow train --task t2i                          train on embedded data, no download
@@ -110,11 +110,11 @@ def train(
         raise UserError("--resume continues the run in --output; say which directory that is.")
     progress = _progress()
     if dry_run:
-        with tempfile.TemporaryDirectory(prefix="crossflow-dry-run-") as folder:
-            _show_dry_run(Run(config, Path(folder) / "run", progress=progress).dry_run())
+        with tempfile.TemporaryDirectory(prefix="crossflow-dry-run-") as scratch:
+            _show_dry_run(Run(config, Path(scratch) / "run", progress=progress).dry_run())
         return
     # With several processes each must name the same new folder: only the first may look what is taken.
-    folder = output or Path(distributed.broadcast_text(str(new_folder(Path("runs"), Path(name).stem))))
+    folder = output or Path(distributed.on_main(lambda: str(new_folder(Path("runs"), Path(name).stem))))
     run = Run(config, folder, progress=progress, resume=resume)
     if distributed.is_main():
         parts = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in run.model.num_parameters().items())
@@ -125,7 +125,8 @@ def train(
     result = outcome.result
     if result.status == "stopped":
         say(
-            f"Stopped after step {result.step} ({result.reason}); continue with: crossflow train --output {folder} --resume auto"
+            f"Stopped after step {result.step} ({result.reason}); continue with: "
+            f"crossflow train --output {folder} --resume auto"
         )
         return
     say(f"Trained {result.step} steps in {result.seconds / 60:.1f} minutes. Samples: {folder / 'samples'}")
@@ -134,8 +135,8 @@ def train(
         for note in outcome.scores.notes:
             say(f"note: {note}")
     say(
-        f"The run is in {folder}. Use it: crossflow {'sample' if config.task == 't2i' else 'evaluate'} --checkpoint {folder}"
-        + (' --prompt "a red cube"' if config.task == "t2i" else "")
+        f"The run is in {folder}. Use it: crossflow {'sample' if config.task == 't2i' else 'evaluate'} "
+        f"--checkpoint {folder}" + (' --prompt "a red cube"' if config.task == "t2i" else "")
     )
 
 
@@ -157,10 +158,12 @@ def _show_dry_run(report: Any) -> None:
     if report.peak_memory is not None:
         say(f"peak            {report.peak_memory / 2**30:.2f} GiB")
     say(
-        f"time            {report.seconds_per_step:.3f} s per step, {report.remaining_seconds / 60:.1f} min for {report.remaining_steps} steps"
+        f"time            {report.seconds_per_step:.3f} s per step, {report.remaining_seconds / 60:.1f} "
+        f"min for {report.remaining_steps} steps"
     )
     say(
-        f"disk            {report.checkpoint_bytes / 2**20:.0f} MiB per checkpoint, {report.disk_bytes / 2**20:.0f} MiB at most"
+        f"disk            {report.checkpoint_bytes / 2**20:.0f} MiB per checkpoint, "
+        f"{report.disk_bytes / 2**20:.0f} MiB at most"
     )
 
 
@@ -240,14 +243,16 @@ def _inputs(
     if pipe.task.input_kind == "text":
         if inputs:
             raise UserError(
-                "This is a text-to-image run: give --prompt or --prompts, not --input. To turn a picture into its latent use `crossflow invert`."
+                "This is a text-to-image run: give --prompt or --prompts, not --input. To turn a "
+                "picture into its latent use `crossflow invert`."
             )
         texts = list(prompts)
         if prompt_file is not None:
             texts += [line.strip() for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not texts:
             raise UserError(
-                'Say what to draw: --prompt "a red cube" (several times if you like), or --prompts FILE with one per line.'
+                'Say what to draw: --prompt "a red cube" (several times if you like), '
+                "or --prompts FILE with one per line."
             )
         return [(f"{number:04d}", text) for number, text in enumerate(texts)]
     if prompts or prompt_file is not None:
@@ -264,10 +269,10 @@ def _inputs(
             found.append((file.stem, load_image(file)))
         except (ValueError, OSError) as error:
             bad.append(f"{file}: {error}")
-    for line in bad:
-        click.echo(f"skipped {line}", err=True)
     if not found:
         raise UserError(f"None of the {len(files)} files could be read as a picture. {bad[0]}")
+    for line in bad:
+        click.echo(f"skipped {line}", err=True)
     return found
 
 
@@ -491,7 +496,8 @@ def arithmetic(
     """Latent arithmetic: base + k (plus - minus).
 
     \b
-      crossflow arithmetic --checkpoint runs/t2i_small --base "a red cube" --minus red --plus blue --strength 0.5 --strength 1
+      crossflow arithmetic --checkpoint runs/t2i_small --base "a red cube" --minus red --plus blue --strength 0.5
+      --strength 1
     """
     from crossflow.tasks import latents
 
@@ -590,7 +596,9 @@ def _adaptive() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 2 after a user's error, 130 after Ctrl-C. `argv` without program name."""
+    """Runs a command and returns its exit status: 0, 2 after a user's error, 130 after Ctrl-C. `argv` without
+    program name.
+    """
     import logging
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -34,19 +34,20 @@ def evaluate(
 ) -> Report:
     """Scores `pipe` on at most `num` items of a split; spec: the data of the run's own validation when None.
 
-    Writes metrics.json (scores, intervals, trivial baseline, manifest), items.jsonl and index.html to `folder`, by default
-    RUN/evaluation/DATA-SPLIT-STEPS. Raises UserError when the data do not fit the task.
+    Writes metrics.json (scores, intervals, trivial baseline, manifest), items.jsonl and index.html to `folder`, by
+    default RUN/evaluation/DATA-SPLIT-STEPS. Raises UserError when the data do not fit the task.
     """
     chosen = build(SampleConfig, {**pipe.settings.model_dump(), **(settings or {})})
     task = pipe.task
     examples = task.dataset(split, spec, limit=num)
     cases = task.cases(examples, num)
     begun = time.monotonic()
-    scores = score(pipe, cases, seed=seed, settings=chosen, num_tiles=24, progress=progress)
+    scores = score(pipe, cases, seed=seed, settings=chosen, num_tiles=24, thorough=True, progress=progress)
     seconds = time.monotonic() - begun
     train = task.dataset("train")
     baseline = task.baseline(train, cases)
-    name = f"{examples.reader.spec.rpartition('/')[2].replace(':', '-')}-{examples.reader.split}-{chosen.solver}{chosen.steps}"
+    place = examples.reader.spec.rpartition("/")[2].replace(":", "-")
+    name = f"{place}-{examples.reader.split}-{chosen.solver}{chosen.steps}"
     target = folder or (pipe.folder or Path("outputs")) / "evaluation" / name
     target.mkdir(parents=True, exist_ok=True)
     manifest = {

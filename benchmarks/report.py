@@ -16,7 +16,8 @@ from crossflow.tasks.run import write_atomically
 
 STYLE = (
     "body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:70em;color:#222}table{border-collapse:collapse}"
-    "td,th{padding:.2em .9em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}"
+    "td,th{padding:.2em .9em;border-bottom:1px solid "
+    "#ddd;text-align:right}td:first-child,th:first-child{text-align:left}"
     ".row{display:flex;gap:.6em;margin:.6em 0}figure{margin:0;max-width:16em}img{width:12em;image-rendering:pixelated}"
     "figcaption{font-size:13px;white-space:pre-wrap}pre{background:#f6f6f6;padding:1em;overflow:auto}"
 )
@@ -34,7 +35,8 @@ def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequ
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in content["notes"])
     manifest = html.escape("\n".join(f"{name}: {value}" for name, value in content["manifest"].items()))
     text = (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+        "<!doctype html><meta "
+        f"charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
         f"<table><tr><th>score<th>this run<th>95 % interval<th>trivial baseline{''.join(rows)}</table>{notes}"
         f"{''.join(strips)}<h2>How it was measured</h2><pre>{manifest}</pre>"
     )
@@ -50,7 +52,10 @@ def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequ
 
 
 def _figure(tile: Tile) -> str:
-    return f'<figure><img src="data:image/png;base64,{_png(tile.image)}"><figcaption>{html.escape(tile.text)}</figcaption></figure>'
+    return (
+        "<figure><img "
+        f'src="data:image/png;base64,{_png(tile.image)}"><figcaption>{html.escape(tile.text)}</figcaption></figure>'
+    )
 
 
 def _png(picture: np.ndarray) -> str:

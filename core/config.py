@@ -104,8 +104,8 @@ class GuidanceConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: int = Field(1000, ge=1)
-    """Optimizer steps."""
+    steps: int = Field(1000, ge=0)
+    """Optimizer steps; 0: only what comes before the flow is learned (a caption decoder for a t2i run backwards)."""
     batch_size: int = Field(64, ge=1)
     """Samples per optimizer step, over all processes and accumulated parts."""
     accumulate: int = Field(1, ge=1)

@@ -1,8 +1,8 @@
 """What a task is: the adapter between a pair of modalities and the modality-agnostic core, and the registry of tasks.
 
-A task's life: built from its configuration; `prepare`d once on the training data (tokenizer, scales, a text autoencoder), after
-which `save` and `load` carry what it learned; then it builds the model and its objective, turns items into batches, inputs into
-sources, latents into outputs, and scores outputs.
+A task's life: built from its configuration; `prepare`d once on the training data (tokenizer, scales, a text
+autoencoder), after which `save` and `load` carry what it learned; then it builds the model and its objective, turns
+items into batches, inputs into sources, latents into outputs, and scores outputs.
 """
 
 import importlib
@@ -34,7 +34,9 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to be scored: what goes in, what is right, and the item behind it (None when there is only a prompt)."""
+    """One thing to be scored: what goes in, what is right, and the item behind it (None when there is only a
+    prompt).
+    """
 
     id: str
     input: Any
@@ -133,7 +135,9 @@ class Task(ABC, Generic[C]):
 
     @abstractmethod
     def target(self, value: str | Path | np.ndarray) -> Tensor:
-        """What the task makes (a picture, a caption, a depth map; a path to one) as a latent z1 (1, *latent), to be inverted."""
+        """What the task makes (a picture, a caption, a depth map; a path to one) as a latent z1 (1, *latent), to be
+        inverted.
+        """
 
     @abstractmethod
     def write_output(self, output: Any, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
@@ -146,7 +150,8 @@ class Task(ABC, Generic[C]):
         """What is scored on the items of an evaluation split."""
 
     @abstractmethod
-    def metric(self) -> TaskMetric: ...
+    def metric(self, thorough: bool = False) -> TaskMetric:
+        """The task's metric; thorough: with numbers that take long or need more than Python, where they can be had."""
 
     @abstractmethod
     def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
@@ -179,11 +184,13 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | N
     name = settings.get("task")
     if name is None:
         raise UserError(
-            f"The configuration {source} does not say its task. Add a line `task: t2i`, or another of {', '.join(TASK_NAMES)}."
+            f"The configuration {source} does not say its task. Add a line `task: "
+            f"t2i`, or another of {', '.join(TASK_NAMES)}."
         )
     if task is not None and name != task:
         raise UserError(
-            f"The configuration {source} is one for the task {name!r}, but --task says {task!r}. Leave out one of the two."
+            f"The configuration {source} is one for the task {name!r}, but --task "
+            f"says {task!r}. Leave out one of the two."
         )
     return build(task_class(name).Config, settings)
 

@@ -26,7 +26,8 @@ def encode(pipe: Pipeline, value: Any, *, seed: int = 0, mode: bool = False) -> 
 def _encode_all(pipe: Pipeline, values: Sequence[Any], seed: int, mode: bool) -> list[Tensor]:
     if pipe.model.source_encoder.kind == "gaussian":
         raise UserError(
-            "This model starts from Gaussian noise (source.kind = gaussian), so its source latents carry no meaning to interpolate "
+            "This model starts from Gaussian noise (source.kind = gaussian), so its "
+            "source latents carry no meaning to interpolate "
             "or to add. Use a run with a variational, deterministic or noisy source."
         )
     latents = [encode(pipe, value, seed=seed, mode=mode)[1] for value in values]
@@ -93,15 +94,16 @@ def invert(
 ) -> tuple[Tensor, Any, float]:
     """Flows a finished output (a picture, a caption, a depth map) back to its source latent and forward again.
 
-    source: the input it belongs to, needed by baselines that have a condition. Returns z0 (1, *latent), the re-generated output
-    and the root mean squared error of the re-generated latent.
+    source: the input it belongs to, needed by baselines that have a condition. Returns z0 (1, *latent), the
+    re-generated output and the root mean squared error of the re-generated latent.
     """
     z1 = pipe.task.target(value).to(pipe.device)
     condition = None
     if pipe.model.source_encoder.kind == "gaussian":
         if source is None:
             raise UserError(
-                "This model starts from noise under a condition; say which input the output belongs to (--prompt or --source)."
+                "This model starts from noise under a condition; say which input the "
+                "output belongs to (--prompt or --source)."
             )
         condition = encode(pipe, source, seed=seed)[0].to(pipe.device).condition
     z0 = sampling.invert(pipe.model, z1, condition=condition, solver=solver, num_steps=steps)

@@ -1,4 +1,5 @@
-"""`crossflow.load(DIR)`: a task with its trained model, callable and savable; what sampling, evaluation and the latent tools use.
+"""`crossflow.load(DIR)`: a task with its trained model, callable and savable; what sampling, evaluation and the latent
+tools use.
 
 pipe = crossflow.load("runs/t2i")
 pictures = pipe(["a red cube"], seed=1)
@@ -27,7 +28,8 @@ OnStep = Callable[[int, int], None]
 def load(source: str | Path, *, weights: str | None = None, device: str | None = None) -> "Pipeline":
     """The pipeline of a run directory, or of a hub repository that holds one.
 
-    weights: "ema" (default when the run has them) or "model". Raises UserError when files are missing, damaged or do not fit.
+    weights: "ema" (default when the run has them) or "model". Raises UserError when files are missing, damaged or do
+    not fit.
     """
     folder = _folder(source)
     config = load_config(folder)
@@ -46,7 +48,8 @@ def _folder(source: str | Path) -> Path:
     if folder.is_dir():
         if not (folder / "config.yaml").is_file():
             raise UserError(
-                f"{folder} is not a run directory: it has no config.yaml. Give the folder that `crossflow train` wrote to."
+                f"{folder} is not a run directory: it has no config.yaml. Give the "
+                "folder that `crossflow train` wrote to."
             )
         return folder
     if folder.exists():
@@ -61,7 +64,8 @@ def _folder(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.yaml", "*.safetensors", "*.txt"]))
     except Exception as error:  # the hub's client raises many kinds, and each means the same to the user
         raise UserError(
-            f"There is no folder {source}, and it cannot be had from the hub ({type(error).__name__}). Give a run directory, "
+            f"There is no folder {source}, and it cannot be had from the hub "
+            f"({type(error).__name__}). Give a run directory, "
             "or download the repository and give its folder."
         ) from error
 
@@ -134,7 +138,8 @@ class Pipeline:
     ) -> list[Any]:
         """Outputs for one input or a list of them (prompts; pictures or their paths), `num` of each, in order.
 
-        The noise of output k of input i follows from (seed, ids[i], k) alone; ids default to the inputs' numbers. settings:
+        The noise of output k of input i follows from (seed, ids[i], k) alone; ids default to the inputs' numbers.
+        settings:
         fields of `SampleConfig` (steps, solver, guidance, ...). on_step(done, total) after each solver step of a batch.
         """
         single = not isinstance(inputs, (list, tuple))

@@ -1,5 +1,6 @@
 """train(config): builds task, model, objective and trainer, runs them, and leaves a complete run directory."""
 
+import functools
 import json
 import logging
 import os
@@ -19,10 +20,11 @@ from crossflow.core import distributed
 from crossflow.core.config import Config, dump
 from crossflow.core.errors import UserError
 from crossflow.core.noise import keyed_generator
+from crossflow.core.solvers import SOLVERS
 from crossflow.core.training.state import checkpoints
 from crossflow.core.training.tracking import Progress, Silent
 from crossflow.core.training.trainer import DryRun, Trainer, TrainResult
-from crossflow.tasks.base import Task, Tile, build_task, load_config
+from crossflow.tasks.base import Case, Task, Tile, build_task, load_config
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.images import save_png, sheet
 from crossflow.tasks.pipeline import Pipeline
@@ -73,34 +75,41 @@ class Run:
         self.config, self.folder = config, folder
         self.progress = progress if progress is not None and distributed.is_main() else Silent()
         self.resume = resume
+        SOLVERS.get(config.sample.solver)  # a wrong name is better told before the training than after
         self.task = build_task(config)
         self.data = self.task.dataset("train")
         self._prepare()
         torch.manual_seed(keyed_generator("weights", config.seed).initial_seed())
         self.model = self.task.build_model()
         self.objective = self.task.build_objective(self.model)
-        self._cases: list[Any] | None = None
 
     def _prepare(self) -> None:
-        """Everything that comes before the flow: learned once by the main process, read by all from the run directory."""
+        """Everything that comes before the flow: learned once by the main process, read by all from the run
+        directory.
+        """
         prepared = self.folder / "config.yaml"
         resumable = bool(checkpoints(self.folder / "checkpoints"))
         if prepared.exists() and self.resume is None:
             raise UserError(
-                f"{self.folder} already holds a run{' with checkpoints' if resumable else ''}. Continue it with --resume auto, "
+                f"{self.folder} already holds a run{' with checkpoints' if resumable else ''}. "
+                "Continue it with --resume auto, "
                 "or choose another --output."
             )
         if self.resume is not None and resumable:
             self._check_same(prepared)
-        elif distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.task.prepare(self.data, self.progress.note)
-            self.task.save(self.folder)
-            write_atomically(prepared, dump(self.config))
-            write_atomically(self.folder / "manifest.json", json.dumps(manifest(self.config, self.data), indent=1))
+        else:
+            distributed.on_main(self._learn)
         distributed.barrier()
         # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
         self.task.load(self.folder)
+
+    def _learn(self) -> str:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.task.prepare(self.data, self.progress.note)
+        self.task.save(self.folder)
+        write_atomically(self.folder / "manifest.json", json.dumps(manifest(self.config, self.data), indent=1))
+        write_atomically(self.folder / "config.yaml", dump(self.config))  # last: it says that the folder holds a run
+        return ""
 
     def _check_same(self, prepared: Path) -> None:
         """A resumed run must be the same run, but for how long it goes on and what it writes."""
@@ -132,7 +141,8 @@ class Run:
         ]
         if different:
             raise UserError(
-                f"The run in {self.folder} was started with other settings: {', '.join(different)}. Resume with its own settings, "
+                f"The run in {self.folder} was started with other settings: {', '.join(different)}. "
+                "Resume with its own settings, "
                 "or start a new run in another --output."
             )
         write_atomically(prepared, dump(self.config))
@@ -163,24 +173,27 @@ class Run:
         result = trainer.run(self.resume)
         if result.status == "stopped" or not distributed.is_main():
             return Outcome(self.folder, result)
-        self.progress.note("Scoring the averaged weights on the validation split.")
         with trainer.ema.applied():
-            scores = score(self._pipeline(), self.cases(), seed=self.config.seed, num_tiles=NUM_SAMPLES)
+            return self._scored(result)
+
+    def _scored(self, result: TrainResult) -> Outcome:
+        self.progress.note("Scoring the averaged weights on the validation split.")
+        scores = score(self._pipeline(), self.cases, seed=self.config.seed, num_tiles=NUM_SAMPLES)
         self._write_sheet(scores.pages, "final.png")
-        baseline = self.task.baseline(self.data, self.cases())
+        baseline = self.task.baseline(self.data, self.cases)
         write_atomically(
             self.folder / "scores.json",
             json.dumps({"scores": scores.values, "intervals": scores.intervals, "baseline": baseline}, indent=1),
         )
         return Outcome(self.folder, result, scores, baseline)
 
-    def cases(self) -> list[Any]:
+    @functools.cached_property
+    def cases(self) -> list[Case]:
         """What is scored during and after training: `data.num_val` cases of the validation split."""
-        if self._cases is None:
-            self._cases = self.task.cases(self._validation(), self.config.data.num_val)
-        return self._cases
+        return self.task.cases(self.validation, self.config.data.num_val)
 
-    def _validation(self) -> Examples:
+    @functools.cached_property
+    def validation(self) -> Examples:
         return self.task.dataset("val", limit=self.config.data.num_val)
 
     def _pipeline(self) -> Pipeline:
@@ -190,12 +203,12 @@ class Run:
 
     def _validate(self, step: int) -> dict[str, float]:
         """Flow loss on held-out items, with their own sources and with those of other items."""
-        return held_out_loss(self.task, self.model, self._validation())
+        return held_out_loss(self.task, self.model, self.validation)
 
     def _sample(self, step: int) -> None:
         if not distributed.is_main():
             return
-        few = self.cases()
+        few = self.cases
         few = few[:: max(1, len(few) // NUM_SAMPLES)][:NUM_SAMPLES]
         path = self._write_sheet(show(self._pipeline(), few, seed=self.config.seed), f"step_{step:08d}.png")
         self.progress.note(f"Samples: {path}")

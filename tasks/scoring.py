@@ -20,7 +20,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Scores:
-    """Averages by name, their 95 % intervals, one row per item, the tiles of the first cases, and what should be said beside."""
+    """Averages by name, their 95 % intervals, one row per item, the tiles of the first cases, and what should be
+    said beside.
+    """
 
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -36,11 +38,13 @@ def score(
     seed: int = 0,
     settings: SampleConfig | None = None,
     num_tiles: int = 16,
+    thorough: bool = False,
     progress: Progress | None = None,
 ) -> Scores:
     """Runs the cases in batches of settings.batch_size and scores them. Noise follows from (seed, case id)."""
     settings = settings or pipe.settings
-    metric, pages = pipe.task.metric(), []
+    metric = pipe.task.metric(thorough)
+    pages: list[list[Tile]] = []
     done = 0
     for part in batches(cases, settings.batch_size):
         outputs = pipe.outputs([case.input for case in part], [case.id for case in part], seed, settings)

@@ -20,3 +20,61 @@ if _OWNS_CACHE:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _OWNS_CACHE:
         shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]), ignore_errors=True)
+
+
+TASKS = ("t2i", "caption", "depth", "sr")
+TINY = [
+    "data.image_size=16",
+    "data.num_train=24",
+    "data.num_val=6",
+    "source.width=16",
+    "source.depth=1",
+    "backbone.width=16",
+    "backbone.depth=1",
+    "backbone.heads=2",
+    "train.steps=2",
+    "train.batch_size=4",
+    "train.precision=no",
+    "sample.steps=2",
+]
+TINY_TASK = {
+    "t2i": [],
+    "caption": ["caption.text_steps=4", "caption.text_batch_size=8", "caption.autoencoder.width=16"],
+    "depth": [],
+    "sr": ["data.image_size=32", "sr.tile=16", "sr.overlap=4"],
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_settings():
+    """tiny_settings(task): overrides that make any recipe of the task train in about a second."""
+    return lambda task: [*TINY, *TINY_TASK[task]]
+
+
+@pytest.fixture(scope="session")
+def blind_judge():
+    """The recogniser of scenes takes a minute to train; where its verdicts do not matter, this one sees nothing."""
+    from unittest import mock
+
+    def nothing(images):
+        return [()] * len(images)
+
+    with mock.patch("crossflow.tasks.t2i.metric.load_recogniser", return_value=nothing):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, tiny_settings, blind_judge):
+    """tiny_run(task): the directory of a run of two steps, trained once by the command line. Not to be written to."""
+    made = {}
+
+    def run(task: str) -> Path:
+        if task not in made:
+            from crossflow.cli import main
+
+            folder = tmp_path_factory.mktemp("runs") / task
+            assert main(["train", "--task", task, "--output", str(folder), *tiny_settings(task)]) == 0
+            made[task] = folder
+        return made[task]
+
+    return run

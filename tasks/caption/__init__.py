@@ -1,4 +1,5 @@
-"""Captioning: an image's latent flows to a text latent of the same shape, read by a parallel decoder (CrossFlow section 5.2).
+"""Captioning: an image's latent flows to a text latent of the same shape, read by a parallel decoder (CrossFlow
+section 5.2).
 
 The text autoencoder is trained first and frozen (default) or further trained with the flow (`caption.joint`).
 """
@@ -8,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from crossflow.tasks.base import Case, Example, Report, Task, Tile
 from crossflow.tasks.caption.dataset import Captions, example
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig
 from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
+from crossflow.tasks.caption.inverted import SourceText, backwards, load_t2i
 from crossflow.tasks.common.codecs import Codec
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.image_latents import FOLDER, CodecSettings, encode, open_codec, read_codec
@@ -35,8 +37,10 @@ from crossflow.tasks.common.metrics import TaskMetric
 from crossflow.tasks.common.readers import Item
 from crossflow.tasks.common.tokenizer import build_tokenizer
 from crossflow.tasks.common.trunks import Reconstructor
+from crossflow.tasks.pipeline import Pipeline
 
 TEXT_FOLDER = "text_autoencoder"
+T2I_FOLDER = "t2i"
 
 
 class CaptionSettings(Section):
@@ -50,6 +54,10 @@ class CaptionSettings(Section):
     joint: bool = False
     """Go on training the text autoencoder beside the flow."""
     captions: Captions = Captions()
+    t2i: str | None = None
+    """Run directory of a t2i model: caption by running it backwards (CrossFlow-T2I); with train.steps=0 only a text
+    decoder is learned.
+    """
 
 
 class CaptionConfig(Config):
@@ -81,6 +89,8 @@ class Adapter(Task[CaptionConfig]):
 
     codec: Codec
     text: TextAutoencoder
+    origin: Pipeline | None = None
+    """The t2i run that is run backwards, if one is."""
 
     def __init__(self, config: CaptionConfig) -> None:
         super().__init__(config)
@@ -89,15 +99,22 @@ class Adapter(Task[CaptionConfig]):
             raise UserError(f"loss.encoder_target = {target!r} is not possible for captioning; it is image or text.")
         if loss in ("contrastive", "sigmoid") and target == "image":
             raise UserError(
-                "Captioning aligns z0 with the caption: set loss.encoder_target=text, or loss.encoder=reconstruction for the image."
+                "Captioning aligns z0 with the caption: set loss.encoder_target=text, or "
+                "loss.encoder=reconstruction for the image."
             )
         if loss == "reconstruction" and target == "text":
             raise UserError(
                 "The source of captioning is an image, so loss.encoder=reconstruction needs loss.encoder_target=image."
             )
+        if config.caption.t2i is not None and (config.caption.joint or config.source.kind != "deterministic"):
+            raise UserError(
+                "A t2i run backwards starts at the image itself: set source.kind=deterministic, "
+                "and leave out caption.joint."
+            )
         if config.caption.joint and loss == "reconstruction":
             raise UserError(
-                "caption.joint goes with loss.encoder=contrastive or none; reconstruction takes the place of the token ids."
+                "caption.joint goes with loss.encoder=contrastive or none; reconstruction "
+                "takes the place of the token ids."
             )
 
     # -- what is learned before the flow
@@ -105,12 +122,17 @@ class Adapter(Task[CaptionConfig]):
     def prepare(self, examples: Examples, report: Report) -> None:
         settings = self.config.caption
         captions = list(examples.captions(20_000))
-        first = (examples[(0, index)]["image"] for index in range(min(len(examples), 512)))
-        self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
-        tokenizer = build_tokenizer(captions, settings.vocab_size, settings.autoencoder.max_length)
         torch.manual_seed(key("text autoencoder", self.config.seed))
-        self.text = TextAutoencoder(tokenizer, self.latent_shape, settings.autoencoder)
-        report(f"Training the text autoencoder on {len(captions)} captions, {len(tokenizer)} tokens.")
+        if settings.t2i is not None:
+            self._take(load_t2i(settings.t2i))
+            assert self.origin is not None
+            self.text = SourceText.of(self.origin, captions, settings.vocab_size, settings.autoencoder)
+        else:
+            first = (examples[(0, index)]["image"] for index in range(min(len(examples), 512)))
+            self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
+            tokenizer = build_tokenizer(captions, settings.vocab_size, settings.autoencoder.max_length)
+            self.text = TextAutoencoder(tokenizer, self.latent_shape, settings.autoencoder)
+        report(f"Training the text autoencoder on {len(captions)} captions, {self.text.vocab_size} tokens.")
         quality = self.text.fit(
             captions,
             steps=settings.text_steps,
@@ -119,24 +141,44 @@ class Adapter(Task[CaptionConfig]):
             seed=self.config.seed,
             precision="bf16" if self.config.train.precision == "bf16" else "no",
             progress=lambda step, losses: report(
-                f"text autoencoder {step}/{settings.text_steps}: loss {losses['loss']:.3f}, tokens right {losses['token_accuracy']:.3f}"
+                f"text autoencoder {step}/{settings.text_steps}: loss {losses['loss']:.3f}, "
+                f"tokens right {losses['token_accuracy']:.3f}"
             ),
         )
         self.text_report = asdict(quality)
         report(
-            f"text autoencoder: {quality.token_accuracy:.2%} of tokens and {quality.exact_match:.2%} of captions come back; latent mean "
+            f"text autoencoder: {quality.token_accuracy:.2%} of tokens and {quality.exact_match:.2%} "
+            "of captions come back; latent mean "
             f"{quality.latent_mean:.2f}, standard deviation {quality.latent_std:.2f}, spread {quality.spread:.2f}."
         )
 
+    def _take(self, pipe: Pipeline) -> None:
+        """Runs `pipe`, a t2i run, backwards: its codec is ours."""
+        size, ours = pipe.task.config.data.image_size, self.config.data.image_size
+        if size != ours:
+            raise UserError(
+                f"The t2i run sees pictures of {size} pixels; set data.image_size={size} "
+                f"to run it backwards (it is {ours})."
+            )
+        self.origin = pipe
+        self.codec = pipe.task.codec  # type: ignore[attr-defined]
+
     def save(self, folder: Path) -> None:
+        if self.origin is not None:
+            self.origin.save(folder / T2I_FOLDER)
         self.codec.save(folder / FOLDER)
         self.text.save(folder / TEXT_FOLDER)
         if hasattr(self, "text_report"):
             (folder / TEXT_FOLDER / "report.json").write_text(json.dumps(self.text_report, indent=1))
 
     def load(self, folder: Path) -> None:
-        self.codec = read_codec(folder)
-        self.text = TextAutoencoder.load(folder / TEXT_FOLDER).requires_grad_(self.config.caption.joint)
+        if self.config.caption.t2i is not None:
+            self._take(load_t2i(str(folder / T2I_FOLDER)))
+            assert self.origin is not None
+            self.text = SourceText.load(folder / TEXT_FOLDER).attach(self.origin)
+        else:
+            self.codec = read_codec(folder)
+            self.text = TextAutoencoder.load(folder / TEXT_FOLDER).requires_grad_(self.config.caption.joint)
 
     # -- the model
 
@@ -149,6 +191,8 @@ class Adapter(Task[CaptionConfig]):
         return self.text.tokenizer.pad_token_id
 
     def build_model(self) -> CrossFlow:
+        if self.origin is not None:
+            return backwards(self.origin)
         config, shape = self.config, self.latent_shape
         gaussian = config.source.kind == "gaussian"
         trunk = None if gaussian else build_trunk(config.source, shape[0], config.backbone.patch)
@@ -215,10 +259,10 @@ class Adapter(Task[CaptionConfig]):
     def cases(self, examples: Examples, limit: int) -> list[Case]:
         return [Case(item.id, item.image, item, item) for item in examples.items(limit)]
 
-    def metric(self) -> TaskMetric:
-        from crossflow.tasks.caption.metric import CaptionMetric
+    def metric(self, thorough: bool = False) -> TaskMetric:
+        from crossflow.tasks.caption.metric import JAVA_METRICS, CaptionMetric
 
-        return CaptionMetric()
+        return CaptionMetric(java=JAVA_METRICS if thorough else ())
 
     def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
         """The one caption that fits the training items best (by CIDEr), given to every picture."""

@@ -33,7 +33,8 @@ def open_codec(settings: CodecSettings, images: Iterable[Tensor]) -> Codec:
     if settings.kind == "pixel":
         if settings.source is not None:
             raise UserError(
-                "codec.source names an autoencoder, but codec.kind = pixel has none; set codec.kind = autoencoder_kl or autoencoder_tiny."
+                "codec.source names an autoencoder, but codec.kind = pixel has none; set "
+                "codec.kind = autoencoder_kl or autoencoder_tiny."
             )
         return build_codec("pixel", factor=settings.factor).fit_scale(images)
     if settings.source is None:
@@ -53,8 +54,8 @@ def read_codec(folder: Path) -> Codec:
 def encode(codec: Codec, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w).
 
-    seeds: one per image; where the codec's posterior has a spread, a sample keyed by it is taken (a new one each epoch), else
-    the mean.
+    seeds: one per image; where the codec's posterior has a spread, a sample keyed by it is taken (a new one each
+    epoch), else the mean.
     """
     posterior = codec.encode(images)
     if seeds is None or posterior.log_var is None:

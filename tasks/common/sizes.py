@@ -23,7 +23,8 @@ def by_shape(
 
 
 def fit_shorter_side(image: np.ndarray, size: int, multiple: int) -> np.ndarray:
-    """The picture (H, W, 3) uint8 resized so that its shorter side is `size`, both sides rounded to multiples of `multiple`.
+    """The picture (H, W, 3) uint8 resized so that its shorter side is `size`, both sides rounded to multiples of
+    `multiple`.
 
     `size` itself must be such a multiple. A side is at most 4 x `size`: longer pictures are squeezed.
     """
@@ -36,7 +37,9 @@ def fit_shorter_side(image: np.ndarray, size: int, multiple: int) -> np.ndarray:
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles of `tile` pixels start so that they cover `length` >= tile pixels and neighbours share >= `overlap` pixels."""
+    """Where tiles of `tile` pixels start so that they cover `length` >= tile pixels and neighbours share >=
+    `overlap` pixels.
+    """
     if length <= tile:
         return [0]
     num = -(-(length - overlap) // (tile - overlap))

@@ -9,9 +9,9 @@ from crossflow.core.layers import TransformerLayer, patchify, sincos_2d, unpatch
 class PatchTrunk(nn.Module):
     """Patches, a few transformer layers, and back to the grid: (B, C, H, W) -> (B, 2, C', H, W), mean and log-variance.
 
-    A depthwise convolution in front of every layer sees neighbouring patches, so that pictures of any size (multiples of the
-    patch) are read alike; with `positions` the layers also know where a patch lies. The mean starts near zero and the
-    log-variance at `log_var`.
+    A depthwise convolution in front of every layer sees neighbouring patches, so that pictures of any size (multiples
+    of the patch) are read alike; with `positions` the layers also know where a patch lies. The mean starts near zero
+    and the log-variance at `log_var`.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class PatchTrunk(nn.Module):
 class IdentityTrunk(nn.Module):
     """The source already lies in the target's space: (B, C, H, W) -> (B, 2, C, H, W) with the mean = features.
 
-    The log-variance, read by the variational source only, is a 3 x 3 convolution of the features that starts at `log_var`.
+    The log-variance, read by the variational source only, is a 3 x 3 convolution of the features that starts at
+    `log_var`.
     """
 
     def __init__(self, channels: int, variational: bool, log_var: float = -6.0) -> None:
@@ -69,7 +70,9 @@ class IdentityTrunk(nn.Module):
 
 
 class AlignmentHead(nn.Module):
-    """Pictures (B, C, H, W) -> (B, num_values): the small trained tower that the contrastive encoder loss compares z0 with."""
+    """Pictures (B, C, H, W) -> (B, num_values): the small trained tower that the contrastive encoder loss compares
+    z0 with.
+    """
 
     def __init__(self, in_channels: int, num_values: int, width: int = 64) -> None:
         super().__init__()

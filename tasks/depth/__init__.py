@@ -1,11 +1,12 @@
 """Depth estimation: RGB -> metric depth, in pixel space (CrossFlow section 5.3).
 
-An image variational encoder maps 3 x H x W to 1 x H x W; the flow leads from there to the depth map, in logarithm by default.
+An image variational encoder maps 3 x H x W to 1 x H x W; the flow leads from there to the depth map, in logarithm by
+default.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class DepthSettings(Section):
     """Metres; nearer measurements count as missing."""
     far: float = Field(100.0, gt=0)
     """Metres; farther measurements count as missing."""
-    alignment: str = "none"
+    alignment: Literal["none", "median", "affine"] = "none"
     """How predictions are aligned before they are scored: none | median | affine."""
     augmentation: Augmentation = Augmentation()
 
@@ -124,7 +125,9 @@ class Adapter(Task[DepthConfig]):
         return [depth.numpy() for depth in self.scale.decode(z1)[:, 0].cpu()]
 
     def run(self, inputs: Sequence[np.ndarray], flow: Flow, ids: Sequence[str]) -> list[np.ndarray]:
-        """Pictures of any size: the shorter side is brought to the model's, the depth map back to the picture's size."""
+        """Pictures of any size: the shorter side is brought to the model's, the depth map back to the picture's
+        size.
+        """
         depths = by_shape(
             [self.fit(image) for image in inputs],
             ids,
@@ -163,7 +166,7 @@ class Adapter(Task[DepthConfig]):
     def _scorable(self, depth: np.ndarray) -> np.ndarray:
         return (depth >= self.config.depth.near) & (depth <= self.config.depth.far)
 
-    def metric(self) -> TaskMetric:
+    def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.depth.metric import DepthMetric
 
         return DepthMetric(alignment=self.config.depth.alignment)

@@ -1,4 +1,6 @@
-"""Training examples of depth estimation: a square picture and its depth, cropped and flipped alike. H W = image_size."""
+"""Training examples of depth estimation: a square picture and its depth, cropped and flipped alike. H W =
+image_size.
+"""
 
 from typing import Any
 
@@ -19,14 +21,18 @@ class Augmentation(Section):
 
 
 def square(item: Item, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The centre crop of an item at the model's size: uint8 (size, size, 3), float32 (size, size) metres (nearest, 0 = missing)."""
-    assert item.image is not None and item.depth is not None
+    """The centre crop of an item at the model's size: uint8 (size, size, 3), float32 (size, size) metres (nearest, 0
+    = missing).
+    """
+    assert item.image is not None
+    assert item.depth is not None
     return center_crop_resize(item.image, size), center_crop_resize(item.depth, size, resample="nearest")
 
 
 def example(item: Item, size: int, augmentation: Augmentation, generator: np.random.Generator) -> dict[str, Any]:
     """{"id", "rgb" float32 (3, H, W) in [-1, 1], "depth" float32 (1, H, W) metres}; all chance from `generator`."""
-    assert item.image is not None and item.depth is not None
+    assert item.image is not None
+    assert item.depth is not None
     image, depth = item.image, item.depth
     if augmentation.crop < 1:
         shorter = min(image.shape[:2])

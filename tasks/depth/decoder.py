@@ -1,4 +1,6 @@
-"""Metric depth <-> the latent the flow lives in: a function of depth, scaled to mean 0 and variance 1 on the training data."""
+"""Metric depth <-> the latent the flow lives in: a function of depth, scaled to mean 0 and variance 1 on the
+training data.
+"""
 
 import json
 from collections.abc import Iterable
@@ -26,7 +28,9 @@ class DepthScale:
     scale: float = 1.0
 
     def _forward(self, depth: Tensor) -> Tensor:
-        return {"log": torch.log, "linear": torch.clone, "disparity": torch.reciprocal}[self.target](depth)
+        if self.target == "linear":
+            return depth
+        return depth.log() if self.target == "log" else depth.reciprocal()
 
     def valid(self, depth: Tensor) -> Tensor:
         """Where depth (metres, 0 = missing) is measured and inside [near, far]: bool, same shape."""

@@ -1,4 +1,6 @@
-"""Source encoder of depth estimation: RGB (B, 3, H, W) -> posterior over (B, 1, H, W), with a reconstruction loss to the RGB."""
+"""Source encoder of depth estimation: RGB (B, 3, H, W) -> posterior over (B, 1, H, W), with a reconstruction loss to
+the RGB.
+"""
 
 from torch import nn
 

@@ -59,11 +59,13 @@ class Adapter(Task[SrConfig]):
         scale, patch = config.sr.scale, config.backbone.patch
         if config.data.image_size % scale or config.data.image_size % patch:
             raise UserError(
-                f"data.image_size = {config.data.image_size} must be a multiple of sr.scale = {scale} and of backbone.patch = {patch}."
+                f"data.image_size = {config.data.image_size} must be a multiple of sr.scale "
+                f"= {scale} and of backbone.patch = {patch}."
             )
         if config.sr.tile % patch or config.sr.overlap >= config.sr.tile:
             raise UserError(
-                f"sr.tile = {config.sr.tile} must be a multiple of backbone.patch = {patch} and larger than sr.overlap = {config.sr.overlap}."
+                f"sr.tile = {config.sr.tile} must be a multiple of backbone.patch = {patch} and "
+                f"larger than sr.overlap = {config.sr.overlap}."
             )
 
     # -- what is learned before the flow
@@ -152,20 +154,26 @@ class Adapter(Task[SrConfig]):
 
     # -- scoring
 
+    @property
+    def _smallest(self) -> int:
+        """Side below which nothing is left for SSIM's 11 x 11 window inside the shaved border."""
+        return 11 + 2 * self.config.sr.scale
+
     def cases(self, examples: Examples, limit: int) -> list[Case]:
         scale, cases = self.config.sr.scale, []
         for item in examples.items(limit):
             assert item.image is not None
             sharp = to_multiple(item.image, scale)
-            if min(sharp.shape[:2]) >= 4 * scale:  # a smaller picture has no inside left to be scored
+            if min(sharp.shape[:2]) >= self._smallest:
                 cases.append(Case(item.id, reduce(sharp, scale), sharp, item))
         if not cases:
             raise UserError(
-                f"No picture of {examples.reader.spec} is at least {4 * scale} pixels wide and high, so none can be scored."
+                f"No picture of {examples.reader.spec} is at least {self._smallest} "
+                "pixels wide and high, so none can be scored."
             )
         return cases
 
-    def metric(self) -> TaskMetric:
+    def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.sr.metric import SrMetric
 
         return SrMetric(shave=self.config.sr.scale)

@@ -1,4 +1,6 @@
-"""Super-resolution pairs: a picture and its antialiased bicubic reduction (MATLAB's imresize, as in all published tables)."""
+"""Super-resolution pairs: a picture and its antialiased bicubic reduction (MATLAB's imresize, as in all published
+tables).
+"""
 
 from typing import Any
 
@@ -9,7 +11,9 @@ from crossflow.tasks.common.readers import Item
 
 
 def to_multiple(image: np.ndarray, scale: int) -> np.ndarray:
-    """The picture (H, W, 3) cut at the bottom and right to multiples of `scale` (the standard crop of Set5, B100, ...)."""
+    """The picture (H, W, 3) cut at the bottom and right to multiples of `scale` (the standard crop of Set5, B100,
+    ...).
+    """
     height, width = (side - side % scale for side in image.shape[:2])
     return image[:height, :width]
 
@@ -27,10 +31,11 @@ def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
 def random_pair(
     image: np.ndarray, size: int, scale: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random `size` x `size` crop of a picture, flipped and turned, and its bicubic version; both uint8 (size, size, 3).
+    """A random `size` x `size` crop of a picture, flipped and turned, and its bicubic version; both uint8 (size, size,
+    3).
 
-    The crop is reduced together with a margin of its surroundings, so that its border looks as inside a picture. A picture that
-    is too small is first continued by its mirror image.
+    The crop is reduced together with a margin of its surroundings, so that its border looks as inside a picture. A
+    picture that is too small is first continued by its mirror image.
     """
     missing = [max(0, size - side) for side in image.shape[:2]]
     if any(missing):

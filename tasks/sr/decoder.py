@@ -21,8 +21,8 @@ def through_tiles(
 ) -> np.ndarray:
     """`run` over overlapping tiles of a picture uint8 (H, W, 3), blended where they overlap: uint8 (H, W, 3).
 
-    A picture that fits in one tile goes through whole. Sides that are not multiples of `multiple` are continued by their mirror
-    image and cut off afterwards.
+    A picture that fits in one tile goes through whole. Sides that are not multiples of `multiple` are continued by
+    their mirror image and cut off afterwards.
     """
     height, width = image.shape[:2]
     sides = [min(tile, side + -side % multiple) for side in (height, width)]

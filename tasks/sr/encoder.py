@@ -1,4 +1,6 @@
-"""Source encoder of super-resolution: the bicubic enlargement itself, with a learned variance if the source is variational."""
+"""Source encoder of super-resolution: the bicubic enlargement itself, with a learned variance if the source is
+variational.
+"""
 
 from torch import nn
 

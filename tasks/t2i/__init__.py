@@ -65,7 +65,8 @@ class Adapter(Task[T2IConfig]):
         self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
         if self.text.tokenizer is not None:
             report(
-                f"tokenizer: {len(self.text.tokenizer)} tokens; codec: {self.config.codec.kind}, latent {self.latent_shape}"
+                f"tokenizer: {len(self.text.tokenizer)} tokens; codec: {self.config.codec.kind}, "
+                f"latent {self.latent_shape}"
             )
 
     def save(self, folder: Path) -> None:
@@ -159,7 +160,7 @@ class Adapter(Task[T2IConfig]):
             return [Case(id, prompt.text, prompt) for id, prompt in scene_cases(limit, self.config.seed)]
         return [Case(item.id, item.captions[0], item.captions[0], item) for item in examples.items(limit)]
 
-    def metric(self) -> TaskMetric:
+    def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.t2i.metric import T2IMetric
 
         return T2IMetric(clip=self.config.t2i.clip, seed=self.config.seed)

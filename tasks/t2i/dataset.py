@@ -9,7 +9,9 @@ from crossflow.tasks.common.readers import Item
 
 
 def example(item: Item, size: int, generator: np.random.Generator) -> dict[str, Any]:
-    """{"id", "image" float32 (3, size, size) in [-1, 1], "caption", "seed" of its latent's sample}; all chance from `generator`."""
+    """{"id", "image" float32 (3, size, size) in [-1, 1], "caption", "seed" of its latent's sample}; all chance from
+    `generator`.
+    """
     assert item.image is not None
     caption = item.captions[int(generator.integers(len(item.captions)))]
     image = to_tensor(center_crop_resize(item.image, size))

@@ -1,7 +1,8 @@
-"""The text side of text-to-image: features of a prompt, the trunk of the text variational encoder, what z0 is aligned with.
+"""The text side of text-to-image: features of a prompt, the trunk of the text variational encoder, what z0 is aligned
+with.
 
-Features are token ids, read by a small text transformer that is trained with the model (default), or those of a frozen encoder
-(CLIP, T5, a Llama-type decoder) by hub id or path. B batch, N tokens, D width.
+Features are token ids, read by a small text transformer that is trained with the model (default), or those of a frozen
+encoder (CLIP, T5, a Llama-type decoder) by hub id or path. B batch, N tokens, D width.
 """
 
 import json
@@ -29,7 +30,9 @@ FIXED_WIDTH = 64
 
 class TextSettings(Section):
     encoder: str | None = None
-    """Hub id or folder of a frozen text encoder (CLIP, T5, Llama-type); none: a small transformer trained with the model."""
+    """Hub id or folder of a frozen text encoder (CLIP, T5, Llama-type); none: a small transformer trained with the
+    model.
+    """
     subfolder: str = ""
     """Of the encoder inside that repository."""
     max_length: int = Field(77, ge=2)
@@ -131,7 +134,9 @@ class TextSide:
     # -- what z0 is aligned with
 
     def alignment(self, features: Tensor, texts: Sequence[str], reconstruct: bool) -> Tensor:
-        """The text side of the encoder loss: features to be reconstructed (B, N, D), else one vector per text or its ids."""
+        """The text side of the encoder loss: features to be reconstructed (B, N, D), else one vector per text or its
+        ids.
+        """
         if self.frozen is None:
             return fixed_embedding(len(self.tokenizer))[features] if reconstruct else features
         return features if reconstruct else self.frozen.pooled(texts).cpu()
@@ -149,7 +154,9 @@ class TextSide:
 
 
 def fixed_embedding(vocab_size: int) -> Tensor:
-    """(V, 64): a fixed random vector of unit variance per token, so that ids have features that can be reconstructed."""
+    """(V, 64): a fixed random vector of unit variance per token, so that ids have features that can be
+    reconstructed.
+    """
     return torch.randn(vocab_size, FIXED_WIDTH, generator=keyed_generator("token features"))
 
 
