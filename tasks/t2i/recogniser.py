@@ -46,7 +46,9 @@ HELD_OUT = 1000  # scenes on which the recogniser's own accuracy is measured
 
 _ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "material": MATERIALS}
 _REACH = 0.75  # cells whose middle is so near to a centre (in cells, along either axis) speak for it
-_APART = 0.12  # of the picture's width: centres nearer than this are the same solid; real ones are 0.2 apart
+_EDGE = 1.25  # cells nearer than this to a centre, but beyond reach, may say either
+_SAME = 0.16  # of the picture's width: centres nearer than this are one solid; those of real solids are 0.2 apart
+_FOUND = 0.1  # of the picture's width: a solid whose centre is not met so closely was not found
 _FIRST_HELD_OUT = 2**39  # among the seeds of the recogniser's own split
 
 Progress = Callable[[int, int], None]
@@ -81,11 +83,11 @@ def stands(relation: str, a: Detection, b: Detection) -> bool:
 class Training:
     """How the recogniser is trained; part of the name of its cache file."""
 
-    num_scenes: int = 14_000
-    steps: int = 1_000
+    num_scenes: int = 12_000
+    steps: int = 700
     batch_size: int = 128
     lr: float = 4e-3
-    width: int = 48
+    width: int = 32
     seed: int = 0
 
 
@@ -200,7 +202,7 @@ def _read(output: Tensor) -> list[tuple[Detection, ...]]:
         cells = (sure[picture] > 0.5).nonzero().tolist()
         for row, column in sorted(cells, key=lambda cell: -float(sure[picture, cell[0], cell[1]])):
             x, y = centres[picture, row, column].tolist()
-            if any(math.dist((x, y), (solid.x, solid.y)) < _APART for solid in solids):
+            if any(math.dist((x, y), (solid.x, solid.y)) < _SAME for solid in solids):
                 continue
             named = {name: values[int(attributes[name][picture, row, column])] for name, values in _ATTRIBUTES.items()}
             distance = float(parts["distance"][picture, row, column, 0])
@@ -249,22 +251,27 @@ def _fit(training: Training, images: Tensor, truths: dict[str, Tensor], progress
 
 
 def _truths(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """What the cells should say: ``near`` (B, G, G) 1 yes, 0 no, -1 either; the rest holds where ``near`` is 1."""
-    shape = (len(scenes), GRID, GRID)
-    truths: dict[str, Tensor] = {name: torch.zeros(shape, dtype=torch.long) for name in _ATTRIBUTES}
-    truths |= {"near": torch.zeros(shape), "distance": torch.zeros(shape), "centre": torch.zeros(*shape, 2)}
-    middles = _middles()
+    """What the cells should say: ``near`` (B, G, G) 1 yes, 0 no, -1 either; the rest holds where ``near`` is 1.
+
+    A cell at the edge of one solid may speak for it or be silent; one between two solids has to be silent, since it
+    would invent a third in their middle.
+    """
+    most = max(len(scene.objects) for scene in scenes)
+    centres = torch.full((len(scenes), most, 2), math.inf)
+    values = {name: torch.zeros(len(scenes), most, dtype=torch.long) for name in _ATTRIBUTES}
+    distances = torch.zeros(len(scenes), most)
     for b, scene in enumerate(scenes):
-        for solid in scene.objects:
-            gap = (middles - torch.tensor(solid.centre)).abs().amax(-1) * GRID
-            truths["near"][b][(gap < 1.25) & (truths["near"][b] == 0)] = -1
-            near = gap < _REACH
-            truths["near"][b][near] = 1
-            truths["distance"][b][near] = solid.y
-            truths["centre"][b][near] = torch.tensor(solid.centre)
-            for name, values in _ATTRIBUTES.items():
-                truths[name][b][near] = values.index(getattr(solid, name))
-    return truths
+        centres[b, : len(scene.objects)] = torch.tensor([solid.centre for solid in scene.objects])
+        distances[b, : len(scene.objects)] = torch.tensor([solid.y for solid in scene.objects])
+        for name, known in _ATTRIBUTES.items():
+            numbers = [known.index(getattr(solid, name)) for solid in scene.objects]
+            values[name][b, : len(numbers)] = torch.tensor(numbers)
+    gaps = (_middles()[None, :, :, None] - centres[:, None, None]).abs().amax(-1) * GRID  # (B, G, G, most), in cells
+    gap, whose = gaps.min(-1)
+    near = torch.where(gap < _REACH, 1.0, torch.where((gaps < _EDGE).sum(-1) == 1, -1.0, 0.0))
+    rows = torch.arange(len(scenes))[:, None, None]
+    truths = {name: numbers[rows, whose] for name, numbers in values.items()}
+    return truths | {"near": near, "distance": distances[rows, whose], "centre": centres[rows, whose]}
 
 
 def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
@@ -333,7 +340,7 @@ def accuracy(recogniser: Recogniser, scenes: Sequence[Scene], size: int = SIDE) 
 
 
 def _nearest(centre: tuple[float, float], detections: Sequence[Detection]) -> Detection | None:
-    near = [found for found in detections if math.dist(centre, (found.x, found.y)) < _APART]
+    near = [found for found in detections if math.dist(centre, (found.x, found.y)) < _FOUND]
     return min(near, key=lambda found: math.dist(centre, (found.x, found.y)), default=None)
 
 
@@ -348,7 +355,7 @@ def _content_key(training: Training) -> str:
     """Changes with the world's look and with the training, so that no judge outlives what it was trained for."""
     sample = [make_scene(scene_seed("recogniser", index)) for index in range(8)]
     digest = hashlib.sha256(render(sample, SIDE)[0].tobytes())
-    digest.update(json.dumps([dataclasses.asdict(training), _ATTRIBUTES, GRID, SIDE]).encode())
+    digest.update(json.dumps([dataclasses.asdict(training), _ATTRIBUTES, GRID, SIDE, _REACH, _EDGE]).encode())
     return digest.hexdigest()[:16]
 
 
