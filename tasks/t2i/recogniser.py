@@ -126,6 +126,7 @@ def load_recogniser(
             return _load(path, training)
         except Exception as error:  # an unreadable cache file must not stop anyone; it is replaced
             logger.warning("The recogniser in %s cannot be read (%s); it is trained again.", path, error)
+    logger.info("No recogniser of scenes in %s yet; one is trained, which takes about a minute.", path.parent)
     recogniser = train_recogniser(training, progress=progress)
     _save(recogniser, path)
     return recogniser
