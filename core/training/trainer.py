@@ -205,6 +205,10 @@ class Trainer:
                 self.progress.end()
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
+                if self.world_size > 1:
+                    # What is wrapped holds the group of processes, whose threads must be gone before the process ends.
+                    self.wrapped = self.losses
+                    self.accelerator.free_memory()
         if self._checkpoint is None:  # no steps were asked for
             self.save()
         assert self._checkpoint is not None

@@ -2,11 +2,15 @@
 
 import argparse
 import json
+import random
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from crossflow.core.batch import Batch
@@ -14,6 +18,7 @@ from crossflow.core.config import TrainConfig, build
 from crossflow.core.distributed import gather_with_grad, is_main, rank
 from crossflow.core.errors import UserError
 from crossflow.core.noise import Noise
+from crossflow.core.training import state
 from crossflow.core.training.trainer import Trainer
 
 LATENT = (3,)
@@ -94,7 +99,13 @@ def trainer(run_dir: Path, objective: nn.Module | None = None, data: Data | None
     torch.manual_seed(seed)
     objective = objective or Objective()
     return Trainer(
-        config(**settings), objective, data or Data(), run_dir=run_dir, seed=seed, latent_shape=LATENT, **known
+        config(**settings),
+        objective,
+        Data() if data is None else data,
+        run_dir=run_dir,
+        seed=seed,
+        latent_shape=LATENT,
+        **known,
     )
 
 
@@ -104,6 +115,31 @@ def lines(run_dir: Path, kind: str = "train") -> list[dict]:
     clock = ("seconds_per_step", "samples_per_second")
     read = [json.loads(line) for line in text.splitlines()]
     return [{k: v for k, v in line.items() if k not in clock} for line in read if line["kind"] == kind]
+
+
+def everything(run_dir: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint and of the run directory."""
+    files = [*state.checkpoints(run_dir / "checkpoints")[0].glob("*.safetensors"), *run_dir.glob("*.safetensors")]
+    return {f"{file.parent.name}/{file.name}/{k}": v for file in files for k, v in load_file(file).items()}
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    first, second = everything(run_dir), everything(other)
+    assert len(first) > 20
+    first = {name.replace(run_dir.name, ""): value for name, value in first.items()}
+    second = {name.replace(other.name, ""): value for name, value in second.items()}
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+    states = [
+        json.loads((state.checkpoints(d / "checkpoints")[0] / "state.json").read_text()) for d in (run_dir, other)
+    ]
+    assert states[0] == states[1]
+
+
+def noisy_validation(step: int) -> Mapping[str, float]:
+    """Draws from every global generator, as a careless task might."""
+    return {"score": torch.rand(()).item() + random.random() + np.random.rand() + step}
 
 
 def main() -> None:

@@ -1,0 +1,117 @@
+"""Gathering over ranks: the values, the gradients, and nothing at all with one process."""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossflow.core import distributed
+from crossflow.core.distributed import gather, gather_with_grad, max_over_ranks, mean_over_ranks, on_main
+from crossflow.core.errors import UserError
+
+
+def on_ranks(function: Callable[[int], object], folder: Path, world_size: int = 2) -> list:
+    """What `function(rank)` returns on each of `world_size` forked processes."""
+    children = []
+    for rank in range(world_size):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                store = dist.FileStore(str(folder / "store"), world_size)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+                torch.save(function(rank), folder / f"{rank}.pt")
+                dist.destroy_process_group()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world_size
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def test_one_process_is_not_distributed() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert gather_with_grad(x) is x
+    assert torch.equal(gather(x), x)
+    assert not gather(x).requires_grad
+    assert torch.equal(mean_over_ranks(x), x)
+    assert on_main(lambda: "said") == "said"
+    distributed.barrier()
+
+
+def test_gather_keeps_rank_order_and_type(tmp_path: Path) -> None:
+    def function(rank: int) -> list[Tensor]:
+        numbers = torch.arange(4.0).view(2, 2) + 10 * rank
+        return [gather(numbers), gather(numbers > 2), gather(numbers.long()), gather(numbers.t())]
+
+    first, second = on_ranks(function, tmp_path)
+    expected = torch.tensor([[0.0, 1], [2, 3], [10, 11], [12, 13]])
+    assert torch.equal(first[0], expected)
+    assert torch.equal(first[1], expected > 2)
+    assert first[1].dtype == torch.bool
+    assert torch.equal(first[2], expected.long())
+    assert torch.equal(first[3], torch.tensor([[0.0, 2], [1, 3], [10, 12], [11, 13]]))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_mean_and_maximum_over_ranks(tmp_path: Path) -> None:
+    results = on_ranks(
+        lambda rank: [f(torch.tensor([rank, 3.0 - rank])) for f in (mean_over_ranks, max_over_ranks)], tmp_path
+    )
+    for mean, largest in results:
+        assert mean.tolist() == [0.5, 2.5]
+        assert largest.tolist() == [1.0, 3.0]
+
+
+def contrastive(z: Tensor, w: Tensor, everyone: Callable[[Tensor], Tensor], rank: int, whole: bool) -> Tensor:
+    """Symmetric loss of the rows of z @ w against the rows of z: of this rank's rows, or of all (`whole`)."""
+    a, b = F.normalize(z @ w, dim=1), F.normalize(z, dim=1)
+    all_a, all_b = everyone(a), everyone(b)
+    here = torch.arange(len(a)) + rank * len(a)
+    if whole:
+        a, b, here = all_a, all_b, torch.arange(len(all_a))
+    return (F.cross_entropy(5 * a @ all_b.T, here) + F.cross_entropy(5 * b @ all_a.T, here)) / 2
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["own rows", "whole loss on every rank"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_averaged_gradients_are_those_of_one_process(tmp_path: Path, whole: bool, world_size: int) -> None:
+    torch.manual_seed(0)
+    z, w = torch.randn(6, 4), torch.randn(4, 4)
+    alone = w.clone().requires_grad_()
+    loss = contrastive(z, alone, lambda x: x, 0, whole=False)
+    loss.backward()
+
+    def function(rank: int) -> tuple[Tensor, Tensor]:
+        ours = w.clone().requires_grad_()
+        size = 6 // world_size
+        value = contrastive(z[rank * size : (rank + 1) * size], ours, gather_with_grad, rank, whole)
+        value.backward()
+        return mean_over_ranks(value), mean_over_ranks(ours.grad)  # the mean: what data-parallel training does
+
+    for value, gradient in on_ranks(function, tmp_path, world_size):
+        assert torch.allclose(value, loss.detach(), atol=1e-6)
+        assert torch.allclose(gradient, alone.grad, atol=1e-6)
+
+
+def test_on_main_gives_its_text_or_its_error_to_all(tmp_path: Path) -> None:
+    def function(rank: int) -> list[str]:
+        said = on_main(lambda: f"from {rank}")
+
+        def fail() -> str:
+            raise UserError("no space")
+
+        with pytest.raises(UserError, match="no space"):
+            on_main(fail)
+        return [said]
+
+    assert on_ranks(function, tmp_path) == [["from 0"], ["from 0"]]

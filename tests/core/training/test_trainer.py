@@ -1,0 +1,332 @@
+"""A run leaves its files and numbers, and nothing but (seed, step) decides what is learned."""
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from crossflow.core.errors import UserError
+from crossflow.core.training import prepare, state
+from crossflow.core.training.optim import learning_rate
+from crossflow.core.training.prepare import compile_blocks
+
+# --- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files_and_its_numbers(tiny: ModuleType, tmp_path: Path) -> None:
+    result = tiny.trainer(tmp_path, validate=tiny.noisy_validation, eval_every=6).run()
+    assert (result.status, result.step, result.reason) == ("finished", 12, "")
+    assert result.checkpoint == tmp_path / "checkpoints" / "step_00000012"
+    assert [path.name for path in state.checkpoints(tmp_path / "checkpoints")] == ["step_00000012", "step_00000008"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoints", "metrics.jsonl", "model.safetensors", "ema.safetensors", "objective.safetensors"}
+    train, val = tiny.lines(tmp_path), tiny.lines(tmp_path, "val")
+    assert [line["step"] for line in train] == [3, 6, 9, 12]
+    assert [line["step"] for line in val] == [6, 12]
+    assert set(train[0]) == {"kind", "step", "loss", "flow", "size", "grad_norm", "lr", "epoch"}
+    assert result.losses["flow"] == train[-1]["flow"]
+    assert result.scores == {"score": val[-1]["score"]}
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert train[-1]["epoch"] == pytest.approx(12 * 4 / 10)
+
+
+def test_weights_on_disk_are_those_of_the_generator_and_of_the_losses_apart(tiny: ModuleType, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path)
+    trainer.run()
+    model = load_file(tmp_path / "model.safetensors")
+    assert model.keys() == trainer.model.state_dict().keys()
+    assert all(torch.equal(model[name], value) for name, value in trainer.model.state_dict().items())
+    ema = load_file(tmp_path / "ema.safetensors")
+    assert ema.keys() == model.keys()
+    assert not torch.equal(ema["backbone.0.weight"], model["backbone.0.weight"])
+    assert torch.equal(ema["table"], model["table"])
+    assert load_file(tmp_path / "objective.safetensors").keys() == {"head.weight", "head.bias"}
+
+
+def test_the_rate_that_is_logged_is_the_one_of_the_schedule(tiny: ModuleType, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, log_every=1, schedule="cosine", final_lr=0.001, accumulate=2)
+    used = []
+    original = trainer.stepper.step
+    trainer.stepper.step = lambda: (used.append(trainer.optimizer.param_groups[0]["lr"]), original())
+    trainer.run()
+    expected = [
+        learning_rate(step, lr=0.01, warmup_steps=3, steps=12, schedule="cosine", final_lr=0.001) for step in range(12)
+    ]
+    assert used == expected
+    assert [line["lr"] for line in tiny.lines(tmp_path)] == expected
+
+
+def test_logged_losses_are_means_over_the_interval(tiny: ModuleType, tmp_path: Path) -> None:
+    for every in (1, 4):
+        tiny.trainer(tmp_path / str(every), log_every=every).run()
+    single, means = tiny.lines(tmp_path / "1"), tiny.lines(tmp_path / "4")
+    for index, line in enumerate(means):
+        for name in ("loss", "flow", "size", "grad_norm"):
+            interval = [other[name] for other in single[4 * index : 4 * index + 4]]
+            assert line[name] == pytest.approx(sum(interval) / 4, rel=1e-6)
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_logged(tiny: ModuleType, tmp_path: Path) -> None:
+    norms = []
+    for clip in (0.0, 0.5):
+        trainer = tiny.trainer(tmp_path / str(clip), grad_clip=clip, log_every=1, steps=1)
+        original = trainer.stepper.step
+
+        def step(trainer=trainer, original=original) -> None:  # type: ignore[no-untyped-def]
+            gradients = [p.grad for p in trainer.parameters if p.grad is not None]
+            norms.append(nn.utils.get_total_norm(gradients).item())
+            original()
+
+        trainer.stepper.step = step
+        trainer.run()
+    logged = [tiny.lines(tmp_path / name)[0]["grad_norm"] for name in ("0.0", "0.5")]
+    assert logged[0] == logged[1] == pytest.approx(norms[0])
+    assert norms[0] > 0.5
+    assert norms[1] == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_parts_equal_the_whole_batch(tiny: ModuleType, tmp_path: Path, accumulate: int) -> None:
+    runs = []
+    for parts in (1, accumulate):
+        torch.manual_seed(0)
+        objective = tiny.Objective(dropout=False)
+        tiny.trainer(tmp_path / str(parts), objective, accumulate=parts).run()
+        runs.append(objective.state_dict())
+    assert all(torch.allclose(runs[0][name], runs[1][name], atol=1e-6) for name in runs[0])
+    for one, many in zip(tiny.lines(tmp_path / "1"), tiny.lines(tmp_path / str(accumulate)), strict=True):
+        assert all(one[name] == pytest.approx(many[name], rel=1e-5) for name in ("loss", "flow", "size", "grad_norm"))
+
+
+def test_loading_processes_and_validations_do_not_change_what_is_learned(tiny: ModuleType, tmp_path: Path) -> None:
+    tiny.trainer(tmp_path / "plain").run()
+    tiny.trainer(
+        tmp_path / "busy",
+        num_workers=2,
+        validate=tiny.noisy_validation,
+        sample=tiny.noisy_validation,
+        eval_every=2,
+        sample_every=3,
+    ).run()
+    tiny.assert_same_run(tmp_path / "plain", tmp_path / "busy")
+
+
+def test_another_seed_is_another_run(tiny: ModuleType, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny.trainer(tmp_path / str(seed), tiny.Objective(), seed=seed).run()
+    assert tiny.lines(tmp_path / "0")[0]["loss"] != tiny.lines(tmp_path / "1")[0]["loss"]
+
+
+# --- callbacks -----------------------------------------------------------------------------------------------------
+
+
+def test_callbacks_see_averaged_weights_in_evaluation_mode(tiny: ModuleType, tmp_path: Path) -> None:
+    objective = tiny.Objective()
+    objective.head.eval()  # a part that somebody froze
+    seen = []
+
+    def validate(step: int) -> dict[str, float]:
+        average = trainer.ema.state_dict()["backbone.0.weight"]
+        seen.append((step, torch.equal(trainer.model.backbone[0].weight, average), trainer.model.backbone[2].training))
+        assert not torch.is_grad_enabled()
+        return {"score": 1.0}
+
+    trainer = tiny.trainer(tmp_path, objective, validate=validate, eval_every=5)
+    original = trainer._train_step
+    modes = []
+
+    def train_step(micro_batches) -> None:  # type: ignore[no-untyped-def]
+        modes.append(objective.model.backbone[2].training)
+        original(micro_batches)
+
+    trainer._train_step = train_step
+    trainer.run()
+    assert seen == [(5, True, False), (10, True, False), (12, True, False)]
+    assert modes == [True] * 12
+
+
+def test_every_zero_means_only_at_the_end(tiny: ModuleType, tmp_path: Path) -> None:
+    calls: list[tuple[str, int]] = []
+    tiny.trainer(
+        tmp_path,
+        validate=lambda step: calls.append(("val", step)) or {"score": 0.0},
+        sample=lambda step: calls.append(("sample", step)),
+        on_save=lambda step: calls.append(("save", step)),
+        sample_every=6,
+    ).run()
+    assert calls == [
+        ("save", 4), ("sample", 6), ("save", 8), ("save", 12), ("val", 12), ("sample", 12)
+    ]  # fmt: skip
+
+
+def test_a_validation_that_was_cut_short_is_done_on_resume(tiny: ModuleType, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def killed(step: int) -> dict[str, float]:
+        calls.append(step)
+        if step == 8:
+            raise KeyboardInterrupt
+        return {"score": float(step)}
+
+    settings = {"eval_every": 4, "save_every": 4}
+    with pytest.raises(KeyboardInterrupt):
+        tiny.trainer(tmp_path, validate=killed, **settings).run()
+    result = tiny.trainer(tmp_path, validate=lambda step: {"score": float(step)}, **settings).run("auto")
+    assert [line["step"] for line in tiny.lines(tmp_path, "val")] == [4, 8, 12]
+    assert result.scores == {"score": 12.0}
+    assert calls == [4, 8]
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.batch_size = 4.*multiple of their product 3; for example 3"):
+        tiny.trainer(tmp_path, accumulate=3)
+
+
+def test_data_without_examples_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no example"):
+        tiny.trainer(tmp_path, data=tiny.Data(num=0))
+
+
+def test_fp16_on_the_cpu_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine trains on its GPU")
+    with pytest.raises(UserError, match="Use bf16 or no"):
+        tiny.trainer(tmp_path, precision="fp16")
+
+
+def test_precisions_can_follow_each_other_in_one_process(tiny: ModuleType, tmp_path: Path) -> None:
+    seen: dict[str, set[torch.dtype]] = {}
+    for name, precision in [("a", "no"), ("b", "bf16"), ("c", "no")]:
+        torch.manual_seed(0)
+        objective = tiny.Objective()
+        dtypes = seen.setdefault(name, set())
+        objective.model.source_encoder.register_forward_hook(lambda m, i, out, dtypes=dtypes: dtypes.add(out.dtype))
+        tiny.trainer(tmp_path / name, objective, precision=precision).run()
+    assert seen == {"a": {torch.float32}, "b": {torch.bfloat16}, "c": {torch.float32}}
+    weights = load_file(tmp_path / "b" / "model.safetensors").values()
+    assert {value.dtype for value in weights} == {torch.float32}
+    assert tiny.lines(tmp_path / "a") != tiny.lines(tmp_path / "b")
+    assert tiny.lines(tmp_path / "b")[-1]["loss"] == pytest.approx(tiny.lines(tmp_path / "a")[-1]["loss"], rel=0.1)
+
+
+def test_a_step_skipped_by_the_gradient_scaler_is_no_error(tiny: ModuleType, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, log_every=12)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # overflows until it was halved a few times
+    trainer.accelerator.scaler = scaler
+    trainer.stepper = AcceleratedOptimizer(trainer.optimizer, device_placement=False, scaler=scaler)
+    trainer.accelerator._optimizers = [trainer.stepper]
+    trainer.run()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert 0 < line["skipped_steps"] < 6
+    assert trainer.ema.num_updates == 12 - line["skipped_steps"]
+    assert math.isfinite(line["loss"])
+    saved = json.loads((tmp_path / "checkpoints" / "step_00000012" / "state.json").read_text())
+    assert saved["scaler"]["scale"] == 2.0 ** (127 - line["skipped_steps"])
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 3)] * 2)}) for _ in range(2))
+        self.checkpointing = False
+
+    def set_checkpointing(self, on: bool) -> None:
+        self.checkpointing = on
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for block in stage["blocks"]:
+                x = x + block(x)
+        return x
+
+
+def test_compiling_keeps_names_and_values() -> None:
+    torch.manual_seed(0)
+    model = Backbone()
+    x = torch.randn(2, 3)
+    names, expected = list(model.state_dict()), model(x)
+    assert compile_blocks(model, backend="eager") == 4
+    assert torch.allclose(model(x), expected)
+    assert list(model.state_dict()) == names
+
+
+def test_compile_and_checkpointing_reach_the_backbone(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
+    objective = tiny.Objective()
+    objective.model.backbone = Backbone()
+    tiny.trainer(tmp_path / "a", objective, compile=True, checkpointing=True).run()
+    assert objective.model.backbone.checkpointing
+    assert all(isinstance(module, nn.Linear) for module in compiled)
+    assert len(compiled) == 4
+    with pytest.raises(UserError, match=r"train\.checkpointing"):
+        tiny.trainer(tmp_path / "b", checkpointing=True)
+
+
+def test_a_launchers_accumulation_does_not_divide_twice(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.trainer(tmp_path / "plain").run()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    tiny.trainer(tmp_path / "launched").run()
+    tiny.assert_same_run(tmp_path / "plain", tmp_path / "launched")
+
+
+def test_tensorboard_gets_the_numbers(tiny: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tiny.trainer(tmp_path, trackers=("tensorboard",), validate=tiny.noisy_validation).run()
+    files = list((tmp_path / "trackers").rglob("events.out.tfevents.*"))
+    assert files
+    scalars: dict[str, list[int]] = {}
+    for file in files:
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars[tag] = [event.step for event in events.Scalars(tag)]
+    assert scalars["train/loss"] == [3, 6, 9, 12]
+    assert scalars["val/score"] == [12]
+
+
+def test_dry_run_says_what_a_run_takes_and_writes_nothing(tiny: ModuleType, tmp_path: Path) -> None:
+    report = tiny.trainer(tmp_path / "run").dry_run()
+    num_source = 4 * 3 + 3
+    num_backbone = (3 * 8 + 8) + 16 + (8 * 3 + 3)
+    assert report.parameters == {"model": 4, "backbone": num_backbone, "source_encoder": num_source, "objective": 12}
+    num_all = sum(report.parameters.values())
+    assert report.memory["weights"] == report.memory["gradients"] == 4 * num_all
+    assert report.memory["ema"] == 4 * (num_all - 12)
+    assert report.remaining_steps == 12
+    assert 0 < report.seconds_per_step < 1
+    assert report.remaining_seconds == 12 * report.seconds_per_step
+    assert not (tmp_path / "run").exists()
+    tiny.trainer(tmp_path / "run").run()
+    files = (tmp_path / "run" / "checkpoints" / "step_00000012").glob("*.safetensors")
+    assert sum(state.num_bytes(load_file(file)) for file in files) == report.checkpoint_bytes
+    assert report.disk_bytes == 3 * report.checkpoint_bytes
+    assert tiny.trainer(tmp_path / "run", steps=20).dry_run(resume="auto").remaining_steps == 8
+
+
+def test_nothing_is_printed(tiny: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny.trainer(tmp_path, validate=tiny.noisy_validation).run()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_data_parallel_launchers_are_accepted(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "_SUPPORTED", set())
+    with pytest.raises(UserError, match="data-parallel only"):
+        tiny.trainer(tmp_path)

@@ -1,0 +1,77 @@
+"""The schedule's values, and which parameters weight decay acts on."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from crossflow.core.training.optim import build_optimizer, decay_groups, learning_rate
+
+
+def test_warm_up_is_linear_and_reaches_the_rate_with_its_last_step() -> None:
+    rates = [learning_rate(step, lr=2.0, warmup_steps=4, steps=10) for step in range(10)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, *[2.0] * 6]
+
+
+def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
+    assert learning_rate(0, lr=0.3, warmup_steps=0, steps=10) == 0.3
+
+
+def test_cosine_falls_from_the_rate_to_the_final_rate_of_the_last_step() -> None:
+    settings = {"lr": 1.0, "warmup_steps": 2, "steps": 12, "schedule": "cosine", "final_lr": 0.1}
+    rates = [learning_rate(step, **settings) for step in range(12)]
+    assert rates[1] == 1.0
+    assert rates[11] == pytest.approx(0.1)
+    assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)  # half-way: 5 of the 10 steps after the warm-up
+    assert rates[3] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.2)) / 2)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[1:]))
+
+
+def test_cosine_stays_at_the_final_rate_beyond_the_last_step() -> None:
+    assert learning_rate(99, lr=1.0, steps=10, schedule="cosine", final_lr=0.2) == pytest.approx(0.2)
+
+
+class Zoo(nn.Module):
+    """One of everything; the comment says whether weight decay acts on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)  # weight yes, bias no
+        self.patch_embed = nn.Conv2d(3, 4, 2)  # weight yes (a projection), bias no
+        self.norm = nn.LayerNorm([2, 3, 3])  # no, although of three dimensions
+        self.table = nn.Embedding(5, 4)  # no
+        self.pos_embed = nn.Parameter(torch.zeros(1, 7, 4))  # no
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))  # no
+        self.nodecay_weight = nn.Parameter(torch.zeros(4, 4))  # no
+        self.scale = nn.Parameter(torch.zeros(()))  # no
+        self.mixing = nn.Parameter(torch.zeros(4, 4))  # yes
+        self.frozen = nn.Parameter(torch.zeros(4, 4), requires_grad=False)  # in no group
+        self.tied = nn.Linear(4, 5, bias=False)  # no: it is the table
+        self.tied.weight = self.table.weight
+
+
+def test_weight_decay_spares_norms_biases_embeddings_vectors_and_nodecay() -> None:
+    zoo = Zoo()
+    names = {parameter: name for name, parameter in zoo.named_parameters()}
+    decayed, spared = decay_groups(zoo, 0.03)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.03, 0.0)
+    assert {names[parameter] for parameter in decayed["params"]} == {"linear.weight", "patch_embed.weight", "mixing"}
+    everything = [*decayed["params"], *spared["params"]]
+    assert len(everything) == len(set(everything))
+    assert {names[parameter] for parameter in everything} == set(names.values()) - {"frozen"}
+
+
+def test_a_step_without_gradient_shrinks_exactly_the_decayed_weights() -> None:
+    zoo = Zoo()
+    with torch.no_grad():
+        for parameter in zoo.parameters():
+            parameter.fill_(1.0)
+    optimizer = build_optimizer(zoo, lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    for parameter in zoo.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(zoo.mixing, torch.tensor(1 - 0.1 * 0.5))
+    for parameter in (zoo.pos_embed, zoo.norm.weight, zoo.table.weight, zoo.linear.bias, zoo.frozen):
+        assert torch.equal(parameter, torch.ones_like(parameter))

@@ -1,0 +1,55 @@
+"""The order of the data follows from the position alone."""
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from crossflow.core.training.stream import MicroBatches, Positions, loader
+
+
+def test_every_epoch_shows_every_example_once_in_its_own_order(tiny: ModuleType) -> None:
+    dataset = MicroBatches(tiny.Data(num=10), seed=3, latent_shape=(2,))
+    shown = [dataset.example_at(position) for position in range(30)]
+    orders = [[index for epoch, index in shown if epoch == number] for number in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_order_does_not_depend_on_where_reading_begins(tiny: ModuleType) -> None:
+    through = MicroBatches(tiny.Data(num=7), seed=3, latent_shape=(2,))
+    sequence = [through.example_at(position) for position in range(40)]
+    for position in (39, 0, 20, 13, 14):
+        fresh = MicroBatches(tiny.Data(num=7), seed=3, latent_shape=(2,))
+        assert fresh.example_at(position) == sequence[position]
+        assert through.example_at(position) == sequence[position]
+
+
+def test_another_seed_is_another_order(tiny: ModuleType) -> None:
+    orders = [
+        [MicroBatches(tiny.Data(num=20), seed, (2,)).example_at(position) for position in range(20)] for seed in (0, 1)
+    ]
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_ranks_and_parts_share_a_batch_in_order(world_size: int, accumulate: int) -> None:
+    ranks = [list(Positions(5, 7, 12, accumulate, rank, world_size)) for rank in range(world_size)]
+    assert all(len(rank) == 2 * accumulate for rank in ranks)
+    gathered = [number for parts in zip(*ranks, strict=True) for _, positions in parts for number in positions]
+    assert gathered == list(range(60, 84))
+    assert {step for rank in ranks for step, _ in rank} == {5, 6}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loading_processes_change_nothing(tiny: ModuleType, num_workers: int) -> None:
+    state = torch.get_rng_state()
+    dataset = MicroBatches(tiny.Data(num=7), seed=1, latent_shape=(2,))
+    expected = [dataset[item] for item in Positions(2, 5, 6, 2, 0, 1)]
+    loaded = list(loader(dataset, Positions(2, 5, 6, 2, 0, 1), num_workers, pin=False))
+    assert len(loaded) == len(expected) == 6
+    for got, want in zip(loaded, expected, strict=True):
+        assert torch.equal(got.batch.features, want.batch.features)
+        assert torch.equal(got.noise.source, want.noise.source)
+        assert torch.equal(got.noise.time, want.noise.time)
+    assert torch.equal(torch.get_rng_state(), state), "beginning to load draws from the global generator"
