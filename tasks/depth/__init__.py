@@ -48,6 +48,8 @@ class DepthSettings(Section):
     """Metres; farther measurements count as missing."""
     alignment: Literal["none", "median", "affine"] = "none"
     """How predictions are aligned before they are scored: none | median | affine."""
+    crop: Literal["none", "eigen", "garg", "nyu"] = "none"
+    """The part of a picture that is scored."""
     augmentation: Augmentation = Augmentation()
 
 
@@ -169,7 +171,10 @@ class Adapter(Task[DepthConfig]):
     def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.depth.metric import DepthMetric
 
-        return DepthMetric(alignment=self.config.depth.alignment)
+        settings = self.config.depth
+        return DepthMetric(
+            alignment=settings.alignment, crop=settings.crop, min_depth=settings.near, max_depth=settings.far
+        )
 
     def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
         """The per-pixel median of the training depth maps, the same for every picture."""

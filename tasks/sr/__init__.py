@@ -176,7 +176,7 @@ class Adapter(Task[SrConfig]):
     def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.sr.metric import SrMetric
 
-        return SrMetric(shave=self.config.sr.scale)
+        return SrMetric(scale=self.config.sr.scale)
 
     def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
         """Bicubic enlargement."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig, batch_rows, shares_of_tokens
+from crossflow.tasks.caption.decoder import Code, TextAutoencoder, TextAutoencoderConfig, batch_rows
 from crossflow.tasks.common.text import build_tokenizer
 
 COLOURS, SHAPES = ("red", "green", "blue", "grey"), ("cube", "sphere", "cone")
@@ -80,9 +80,8 @@ def test_any_text_has_a_finite_latent(trained, text):
 
 
 @pytest.mark.parametrize("latent", LATENTS)
-@pytest.mark.parametrize("bottleneck", [0, 6])
-def test_any_latent_shape_trains_every_parameter(tokenizer, latent, bottleneck):
-    autoencoder = make(tokenizer, latent, bottleneck=bottleneck)
+def test_any_latent_shape_trains_every_parameter(tokenizer, latent):
+    autoencoder = make(tokenizer, latent)
     ids, mask = autoencoder.tokenize(TRAIN[:8])
     losses = autoencoder.loss(ids, mask, torch.Generator().manual_seed(0))
     losses["loss"].backward()
@@ -145,11 +144,27 @@ def test_evaluation_does_not_depend_on_the_batch(trained):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
-def test_every_token_has_a_share_of_the_latent():
-    for tokens, slots in [(14, 64), (77, 77), (32, 36), (5, 5)]:
-        shares = shares_of_tokens(tokens, slots)
-        assert (shares.sum(1) == 1).all()
-        assert (shares.sum(0) >= 1).all()
+@pytest.mark.parametrize("latent", [*LATENTS, (3, 32, 32), (4, 64, 64), (1, 8, 12), (77, 16)])
+@pytest.mark.parametrize("wanted", [1, 50, 10_000])
+def test_a_code_is_read_back_from_its_drawing(latent, wanted):
+    code = Code(latent, wanted)
+    numbers = torch.randn(2, code.size)
+    drawn = code.draw(numbers)
+    assert drawn.shape == (2, *latent)
+    torch.testing.assert_close(code.read(drawn), numbers)
+    # what is added to the drawing is averaged over the squares
+    noise = torch.randn(200, *latent, generator=torch.Generator().manual_seed(0))
+    assert code.read(noise).std().item() == pytest.approx((code.size / drawn[0].numel()) ** 0.5, rel=0.3)
+
+
+def test_code_size_is_the_nearest_that_the_shape_allows():
+    sizes = {
+        (latent, wanted): Code(latent, wanted).size for latent in [(3, 32, 32), (77, 16)] for wanted in (60, 160, 500)
+    }
+    assert sizes[(3, 32, 32), 60] == 48
+    assert sizes[(3, 32, 32), 160] == 192
+    assert sizes[(3, 32, 32), 500] == 768
+    assert sizes[(77, 16), 160] == 176
 
 
 def test_an_epoch_shows_every_caption_once():
@@ -159,8 +174,6 @@ def test_an_epoch_shows_every_caption_once():
 
 
 def test_user_errors(tokenizer):
-    with pytest.raises(UserError, match="Patches of 3"):
-        make(tokenizer, (3, 8, 8), patch=3)
     with pytest.raises(UserError, match="not \\(8,\\)"):
         make(tokenizer, (8,))
     with pytest.raises(UserError, match="holds none"):
@@ -168,7 +181,7 @@ def test_user_errors(tokenizer):
 
 
 @pytest.mark.slow
-def test_scene_captions_survive_within_a_minute():
+def test_scene_captions_survive():
     from crossflow.tasks.common.scenes import captions, make_scene, scene_seed
 
     train, held_out = (
@@ -177,7 +190,7 @@ def test_scene_captions_survive_within_a_minute():
     )
     torch.manual_seed(0)
     autoencoder = TextAutoencoder(build_tokenizer(train, max_length=32), (3, 32, 32))
-    autoencoder.fit(train, steps=120)
+    autoencoder.fit(train, steps=300)
     for noise in (0.0, 0.5):
         report = autoencoder.evaluate(held_out, noise=noise)
         assert report.token_accuracy >= 0.99

@@ -1,0 +1,108 @@
+"""What holds for every task: gradients reach all parameters, results do not depend on batches, configurations build."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crossflow.core.config import build, recipes
+from crossflow.core.noise import training_noise
+from crossflow.tasks.base import TASK_NAMES, Task, build_task, load_config
+from crossflow.tasks.pipeline import load
+
+VARIANTS = [
+    ("t2i", ["loss.encoder_target=image"]),
+    ("t2i", ["loss.encoder_target=text"]),
+    ("t2i", ["loss.encoder=sigmoid"]),
+    ("t2i", ["loss.encoder=reconstruction", "loss.encoder_target=text"]),
+    ("t2i", ["text.head=flatten"]),
+    ("t2i", ["source.kind=deterministic"]),
+    ("t2i", ["source.kind=noisy"]),
+    ("t2i", ["source.kind=gaussian"]),
+    ("caption", []),
+    ("caption", ["caption.joint=true"]),
+    ("caption", ["loss.encoder=contrastive", "loss.encoder_target=text"]),
+    ("caption", ["loss.encoder=reconstruction", "loss.encoder_target=image"]),
+    ("caption", ["source.kind=gaussian"]),
+    ("depth", []),
+    ("depth", ["source.kind=deterministic"]),
+    ("depth", ["source.kind=gaussian"]),
+    ("sr", []),
+    ("sr", ["source.kind=variational"]),
+    ("sr", ["source.kind=gaussian"]),
+]
+
+
+@pytest.fixture
+def prepared(tiny_settings):
+    """prepared(task, overrides): an adapter after `prepare` on a few scenes, with its examples."""
+
+    def make(name: str, overrides: list[str]) -> tuple[Task, list[object]]:
+        config = load_config(f"{name}_tiny", [*tiny_settings(name), "guidance.drop=0.4", *overrides])
+        task = build_task(config)
+        examples = task.dataset("train")
+        task.prepare(examples, lambda line: None)
+        return task, [examples[(0, index)] for index in range(8)]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), VARIANTS, ids=lambda value: "+".join(value) if isinstance(value, list) else value
+)
+def test_gradients_reach_every_parameter(prepared, name: str, overrides: list[str]) -> None:
+    task, examples = prepared(name, overrides)
+    torch.manual_seed(0)
+    objective = task.build_objective(task.build_model())
+    with torch.no_grad():  # a fresh DiT is zero in many places, where no gradient passes
+        for parameter in objective.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = task.batch(examples)
+    losses = objective(batch, training_noise(0, 0, range(8), batch.target.shape[1:]))
+    assert losses["loss"].isfinite()
+    losses["loss"].backward()
+    for key, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        assert parameter.grad is not None, key
+        if _reads_second_half(key) and objective.model.source_encoder.kind != "variational":
+            continue
+        assert parameter.grad.abs().sum() > 0, key
+
+
+def _reads_second_half(key: str) -> bool:
+    """Parameters that only make the log-variance, which only a variational source reads."""
+    return "log_var" in key
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_outputs_do_not_depend_on_the_batch(tiny_run, name: str) -> None:
+    pipe = load(tiny_run(name))
+    cases = pipe.task.cases(pipe.task.dataset("test", limit=4), 4)
+    inputs, ids = [case.input for case in cases], [case.id for case in cases]
+    together = pipe.outputs(inputs, ids, seed=3)
+    backwards = pipe.outputs(inputs[::-1], ids[::-1], seed=3)[::-1]
+    alone = [pipe.outputs([value], [name], seed=3)[0] for value, name in zip(inputs, ids, strict=True)]
+    for a, b, c in zip(together, backwards, alone, strict=True):
+        if isinstance(a, str):
+            assert a == b == c
+        else:
+            np.testing.assert_allclose(a.astype(float), b.astype(float), atol=1.01 if a.dtype == np.uint8 else 1e-4)
+            np.testing.assert_allclose(a.astype(float), c.astype(float), atol=1.01 if a.dtype == np.uint8 else 1e-4)
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_a_saved_pipeline_is_the_same(tiny_run, tmp_path: Path, name: str) -> None:
+    pipe = load(tiny_run(name))
+    again = load(pipe.save(tmp_path / "copy"))
+    (case,) = pipe.task.cases(pipe.task.dataset("test", limit=1), 1)
+    (a,), (b,) = pipe.outputs([case.input], ["x"], 0), again.outputs([case.input], ["x"], 0)
+    assert a == b if isinstance(a, str) else np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
+    config = load_config(name)
+    assert recipes()[name].read_text().startswith("# ")
+    assert build(type(config), config.model_dump()) == config
