@@ -2,8 +2,8 @@
 
 One optimizer step: every process sees its slice of the step's positions (see stream.py) in `accumulate` parts, the
 mean of the parts' losses is differentiated, the gradient clipped, AdamW applied at the rate of the schedule, the
-average updated. All generators are seeded from (seed, step, rank) before each step; so neither a validation in
-between nor a resume can change what follows, and no generator state needs to be kept.
+average updated. All generators are seeded from (seed, step, rank) before each step and each evaluation; so neither a
+validation in between nor a resume can change what follows, and no generator state needs to be kept.
 """
 
 import json
@@ -42,8 +42,7 @@ from crossflow.core.training.tracking import MetricsFile, Progress, Silent, chec
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model", "ema", "objective")
-# Steps in a row whose fp16 gradients overflowed although the scale was halved each time: not a matter of scale any
-# more.
+# So many steps in a row whose fp16 gradients overflow, the scale halved each time, are not a matter of scale any more.
 _MAX_SKIPPED = 50
 
 
@@ -180,8 +179,6 @@ class Trainer:
         self._spent = False
         self._checkpoint: Path | None = None
 
-    # --- the run -------------------------------------------------------------------------------------------------
-
     def run(self, resume: str | Path | None = None) -> TrainResult:
         """Trains to `config.steps`, or until a signal or `max_minutes` ends it with a checkpoint.
 
@@ -209,14 +206,14 @@ class Trainer:
                     # What is wrapped holds the group of processes, whose threads must be gone before the process ends.
                     self.wrapped = self.losses
                     self.accelerator.free_memory()
-        if self._checkpoint is None:  # no steps were asked for
-            self.save()
-        assert self._checkpoint is not None
+        checkpoint = self._checkpoint
+        if checkpoint is None or checkpoint.parent.resolve() != self.checkpoints.resolve():
+            checkpoint = self.save()  # no steps were asked for, or none more than another run had made
         return TrainResult(
             "stopped" if reason else "finished",
             self.step,
             reason,
-            self._checkpoint,
+            checkpoint,
             dict(self._last.get("train", {})),
             dict(self._last.get("val", {})),
             time.monotonic() - begun,
@@ -324,8 +321,6 @@ class Trainer:
             final_lr=config.final_lr,
         )
 
-    # --- checks and logs -----------------------------------------------------------------------------------------
-
     def _check(self, wanted: str, now: bool) -> str:
         """Raises UserError for a loss or gradient that is not finite; returns why to stop, agreed on by all ranks.
 
@@ -392,8 +387,6 @@ class Trainer:
         finally:
             for module, mode in modes:
                 module.training = mode
-
-    # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Writes the checkpoint of the present step and the run directory's weights. Raises UserError without space."""
@@ -478,8 +471,6 @@ class Trainer:
                     "Resumed with %s = %s instead of %s: the data continues elsewhere.", name, value, content[name]
                 )
         self.progress.note(f"Resumed from {path}.")
-
-    # --- what it would take --------------------------------------------------------------------------------------
 
     def dry_run(self, num_steps: int = 3, resume: str | Path | None = None) -> DryRun:
         """Measures `num_steps` steps after two to warm up, and writes nothing. The trainer cannot be run afterwards."""

@@ -16,8 +16,6 @@ from crossflow.core.training import prepare, state
 from crossflow.core.training.optim import learning_rate
 from crossflow.core.training.prepare import compile_blocks
 
-# --- a run ---------------------------------------------------------------------------------------------------------
-
 
 def test_a_run_leaves_its_files_and_its_numbers(tiny: ModuleType, tmp_path: Path) -> None:
     result = tiny.trainer(tmp_path, validate=tiny.noisy_validation, eval_every=6).run()
@@ -123,9 +121,6 @@ def test_another_seed_is_another_run(tiny: ModuleType, tmp_path: Path) -> None:
     assert tiny.lines(tmp_path / "0")[0]["loss"] != tiny.lines(tmp_path / "1")[0]["loss"]
 
 
-# --- callbacks -----------------------------------------------------------------------------------------------------
-
-
 def test_callbacks_see_averaged_weights_in_evaluation_mode(tiny: ModuleType, tmp_path: Path) -> None:
     objective = tiny.Objective()
     objective.head.eval()  # a part that somebody froze
@@ -181,9 +176,6 @@ def test_a_validation_that_was_cut_short_is_done_on_resume(tiny: ModuleType, tmp
     assert [line["step"] for line in tiny.lines(tmp_path, "val")] == [4, 8, 12]
     assert result.scores == {"score": 12.0}
     assert calls == [4, 8]
-
-
-# --- settings ------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(tiny: ModuleType, tmp_path: Path) -> None:

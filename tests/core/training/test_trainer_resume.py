@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from crossflow.core.errors import UserError
 from crossflow.core.training import state
 
-# --- resuming ------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tiny: ModuleType, tmp_path: Path, stop_at: int) -> None:
@@ -103,6 +101,17 @@ def test_a_run_can_branch_off_another_ones_checkpoint(tiny: ModuleType, tmp_path
     assert state.checkpoints(tmp_path / "first" / "checkpoints")[0].name == "step_00000012"
 
 
+@pytest.mark.parametrize("resume", ["first", None])
+def test_a_run_without_steps_of_its_own_is_complete(tiny: ModuleType, tmp_path: Path, resume: str | None) -> None:
+    tiny.trainer(tmp_path / "first").run()
+    trainer = tiny.trainer(tmp_path / "second", steps=12 if resume else 0)
+    result = trainer.run(tmp_path / resume if resume else None)
+    assert (result.status, result.step) == ("finished", 12 if resume else 0)
+    assert result.checkpoint.parent == tmp_path / "second" / "checkpoints"
+    model = load_file(tmp_path / "second" / "model.safetensors")
+    assert all(torch.equal(model[name], value) for name, value in trainer.model.state_dict().items())
+
+
 def test_a_run_is_not_overwritten(tiny: ModuleType, tmp_path: Path) -> None:
     tiny.trainer(tmp_path).run()
     with pytest.raises(UserError, match="--resume auto"):
@@ -115,9 +124,6 @@ def test_a_checkpoint_of_another_model_is_refused(tiny: ModuleType, tmp_path: Pa
     other.model.source_encoder = nn.Linear(5, 3)
     with pytest.raises(UserError, match=r"another model.*source_encoder\.weight"):
         tiny.trainer(tmp_path, other).run("auto")
-
-
-# --- stopping ------------------------------------------------------------------------------------------------------
 
 
 class Signalling:
