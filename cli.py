@@ -94,6 +94,7 @@ def train(
     from crossflow.tasks.base import load_config
     from crossflow.tasks.run import Run, new_folder
 
+    distributed.device()  # joins the processes of a launcher, if there are several
     resumed = (
         output
         if resume is not None and recipe is None and output is not None and (output / "config.yaml").exists()

@@ -32,8 +32,17 @@ class Attention(nn.Module):
             q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, N, D/heads)
         allowed = None if mask is None else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        attended = _attend(q, k, v, allowed)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), in float32 on the CPU, whatever autocast says."""
+    if q.device.type != "cpu" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    # The CPU's bfloat16 kernel takes up to ten times as long as its float32 one, backwards above all.
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=allowed).to(v.dtype)
 
 
 class FeedForward(nn.Module):

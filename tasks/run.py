@@ -75,6 +75,7 @@ class Run:
         self.config, self.folder = config, folder
         self.progress = progress if progress is not None and distributed.is_main() else Silent()
         self.resume = resume
+        distributed.device()
         SOLVERS.get(config.sample.solver)  # a wrong name is better told before the training than after
         self.task = build_task(config)
         self.data = self.task.dataset("train")
@@ -165,7 +166,7 @@ class Run:
 
     def dry_run(self) -> DryRun:
         """What the run will take: parameters, memory, time, disk."""
-        return self._trainer().dry_run()
+        return self._trainer().dry_run(resume=self.resume)
 
     def train(self) -> Outcome:
         """Trains, then scores the averaged weights on the validation split beside the trivial baseline."""

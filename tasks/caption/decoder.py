@@ -3,8 +3,7 @@
 Captioning is a flow from an image to this latent (CrossFlow; its Table 10 gives the share of tokens that come back).
 The decoder must read what the flow hits rather than what the encoder wrote, so in training noise is added to the
 latent, which is held at mean 0 and variance 1: loss = cross-entropy of all tokens + kl_weight KL.
-Each token has its own share of the latent's patches at first; mixing and attention are learned from there.
-B batch, N tokens, V vocabulary, D width, C channels, H W height width, M patches, k tokens per patch.
+B batch, N tokens, V vocabulary, C channels, H W height width.
 """
 
 import json
@@ -20,40 +19,18 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from crossflow.core.config import Section
 from crossflow.core.errors import UserError
-from crossflow.core.layers import TransformerLayer, patchify, unpatchify
 from crossflow.core.noise import keyed_generator
 from crossflow.core.source import LOG_VAR_RANGE, Posterior
+from crossflow.tasks.caption.layouts import TextAutoencoderConfig, build_layout
 from crossflow.tasks.common.frozen import write_json
-from crossflow.tasks.common.text import TextTransformer, detokenize, load_tokenizer, smallest_patch, tokenize
+from crossflow.tasks.common.text import detokenize, load_tokenizer, tokenize
 
 logger = logging.getLogger(__name__)
 
-MOST_PATCHES = 64
 SETTINGS_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "text_autoencoder.json", "model.safetensors", "tokenizer"
-
-
-class TextAutoencoderConfig(Section):
-    max_length: int = Field(32, ge=2, le=512)
-    """Tokens of a caption, `<eos>` included; longer ones are cut."""
-    width: int = Field(128, ge=8)
-    depth: int = Field(2, ge=1)
-    """Layers of the encoder, and of the decoder."""
-    heads: int = Field(4, ge=1)
-    patch: int = Field(0, ge=0)
-    """Side of the latent's patches; 0: the smallest that makes at most 64. Token latents (N, C): a patch is a token."""
-    bottleneck: int = Field(0, ge=0)
-    """Numbers that describe a patch, spread linearly over its elements; 0: each element is free."""
-    noise: float = Field(1.0, ge=0)
-    """Largest standard deviation of the noise on the latent in training, where the latent has 1; drawn per caption."""
-    kl_weight: float = Field(1e-6, ge=0)
-    """Weight of KL(posterior || N(0, I)), summed over the latent of a caption."""
-    pad_weight: float = Field(0.1, ge=0, le=1)
-    """Weight of the positions after `<eos>`, which are to be decoded as padding."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +59,8 @@ class TextAutoencoder(nn.Module):
     tokenizer: as `build_tokenizer` makes it; latent_shape: (C, H, W) or (N', C).
     """
 
-    # z = (raw - shift) * scale. One scale for all elements: with their own, a place that few captions are long enough
-    # to use would be blown up in those that do.
-    shift: Tensor  # (*latent)
-    scale: Tensor  # ()
+    shift: Tensor  # (*latent); z = (raw - shift) * scale
+    scale: Tensor  # (*latent)
 
     def __init__(
         self, tokenizer: Any, latent_shape: tuple[int, ...], config: TextAutoencoderConfig | None = None
@@ -96,11 +71,9 @@ class TextAutoencoder(nn.Module):
             raise UserError(f"A text autoencoder makes latents (C, H, W) or (N, C), not {tuple(latent_shape)}.")
         self.tokenizer, self.config, self.latent_shape = tokenizer, config, tuple(latent_shape)
         self.vocab_size = len(tokenizer)
-        self.patches = Patches(self.latent_shape, config.patch)
-        self.encoder = TokenEncoder(self.vocab_size, config, self.patches)
-        self.decoder = TokenDecoder(self.vocab_size, config, self.patches)
+        self.encoder, self.decoder = build_layout(self.vocab_size, self.latent_shape, config)
         self.register_buffer("shift", torch.zeros(self.latent_shape))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(self.latent_shape))
 
     def posterior(self, ids: Tensor, mask: Tensor) -> Posterior:
         """ids (B, N) int64, mask (B, N) bool -> posterior over the normalised latent (B, *latent), float32.
@@ -109,7 +82,7 @@ class TextAutoencoder(nn.Module):
         """
         raw, log_var = self.encoder(ids, mask).float().unbind(1)
         if self.training and len(raw) > 1:
-            mean, std = statistics(raw)
+            mean, std = self._statistics(raw)
             with torch.no_grad():
                 self.shift.lerp_(mean, 0.05)
                 self.scale.lerp_(1 / std, 0.05)
@@ -128,7 +101,7 @@ class TextAutoencoder(nn.Module):
         generator: of the sampling and of the noise on the latent (on CPU, so that it is the same on every device).
         """
         posterior = self.posterior(ids, mask)
-        noise = torch.randn(2, *posterior.mean.shape, generator=generator).to(ids.device)
+        noise = self.decoder.noise(2 * len(ids), generator).to(ids.device).unflatten(0, (2, -1))
         level = torch.rand(len(ids), generator=generator).to(ids.device) * self.config.noise
         z = posterior.sample(noise=noise[0]) + level.reshape(-1, *[1] * len(self.latent_shape)) * noise[1]
         logits = self.logits(z).float()
@@ -172,7 +145,7 @@ class TextAutoencoder(nn.Module):
         self,
         captions: Sequence[str],
         *,
-        steps: int = 200,
+        steps: int = 300,
         minutes: float | None = None,
         batch_size: int = 64,
         lr: float = 2e-3,
@@ -229,18 +202,18 @@ class TextAutoencoder(nn.Module):
         self.scale.fill_(1)
         raw = self.encode(captions[:most]).mean
         if len(raw) > 1:
-            mean, std = statistics(raw)
+            mean, std = self._statistics(raw)
             self.shift.copy_(mean)
             self.scale.copy_(1 / std)
 
     @torch.no_grad()
     def evaluate(self, captions: Sequence[str], noise: float = 0.0, seed: int = 0) -> TextReport:
-        """Encodes captions (the mean), adds noise of that standard deviation, decodes and compares."""
+        """Encodes captions (the mean), adds the decoder's noise of that standard deviation, decodes and compares."""
         ids, mask = self.tokenize(captions)
         posterior = self.encode(captions)
         assert posterior.log_var is not None
         generator = keyed_generator("text_autoencoder/evaluate", seed)
-        z = posterior.mean + noise * torch.randn(posterior.mean.shape, generator=generator).to(self.shift.device)
+        z = posterior.mean + noise * self.decoder.noise(len(ids), generator).to(ids.device)
         decoded = torch.cat([self.logits(part).argmax(-1) for part in z.split(256)])
         same = [ours == theirs for ours, theirs in zip(self._texts(decoded), self._texts(ids), strict=True)]
         return TextReport(
@@ -284,112 +257,22 @@ class TextAutoencoder(nn.Module):
         autoencoder.load_state_dict(load_file(folder / WEIGHTS_FILE))
         return autoencoder.eval()
 
+    def _statistics(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, *latent) -> mean and standard deviation of every element, (*latent) each.
+
+        Patches have one standard deviation in common: a place that few captions are long enough to use would else be
+        blown up in those that do.
+        """
+        variance = raw.var(0, unbiased=False)
+        if self.config.layout == "patches":
+            variance = variance.mean().expand_as(variance)
+        return raw.mean(0), (variance + 1e-6).sqrt()
+
     def _texts(self, ids: Tensor) -> list[str]:
         """ids (B, N) -> texts, where padding ends a text like `<eos>`."""
         return detokenize(
             self.tokenizer, torch.where(ids == self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, ids)
         )
-
-
-def statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, *latent) -> the mean of every element (*latent), and the standard deviation () around it over all
-    elements.
-    """
-    return raw.mean(0), (raw.var(0, unbiased=False).mean() + 1e-6).sqrt()
-
-
-class Patches:
-    """How a latent is cut: (B, *latent) <-> (B, M, E) with E elements per patch."""
-
-    def __init__(self, latent_shape: tuple[int, ...], patch: int) -> None:
-        self.latent_shape = latent_shape
-        if len(latent_shape) == 2:
-            self.side, self.count, self.size = 1, *latent_shape
-            return
-        channels, height, width = latent_shape
-        self.side = patch or smallest_patch(height, width, MOST_PATCHES)
-        if height % self.side or width % self.side:
-            raise UserError(f"Patches of {self.side} do not divide a latent of {height} x {width}.")
-        self.count = (height // self.side) * (width // self.side)
-        self.size = channels * self.side**2
-
-    def cut(self, z: Tensor) -> Tensor:
-        return patchify(z, self.side) if len(self.latent_shape) == 3 else z
-
-    def join(self, patches: Tensor) -> Tensor:
-        return unpatchify(patches, self.side, *self.latent_shape[1:]) if len(self.latent_shape) == 3 else patches
-
-
-class TokenEncoder(nn.Module):
-    """Token ids -> mean and log-variance of the latent, not normalised: (B, N) -> (B, 2, *latent)."""
-
-    def __init__(self, vocab_size: int, config: TextAutoencoderConfig, patches: Patches) -> None:
-        super().__init__()
-        width = config.width
-        self.patches = patches
-        self.transformer = TextTransformer(
-            vocab_size=vocab_size, max_length=config.max_length, width=width, depth=config.depth, heads=config.heads
-        )
-        self.tokens_per_patch = math.ceil(config.max_length / patches.count)
-        shares = shares_of_tokens(config.max_length, patches.count * self.tokens_per_patch)
-        self.mixing = nn.Parameter(shares)  # (M k, N)
-        hidden = config.bottleneck or width
-        self.narrow = nn.Linear(self.tokens_per_patch * width, hidden)
-        self.positions = nn.Parameter(0.1 * torch.randn(patches.count, hidden))
-        self.mean = nn.Linear(hidden, patches.size)
-        self.log_var = nn.Linear(hidden, patches.size)
-        nn.init.zeros_(self.log_var.weight)
-        nn.init.constant_(self.log_var.bias, -4.0)  # a nearly exact code at first; the KL term widens it where it may
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, N) int64, mask (B, N) bool -> (B, 2, *latent)."""
-        tokens = self.transformer(ids, mask) * mask[..., None]
-        slots = self.mixing @ tokens  # (B, M k, D)
-        x = self.narrow(slots.unflatten(1, (self.patches.count, -1)).flatten(2)) + self.positions
-        return torch.stack([self.patches.join(self.mean(x)), self.patches.join(self.log_var(x))], dim=1)
-
-
-class TokenDecoder(nn.Module):
-    """Latent -> token logits in parallel: N output slots, each from its patches, attend to one another and to all
-    patches.
-    """
-
-    def __init__(self, vocab_size: int, config: TextAutoencoderConfig, patches: Patches) -> None:
-        super().__init__()
-        width = config.width
-        self.patches = patches
-        self.tokens_per_patch = math.ceil(config.max_length / patches.count)
-        hidden = config.bottleneck or width
-        self.embed = (
-            nn.Sequential(nn.Linear(patches.size, hidden), nn.Linear(hidden, width))
-            if config.bottleneck
-            else (nn.Linear(patches.size, width))
-        )
-        self.patch_positions = nn.Parameter(0.1 * torch.randn(patches.count, width))
-        self.widen = nn.Linear(width, self.tokens_per_patch * width)
-        shares = shares_of_tokens(config.max_length, patches.count * self.tokens_per_patch)
-        self.mixing = nn.Parameter((shares / shares.sum(0).clamp(min=1)).T.contiguous())  # (N, M k)
-        self.queries = nn.Parameter(0.1 * torch.randn(config.max_length, width))
-        self.layers = nn.ModuleList(
-            TransformerLayer(width, config.heads, context_dim=width) for _ in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, vocab_size)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(B, *latent) -> (B, N, V)."""
-        context = self.embed(self.patches.cut(z)) + self.patch_positions  # (B, M, D)
-        slots = self.widen(context).unflatten(2, (self.tokens_per_patch, -1)).flatten(1, 2)  # (B, M k, D)
-        x = self.mixing @ slots + self.queries
-        for layer in self.layers:
-            x = layer(x, context=context)
-        return self.out(self.norm(x))
-
-
-def shares_of_tokens(num_tokens: int, num_slots: int) -> Tensor:
-    """(num_slots, num_tokens) of 0 and 1: slot j belongs to token floor(j num_tokens / num_slots)."""
-    owner = torch.arange(num_slots) * num_tokens // num_slots
-    return F.one_hot(owner, num_tokens).float()
 
 
 def batch_rows(count: int, batch_size: int, seed: int, step: int) -> Tensor:

@@ -56,7 +56,9 @@ class SourceText(TextAutoencoder):
         tokenizer: Any = pipe.task.text.tokenizer  # type: ignore[attr-defined]
         if tokenizer is None:
             tokenizer = build_tokenizer(captions, vocab_size, config.max_length)
-        return cls(tokenizer, pipe.task.latent_shape, config).attach(pipe)
+        # These latents are given, not drawn from a code, so each patch of them has to be read.
+        patches = config.model_copy(update={"layout": "patches"})
+        return cls(tokenizer, pipe.task.latent_shape, patches).attach(pipe)
 
     @torch.no_grad()
     def posterior(self, ids: Tensor, mask: Tensor) -> Posterior:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.caption.decoder import Code, TextAutoencoder, TextAutoencoderConfig, batch_rows
+from crossflow.tasks.caption.decoder import TextAutoencoder, batch_rows
+from crossflow.tasks.caption.layouts import Code, TextAutoencoderConfig, shares_of_tokens
 from crossflow.tasks.common.text import build_tokenizer
 
 COLOURS, SHAPES = ("red", "green", "blue", "grey"), ("cube", "sphere", "cone")
@@ -27,6 +28,7 @@ def grammar(count, seed):
 
 TRAIN, HELD_OUT = grammar(600, 0), grammar(100, 1)
 SMALL = {"max_length": 14, "width": 32, "depth": 1, "heads": 2}
+LAYOUTS = ("code", "patches")
 LATENTS = [(1, 16, 16), (3, 8, 8), (12, 16), (5, 24)]
 
 
@@ -40,9 +42,9 @@ def make(tokenizer, latent=(1, 16, 16), seed=0, **config):
     return TextAutoencoder(tokenizer, latent, TextAutoencoderConfig(**{**SMALL, **config}))
 
 
-@pytest.fixture(scope="module")
-def trained(tokenizer):
-    autoencoder = make(tokenizer)
+@pytest.fixture(scope="module", params=LAYOUTS)
+def trained(request, tokenizer):
+    autoencoder = make(tokenizer, layout=request.param)
     autoencoder.fit(TRAIN, steps=150, batch_size=32, lr=5e-3)
     return autoencoder
 
@@ -80,8 +82,9 @@ def test_any_text_has_a_finite_latent(trained, text):
 
 
 @pytest.mark.parametrize("latent", LATENTS)
-def test_any_latent_shape_trains_every_parameter(tokenizer, latent):
-    autoencoder = make(tokenizer, latent)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_latent_shape_trains_every_parameter(tokenizer, latent, layout):
+    autoencoder = make(tokenizer, latent, layout=layout)
     ids, mask = autoencoder.tokenize(TRAIN[:8])
     losses = autoencoder.loss(ids, mask, torch.Generator().manual_seed(0))
     losses["loss"].backward()
@@ -151,10 +154,17 @@ def test_a_code_is_read_back_from_its_drawing(latent, wanted):
     numbers = torch.randn(2, code.size)
     drawn = code.draw(numbers)
     assert drawn.shape == (2, *latent)
-    torch.testing.assert_close(code.read(drawn), numbers)
+    torch.testing.assert_close(code.read(drawn), numbers, atol=1e-4, rtol=1e-4)
     # what is added to the drawing is averaged over the squares
     noise = torch.randn(200, *latent, generator=torch.Generator().manual_seed(0))
     assert code.read(noise).std().item() == pytest.approx((code.size / drawn[0].numel()) ** 0.5, rel=0.3)
+
+
+def test_every_token_has_a_share_of_the_latent():
+    for tokens, slots in [(14, 64), (77, 77), (32, 36), (5, 5)]:
+        shares = shares_of_tokens(tokens, slots)
+        assert (shares.sum(1) == 1).all()
+        assert (shares.sum(0) >= 1).all()
 
 
 def test_code_size_is_the_nearest_that_the_shape_allows():
