@@ -71,7 +71,13 @@ class TextAutoencoder(nn.Module):
             raise UserError(f"A text autoencoder makes latents (C, H, W) or (N, C), not {tuple(latent_shape)}.")
         self.tokenizer, self.config, self.latent_shape = tokenizer, config, tuple(latent_shape)
         self.vocab_size = len(tokenizer)
-        self.encoder, self.decoder = build_layout(self.vocab_size, self.latent_shape, config)
+        self.layout: Literal["code", "patches"]
+        if config.layout == "auto":
+            # A subclass with its own posterior has latents that were not drawn from a code: every patch must be read.
+            self.layout = "code" if type(self).posterior is TextAutoencoder.posterior else "patches"
+        else:
+            self.layout = config.layout
+        self.encoder, self.decoder = build_layout(self.layout, self.vocab_size, self.latent_shape, config)
         self.register_buffer("shift", torch.zeros(self.latent_shape))
         self.register_buffer("scale", torch.ones(self.latent_shape))
 
@@ -264,7 +270,7 @@ class TextAutoencoder(nn.Module):
         blown up in those that do.
         """
         variance = raw.var(0, unbiased=False)
-        if self.config.layout == "patches":
+        if self.layout == "patches":
             variance = variance.mean().expand_as(variance)
         return raw.mean(0), (variance + 1e-6).sqrt()
 

@@ -27,8 +27,9 @@ FIRST_LOG_VAR = -4.0
 class TextAutoencoderConfig(Section):
     max_length: int = Field(32, ge=2, le=512)
     """Tokens of a caption, `<eos>` included; longer ones are cut."""
-    layout: Literal["code", "patches"] = "code"
-    """code: a few numbers for the whole caption; patches: a share of the latent's patches for each token."""
+    layout: Literal["auto", "code", "patches"] = "auto"
+    """code: a few numbers for the whole caption; patches: a share of the latent's patches for each token; auto: code, but
+    patches where the latent is made elsewhere (a text-to-image model run backwards)."""
     width: int = Field(128, ge=8)
     depth: int = Field(1, ge=1)
     """Layers of the encoder, and of the decoder."""
@@ -45,10 +46,10 @@ class TextAutoencoderConfig(Section):
 
 
 def build_layout(
-    vocab_size: int, latent_shape: tuple[int, ...], config: TextAutoencoderConfig
+    layout: Literal["code", "patches"], vocab_size: int, latent_shape: tuple[int, ...], config: TextAutoencoderConfig
 ) -> tuple["CodeEncoder | PatchEncoder", "CodeDecoder | PatchDecoder"]:
-    """The encoder (ids, mask) -> (B, 2, *latent) and the decoder of the layout that `config` names."""
-    if config.layout == "code":
+    """The encoder (ids, mask) -> (B, 2, *latent) and the decoder of a layout."""
+    if layout == "code":
         code = Code(latent_shape, config.code_size)
         return CodeEncoder(vocab_size, config, code), CodeDecoder(vocab_size, config, code)
     patches = Patches(latent_shape)

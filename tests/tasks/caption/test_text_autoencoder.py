@@ -177,6 +177,16 @@ def test_code_size_is_the_nearest_that_the_shape_allows():
     assert sizes[(77, 16), 160] == 176
 
 
+def test_latents_made_elsewhere_are_read_patch_by_patch(tokenizer):
+    class Given(TextAutoencoder):
+        def posterior(self, ids, mask):
+            return super().posterior(ids, mask)
+
+    assert make(tokenizer).layout == "code"
+    assert Given(tokenizer, (1, 16, 16), TextAutoencoderConfig(**SMALL)).layout == "patches"
+    assert make(tokenizer, layout="patches").layout == "patches"
+
+
 def test_an_epoch_shows_every_caption_once():
     rows = torch.cat([batch_rows(12, 4, seed=0, step=step) for step in range(3)])
     assert rows.sort().values.tolist() == list(range(12))
