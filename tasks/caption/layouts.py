@@ -28,8 +28,8 @@ class TextAutoencoderConfig(Section):
     max_length: int = Field(32, ge=2, le=512)
     """Tokens of a caption, `<eos>` included; longer ones are cut."""
     layout: Literal["auto", "code", "patches"] = "auto"
-    """code: a few numbers for the whole caption; patches: a share of the latent's patches for each token; auto: code, but
-    patches where the latent is made elsewhere (a text-to-image model run backwards)."""
+    """code: a few numbers for the whole caption; patches: a share of the latent's patches for each token; auto: code,
+    but patches where the latent is made elsewhere (a text-to-image model run backwards)."""
     width: int = Field(128, ge=8)
     depth: int = Field(1, ge=1)
     """Layers of the encoder, and of the decoder."""
