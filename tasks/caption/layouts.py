@@ -1,10 +1,10 @@
 """How a caption lies in a latent: encoders (ids -> both moments of the latent) and the decoders that read them.
 
-`code`: a few numbers for the whole caption, drawn large. A flow must only hit these, and a decoder trained on missed
-codes turns any of them into a sentence: of the two the one to flow to. `patches`: a share of the patches for each
-token. It holds any text and reads latents that something else has made (the source latents of a text-to-image model),
-but a flow has to agree on a sentence word by word. B batch, N tokens, V vocabulary, D width, C channels, H W height
-width, K numbers of the code, M patches, p patch, k tokens per patch.
+`code`: a few numbers for the whole caption, drawn large. A flow has only these to hit; the fewer, the more often what
+it hits is a sentence. `patches`: a share of the patches for each token. It holds any text and reads latents that
+something else has made (the source latents of a text-to-image model), but a flow has to agree on a sentence word by
+word. B batch, N tokens, V vocabulary, D width, C channels, H W height width, K numbers of the code, M patches, p
+patch, k tokens per patch.
 """
 
 import math
