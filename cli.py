@@ -3,9 +3,11 @@
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,12 @@ import click
 
 from crossflow import __version__
 from crossflow.core.errors import UserError
+from crossflow.tasks import task_names
 
 if TYPE_CHECKING:
     from crossflow.tasks.pipeline import Pipeline
 
-TASKS = ("t2i", "caption", "depth", "sr")
+TASKS = task_names()
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -191,7 +194,32 @@ def _show_scores(
     Console().print(table)
 
 
-def _checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
+@dataclass(frozen=True)
+class Use:
+    """A trained model as a command was told to use it."""
+
+    checkpoint: str
+    pipe: "Pipeline"
+    settings: dict[str, Any]
+    """Fields of SampleConfig that were given."""
+    seed: int
+    output: Path | None
+
+
+def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of a checkpoint and its solver, and calls it with a `Use` in front."""
+
+    @functools.wraps(function)
+    def run(
+        checkpoint: str, weights: str | None, device: str | None, seed: int, output: Path | None, **others: Any
+    ) -> None:
+        from crossflow.tasks.pipeline import load
+
+        asked = {name: others.pop(name) for name in ("solver", "steps", "guidance")}
+        settings = {name: value for name, value in asked.items() if value is not None}
+        function(Use(checkpoint, load(checkpoint, weights=weights, device=device), settings, seed, output), **others)
+
+    decorated: Callable[..., None] = run
     for option in reversed(
         [
             click.option("--checkpoint", required=True, help="A run directory, or a hub id."),
@@ -204,18 +232,8 @@ def _checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
             click.option("--output", type=click.Path(path_type=Path), help="Folder to write to."),
         ]
     ):
-        function = option(function)
-    return function
-
-
-def _settings(**given: Any) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _load(checkpoint: str, weights: str | None, device: str | None) -> "Pipeline":
-    from crossflow.tasks.pipeline import load
-
-    return load(checkpoint, weights=weights, device=device)
+        decorated = option(decorated)
+    return decorated
 
 
 def _step_bar(label: str) -> tuple[Any, Callable[[int, int], None]]:
@@ -264,10 +282,12 @@ def _inputs(
     files = [file for file in files if file.suffix.lower() in IMAGES or file in inputs]
     if not files:
         raise UserError("No pictures came. Give --input with a picture or a folder of pictures (png, jpg, webp, ...).")
-    found, bad = [], []
+    found: list[tuple[str, Any]] = []
+    bad: list[str] = []
     for file in files:
         try:
-            found.append((file.stem, load_image(file)))
+            name = file.stem if file.stem not in {known for known, _ in found} else f"{file.stem}_{len(found)}"
+            found.append((name, load_image(file)))
         except (ValueError, OSError) as error:
             bad.append(f"{file}: {error}")
     if not found:
@@ -278,7 +298,7 @@ def _inputs(
 
 
 @command.command()
-@_checkpoint_options
+@uses_checkpoint
 @click.option("--prompt", "prompts", multiple=True, help="A prompt, for text-to-image; may be given several times.")
 @click.option(
     "--prompts",
@@ -295,14 +315,7 @@ def _inputs(
 )
 @click.option("--num", default=1, show_default=True, type=click.IntRange(1), help="Outputs per input.")
 def sample(
-    checkpoint: str,
-    weights: str | None,
-    device: str | None,
-    seed: int,
-    solver: str | None,
-    steps: int | None,
-    guidance: float | None,
-    output: Path | None,
+    use: Use,
     prompts: Sequence[str],
     prompt_file: Path | None,
     inputs: Sequence[Path],
@@ -314,28 +327,28 @@ def sample(
       crossflow sample --checkpoint runs/t2i_tiny --prompt "a red cube left of a blue sphere" --num 4
       crossflow sample --checkpoint runs/depth_tiny --input photo.jpg
     """
-    pipe = _load(checkpoint, weights, device)
+    pipe = use.pipe
     asked = _inputs(pipe, prompts, prompt_file, inputs)
-    folder = output or Path("outputs") / pipe.task.name
-    settings = _settings(solver=solver, steps=steps, guidance=guidance)
+    folder = use.output or Path("outputs") / pipe.task.name
     bar, on_step = _step_bar("sampling")
     try:
-        results = pipe([value for _, value in asked], num=num, seed=seed, on_step=on_step, **settings)
+        results = pipe([value for _, value in asked], num=num, seed=use.seed, on_step=on_step, **use.settings)
     finally:
         bar.stop()
     folder.mkdir(parents=True, exist_ok=True)
-    written, shown, names = [], [], []
+    written: list[Path] = []
+    shown, names = [], []
     for index, result in enumerate(results):
         name, value = asked[index // num]
         stem = folder / (f"{name}_{index % num}" if num > 1 else name)
         metadata = {
-            "seed": seed,
+            "seed": use.seed,
             "item": index // num,
             "number": index % num,
-            "checkpoint": str(checkpoint),
+            "checkpoint": use.checkpoint,
             "weights": pipe.weights,
         }
-        metadata |= {"settings": {**pipe.settings.model_dump(), **settings}}
+        metadata |= {"settings": {**pipe.settings.model_dump(), **use.settings}}
         if isinstance(value, str):
             metadata["prompt"] = value
         written += pipe.task.write_output(result, stem, {key: _plain(item) for key, item in metadata.items()})
@@ -361,19 +374,12 @@ def _write_grid(pictures: Sequence[Any], names: Sequence[str], path: Path) -> Pa
 
 
 @command.command()
-@_checkpoint_options
+@uses_checkpoint
 @click.option("--data", help="Data to score on. Default: the run's own.")
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test", "all"]))
 @click.option("--num", default=1000, show_default=True, type=click.IntRange(1), help="Items to score at most.")
 def evaluate(
-    checkpoint: str,
-    weights: str | None,
-    device: str | None,
-    seed: int,
-    solver: str | None,
-    steps: int | None,
-    guidance: float | None,
-    output: Path | None,
+    use: Use,
     data: str | None,
     split: str,
     num: int,
@@ -385,7 +391,7 @@ def evaluate(
     """
     from crossflow.benchmarks.evaluate import evaluate as run
 
-    pipe = _load(checkpoint, weights, device)
+    pipe = use.pipe
     bar, on_step = _step_bar("scoring")
     try:
         report = run(
@@ -393,9 +399,9 @@ def evaluate(
             spec=data,
             split=split,
             num=num,
-            seed=seed,
-            settings=_settings(solver=solver, steps=steps, guidance=guidance),
-            folder=output,
+            seed=use.seed,
+            settings=use.settings,
+            folder=use.output,
             progress=lambda what, done, total: on_step(done, total),
         )
     finally:
@@ -443,7 +449,7 @@ def _write_all(pipe: "Pipeline", results: Sequence[Any], names: Sequence[str], f
 
 
 @command.command()
-@_checkpoint_options
+@uses_checkpoint
 @click.option("--from", "start", required=True, help="A prompt, or the path of a picture.")
 @click.option("--to", "end", required=True, help="A prompt, or the path of a picture.")
 @click.option("--frames", default=9, show_default=True, type=click.IntRange(2))
@@ -456,23 +462,22 @@ def _write_all(pipe: "Pipeline", results: Sequence[Any], names: Sequence[str], f
 )
 @click.option("--mean", is_flag=True, help="Interpolate means of the source posteriors instead of samples.")
 def interpolate(
-    checkpoint: str, weights: str | None, device: str | None, seed: int, solver: str | None, steps: int | None,
-    guidance: float | None, output: Path | None, start: str, end: str, frames: int, kind: str, mean: bool,
+    use: Use,
+    start: str, end: str, frames: int, kind: str, mean: bool,
 ) -> None:  # fmt: skip
     """Walk from one source to another in the latent space; writes the frames, a grid and an animated GIF."""
     from crossflow.tasks import latents
 
-    pipe = _load(checkpoint, weights, device)
-    settings = _settings(solver=solver, steps=steps, guidance=guidance)
+    pipe = use.pipe
     results = latents.interpolate(
-        pipe, _given(pipe, start), _given(pipe, end), frames, kind=kind, seed=seed, mode=mean, **settings
+        pipe, _given(pipe, start), _given(pipe, end), frames, kind=kind, seed=use.seed, mode=mean, **use.settings
     )
     names = [f"{index / (frames - 1):.2f}" for index in range(frames)]
-    _write_all(pipe, results, names, output or Path("outputs") / "interpolate", animate=True)
+    _write_all(pipe, results, names, use.output or Path("outputs") / "interpolate", animate=True)
 
 
 @command.command()
-@_checkpoint_options
+@uses_checkpoint
 @click.option("--base", required=True, help="A prompt, or the path of a picture.")
 @click.option("--plus", help="What is added.")
 @click.option("--minus", help="What is subtracted.")
@@ -490,8 +495,8 @@ def interpolate(
 )
 @click.option("--mean", is_flag=True, help="Compute with means of the source posteriors instead of samples.")
 def arithmetic(
-    checkpoint: str, weights: str | None, device: str | None, seed: int, solver: str | None, steps: int | None,
-    guidance: float | None, output: Path | None, base: str, plus: str | None, minus: str | None,
+    use: Use,
+    base: str, plus: str | None, minus: str | None,
     strengths: Sequence[float], restandardise: bool, mean: bool,
 ) -> None:  # fmt: skip
     """Latent arithmetic: base + k (plus - minus).
@@ -502,7 +507,7 @@ def arithmetic(
     """
     from crossflow.tasks import latents
 
-    pipe = _load(checkpoint, weights, device)
+    pipe = use.pipe
     results = latents.arithmetic(
         pipe,
         _given(pipe, base),
@@ -510,41 +515,39 @@ def arithmetic(
         minus=_given(pipe, minus),
         strengths=strengths,
         restandardise=restandardise,
-        seed=seed,
+        seed=use.seed,
         mode=mean,
-        **_settings(solver=solver, steps=steps, guidance=guidance),
+        **use.settings,
     )
     _write_all(
-        pipe, results, [f"k = {k:g}" for k in strengths], output or Path("outputs") / "arithmetic", animate=False
+        pipe, results, [f"k = {k:g}" for k in strengths], use.output or Path("outputs") / "arithmetic", animate=False
     )
 
 
 @command.command()
-@_checkpoint_options
+@uses_checkpoint
 @click.option(
     "--input", "value", required=True, help="What the task makes: a picture, a caption, a depth PNG in millimetres."
 )
 @click.option("--source", help="The input it belongs to; only for noise-source baselines.")
 def invert(
-    checkpoint: str, weights: str | None, device: str | None, seed: int, solver: str | None, steps: int | None,
-    guidance: float | None, output: Path | None, value: str, source: str | None,
+    use: Use,
+    value: str, source: str | None,
 ) -> None:  # fmt: skip
     """Flow an output back to its source latent, and forward again; writes the latent and what came of it."""
     from safetensors.torch import save_file
 
     from crossflow.tasks import latents
 
-    if guidance not in (None, 1.0):
+    if use.settings.pop("guidance", 1.0) != 1.0:
         raise UserError(
             "An inversion has no guidance: the guided flow is not the one that is run backwards. Leave out --guidance."
         )
-    pipe = _load(checkpoint, weights, device)
+    pipe = use.pipe
     if pipe.task.name != "caption" and not Path(value).is_file():
         raise UserError(f"There is no file {value}. Give a picture of the kind this {pipe.task.name} run makes.")
-    z0, again, error = latents.invert(
-        pipe, value, source=_given(pipe, source), seed=seed, **_settings(solver=solver, steps=steps)
-    )
-    folder = output or Path("outputs") / "invert"
+    z0, again, error = latents.invert(pipe, value, source=_given(pipe, source), seed=use.seed, **use.settings)
+    folder = use.output or Path("outputs") / "invert"
     _write_all(pipe, [again], ["re-generated"], folder, animate=False)
     save_file({"z0": z0.contiguous()}, folder / "latent.safetensors")
     say(f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "

@@ -12,7 +12,7 @@ from crossflow.core.batch import Condition
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.guidance import Velocity, autoguidance, indicator_guidance, zero_init
 from crossflow.core.model import CrossFlow
-from crossflow.core.solvers import Solution, solve
+from crossflow.core.solvers import solve
 
 
 def guided_velocity(
@@ -54,39 +54,6 @@ def generate(
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Flows z0 (B, *latent) from t = 0 to 1: z1 (B, *latent). Arguments are those of `solve` and `guided_velocity`."""
-    return trajectory(
-        model,
-        z0,
-        condition=condition,
-        solver=solver,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        zero_init_steps=zero_init_steps,
-        time_grid=time_grid,
-        weak=weak,
-        on_step=on_step,
-        keep_trajectory=False,
-    ).z
-
-
-@torch.no_grad()
-def trajectory(
-    model: CrossFlow,
-    z0: Tensor,
-    *,
-    condition: Condition | None = None,
-    solver: str = "euler",
-    num_steps: int = 50,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    zero_init_steps: int = 0,
-    time_grid: str = "uniform",
-    weak: CrossFlow | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-    keep_trajectory: bool = True,
-) -> Solution:
-    """`generate` with the number of evaluations and the states on the way."""
     velocity = guided_velocity(
         model,
         condition=condition,
@@ -95,15 +62,7 @@ def trajectory(
         zero_until=zero_init_steps / max(num_steps, 1),
         weak=weak,
     )
-    return solve(
-        velocity,
-        z0,
-        solver=solver,
-        num_steps=num_steps,
-        time_grid=time_grid,
-        keep_trajectory=keep_trajectory,
-        on_step=on_step,
-    )
+    return solve(velocity, z0, solver=solver, num_steps=num_steps, time_grid=time_grid, on_step=on_step).z
 
 
 @torch.no_grad()

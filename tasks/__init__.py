@@ -1,1 +1,9 @@
-"""What knows a modality: one folder per task, and what several tasks share in common/."""
+"""Task adapters between modalities and the core, and what turns them into runs."""
+
+from pathlib import Path
+
+
+def task_names() -> tuple[str, ...]:
+    """Every task there is: the folders beside this file, but for what they share."""
+    folders = (path.parent.name for path in Path(__file__).parent.glob("*/__init__.py"))
+    return tuple(sorted(name for name in folders if name != "common"))

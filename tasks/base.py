@@ -20,6 +20,7 @@ from crossflow.core.config import Config, build, dump, merge, parse_overrides, r
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
+from crossflow.tasks import task_names
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.metrics import TaskMetric
 from crossflow.tasks.common.readers import Item, open_reader, require
@@ -165,13 +166,10 @@ class Task(ABC, Generic[C]):
     """Names of the scores shown first."""
 
 
-TASK_NAMES = ("t2i", "caption", "depth", "sr")
-
-
 def task_class(name: str) -> type[Task]:
     """The adapter called `name`, from the folder of that name beside this file. Raises UserError with near names."""
-    if name not in TASK_NAMES:
-        raise unknown_name("task", str(name), TASK_NAMES)
+    if name not in task_names():
+        raise unknown_name("task", str(name), task_names())
     return importlib.import_module(f"crossflow.tasks.{name}").Adapter
 
 
@@ -185,7 +183,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | N
     if name is None:
         raise UserError(
             f"The configuration {source} does not say its task. Add a line `task: "
-            f"t2i`, or another of {', '.join(TASK_NAMES)}."
+            f"t2i`, or another of {', '.join(task_names())}."
         )
     if task is not None and name != task:
         raise UserError(

@@ -22,7 +22,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]), ignore_errors=True)
 
 
-TASKS = ("t2i", "caption", "depth", "sr")
 TINY = [
     "data.image_size=16",
     "data.num_train=24",

@@ -254,7 +254,7 @@ def test_list_names_what_there_is(capsys, what: str) -> None:
         (["train", "--task", "sr", "train.steps"], "key=value"),
         (["train", "--task", "sr", "sample.solver=euller", "--dry-run"], "euler"),
         (["train", "--task", "sr", "backbone.size=huge", "--dry-run"], "tiny"),
-        (["train", "--task", "sr", "data.image_size=30", "--dry-run"], "multiple"),
+        (["train", "--task", "sr", "sr.crop=30", "--dry-run"], "multiple"),
         (["train", "--task", "t2i", "--data", "skimage", "--dry-run"], "captions"),
         (["train", "--task", "t2i", "--data", "coco:nowhere", "--dry-run"], "nowhere"),
         (["train", "--task", "t2i", "--data", "cocoa:nowhere", "--dry-run"], "coco"),

@@ -34,6 +34,8 @@ from crossflow.tasks.sr.encoder import build_trunk
 class SrSettings(Section):
     scale: int = Field(4, ge=2, le=16)
     """Factor between the low and the high resolution."""
+    crop: int | None = Field(None, ge=8)
+    """Side of the training crops in pixels of the high resolution; none: data.image_size."""
     tile: int = Field(128, ge=8)
     """Side of the tiles a large picture is cut into, in pixels of the high resolution."""
     overlap: int = Field(16, ge=0)
@@ -57,10 +59,11 @@ class Adapter(Task[SrConfig]):
     def __init__(self, config: SrConfig) -> None:
         super().__init__(config)
         scale, patch = config.sr.scale, config.backbone.patch
-        if config.data.image_size % scale or config.data.image_size % patch:
+        self.crop = config.sr.crop or config.data.image_size
+        if self.crop % scale or self.crop % patch:
             raise UserError(
-                f"data.image_size = {config.data.image_size} must be a multiple of sr.scale "
-                f"= {scale} and of backbone.patch = {patch}."
+                f"The training crop of {self.crop} pixels (sr.crop, or data.image_size) must be a multiple of "
+                f"sr.scale = {scale} and of backbone.patch = {patch}."
             )
         if config.sr.tile % patch or config.sr.overlap >= config.sr.tile:
             raise UserError(
@@ -88,7 +91,7 @@ class Adapter(Task[SrConfig]):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        return (3, self.config.data.image_size, self.config.data.image_size)
+        return (3, self.crop, self.crop)
 
     def build_model(self) -> CrossFlow:
         config = self.config
@@ -104,7 +107,7 @@ class Adapter(Task[SrConfig]):
     # -- data
 
     def transform(self, item: Item, generator: np.random.Generator) -> Example:
-        return example(item, self.config.data.image_size, self.config.sr.scale, generator)
+        return example(item, self.crop, self.config.sr.scale, generator)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         source = self._source(torch.stack([one["bicubic"] for one in examples]))

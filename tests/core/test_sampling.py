@@ -8,7 +8,8 @@ import torch
 from crossflow.core.errors import UserError
 from crossflow.core.guidance import as_flags, plain
 from crossflow.core.model import CrossFlow
-from crossflow.core.sampling import arithmetic, generate, guided_velocity, interpolate, invert, trajectory
+from crossflow.core.sampling import arithmetic, generate, guided_velocity, interpolate, invert
+from crossflow.core.solvers import solve
 from crossflow.core.source import SourceEncoder
 
 LATENT = (2, 4, 4)
@@ -40,7 +41,8 @@ def test_generate_is_the_euler_loop_written_out(make: Callable[..., CrossFlow], 
 def test_generate_keeps_no_graph_and_gives_the_end_of_its_trajectory(make: Callable, z0: torch.Tensor) -> None:
     model = make()
     z1 = generate(model, z0, num_steps=3, solver="heun")
-    solution = trajectory(model, z0, num_steps=3, solver="heun")
+    with torch.no_grad():
+        solution = solve(guided_velocity(model), z0, num_steps=3, solver="heun", keep_trajectory=True)
     assert not z1.requires_grad
     assert torch.equal(z1, solution.z)
     assert len(solution.trajectory) == 4
@@ -63,7 +65,9 @@ def test_invert_returns_to_the_source(make: Callable[..., CrossFlow], z0: torch.
 
 
 def test_zeroed_first_steps_leave_the_source_where_it_is(make: Callable[..., CrossFlow], z0: torch.Tensor) -> None:
-    states = trajectory(make(), z0, num_steps=50, zero_init_steps=1).trajectory
+    velocity = guided_velocity(make(), zero_until=1 / 50)
+    with torch.no_grad():
+        states = solve(velocity, z0, num_steps=50, keep_trajectory=True).trajectory
     assert torch.equal(states[1], z0)
     assert not torch.equal(states[2], z0)
 

@@ -8,7 +8,8 @@ import torch
 
 from crossflow.core.config import build, recipes
 from crossflow.core.noise import training_noise
-from crossflow.tasks.base import TASK_NAMES, Task, build_task, load_config
+from crossflow.tasks import task_names
+from crossflow.tasks.base import Task, build_task, load_config
 from crossflow.tasks.pipeline import load
 
 VARIANTS = [
@@ -76,7 +77,7 @@ def _reads_second_half(key: str) -> bool:
     return "log_var" in key
 
 
-@pytest.mark.parametrize("name", TASK_NAMES)
+@pytest.mark.parametrize("name", task_names())
 def test_outputs_do_not_depend_on_the_batch(tiny_run, name: str) -> None:
     pipe = load(tiny_run(name))
     cases = pipe.task.cases(pipe.task.dataset("test", limit=4), 4)
@@ -92,7 +93,7 @@ def test_outputs_do_not_depend_on_the_batch(tiny_run, name: str) -> None:
             np.testing.assert_allclose(a.astype(float), c.astype(float), atol=1.01 if a.dtype == np.uint8 else 1e-4)
 
 
-@pytest.mark.parametrize("name", TASK_NAMES)
+@pytest.mark.parametrize("name", task_names())
 def test_a_saved_pipeline_is_the_same(tiny_run, tmp_path: Path, name: str) -> None:
     pipe = load(tiny_run(name))
     again = load(pipe.save(tmp_path / "copy"))
