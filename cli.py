@@ -213,11 +213,17 @@ def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
     def run(
         checkpoint: str, weights: str | None, device: str | None, seed: int, output: Path | None, **others: Any
     ) -> None:
+        from crossflow.core.config import parse_overrides
         from crossflow.tasks.pipeline import load
 
+        settings = parse_overrides(others.pop("overrides"))
         asked = {name: others.pop(name) for name in ("solver", "steps", "guidance")}
-        settings = {name: value for name, value in asked.items() if value is not None}
-        function(Use(checkpoint, load(checkpoint, weights=weights, device=device), settings, seed, output), **others)
+        settings |= {name: value for name, value in asked.items() if value is not None}
+        pipe = load(checkpoint, weights=weights, device=device)
+        guide = others.pop("guide_with")
+        if guide is not None:
+            pipe.guide_with(load(guide, device=device))
+        function(Use(checkpoint, pipe, settings, seed, output), **others)
 
     decorated: Callable[..., None] = run
     for option in reversed(
@@ -229,7 +235,9 @@ def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
             click.option("--solver", help="crossflow list solvers."),
             click.option("--steps", type=int, help="Solver steps."),
             click.option("--guidance", type=float, help="Guidance scale; 1: none."),
+            click.option("--guide-with", help="Run directory of a weaker version of the model: autoguidance."),
             click.option("--output", type=click.Path(path_type=Path), help="Folder to write to."),
+            click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
         ]
     ):
         decorated = option(decorated)
@@ -326,6 +334,9 @@ def sample(
     \b
       crossflow sample --checkpoint runs/t2i_tiny --prompt "a red cube left of a blue sphere" --num 4
       crossflow sample --checkpoint runs/depth_tiny --input photo.jpg
+      crossflow sample --checkpoint runs/t2i_tiny --prompt "a cube" --guidance 3 guidance_interval=[0.1,0.8] zero_init=1
+
+    KEY=VALUE sets any field of the recipe's `sample` section.
     """
     pipe = use.pipe
     asked = _inputs(pipe, prompts, prompt_file, inputs)
@@ -539,14 +550,14 @@ def invert(
 
     from crossflow.tasks import latents
 
-    if use.settings.pop("guidance", 1.0) != 1.0:
+    pipe, given = use.pipe, {name: value for name, value in use.settings.items() if name in ("solver", "steps")}
+    if given != use.settings:
         raise UserError(
-            "An inversion has no guidance: the guided flow is not the one that is run backwards. Leave out --guidance."
+            "An inversion runs the plain flow backwards: it takes --solver and --steps, but no guidance and no other setting."
         )
-    pipe = use.pipe
     if pipe.task.name != "caption" and not Path(value).is_file():
         raise UserError(f"There is no file {value}. Give a picture of the kind this {pipe.task.name} run makes.")
-    z0, again, error = latents.invert(pipe, value, source=_given(pipe, source), seed=use.seed, **use.settings)
+    z0, again, error = latents.invert(pipe, value, source=_given(pipe, source), seed=use.seed, **given)
     folder = use.output or Path("outputs") / "invert"
     _write_all(pipe, [again], ["re-generated"], folder, animate=False)
     save_file({"z0": z0.contiguous()}, folder / "latent.safetensors")

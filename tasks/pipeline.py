@@ -116,6 +116,8 @@ class Pipeline:
         self.model = model
         self.folder = folder
         self.weights = weights
+        self.weak: CrossFlow | None = None
+        """An under-trained version of the model: guidance is then by it (autoguidance) instead of by the indicator."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device).eval()
 
@@ -208,8 +210,19 @@ class Pipeline:
             guidance_interval=settings.guidance_interval,
             zero_init_steps=settings.zero_init,
             time_grid=settings.time_grid,
+            weak=self.weak,
             on_step=on_step,
         )
+
+    def guide_with(self, other: "Pipeline") -> "Pipeline":
+        """Guides by the model of another run, trained less or smaller, on the same latents. Returns self."""
+        if other.task.name != self.task.name or other.task.latent_shape != self.task.latent_shape:
+            raise UserError(
+                f"A model can be guided only by one on the same latents; {other.folder} is a {other.task.name} run on "
+                f"{other.task.latent_shape}, not {self.task.name} on {self.task.latent_shape}."
+            )
+        self.weak = other.model.to(self.device).eval()
+        return self
 
     def save(self, folder: str | Path) -> Path:
         """Writes a complete run directory (configuration, weights, tokenizer, codec); returns it."""
