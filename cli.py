@@ -553,7 +553,7 @@ def invert(
     pipe, given = use.pipe, {name: value for name, value in use.settings.items() if name in ("solver", "steps")}
     if given != use.settings:
         raise UserError(
-            "An inversion runs the plain flow backwards: it takes --solver and --steps, but no guidance and no other setting."
+            "An inversion runs the plain flow backwards: it takes --solver and --steps, no guidance and no other setting."
         )
     if pipe.task.name != "caption" and not Path(value).is_file():
         raise UserError(f"There is no file {value}. Give a picture of the kind this {pipe.task.name} run makes.")

@@ -1,9 +1,11 @@
 """Text-to-image with frozen encoders and autoencoders, made small here: they train, save, load and sample."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from crossflow.cli import main
 from crossflow.core.errors import UserError
@@ -95,10 +97,6 @@ def test_a_text_encoder_whose_weights_changed_is_refused(
 ) -> None:
     run = tmp_path / "run"
     encoder = tmp_path / "encoder"
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(pretrained("clip"), encoder)
     settings = [f"text.encoder={encoder}", "text.max_length=16"]
     assert main(["train", "--task", "t2i", "--output", str(run), *tiny_settings("t2i"), *settings]) == 0
@@ -106,5 +104,5 @@ def test_a_text_encoder_whose_weights_changed_is_refused(
     first = next(iter(weights))
     weights[first] = weights[first] + 1
     save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="sha256|checksum|not the same"):
+    with pytest.raises(UserError, match="SHA-256"):
         load(run)
