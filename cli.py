@@ -553,7 +553,7 @@ def invert(
     pipe, given = use.pipe, {name: value for name, value in use.settings.items() if name in ("solver", "steps")}
     if given != use.settings:
         raise UserError(
-            "An inversion runs the plain flow backwards: it takes --solver and --steps, no guidance and no other setting."
+            "An inversion runs the plain flow backwards: it takes --solver and --steps, and no other setting."
         )
     if pipe.task.name != "caption" and not Path(value).is_file():
         raise UserError(f"There is no file {value}. Give a picture of the kind this {pipe.task.name} run makes.")
@@ -563,6 +563,32 @@ def invert(
     save_file({"z0": z0.contiguous()}, folder / "latent.safetensors")
     say(f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "
         f"Root mean squared error of the re-generated latent: {error:.2g}.")  # fmt: skip
+
+
+@command.group()
+def benchmark() -> None:
+    """Measure: speed."""
+
+
+@benchmark.command()
+@click.option(
+    "--recipe", "recipes", multiple=True, help="Recipes whose training steps are timed. Default: every tiny one."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file to write.")
+def speed(recipes: Sequence[str], output: Path | None) -> None:
+    """Scenes rendered per second and seconds per training step, on this machine."""
+    import tempfile
+
+    from crossflow.benchmarks import speed as measures
+    from crossflow.tasks.run import write_atomically
+
+    with tempfile.TemporaryDirectory(prefix="crossflow-speed-") as folder:
+        found = measures.speed(recipes or [f"{task}_tiny" for task in TASKS], Path(folder))
+    for row in [*found["scenes"], *found["training"]]:
+        say("  ".join(f"{name} {value}" for name, value in row.items()))
+    if output is not None:
+        write_atomically(output, json.dumps(found, indent=1))
+        say(f"Wrote {output}.")
 
 
 @command.command(name="list")

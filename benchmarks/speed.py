@@ -1,0 +1,78 @@
+"""How fast things are on this machine: rendering of scenes, training steps of recipes. Medians of several rounds."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from crossflow.tasks.base import load_config
+from crossflow.tasks.run import Run, environment
+
+ROUNDS = 3
+
+
+def _median_seconds(action: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def render_scenes(first: int, count: int, size: int) -> int:
+    """Makes and renders scenes first ... first + count - 1 of the training split; returns how many."""
+    import torch
+
+    from crossflow.tasks.common.readers import open_reader
+
+    torch.set_num_threads(1)
+    reader = open_reader("scenes", "train", image_size=size, limit=first + count)
+    for start in range(first, first + count, 256):
+        reader.load(range(start, min(start + 256, first + count)))
+    return count
+
+
+def scenes(
+    sizes: Sequence[int] = (32, 64), processes: Sequence[int] = (1, 2), count: int = 1024
+) -> list[dict[str, Any]]:
+    """Images per second, scene creation included, with 1 and 2 processes of one thread each."""
+    rows = []
+    for size in sizes:
+        for number in processes:
+            with ProcessPoolExecutor(number, mp_context=get_context("spawn")) as pool:
+
+                def go(pool: ProcessPoolExecutor = pool, number: int = number, size: int = size) -> None:
+                    share = count // number
+                    list(pool.map(render_scenes, [i * share for i in range(number)], [share] * number, [size] * number))
+
+                go()  # the processes start and import
+                rows.append(
+                    {"size": size, "processes": number, "images_per_second": round(count / _median_seconds(go))}
+                )
+    return rows
+
+
+def training(recipes: Sequence[str], folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Seconds per step of recipes, measured by a dry run in `folder` that trains nothing that is kept."""
+    rows = []
+    for name in recipes:
+        config = load_config(name, [*overrides, "data.num_train=512"])
+        report = Run(config, folder / name).dry_run()
+        rows.append(
+            {
+                "recipe": name,
+                "batch_size": config.train.batch_size,
+                "seconds_per_step": round(report.seconds_per_step, 4),
+                "parameters": sum(report.parameters.values()),
+            }
+        )
+    return rows
+
+
+def speed(recipes: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Everything, with the machine it was measured on."""
+    return {"scenes": scenes(), "training": training(recipes, folder), **environment()}
