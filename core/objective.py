@@ -75,7 +75,7 @@ class Objective(nn.Module):
             return None
         assert batch.alignment is not None, "the task prepares the alignment of its encoder loss"
         if self.reconstructor is not None:
-            return losses.reconstruction_loss(self.reconstructor(z0), batch.alignment)
+            return losses.reconstruction_loss(self.reconstructor(z0), batch.alignment, batch.mask)
         assert self.alignment_head is not None
         target = self.alignment_head(batch.alignment)
         log_temperature = self.log_temperature.clamp(max=math.log(100))

@@ -38,7 +38,7 @@ def _encode_all(pipe: Pipeline, values: Sequence[Any], seed: int, mode: bool) ->
 
 
 def _generate(pipe: Pipeline, z0: Tensor, settings: dict[str, Any]) -> list[Any]:
-    chosen = pipe._settings(settings)
+    chosen = pipe.sample_settings(**settings)
     none = Source(features=z0)
     parts = [pipe.generate(none, part, chosen) for part in z0.split(chosen.batch_size)]
     return pipe.task.decode(torch.cat(parts).float().cpu())

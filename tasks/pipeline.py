@@ -125,7 +125,8 @@ class Pipeline:
     def settings(self) -> SampleConfig:
         return self.task.config.sample
 
-    def _settings(self, overrides: dict[str, Any]) -> SampleConfig:
+    def sample_settings(self, **overrides: Any) -> SampleConfig:
+        """The recipe's sampling settings with some of them replaced; UserError for unknown or impossible ones."""
         return build(SampleConfig, {**self.settings.model_dump(), **overrides})
 
     def __call__(
@@ -150,7 +151,7 @@ class Pipeline:
         names = list(ids) if ids is not None else [str(index) for index in range(len(given))]
         repeated = [(value, f"{name}/{k}") for value, name in zip(read, names, strict=True) for k in range(num)]
         outputs: list[Any] = []
-        chosen = self._settings(settings)
+        chosen = self.sample_settings(**settings)
         for start in range(0, len(repeated), chosen.batch_size):
             part = repeated[start : start + chosen.batch_size]
             outputs += self.outputs([value for value, _ in part], [name for _, name in part], seed, chosen, on_step)

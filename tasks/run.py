@@ -36,6 +36,23 @@ NUM_SAMPLES = 16
 """Cases of a sample grid."""
 
 
+FREE_TO_CHANGE = {
+    f"train.{name}"
+    for name in (
+        "steps",
+        "save_every",
+        "keep",
+        "eval_every",
+        "sample_every",
+        "log_every",
+        "num_workers",
+        "trackers",
+        "max_minutes",
+    )
+}
+"""Settings with which a resumed run may differ: how long it goes on and what it writes."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a training run leaves: where, how it ended, and the scores at the end beside the trivial baseline's."""
@@ -114,31 +131,11 @@ class Run:
 
     def _check_same(self, prepared: Path) -> None:
         """A resumed run must be the same run, but for how long it goes on and what it writes."""
-        before = load_config(prepared).model_dump(mode="json")
-        now = self.config.model_dump(mode="json")
-        free = {
-            "steps",
-            "save_every",
-            "keep",
-            "eval_every",
-            "sample_every",
-            "log_every",
-            "num_workers",
-            "trackers",
-            "max_minutes",
-        }
+        before, now = _flat(load_config(prepared)), _flat(self.config)
         different = [
-            f"{section}.{name} ({before[section][name]} -> {value})"
-            if isinstance(before[section], dict)
-            else f"{section} ({before[section]} -> {now[section]})"
-            for section in now
-            for name, value in (now[section].items() if isinstance(now[section], dict) else [("", None)])
-            if (
-                before[section] != now[section]
-                if not isinstance(now[section], dict)
-                else before[section].get(name) != value
-            )
-            and not (section == "train" and name in free)
+            f"{name} ({before.get(name)} -> {value})"
+            for name, value in now.items()
+            if before.get(name) != value and name not in FREE_TO_CHANGE
         ]
         if different:
             raise UserError(
@@ -225,6 +222,17 @@ class Run:
 def train(config: Config, folder: Path, *, progress: Progress | None = None, resume: str | None = None) -> Outcome:
     """Trains `config` into the run directory `folder`. resume: None, "auto", or a checkpoint's folder."""
     return Run(config, folder, progress=progress, resume=resume).train()
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """{"train.lr": 0.001, ...}: every setting by its full name, for as deep as sections go."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {name: one for key, inner in value.items() for name, one in walk(f"{prefix}.{key}", inner).items()}
+
+    return {name.lstrip("."): value for name, value in walk("", config.model_dump(mode="json")).items()}
 
 
 def new_folder(root: Path, name: str) -> Path:

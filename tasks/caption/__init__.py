@@ -91,6 +91,8 @@ class Adapter(Task[CaptionConfig]):
     text: TextAutoencoder
     origin: Pipeline | None = None
     """The t2i run that is run backwards, if one is."""
+    text_report: dict[str, Any] | None = None
+    """How well captions survive the text autoencoder; known to the process that trained it."""
 
     def __init__(self, config: CaptionConfig) -> None:
         super().__init__(config)
@@ -168,7 +170,7 @@ class Adapter(Task[CaptionConfig]):
             self.origin.save(folder / T2I_FOLDER)
         self.codec.save(folder / FOLDER)
         self.text.save(folder / TEXT_FOLDER)
-        if hasattr(self, "text_report"):
+        if self.text_report is not None:
             (folder / TEXT_FOLDER / "report.json").write_text(json.dumps(self.text_report, indent=1))
 
     def load(self, folder: Path) -> None:
