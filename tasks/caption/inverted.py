@@ -65,8 +65,8 @@ class SourceText(TextAutoencoder):
         pipe: Pipeline = self.__dict__["origin"]
         source = pipe.task.source(self._texts(ids)).to(pipe.device)
         found = pipe.model.source_encoder(source.features, source.mask)
-        log_var = found.log_var if found.log_var is not None else torch.full_like(found.mean, -20.0)
-        return Posterior(found.mean, log_var)
+        mean = found.mean.to(ids.device)  # the run may be on a GPU, the decoder that learns to read it is not
+        return Posterior(mean, torch.full_like(mean, -20.0) if found.log_var is None else found.log_var.to(ids.device))
 
     def measure_statistics(self, captions: Any, most: int = 2048) -> None:
         """Does nothing: the latents are the flow's own and are not scaled."""
