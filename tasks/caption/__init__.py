@@ -40,6 +40,8 @@ from crossflow.tasks.common.trunks import Reconstructor
 from crossflow.tasks.pipeline import Pipeline
 
 TEXT_FOLDER = "text_autoencoder"
+JOINT = "extra_losses.autoencoder."
+"""What the text autoencoder's weights are called among those of the objective, when it is trained with the flow."""
 T2I_FOLDER = "t2i"
 
 
@@ -113,6 +115,16 @@ class Adapter(Task[CaptionConfig]):
                 "A t2i run backwards starts at the image itself: set source.kind=deterministic, "
                 "and leave out caption.joint."
             )
+        if config.caption.t2i is None and config.train.steps == 0:
+            raise UserError(
+                "train.steps=0 trains no flow, so there would be nothing to caption with: set caption.t2i to the "
+                "directory of a t2i run, which is then run backwards, or train.steps."
+            )
+        if (config.caption.joint or config.caption.t2i is not None) and config.train.num_workers > 0:
+            raise UserError(
+                "Targets come from a network that changes in training (caption.joint) or lies on the device "
+                "(caption.t2i), of which other processes have no copy: set train.num_workers=0."
+            )
         if config.caption.joint and loss == "reconstruction":
             raise UserError(
                 "caption.joint goes with loss.encoder=contrastive or none; reconstruction "
@@ -181,6 +193,14 @@ class Adapter(Task[CaptionConfig]):
         else:
             self.codec = read_codec(folder)
             self.text = TextAutoencoder.load(folder / TEXT_FOLDER).requires_grad_(self.config.caption.joint)
+            if self.config.caption.joint and (folder / "objective.safetensors").is_file():
+                from safetensors.torch import load_file
+
+                # What was saved before the flow is where its joint training began.
+                learned = load_file(folder / "objective.safetensors")
+                self.text.load_state_dict(
+                    {name.removeprefix(JOINT): value for name, value in learned.items() if name.startswith(JOINT)}
+                )
 
     # -- the model
 
