@@ -115,9 +115,9 @@ class Adapter(Task[T2IConfig]):
         loss = self.config.loss
         # Only the contrastive loss can look at the picture; a source is reconstructed to the text it came from.
         by_image = loss.encoder in ("contrastive", "sigmoid") and loss.encoder_target == "image"
-        alignment = (
-            images if by_image else self.text.alignment(source.features, texts, loss.encoder == "reconstruction")
-        )
+        alignment = images if by_image else None
+        if loss.encoder != "none" and not by_image:
+            alignment = self.text.alignment(source.features, texts, loss.encoder == "reconstruction")
         return Batch(
             features=source.features,
             mask=source.mask,
