@@ -103,7 +103,7 @@ def invert(
         if source is None:
             raise UserError(
                 "This model starts from noise under a condition; say which input the "
-                "output belongs to (--prompt or --source)."
+                "output belongs to (source; --source on the command line)."
             )
         condition = encode(pipe, source, seed=seed)[0].to(pipe.device).condition
     z0 = sampling.invert(pipe.model, z1, condition=condition, solver=solver, num_steps=steps)
