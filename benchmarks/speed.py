@@ -59,9 +59,9 @@ def scenes(
 def training(recipes: Sequence[str], folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Seconds per step of recipes, measured by a dry run in `folder` that trains nothing that is kept."""
     rows = []
-    for name in recipes:
+    for number, name in enumerate(recipes):
         config = load_config(name, [*overrides, "data.num_train=512"])
-        report = Run(config, folder / name).dry_run()
+        report = Run(config, folder / str(number)).dry_run()
         rows.append(
             {
                 "recipe": name,
