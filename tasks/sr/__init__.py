@@ -146,11 +146,18 @@ class Adapter(Task[SrConfig]):
 
     def fit(self, value: np.ndarray) -> np.ndarray:
         """The enlarged picture, its sides cut to multiples of the patch."""
-        return to_multiple(enlarge(value, self.config.sr.scale), self.config.backbone.patch)
+        return self._whole_patches(enlarge(value, self.config.sr.scale))
 
     def target(self, value: str | Path | np.ndarray) -> Tensor:
-        image = to_multiple(self.read_input(value), self.config.backbone.patch)
-        return self.codec.encode(pictures([image])).mean
+        return self.codec.encode(pictures([self._whole_patches(self.read_input(value))])).mean
+
+    def _whole_patches(self, image: np.ndarray) -> np.ndarray:
+        patch = self.config.backbone.patch
+        if min(image.shape[:2]) < patch:
+            raise UserError(
+                f"A picture of {image.shape[0]} x {image.shape[1]} pixels has no room for a patch of {patch} x {patch}."
+            )
+        return to_multiple(image, patch)
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         return [save_png(output, stem.with_name(f"{stem.name}_x{self.config.sr.scale}.png"), metadata)]
