@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -105,29 +105,39 @@ class Run:
         """Everything that comes before the flow: learned once by the main process, read by all from the run
         directory.
         """
+        distributed.on_main(self._begin_or_continue)  # alone: a slower process would take what it leaves for a run
+        # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
+        self.task.load(self.folder)
+
+    def _begin_or_continue(self) -> str:
         prepared = self.folder / "config.yaml"
         resumable = bool(checkpoints(self.folder / "checkpoints"))
         if prepared.exists() and self.resume is None:
             raise UserError(
                 f"{self.folder} already holds a run{' with checkpoints' if resumable else ''}. "
-                "Continue it with --resume auto, "
-                "or choose another --output."
+                "Continue it with --resume auto, or choose another --output."
             )
         if self.resume is not None and resumable:
             self._check_same(prepared)
         else:
-            distributed.on_main(self._learn)
-        distributed.barrier()
-        # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
-        self.task.load(self.folder)
+            self._learn()
+        return ""
 
-    def _learn(self) -> str:
+    def _learn(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.task.prepare(self.data, self.progress.note)
+        self._check_patches()
         self.task.save(self.folder)
         write_atomically(self.folder / "manifest.json", json.dumps(manifest(self.config, self.data), indent=1))
         write_atomically(self.folder / "config.yaml", dump(self.config))  # last: it says that the folder holds a run
-        return ""
+
+    def _check_patches(self) -> None:
+        shape, patch = self.task.latent_shape, self.config.backbone.patch
+        if len(shape) == 3 and (shape[1] % patch or shape[2] % patch):
+            raise UserError(
+                f"Latents of {shape[1]} x {shape[2]} cannot be cut into patches of backbone.patch = {patch}: choose "
+                f"another data.image_size (now {self.config.data.image_size}) or another patch."
+            )
 
     def _check_same(self, prepared: Path) -> None:
         """A resumed run must be the same run, but for how long it goes on and what it writes."""
@@ -140,8 +150,7 @@ class Run:
         if different:
             raise UserError(
                 f"The run in {self.folder} was started with other settings: {', '.join(different)}. "
-                "Resume with its own settings, "
-                "or start a new run in another --output."
+                "Resume with its own settings, or start a new run in another --output."
             )
         write_atomically(prepared, dump(self.config))
 
@@ -206,9 +215,8 @@ class Run:
     def _sample(self, step: int) -> None:
         if not distributed.is_main():
             return
-        few = self.cases
-        few = few[:: max(1, len(few) // NUM_SAMPLES)][:NUM_SAMPLES]
-        path = self._write_sheet(show(self._pipeline(), few, seed=self.config.seed), f"step_{step:08d}.png")
+        pages = show(self._pipeline(), self.cases[:NUM_SAMPLES], seed=self.config.seed)
+        path = self._write_sheet(pages, f"step_{step:08d}.png")
         self.progress.note(f"Samples: {path}")
 
     def _write_sheet(self, pages: list[list[Tile]], name: str) -> Path:
@@ -247,7 +255,10 @@ def new_folder(root: Path, name: str) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file under a temporary name, then renames it: it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -273,6 +284,8 @@ def environment() -> dict[str, Any]:
 
 def _revision() -> str | None:
     root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None  # installed, perhaps inside another project's checkout
     try:
         found = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
@@ -298,4 +311,4 @@ def manifest(config: Config, data: Examples) -> dict[str, Any]:
     }
 
 
-__all__ = ["DryRun", "Outcome", "Run", "asdict", "environment", "manifest", "new_folder", "train", "write_atomically"]
+__all__ = ["DryRun", "Outcome", "Run", "environment", "manifest", "new_folder", "train", "write_atomically"]
