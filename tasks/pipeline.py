@@ -33,10 +33,18 @@ def load(source: str | Path, *, weights: str | None = None, device: str | None =
     """
     folder = _folder(source)
     config = load_config(folder)
-    task = build_task(config)
-    task.load(folder)
     if weights is not None and weights not in WEIGHTS:
         raise UserError(f"Unknown weights {weights!r}. Known: {', '.join(WEIGHTS)}.")
+    task = build_task(config)
+    try:
+        task.load(folder)
+    except UserError:
+        raise
+    except Exception as error:  # damaged JSON, tensors, tokenizers: each reader raises something else
+        raise UserError(
+            f"What the run in {folder} keeps beside its weights (tokenizer, codec, scales) cannot be read: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
     kind = weights or ("ema" if (folder / WEIGHTS["ema"]).is_file() else "model")
     model = task.build_model()
     _load_weights(model, folder / WEIGHTS[kind])
@@ -44,7 +52,7 @@ def load(source: str | Path, *, weights: str | None = None, device: str | None =
 
 
 def _folder(source: str | Path) -> Path:
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / "config.yaml").is_file():
             raise UserError(
@@ -61,7 +69,8 @@ def _folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.yaml", "*.safetensors", "*.txt"]))
+        wanted, unwanted = ["*.json", "*.yaml", "*.safetensors", "*.txt"], ["checkpoints/*", "evaluation/*"]
+        return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # the hub's client raises many kinds, and each means the same to the user
         raise UserError(
             f"There is no folder {source}, and it cannot be had from the hub "
@@ -118,7 +127,9 @@ class Pipeline:
         self.weights = weights
         self.weak: CrossFlow | None = None
         """An under-trained version of the model: guidance is then by it (autoguidance) instead of by the indicator."""
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.guided_by: str | None = None
+        """The run that `weak` came from."""
+        self.device = _device(device)
         self.model.to(self.device).eval()
 
     @property
@@ -142,8 +153,8 @@ class Pipeline:
         """Outputs for one input or a list of them (prompts; pictures or their paths), `num` of each, in order.
 
         The noise of output k of input i follows from (seed, ids[i], k) alone; ids default to the inputs' numbers.
-        settings:
-        fields of `SampleConfig` (steps, solver, guidance, ...). on_step(done, total) after each solver step of a batch.
+        settings: fields of `SampleConfig` (steps, solver, guidance, ...). on_step(done, total) after each solver step
+        of a batch.
         """
         single = not isinstance(inputs, (list, tuple))
         given = [inputs] if single else list(inputs)
@@ -223,6 +234,7 @@ class Pipeline:
                 f"{other.task.latent_shape}, not {self.task.name} on {self.task.latent_shape}."
             )
         self.weak = other.model.to(self.device).eval()
+        self.guided_by = str(other.folder)
         return self
 
     def save(self, folder: str | Path) -> Path:
@@ -243,6 +255,15 @@ class Pipeline:
         ):
             shutil.copy(self.folder / "manifest.json", target / "manifest.json")
         return target
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch's words depend on how it was built
+        raise UserError(f"There is no device {name!r} here ({str(error).splitlines()[0]}). Use cpu.") from error
 
 
 def _parts(source: Source, ids: Sequence[str], size: int) -> Iterator[tuple[Source, Sequence[str]]]:
