@@ -28,7 +28,7 @@ from crossflow.tasks.base import Case, Task, Tile, build_task, load_config
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.images import save_png, sheet
 from crossflow.tasks.pipeline import Pipeline
-from crossflow.tasks.scoring import Scores, held_out_loss, score, show
+from crossflow.tasks.scoring import Scores, held_out_loss, score, seen_in_training, show
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,7 @@ class Run:
     def _scored(self, result: TrainResult) -> Outcome:
         self.progress.note("Scoring the averaged weights on the validation split.")
         scores = score(self._pipeline(), self.cases, seed=self.config.seed, num_tiles=NUM_SAMPLES)
+        scores.notes.extend(seen_in_training(self.data, self.validation))
         self._write_sheet(scores.pages, "final.png")
         baseline = self.task.baseline(self.data, self.cases)
         write_atomically(

@@ -59,6 +59,14 @@ def score(
     return Scores(values, metric.intervals(), metric.rows, pages, metric.notes)
 
 
+def seen_in_training(train: Examples, held_out: Examples) -> list[str]:
+    """A note when items that are scored are among those trained on, as when both are `folder:DIR@all`."""
+    ours, theirs = held_out.reader, train.reader
+    if ours.spec != theirs.spec or not (ours.split == theirs.split or "all" in (ours.split, theirs.split)):
+        return []
+    return [f"these scores are on training data: {ours.spec} ({ours.split}) is what the run trains on"]
+
+
 def show(pipe: Pipeline, cases: Sequence[Case], *, seed: int = 0) -> list[list[Tile]]:
     """The tiles of some cases, not scored."""
     outputs = pipe.outputs([case.input for case in cases], [case.id for case in cases], seed)
