@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 import functools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from crossflow.tasks.pipeline import Pipeline
 
 TASKS = task_names()
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def say(text: str = "") -> None:
@@ -91,6 +91,7 @@ def train(
 
     Ctrl-C ends cleanly with a checkpoint. The run directory holds config, weights, samples, metrics and checkpoints.
     """
+    import shutil
     import tempfile
 
     from crossflow.core import distributed
@@ -114,8 +115,14 @@ def train(
         raise UserError("--resume continues the run in --output; say which directory that is.")
     progress = _progress()
     if dry_run:
-        with tempfile.TemporaryDirectory(prefix="crossflow-dry-run-") as scratch:
-            _show_dry_run(Run(config, Path(scratch) / "run", progress=progress).dry_run())
+        scratch = Path(distributed.on_main(lambda: tempfile.mkdtemp(prefix="crossflow-dry-run-")))
+        try:
+            report = Run(config, scratch / "run", progress=progress).dry_run()
+        finally:
+            if distributed.is_main():
+                shutil.rmtree(scratch, ignore_errors=True)
+        if distributed.is_main():
+            _show_dry_run(report)
         return
     # With several processes each must name the same new folder: only the first may look what is taken.
     folder = output or Path(distributed.on_main(lambda: str(new_folder(Path("runs"), Path(name).stem))))
@@ -138,10 +145,8 @@ def train(
         _show_scores(outcome.scores.values, outcome.scores.intervals, outcome.baseline, run.task.headline)
         for note in outcome.scores.notes:
             say(f"note: {note}")
-    say(
-        f"The run is in {folder}. Use it: crossflow {'sample' if config.task == 't2i' else 'evaluate'} "
-        f"--checkpoint {folder}" + (' --prompt "a red cube"' if config.task == "t2i" else "")
-    )
+    given_input = '--prompt "a red cube"' if run.task.input_kind == "text" else "--input PICTURE"
+    say(f"The run is in {folder}. Use it: crossflow sample --checkpoint {folder} {given_input}")
 
 
 def _progress() -> Any:
@@ -205,6 +210,18 @@ class Use:
     seed: int
     output: Path | None
 
+    def metadata(self, **more: Any) -> dict[str, str]:
+        """What every file that is written says of how it was made; all of it text."""
+        settings = self.pipe.sample_settings(**self.settings).model_dump(mode="json")
+        made: dict[str, Any] = {
+            "seed": self.seed,
+            "checkpoint": self.checkpoint,
+            "weights": self.pipe.weights,
+            "settings": settings,
+        }
+        made |= {"guided_by": self.pipe.guided_by} if self.pipe.guided_by is not None else {}
+        return {name: one if isinstance(one, str) else json.dumps(one) for name, one in (made | more).items()}
+
 
 def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the options of a checkpoint and its solver, and calls it with a `Use` in front."""
@@ -266,6 +283,7 @@ def _inputs(
 ) -> list[tuple[str, Any]]:
     """(name, input) of everything asked for; raises UserError when it does not fit the task."""
     from crossflow.tasks.common.images import load_image
+    from crossflow.tasks.common.readers.base import IMAGE_SUFFIXES
 
     if pipe.task.input_kind == "text":
         if inputs:
@@ -275,7 +293,11 @@ def _inputs(
             )
         texts = list(prompts)
         if prompt_file is not None:
-            texts += [line.strip() for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                lines = prompt_file.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{prompt_file} is not a text file in UTF-8: {error}.") from error
+            texts += [line.strip() for line in lines if line.strip()]
         if not texts:
             raise UserError(
                 'Say what to draw: --prompt "a red cube" (several times if you like), '
@@ -287,15 +309,16 @@ def _inputs(
             f"This is a {pipe.task.name} run, which takes pictures: give --input FILE or FOLDER, not a prompt."
         )
     files = [file for path in inputs for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    files = [file for file in files if file.suffix.lower() in IMAGES or file in inputs]
+    files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES or file in inputs]
     if not files:
         raise UserError("No pictures came. Give --input with a picture or a folder of pictures (png, jpg, webp, ...).")
     found: list[tuple[str, Any]] = []
     bad: list[str] = []
     for file in files:
         try:
-            name = file.stem if file.stem not in {known for known, _ in found} else f"{file.stem}_{len(found)}"
-            found.append((name, load_image(file)))
+            picture, taken = load_image(file), {name for name, _ in found}
+            others = (f"{file.stem}_{number}" for number in range(1, len(files) + 1))
+            found.append((next(name for name in (file.stem, *others) if name not in taken), picture))
         except (ValueError, OSError) as error:
             bad.append(f"{file}: {error}")
     if not found:
@@ -341,9 +364,10 @@ def sample(
     pipe = use.pipe
     asked = _inputs(pipe, prompts, prompt_file, inputs)
     folder = use.output or Path("outputs") / pipe.task.name
+    ids = _item_ids(asked)
     bar, on_step = _step_bar("sampling")
     try:
-        results = pipe([value for _, value in asked], num=num, seed=use.seed, on_step=on_step, **use.settings)
+        results = pipe([value for _, value in asked], ids=ids, num=num, seed=use.seed, on_step=on_step, **use.settings)
     finally:
         bar.stop()
     folder.mkdir(parents=True, exist_ok=True)
@@ -352,17 +376,9 @@ def sample(
     for index, result in enumerate(results):
         name, value = asked[index // num]
         stem = folder / (f"{name}_{index % num}" if num > 1 else name)
-        metadata = {
-            "seed": use.seed,
-            "item": index // num,
-            "number": index % num,
-            "checkpoint": use.checkpoint,
-            "weights": pipe.weights,
-        }
-        metadata |= {"settings": {**pipe.settings.model_dump(), **use.settings}}
-        if isinstance(value, str):
-            metadata["prompt"] = value
-        written += pipe.task.write_output(result, stem, {key: _plain(item) for key, item in metadata.items()})
+        about: dict[str, Any] = {"item": ids[index // num], "number": index % num}
+        about |= {"prompt": value} if isinstance(value, str) else {}
+        written += pipe.task.write_output(result, stem, use.metadata(**about))
         if isinstance(result, str):
             say(f"{name}: {result}")
         shown.append(result)
@@ -372,16 +388,23 @@ def sample(
     say(f"Wrote {len(written)} files to {folder}" + (f" ({written[-1].name})" if written else "") + ".")
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _item_ids(asked: Sequence[tuple[str, Any]]) -> list[str]:
+    """What the noise is keyed by: the prompt, or the picture's name, so that one can be made again without the
+    others. A prompt that comes again is another item.
+    """
+    ids: list[str] = []
+    times: Counter[str] = Counter()
+    for name, value in asked:
+        words = value if isinstance(value, str) else name
+        times[words] += 1
+        ids.append(words if times[words] == 1 else f"{words}#{times[words]}")
+    return ids
 
 
 def _write_grid(pictures: Sequence[Any], names: Sequence[str], path: Path) -> Path:
     from crossflow.tasks.common.images import save_png, sheet
 
-    return save_png(
-        sheet(list(pictures), list(names), cell=max(128, max(picture.shape[1] for picture in pictures[:1]))), path
-    )
+    return save_png(sheet(list(pictures), list(names), cell=min(512, max(128, pictures[0].shape[1]))), path)
 
 
 @command.command()
@@ -436,14 +459,16 @@ def _given(pipe: "Pipeline", text: str | None) -> Any:
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
 
 
-def _write_all(pipe: "Pipeline", results: Sequence[Any], names: Sequence[str], folder: Path, animate: bool) -> None:
+def _write_all(
+    use: Use, results: Sequence[Any], names: Sequence[str], folder: Path, animate: bool = False, **about: Any
+) -> None:
     from PIL import Image
 
     from crossflow.tasks.common.images import colour_depth
 
     folder.mkdir(parents=True, exist_ok=True)
     for index, (result, name) in enumerate(zip(results, names, strict=True)):
-        pipe.task.write_output(result, folder / f"{index:03d}", {"what": name})
+        use.pipe.task.write_output(result, folder / f"{index:03d}", use.metadata(what=name, **about))
         if isinstance(result, str):
             say(f"{name}: {result}")
     pictures = [colour_depth(one) if one.ndim == 2 else one for one in results if not isinstance(one, str)]
@@ -484,7 +509,8 @@ def interpolate(
         pipe, _given(pipe, start), _given(pipe, end), frames, kind=kind, seed=use.seed, mode=mean, **use.settings
     )
     names = [f"{index / (frames - 1):.2f}" for index in range(frames)]
-    _write_all(pipe, results, names, use.output or Path("outputs") / "interpolate", animate=True)
+    folder = use.output or Path("outputs") / "interpolate"
+    _write_all(use, results, names, folder, animate=True, **{"from": start, "to": end, "kind": kind, "mean": mean})
 
 
 @command.command()
@@ -530,9 +556,9 @@ def arithmetic(
         mode=mean,
         **use.settings,
     )
-    _write_all(
-        pipe, results, [f"k = {k:g}" for k in strengths], use.output or Path("outputs") / "arithmetic", animate=False
-    )
+    terms = {"base": base, "plus": plus, "minus": minus, "restandardise": restandardise, "mean": mean}
+    folder = use.output or Path("outputs") / "arithmetic"
+    _write_all(use, results, [f"k = {k:g}" for k in strengths], folder, **terms)
 
 
 @command.command()
@@ -550,16 +576,21 @@ def invert(
 
     from crossflow.tasks import latents
 
-    pipe, given = use.pipe, {name: value for name, value in use.settings.items() if name in ("solver", "steps")}
-    if given != use.settings:
+    pipe, given = use.pipe, {"solver": "heun", "steps": 50, **use.settings}
+    if len(given) > 2:
         raise UserError(
             "An inversion runs the plain flow backwards: it takes --solver and --steps, and no other setting."
         )
-    if pipe.task.name != "caption" and not Path(value).is_file():
-        raise UserError(f"There is no file {value}. Give a picture of the kind this {pipe.task.name} run makes.")
-    z0, again, error = latents.invert(pipe, value, source=_given(pipe, source), seed=use.seed, **given)
+    try:
+        z0, again, error = latents.invert(pipe, value, source=_given(pipe, source), seed=use.seed, **given)
+    except UserError:
+        raise
+    except ValueError as error:  # of the readers of pictures and depth maps
+        raise UserError(
+            f"{value} cannot be inverted: {error}. Give what this {pipe.task.name} run makes, see --help."
+        ) from error
     folder = use.output or Path("outputs") / "invert"
-    _write_all(pipe, [again], ["re-generated"], folder, animate=False)
+    _write_all(use, [again], ["re-generated"], folder, input=value, settings=given)
     save_file({"z0": z0.contiguous()}, folder / "latent.safetensors")
     say(f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "
         f"Root mean squared error of the re-generated latent: {error:.2g}.")  # fmt: skip
@@ -647,6 +678,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.main(args=list(argv) if argv is not None else None, prog_name="crossflow", standalone_mode=False)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        click.echo(f"error: {error.filename}: {error.strerror}.", err=True)
         return 2
     except click.ClickException as error:
         error.show()

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from crossflow.cli import main
+from crossflow.tasks.pipeline import load
 
 TASKS = ("t2i", "caption", "depth", "sr")
 
@@ -88,10 +91,11 @@ def test_one_picture_can_be_made_again_alone(tiny_run, tmp_path: Path) -> None:
     assert (
         main(["sample", "--checkpoint", run, "--prompts", str(prompts), "--num", "2", "--output", str(together)]) == 0
     )
-    assert main(["sample", "--checkpoint", run, "--prompt", "a red cube", "--output", str(alone)]) == 0
+    assert main(["sample", "--checkpoint", run, "--prompt", "a blue sphere", "--output", str(alone)]) == 0
     np.testing.assert_array_equal(
-        np.array(Image.open(together / "0000_0.png")), np.array(Image.open(alone / "0000.png"))
+        np.array(Image.open(together / "0001_0.png")), np.array(Image.open(alone / "0000.png"))
     )
+    assert Image.open(together / "0001_0.png").info["item"] == "a blue sphere"
 
 
 def test_sample_reads_pictures_of_any_size_and_skips_broken_ones(tiny_run, tmp_path: Path, photo: Path, capsys) -> None:
@@ -333,7 +337,34 @@ def test_unreadable_inputs_are_refused_by_name(capsys, tiny_run, tmp_path: Path)
     run = str(tiny_run("depth"))
     assert "bad.png" in refused(capsys, "sample", "--checkpoint", run, "--input", str(bad))
     assert "bad.png" in refused(capsys, "interpolate", "--checkpoint", run, "--from", str(bad), "--to", str(bad))
-    assert "no file" in refused(capsys, "invert", "--checkpoint", run, "--input", str(tmp_path / "none.png"))
+    for name in ("none.png", "bad.png"):
+        error = refused(capsys, "invert", "--checkpoint", run, "--input", str(tmp_path / name))
+        assert f"{name} cannot be inverted" in error
+    latin = tmp_path / "prompts.txt"
+    latin.write_bytes("ein grüner Würfel".encode("latin-1"))
+    assert "UTF-8" in refused(capsys, "sample", "--checkpoint", str(tiny_run("t2i")), "--prompts", str(latin))
+    assert "no device" in refused(capsys, "evaluate", "--checkpoint", run, "--device", "gpu7")
+
+
+def test_a_jointly_trained_text_decoder_is_the_one_that_is_used(tiny_settings, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [*tiny_settings("caption"), "caption.joint=true"]
+    assert main(["train", "--task", "caption", "--output", str(run), *settings]) == 0
+    used = load(run).task.text.state_dict()
+    before, after = load_file(run / "text_autoencoder" / "model.safetensors"), load_file(run / "objective.safetensors")
+    assert any(not torch.equal(value, before[name]) for name, value in used.items())
+    assert all(torch.equal(value, after[f"extra_losses.autoencoder.{name}"]) for name, value in used.items())
+
+
+def test_an_evaluation_does_without_the_training_data(tiny_run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run("depth"), run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] |= {"train": "pairs:gone", "val": "scenes"}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["evaluate", "--checkpoint", str(run), "--num", "2", "--seed", "3", "--weights", "model"]) == 0
+    folder = run / "evaluation" / "scenes-test-euler2-seed3-model"
+    assert "gone" in json.loads((folder / "metrics.json").read_text())["notes"][-1]
 
 
 def test_an_unknown_solver_is_refused_with_near_names(capsys, tiny_run) -> None:
