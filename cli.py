@@ -69,7 +69,9 @@ def command() -> None:
     "--output", type=click.Path(path_type=Path), help="Run directory. Default: runs/RECIPE, numbered if taken."
 )
 @click.option("--resume", help="auto: the newest good checkpoint of --output; or a checkpoint's folder.")
-@click.option("--dry-run", is_flag=True, help="Say parameters, memory, time and disk, and train nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say parameters, memory, time and disk of the flow's training; nothing is kept."
+)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(
     task: str | None,
@@ -510,7 +512,8 @@ def interpolate(
     )
     names = [f"{index / (frames - 1):.2f}" for index in range(frames)]
     folder = use.output or Path("outputs") / "interpolate"
-    _write_all(use, results, names, folder, animate=True, **{"from": start, "to": end, "kind": kind, "mean": mean})
+    ends: dict[str, Any] = {"from": start, "to": end, "kind": kind, "mean": mean}
+    _write_all(use, results, names, folder, animate=True, **ends)
 
 
 @command.command()
@@ -556,7 +559,7 @@ def arithmetic(
         mode=mean,
         **use.settings,
     )
-    terms = {"base": base, "plus": plus, "minus": minus, "restandardise": restandardise, "mean": mean}
+    terms: dict[str, Any] = {"base": base, "plus": plus, "minus": minus, "restandardise": restandardise, "mean": mean}
     folder = use.output or Path("outputs") / "arithmetic"
     _write_all(use, results, [f"k = {k:g}" for k in strengths], folder, **terms)
 
@@ -582,7 +585,7 @@ def invert(
             "An inversion runs the plain flow backwards: it takes --solver and --steps, and no other setting."
         )
     try:
-        z0, again, error = latents.invert(pipe, value, source=_given(pipe, source), seed=use.seed, **given)
+        z0, again, rmse = latents.invert(pipe, value, source=_given(pipe, source), seed=use.seed, **given)
     except UserError:
         raise
     except ValueError as error:  # of the readers of pictures and depth maps
@@ -593,7 +596,7 @@ def invert(
     _write_all(use, [again], ["re-generated"], folder, input=value, settings=given)
     save_file({"z0": z0.contiguous()}, folder / "latent.safetensors")
     say(f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "
-        f"Root mean squared error of the re-generated latent: {error:.2g}.")  # fmt: skip
+        f"Root mean squared error of the re-generated latent: {rmse:.2g}.")  # fmt: skip
 
 
 @command.group()
