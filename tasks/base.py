@@ -63,6 +63,9 @@ class Task(ABC, Generic[C]):
     """text | image: what a person gives it."""
 
     def __init__(self, config: C) -> None:
+        width = config.source.width
+        if width % 4 or width % max(1, width // 32):  # the trunks have one head for each 32 values
+            raise UserError(f"source.width = {width} is not possible; take a multiple of 32, or of 4 below 64.")
         self.config = config
 
     # -- what is learned before the flow

@@ -147,7 +147,7 @@ class Adapter(Task[DepthConfig]):
         """A depth map in metres, or a 16-bit PNG of one in millimetres; missing depth takes the mean."""
         depth = value if isinstance(value, np.ndarray) else load_depth_png(value)
         square = center_crop_resize(depth, self.config.data.image_size, resample="nearest")
-        return self.scale.encode(torch.from_numpy(square)[None, None])
+        return self.scale.encode(torch.from_numpy(square.astype(np.float32))[None, None])
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         """Millimetres as 16-bit PNG, metres as .npy, and a coloured picture."""
