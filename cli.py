@@ -97,7 +97,7 @@ def train(
     import tempfile
 
     from crossflow.core import distributed
-    from crossflow.tasks.base import load_config
+    from crossflow.tasks.base import load_config, task_class
     from crossflow.tasks.run import Run, new_folder
 
     distributed.device()  # joins the processes of a launcher, if there are several
@@ -117,6 +117,7 @@ def train(
         raise UserError("--resume continues the run in --output; say which directory that is.")
     progress = _progress()
     if dry_run:
+        config = load_config(resumed or name, [*given, *task_class(config.task).quick], task)
         scratch = Path(distributed.on_main(lambda: tempfile.mkdtemp(prefix="crossflow-dry-run-")))
         try:
             report = Run(config, scratch / "run", progress=progress).dry_run()

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from crossflow.tasks.base import Tile
-from crossflow.tasks.common.images import save_png, sheet
+from crossflow.tasks.common.images import save_png
 from crossflow.tasks.run import write_atomically
+from crossflow.tasks.scoring import laid_out
 
 STYLE = (
     "body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:70em;color:#222}table{border-collapse:collapse}"
@@ -41,13 +42,8 @@ def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequ
         f"{''.join(strips)}<h2>How it was measured</h2><pre>{manifest}</pre>"
     )
     write_atomically(folder / "index.html", text)
-    tiles = [tile for page in pages for tile in page]
-    if tiles:
-        columns = len(pages[0]) * max(1, 8 // (2 * len(pages[0])))
-        save_png(
-            sheet([tile.image for tile in tiles], [tile.text for tile in tiles], columns=columns, cell=160),
-            folder / "pictures.png",
-        )
+    if pages:
+        save_png(laid_out(pages, cell=160), folder / "pictures.png")
     return folder / "index.html"
 
 

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from crossflow.tasks.base import load_config
+from crossflow.tasks.base import load_config, task_class
 from crossflow.tasks.run import Run, environment
 
 ROUNDS = 3
@@ -60,7 +60,8 @@ def training(recipes: Sequence[str], folder: Path, overrides: Sequence[str] = ()
     """Seconds per step of recipes, measured by a dry run in `folder` that trains nothing that is kept."""
     rows = []
     for number, name in enumerate(recipes):
-        config = load_config(name, [*overrides, "data.num_train=512"])
+        given = [*overrides, "data.num_train=512"]
+        config = load_config(name, [*given, *task_class(load_config(name, given).task).quick])
         report = Run(config, folder / str(number)).dry_run()
         rows.append(
             {

@@ -165,6 +165,8 @@ class Task(ABC, Generic[C]):
     def tiles(self, case: Case, output: Any) -> list[Tile]:
         """Source, output and truth of a case, side by side."""
 
+    quick: ClassVar[tuple[str, ...]] = ()
+    """Overrides that shorten what comes before the flow, for when a run is only measured."""
     headline: ClassVar[tuple[str, ...]] = ()
     """Names of the scores shown first."""
 

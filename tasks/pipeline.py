@@ -211,6 +211,11 @@ class Pipeline:
 
     def generate(self, source: Source, z0: Tensor, settings: SampleConfig, on_step: OnStep | None = None) -> Tensor:
         """z0 (B, *latent) -> z1 on this pipeline's device."""
+        if settings.guidance != 1 and self.weak is None and self.task.config.guidance.drop == 0:
+            raise UserError(
+                f"guidance = {settings.guidance:g} needs a model that was trained without its source now and then, and "
+                "this run has guidance.drop = 0. Use guidance 1, a weaker run to guide with, or guidance.drop=0.1."
+            )
         condition = source.condition.to(self.device) if source.condition is not None else None
         return sampling.generate(
             self.model,

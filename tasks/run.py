@@ -26,9 +26,9 @@ from crossflow.core.training.tracking import Progress, Silent
 from crossflow.core.training.trainer import DryRun, Trainer, TrainResult
 from crossflow.tasks.base import Case, Task, Tile, build_task, load_config
 from crossflow.tasks.common.dataset import Examples
-from crossflow.tasks.common.images import save_png, sheet
+from crossflow.tasks.common.images import save_png
 from crossflow.tasks.pipeline import Pipeline
-from crossflow.tasks.scoring import Scores, held_out_loss, score, seen_in_training, show
+from crossflow.tasks.scoring import Scores, held_out_loss, laid_out, score, seen_in_training, show
 
 logger = logging.getLogger(__name__)
 
@@ -221,9 +221,7 @@ class Run:
         self.progress.note(f"Samples: {path}")
 
     def _write_sheet(self, pages: list[list[Tile]], name: str) -> Path:
-        tiles = [tile for page in pages for tile in page]
-        columns = len(pages[0]) * max(1, 8 // (2 * len(pages[0])))
-        picture = sheet([tile.image for tile in tiles], [tile.text for tile in tiles], columns=columns, cell=128)
+        picture = laid_out(pages, cell=128)
         (self.folder / "samples").mkdir(exist_ok=True)
         return save_png(picture, self.folder / "samples" / name, {"seed": self.config.seed, "task": self.config.task})
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from crossflow.core.config import GuidanceConfig, LossConfig, SampleConfig
@@ -12,6 +13,7 @@ from crossflow.core.noise import training_noise
 from crossflow.core.objective import Objective
 from crossflow.tasks.base import Case, Task, Tile
 from crossflow.tasks.common.dataset import Examples
+from crossflow.tasks.common.images import sheet
 from crossflow.tasks.pipeline import Pipeline
 
 Progress = Callable[[str, int, int], None]
@@ -71,6 +73,13 @@ def show(pipe: Pipeline, cases: Sequence[Case], *, seed: int = 0) -> list[list[T
     """The tiles of some cases, not scored."""
     outputs = pipe.outputs([case.input for case in cases], [case.id for case in cases], seed)
     return [pipe.task.tiles(case, output) for case, output in zip(cases, outputs, strict=True)]
+
+
+def laid_out(pages: Sequence[Sequence[Tile]], cell: int) -> np.ndarray:
+    """The tiles of cases in rows of about eight, a case's tiles side by side: uint8 (H, W, 3)."""
+    tiles = [tile for page in pages for tile in page]
+    columns = len(pages[0]) * max(1, 9 // len(pages[0]))
+    return sheet([tile.image for tile in tiles], [tile.text for tile in tiles], columns=columns, cell=cell)
 
 
 def batches(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:

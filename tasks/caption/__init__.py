@@ -87,6 +87,7 @@ class Adapter(Task[CaptionConfig]):
     Config = CaptionConfig
     needs = frozenset({"image", "captions"})
     input_kind = "image"
+    quick = ("caption.text_steps=2",)
     headline = ("CIDEr", "BLEU-4", "ROUGE-L", "object_f1")
 
     codec: Codec

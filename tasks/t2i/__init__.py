@@ -14,6 +14,7 @@ from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.config import Config, Section
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
+from crossflow.core.noise import key
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
 from crossflow.tasks.base import Case, Example, Report, Task, Tile
@@ -157,7 +158,10 @@ class Adapter(Task[T2IConfig]):
         if "scene" in examples.reader.fields:
             from crossflow.tasks.t2i.metric import scene_cases
 
-            return [Case(id, prompt.text, prompt) for id, prompt in scene_cases(limit, self.config.seed)]
+            # The prompts of a kind are few; their order and their noise differ between splits.
+            split = examples.reader.split
+            found = scene_cases(limit, key("prompts", split, self.config.seed))
+            return [Case(f"{split}/{id}", prompt.text, prompt) for id, prompt in found]
         return [Case(item.id, item.captions[0], item.captions[0], item) for item in examples.items(limit)]
 
     def metric(self, thorough: bool = False) -> TaskMetric:
