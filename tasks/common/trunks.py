@@ -10,8 +10,8 @@ class PatchTrunk(nn.Module):
     """Patches, a few transformer layers, and back to the grid: (B, C, H, W) -> (B, 2, C', H, W), mean and log-variance.
 
     A depthwise convolution in front of every layer sees neighbouring patches, so that pictures of any size (multiples
-    of the patch) are read alike; with `positions` the layers also know where a patch lies. The mean starts near zero
-    and the log-variance at `log_var`.
+    of the patch) are read alike; with `positions` the layers also know where a patch lies. At first the mean deviates by
+    about `mean_std` sqrt(width), and the log-variance is `log_var`.
     """
 
     def __init__(
@@ -23,6 +23,7 @@ class PatchTrunk(nn.Module):
         depth: int,
         patch: int,
         positions: bool = True,
+        mean_std: float = 0.02,
         log_var: float = 0.0,
     ) -> None:
         super().__init__()
@@ -35,6 +36,7 @@ class PatchTrunk(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         # Channels of the head are (p_h, p_w, [mean | log_var], C') with C' fastest, see `patchify`.
+        self.head.weight.data.reshape(patch**2, 2, out_channels, width)[:, 0] *= mean_std / 0.02
         self.head.bias.data.reshape(patch**2, 2, out_channels)[:, 1] = log_var
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
