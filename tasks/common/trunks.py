@@ -10,8 +10,8 @@ class PatchTrunk(nn.Module):
     """Patches, a few transformer layers, and back to the grid: (B, C, H, W) -> (B, 2, C', H, W), mean and log-variance.
 
     A depthwise convolution in front of every layer sees neighbouring patches, so that pictures of any size (multiples
-    of the patch) are read alike; with `positions` the layers also know where a patch lies. The mean begins with a deviation
-    of about `mean_std` sqrt(width), the log-variance at `log_var`.
+    of the patch) are read alike; with `positions` the layers also know where a patch lies. The mean begins with a
+    deviation of about `mean_std` sqrt(width), the log-variance at `log_var`.
     """
 
     def __init__(
