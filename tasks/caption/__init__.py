@@ -143,7 +143,7 @@ class Adapter(Task[CaptionConfig]):
             assert self.origin is not None
             self.text = SourceText.of(self.origin, captions, settings.vocab_size, settings.autoencoder)
         else:
-            first = (examples[(0, index)]["image"] for index in range(min(len(examples), 512)))
+            first = (one["image"] for one in examples.first(512))
             self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
             tokenizer = build_tokenizer(captions, settings.vocab_size, settings.autoencoder.max_length)
             self.text = TextAutoencoder(tokenizer, self.latent_shape, settings.autoencoder)

@@ -111,7 +111,8 @@ class CaptionMetric(TaskMetric):
         counts = self._bleu_counts
         if counts is None or len(counts) != len(self.rows) or len(counts) < 2:
             return {name: bounds for name, bounds in found.items() if name not in BLEU}
-        drawn = [_bleu(counts[chosen].sum(axis=0)) for chosen in resamples(len(counts), num_resamples, seed)]
+        chosen = (row for rows in resamples(len(counts), num_resamples, seed) for row in rows)
+        drawn = [_bleu(counts[row].sum(axis=0)) for row in chosen]
         bleu = {n: percentile_interval([v[k] for v in drawn], level) for k, n in enumerate(BLEU)}
         return bleu | {name: bounds for name, bounds in found.items() if name not in BLEU}
 

@@ -79,6 +79,10 @@ class Examples(Generic[T]):
         loaded = self._load(wanted)
         return [self._example(epoch, index, loaded) for epoch, index in wanted]
 
+    def first(self, count: int) -> list[T]:
+        """The examples of epoch 0 at the first `count` indices, loaded together."""
+        return self.__getitems__(list(range(min(count, len(self)))))
+
     def items(self, limit: int | None = None) -> Iterator[Item]:
         """The good items themselves, in the reader's order, at most `limit`; bad ones are left out and counted."""
         start, left = 0, len(self) if limit is None else limit

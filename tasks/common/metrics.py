@@ -146,18 +146,18 @@ def bootstrap_interval(
         (low, high)
     """
     numbers = np.asarray(values, dtype=np.float64)
-    return percentile_interval(
-        [float(numbers[chosen].mean()) for chosen in resamples(len(numbers), num_resamples, seed)], level
-    )
+    means = [numbers[chosen].mean(axis=1) for chosen in resamples(len(numbers), num_resamples, seed)]
+    return percentile_interval(np.concatenate(means).tolist(), level)
 
 
 def resamples(num_items: int, num_resamples: int, seed: int) -> Iterable[np.ndarray]:
-    """Item indices (num_items,) drawn with replacement, `num_resamples` times."""
+    """Item indices drawn with replacement, `num_resamples` rows in all, in arrays (rows, num_items) of bounded size."""
     if num_items < 2:
         raise ValueError(f"a bootstrap needs at least two items, got {num_items}")
     random = np.random.default_rng(seed)
-    for _ in range(num_resamples):
-        yield random.integers(0, num_items, num_items)
+    rows = max(1, 1_000_000 // num_items)
+    for done in range(0, num_resamples, rows):
+        yield random.integers(0, num_items, (min(rows, num_resamples - done), num_items))
 
 
 def percentile_interval(statistics: Sequence[float], level: float) -> tuple[float, float]:

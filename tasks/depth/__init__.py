@@ -70,7 +70,7 @@ class Adapter(Task[DepthConfig]):
 
     def prepare(self, examples: Examples, report: Report) -> None:
         settings = self.config.depth
-        depths = [examples[(0, index)]["depth"] for index in range(min(len(examples), 256))]
+        depths = [one["depth"] for one in examples.first(256)]
         self.scale = DepthScale.fit(settings.target, settings.near, settings.far, depths)
         report(f"{settings.target} depth: mean {self.scale.shift:.3f}, standard deviation {self.scale.scale:.3f}")
 

@@ -74,7 +74,7 @@ class Adapter(Task[SrConfig]):
     # -- what is learned before the flow
 
     def prepare(self, examples: Examples, report: Report) -> None:
-        sharp = torch.stack([examples[(0, index)]["sharp"] for index in range(min(len(examples), 256))])
+        sharp = torch.stack([one["sharp"] for one in examples.first(256)])
         self.codec = PixelCodec(3)
         self.codec.fit_scale([sharp])
         report(f"pixels: mean {self.codec.shift.mean():.3f}, standard deviation {(1 / self.codec.scale).mean():.3f}")

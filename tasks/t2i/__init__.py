@@ -62,7 +62,7 @@ class Adapter(Task[T2IConfig]):
 
     def prepare(self, examples: Examples, report: Report) -> None:
         self.text = TextSide.prepare(self.config.text, examples.captions(20_000))
-        first = (examples[(0, index)]["image"] for index in range(min(len(examples), 512)))
+        first = (one["image"] for one in examples.first(512))
         self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
         if self.text.tokenizer is not None:
             report(
