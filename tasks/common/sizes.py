@@ -36,14 +36,13 @@ def fit_shorter_side(image: np.ndarray, size: int, multiple: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((sides[1], sides[0]), Image.Resampling.BICUBIC))
 
 
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles of `tile` pixels start so that they cover `length` >= tile pixels and neighbours share >=
-    `overlap` pixels.
+def tile_starts(length: int, tile: int, overlap: int, align: int = 1) -> list[int]:
+    """Where tiles of `tile` pixels start so that they cover `length` >= tile and neighbours share >= `overlap` pixels.
+
+    Every start is a multiple of `align`, as length and tile are.
     """
-    if length <= tile:
-        return [0]
-    num = -(-(length - overlap) // (tile - overlap))
-    return [round(i * (length - tile) / (num - 1)) for i in range(num)]
+    step = max(align, (tile - overlap) // align * align)
+    return [*range(0, length - tile, step), length - tile]
 
 
 def blend_window(tile: int, overlap: int) -> np.ndarray:
@@ -52,9 +51,9 @@ def blend_window(tile: int, overlap: int) -> np.ndarray:
     return np.outer(ramp, ramp).astype(np.float32)
 
 
-def cut(image: np.ndarray, tile: int, overlap: int) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
-    """Tiles (tile, tile, C) of an image (H, W, C) with H, W >= tile, and where each starts."""
-    rows, columns = (tile_starts(length, tile, overlap) for length in image.shape[:2])
+def cut(image: np.ndarray, tile: int, overlap: int, align: int = 1) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    """Tiles (tile, tile, C) of an image (H, W, C) with H, W >= tile, and where each starts: see `tile_starts`."""
+    rows, columns = (tile_starts(length, tile, overlap, align) for length in image.shape[:2])
     starts = [(row, column) for row in rows for column in columns]
     return [image[row : row + tile, column : column + tile] for row, column in starts], starts
 

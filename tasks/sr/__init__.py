@@ -3,6 +3,7 @@
 The enlarged picture is itself the source z0; the flow adds what it lacks. Any scale factor, pictures of any size.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,11 @@ class Adapter(Task[SrConfig]):
                 f"The training crop of {self.crop} pixels (sr.crop, or data.image_size) must be a multiple of "
                 f"sr.scale = {scale} and of backbone.patch = {patch}."
             )
-        if config.sr.tile % patch or config.sr.overlap >= config.sr.tile:
+        self.grain = math.lcm(scale, patch)
+        if config.sr.tile % self.grain or config.sr.tile - config.sr.overlap < self.grain:
             raise UserError(
-                f"sr.tile = {config.sr.tile} must be a multiple of backbone.patch = {patch} and "
-                f"larger than sr.overlap = {config.sr.overlap}."
+                f"sr.tile = {config.sr.tile} must be a multiple of sr.scale = {scale} and of backbone.patch = {patch}, "
+                f"and larger than sr.overlap = {config.sr.overlap} by {self.grain} at least."
             )
 
     # -- what is learned before the flow
@@ -131,14 +133,14 @@ class Adapter(Task[SrConfig]):
 
     def run(self, inputs: Sequence[np.ndarray], flow: Flow, ids: Sequence[str]) -> list[np.ndarray]:
         """Low-resolution pictures of any size uint8 (h, w, 3) -> (h scale, w scale, 3), in overlapped tiles."""
-        settings, multiple, outputs = self.config.sr, self.config.backbone.patch, []
+        settings, outputs = self.config.sr, []
         for image, name in zip(inputs, ids, strict=True):
 
             def tiles(pieces: Sequence[np.ndarray], name: str = name) -> list[np.ndarray]:
                 return self.decode(flow(self.source(pieces), [f"{name}#{i}" for i in range(len(pieces))]))
 
             enlarged = enlarge(image, settings.scale)
-            outputs.append(through_tiles(enlarged, settings.tile, settings.overlap, multiple, tiles))
+            outputs.append(through_tiles(enlarged, settings.tile, settings.overlap, self.grain, tiles))
         return outputs
 
     def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:

@@ -21,15 +21,15 @@ def through_tiles(
 ) -> np.ndarray:
     """`run` over overlapping tiles of a picture uint8 (H, W, 3), blended where they overlap: uint8 (H, W, 3).
 
-    A picture that fits in one tile goes through whole. Sides that are not multiples of `multiple` are continued by
-    their mirror image and cut off afterwards.
+    Tiles start at multiples of `multiple` (the patch and the scale), because the source repeats with the pixels of the
+    low resolution. Sides that are not such multiples are continued by their mirror image and cut off afterwards.
     """
     height, width = image.shape[:2]
-    sides = [min(tile, side + -side % multiple) for side in (height, width)]
-    side = max(sides)
-    pad = [(0, max(side - length, 0)) for length in (height, width)]
+    sides = [length + -length % multiple for length in (height, width)]
+    side = min(tile, max(sides))
+    pad = [(0, max(side, padded) - length) for padded, length in zip(sides, (height, width), strict=True)]
     padded = np.pad(image, (*pad, (0, 0)), mode="symmetric")
-    pieces, starts = cut(padded, side, overlap)
+    pieces, starts = cut(padded, side, overlap, multiple)
     joined = join(run(pieces), starts, padded.shape, side, overlap)
     return np.rint(joined[:height, :width]).clip(0, 255).astype(np.uint8)
 

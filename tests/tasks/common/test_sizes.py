@@ -19,6 +19,14 @@ def test_tiles_cover_everything_and_share_at_least_the_overlap(length: int, over
         assert overlap <= first + 16 - second < 16
 
 
+@pytest.mark.parametrize(("length", "overlap"), [(48, 4), (52, 5), (100, 15), (16, 8)])
+def test_tiles_start_on_the_grid_of_the_low_resolution(length: int, overlap: int) -> None:
+    starts = tile_starts(length, 16, overlap, align=4)
+    assert all(start % 4 == 0 for start in starts)
+    assert starts[-1] + 16 == length
+    assert all(first + 16 - second >= min(overlap, 12) for first, second in pairwise(starts))
+
+
 def test_cutting_and_joining_gives_the_picture_back() -> None:
     image = np.random.default_rng(0).random((50, 37, 3)).astype(np.float32)
     pieces, starts = cut(image, 16, 5)
