@@ -8,8 +8,10 @@ from crossflow.tasks.common.trunks import PatchTrunk
 
 def build_trunk(config: SourceConfig, channels: int, patch: int) -> nn.Module:
     """Image latents (B, C, H, W) -> (B, 2, C, H, W)."""
-    # The mean starts above the deviation of 1: a flow reads the picture from z0 alone.
-    return PatchTrunk(channels, channels, width=config.width, depth=config.depth, patch=patch, mean_std=0.1)
+    # The mean starts well above the deviation: a flow reads the picture from z0 alone.
+    return PatchTrunk(
+        channels, channels, width=config.width, depth=config.depth, patch=patch, mean_std=0.1, log_var=-2.0
+    )
 
 
 class BagOfTokens(nn.Module):
