@@ -23,6 +23,18 @@ class CrossFlow(nn.Module):
         self.source_encoder = source_encoder
         self.backbone = backbone
         self.condition_encoder = condition_encoder
+        self._objective: tuple[nn.Module, ...] = ()
+
+    @property
+    def objective(self) -> nn.Module | None:
+        """The training objective with its learned heads, where they came with the generator; never a part of it: it is
+        not moved, saved or counted with the model.
+        """
+        return self._objective[0] if self._objective else None
+
+    def remember_objective(self, objective: nn.Module) -> None:
+        """Keeps `objective`, which trains this model, at hand (in a tuple, so that it does not become a submodule)."""
+        self._objective = (objective,)
 
     def encode_condition(self, condition: Condition | None) -> Condition | None:
         """The condition as the backbone reads it; called once per batch, before any velocity."""
