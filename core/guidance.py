@@ -102,6 +102,8 @@ def autoguidance(
     Guidance acts at interval[0] <= t <= interval[1], outside it the velocity is the model's own.
     """
     strong, poor = plain(model, condition), plain(weak, weak_condition)
+    if scale == 1:
+        return strong
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         if not _within(t, interval):

@@ -1,5 +1,6 @@
 """Blocks shared by backbones and trunks. B batch, N tokens, D width, C channels, H W height width."""
 
+import functools
 import math
 
 import torch
@@ -82,10 +83,18 @@ class TransformerLayer(nn.Module):
 
 
 def sincos_1d(positions: Tensor, width: int) -> Tensor:
-    """[sin | cos] of position x 10000^(-2i/width): positions (N,) -> (N, width), width even."""
-    omega = 10000 ** (-torch.arange(width // 2, dtype=torch.float64, device=positions.device) / (width / 2))
-    angle = positions.double()[:, None] * omega
+    """[sin | cos] of position x 10000^(-2i/width): positions (N,) -> (N, width) float64 on the CPU, width even.
+
+    Not every device has float64; `sincos_tokens` and `sincos_2d` bring the finished table to where it is used.
+    """
+    omega = 10000 ** (-torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width / 2))
+    angle = positions.cpu().double()[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def sincos_tokens(num_tokens: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Fixed positions of a sequence: (num_tokens, width) float32, width even."""
+    return _sincos_tokens(num_tokens, width, device or torch.get_default_device()).clone()
 
 
 def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -93,11 +102,20 @@ def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = N
 
     The first half of dim codes the column, the second the row; dim must be a multiple of 4 (the layout of MAE and DiT).
     """
-    rows, columns = torch.meshgrid(
-        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
-    )
+    return _sincos_2d(height, width, dim, device or torch.get_default_device()).clone()
+
+
+# Kept, because a table is asked for in every evaluation of the network and made on the CPU. Nobody may change these.
+@functools.lru_cache(maxsize=32)
+def _sincos_tokens(num_tokens: int, width: int, device: torch.device) -> Tensor:
+    return sincos_1d(torch.arange(num_tokens, device="cpu"), width).float().to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def _sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"), indexing="ij")
     table = torch.cat([sincos_1d(columns.flatten(), dim // 2), sincos_1d(rows.flatten(), dim // 2)], dim=1)
-    return table.float()
+    return table.float().to(device)
 
 
 class TimestepEmbedding(nn.Module):

@@ -77,8 +77,11 @@ def uniform_time(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor
 def logit_normal_time(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """t = sigmoid(mean + std n) with n standard normal, made from the uniform number by the inverse normal law."""
     tiny = torch.finfo(torch.float32).eps
-    normal = torch.special.ndtri(uniform.double().clamp(tiny, 1 - tiny))
-    return torch.sigmoid(mean + std * normal).to(uniform.dtype)
+    # In float64, for the tails. A device without it (Apple's) has the few numbers made by the CPU; elsewhere that trip
+    # would make every training step wait.
+    where = torch.device("cpu") if uniform.device.type == "mps" else uniform.device
+    normal = torch.special.ndtri(uniform.to(where).double().clamp(tiny, 1 - tiny))
+    return torch.sigmoid(mean + std * normal).to(uniform.device, uniform.dtype)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

@@ -15,7 +15,7 @@ from crossflow.core.backbones import BACKBONES
 from crossflow.core.batch import Condition
 from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.core.layers import Attention, FeedForward, TimestepEmbedding, patchify, sincos_1d, sincos_2d, unpatchify
+from crossflow.core.layers import Attention, FeedForward, TimestepEmbedding, patchify, sincos_2d, sincos_tokens, unpatchify
 
 
 class Size(NamedTuple):
@@ -165,9 +165,7 @@ class DiT(nn.Module):
         x = self.embed(x).to(self.embed.weight.dtype)  # (B, N, D)
         if self.positions == "sincos":
             dim = x.shape[-1]
-            table = (
-                sincos_2d(*grid, dim, x.device) if grid else sincos_1d(torch.arange(x.shape[1], device=x.device), dim)
-            )
+            table = sincos_2d(*grid, dim, x.device) if grid else sincos_tokens(x.shape[1], dim, x.device)
             x = x + table.to(x.dtype)
         c = self.time(t) + self.indicator(unconditional.long())  # (B, D)
         context, seen = self._context(condition, unconditional)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-from crossflow.core.layers import TransformerLayer, sincos_1d, sincos_2d, unpatchify
+from crossflow.core.layers import TransformerLayer, sincos_2d, sincos_tokens, unpatchify
 from crossflow.tasks.common.text_features import TextFeatures
 from crossflow.tasks.common.tokenizer import build_tokenizer, detokenize, load_tokenizer, tokenize
 
@@ -146,7 +146,7 @@ class QueryHead(nn.Module):
             positions = sincos_2d(height // self.patch, rows // self.patch, 4 * math.ceil(width / 4))[:, :width]
             out = 2 * channels * self.patch**2
         else:
-            positions = sincos_1d(torch.arange(latent_shape[0]), 2 * math.ceil(width / 2))[:, :width].float()
+            positions = sincos_tokens(latent_shape[0], 2 * math.ceil(width / 2))[:, :width]
             out = 2 * latent_shape[1]
         self.queries = nn.Parameter(positions + 0.02 * torch.randn(positions.shape))
         self.layers = nn.ModuleList(TransformerLayer(width, heads, context_dim=width) for _ in range(max(1, depth)))

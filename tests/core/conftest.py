@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from crossflow.core.backbones import build_backbone
 from crossflow.core.config import BackboneConfig
@@ -40,3 +42,18 @@ def tiny_dit() -> Callable[..., nn.Module]:
         return _perturb(model, seed).eval()
 
     return make
+
+
+class _NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.device.type != "cpu" and value.dtype == torch.float64:
+                raise TypeError(f"{operation}: this device has no float64")
+        return result
+
+
+@pytest.fixture
+def no_float64() -> TorchDispatchMode:
+    """`with no_float64:` every device but the CPU refuses float64, as Apple's do."""
+    return _NoFloat64()

@@ -125,8 +125,18 @@ def test_autoguidance_leads_away_from_the_weak_model(make: Callable[..., CrossFl
     model, weak = make(), make(seed=1)
     strong, poor = plain(model)(z(), T), plain(weak)(z(), T)
     assert torch.allclose(autoguidance(model, weak, 2.5)(z(), T), poor + 2.5 * (strong - poor), atol=1e-6)
-    assert torch.allclose(autoguidance(model, weak, 1.0)(z(), T), strong, atol=1e-6)
     assert torch.equal(autoguidance(model, weak, 0.0)(z(), T), poor)
+
+
+@torch.no_grad()
+def test_without_guidance_the_weak_model_is_not_asked(make: Callable[..., CrossFlow]) -> None:
+    model, weak = make(), make(seed=1)
+    asked: list[int] = []
+    weak.backbone.register_forward_hook(lambda *_: asked.append(1))
+    assert torch.equal(autoguidance(model, weak, 1.0)(z(), T), plain(model)(z(), T))
+    assert asked == []
+    autoguidance(model, weak, 2.0)(z(), T)
+    assert asked == [1]
 
 
 @pytest.mark.parametrize("num_steps", [7, 10, 50, 100])

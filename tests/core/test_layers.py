@@ -12,6 +12,7 @@ from crossflow.core.layers import (
     patchify,
     sincos_1d,
     sincos_2d,
+    sincos_tokens,
     unpatchify,
 )
 
@@ -50,6 +51,23 @@ def test_sincos_2d_codes_the_column_then_the_row() -> None:
     for row in range(3):
         for column in range(5):
             assert torch.equal(table[5 * row + column], torch.cat([line[column], line[row]]))
+
+
+def test_sincos_tables_ask_no_device_for_float64(no_float64) -> None:
+    with no_float64:
+        for table, shape in ((sincos_2d(2, 3, 8, torch.device("meta")), (6, 8)), (sincos_tokens(5, 6), (5, 6))):
+            assert table.shape == shape
+            assert table.dtype == torch.float32
+        with torch.device("meta"):
+            assert sincos_tokens(7, 4).is_meta
+    assert sincos_tokens(7, 4).device.type == "cpu"
+
+
+def test_who_changes_a_sincos_table_changes_his_own() -> None:
+    before = sincos_2d(2, 2, 4)
+    sincos_2d(2, 2, 4).zero_()
+    assert torch.equal(sincos_2d(2, 2, 4), before)
+    assert torch.equal(sincos_tokens(3, 4), sincos_1d(torch.arange(3), 4).float())
 
 
 def test_timestep_embedding_is_cosine_first_and_scaled() -> None:

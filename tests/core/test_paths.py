@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crossflow.core.errors import UserError
 from crossflow.core.paths import PATHS, TIME_LAWS, LinearPath, SinCosPath, logit_normal_time, shift_time, uniform_time
@@ -103,3 +104,9 @@ def test_unknown_path_and_law_name_near_ones() -> None:
         PATHS.get("liner")
     with pytest.raises(UserError, match=r"Unknown time law 'logitnormal'\. Did you mean 'logit_normal'"):
         TIME_LAWS.get("logitnormal")
+
+
+def test_logit_normal_needs_no_float64_of_a_device_without_it(no_float64) -> None:
+    with FakeTensorMode(), no_float64:  # a tensor of that device without the device
+        t = logit_normal_time(torch.empty(3, device="mps"))
+    assert (t.device.type, t.dtype) == ("mps", torch.float32)
