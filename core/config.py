@@ -49,6 +49,22 @@ class SourceConfig(Section):
     """Layers of the task's trunk."""
 
 
+class StageConfig(Section):
+    """One stage of a DiMR backbone; the first (coarsest) has Transformer blocks, the others ConvNeXt blocks."""
+
+    width: int = Field(ge=8)
+    hidden: int = Field(ge=8)
+    """Width inside the gated feed-forwards."""
+    depth: int = Field(ge=1)
+    """Blocks; their number is odd, an even one is raised by one."""
+    heads: int = Field(1, ge=1)
+    """Attention heads (first stage only)."""
+    patch: int = Field(1, ge=1)
+    """Side of the squares of latent values that become one position of the stage."""
+    pool: int = Field(1, ge=1)
+    """Averages squares of so many values beforehand (1 in the releases)."""
+
+
 class BackboneConfig(Section):
     name: str = "dit"
     """`crossflow list backbones`."""
@@ -58,14 +74,20 @@ class BackboneConfig(Section):
     depth: int | None = Field(None, ge=1)
     heads: int | None = Field(None, ge=1)
     patch: int = Field(2, ge=1)
-    """Side of the square patches a grid latent is cut into (token latents: ignored)."""
-    positions: Literal["sincos", "none"] = "sincos"
-    """Fixed sin-cos positions, or none (with `conv`, for pictures of any size)."""
+    """Side of the square patches a grid latent is cut into (token latents and dimr: ignored)."""
+    positions: Literal["sincos", "stored", "none"] = "sincos"
+    """Fixed sin-cos positions, the same as a table stored with the weights (as released), or none (with `conv`, for
+    pictures of any size).
+    """
     conv: int = Field(0, ge=0, le=15)
     """Kernel of a depthwise convolution over the grid of patches in each block; 0: none."""
     time_scale: float = Field(1000.0, gt=0)
     """t in [0, 1] is multiplied by this before its embedding (1 in the released DiT)."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    num_stages: int = Field(2, ge=1, le=4)
+    """dimr: resolutions, each half of the next (2 at 256 px, 3 at 512 px in the papers)."""
+    stages: tuple[StageConfig, ...] = ()
+    """dimr: the stages one by one, coarse to fine, instead of a row of the size table."""
 
 
 class PathConfig(Section):
@@ -96,6 +118,10 @@ class LossConfig(Section):
     encoder_weight: float = Field(1.0, ge=0)
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive losses."""
+    kl_reduction: Literal["mean", "sum"] = "mean"
+    """Over the samples of a batch; sum as in the released FlowTok."""
+    coefficients: tuple[float, ...] = ()
+    """Weights of the flow loss at each resolution, coarse to fine; none: from 1/4 to 1 in equal ratios, as released."""
 
 
 class GuidanceConfig(Section):

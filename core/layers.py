@@ -11,15 +11,16 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention: self-attention, or cross-attention when `context` is given.
 
-    width D, divisible by heads; context_dim: width of the context tokens (cross-attention only).
+    width D, divisible by heads; context_dim: width of the context tokens (cross-attention only); qkv_bias: of the
+    self-attention's first linear map.
     """
 
-    def __init__(self, width: int, heads: int, context_dim: int | None = None) -> None:
+    def __init__(self, width: int, heads: int, context_dim: int | None = None, qkv_bias: bool = True) -> None:
         super().__init__()
         assert width % heads == 0, f"width {width} is not a multiple of {heads} heads"
         self.heads = heads
         if context_dim is None:
-            self.qkv = nn.Linear(width, 3 * width)
+            self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         else:
             self.q = nn.Linear(width, width)
             self.kv = nn.Linear(context_dim, 2 * width)

@@ -45,6 +45,13 @@ def multi_resolution_loss(
     return total
 
 
+def stage_coefficients(num_stages: int) -> list[float]:
+    """Coefficients of `multi_resolution_loss`, coarse to fine: from 1/4 to 1 in equal ratios, so (1/4, 1) for the two
+    stages of the released 256 px models and (1/4, 1/2, 1) for the three at 512 px; one stage has 1.
+    """
+    return [0.25 ** (1 - i / (num_stages - 1)) for i in range(num_stages)] if num_stages > 1 else [1.0]
+
+
 def _coarser(velocity: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
     """k times the (weighted) k x k average of the velocity (B, C, H, W), and the average of the weight."""
     if weight is None:

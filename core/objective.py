@@ -5,7 +5,7 @@ The wrapped module's forward returns the losses, so that data-parallel training 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ class Objective(nn.Module):
 
     alignment_head: module alignment (B, ...) -> (B, values of a latent), z_hat of the contrastive losses;
     reconstructor: module z0 (B, *latent) -> the shape of `batch.alignment`, for the reconstruction loss;
-    extra_losses: the task's own losses by name, from (batch, posterior, z0), added with weight 1;
-    coefficients: one per stage of a multi-resolution backbone.
+    extra_losses: the task's own losses by name, from (batch, posterior, z0), added with weight 1.
+    The flow loss of a backbone that returns several velocities is their multi-resolution loss.
     """
 
     def __init__(
@@ -40,7 +40,6 @@ class Objective(nn.Module):
         alignment_head: nn.Module | None = None,
         reconstructor: nn.Module | None = None,
         extra_losses: ExtraLosses | None = None,
-        coefficients: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
         self.model = model
@@ -49,7 +48,6 @@ class Objective(nn.Module):
         self.settings: LossConfig = config.loss
         losses.KL_FORMS.get(config.loss.kl)
         self.drop = config.guidance.drop
-        self.coefficients = list(coefficients)
         self.extra_losses = extra_losses
         self.crosses = config.source.kind != "gaussian"
         # A Gaussian source says nothing of the condition, and a point has nothing to regularise.
@@ -83,6 +81,19 @@ class Objective(nn.Module):
             return losses.sigmoid_contrastive_loss(z0, target, log_temperature, self.bias)
         return losses.clip_contrastive_loss(z0, target, log_temperature)
 
+    @property
+    def logit_scale(self) -> Tensor:
+        """The factor on contrastive similarities, 1 / temperature, at most 100."""
+        return self.log_temperature.clamp(max=math.log(100)).exp()
+
+    def _coefficients(self, num_stages: int) -> list[float]:
+        given = self.settings.coefficients
+        if given and len(given) != num_stages:
+            raise UserError(
+                f"loss.coefficients has {len(given)} values, but the backbone gives {num_stages} velocities."
+            )
+        return list(given) or losses.stage_coefficients(num_stages)
+
     def forward(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         posterior = self.model.source_encoder(batch.features, batch.mask)
         z0 = posterior.sample(noise=noise.source)
@@ -96,10 +107,12 @@ class Objective(nn.Module):
         point = self.path(z0, target, t)
         condition = self.model.encode_condition(batch.condition)
         velocities = self.model.velocities(point.z_t, t, unconditional, condition)
-        parts = {"flow": losses.multi_resolution_loss(velocities, point.velocity, self.coefficients, weight).mean()}
+        coefficients = self._coefficients(len(velocities))
+        parts = {"flow": losses.multi_resolution_loss(velocities, point.velocity, coefficients, weight).mean()}
         loss = parts["flow"]
         if self.crosses and self.model.source_encoder.kind == "variational":
-            parts["kl"] = posterior.kl(self.settings.kl).mean()
+            kl = posterior.kl(self.settings.kl)
+            parts["kl"] = kl.sum() if self.settings.kl_reduction == "sum" else kl.mean()
             loss = loss + self.settings.kl_weight * parts["kl"]
         encoder = self.encoder_term(batch, z0)
         if encoder is not None:

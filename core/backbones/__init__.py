@@ -17,6 +17,6 @@ def build_backbone(
 
     context_dim: width of the condition's tokens, None without cross-attention; grid_channels: channels of its grid.
     """
-    from crossflow.core.backbones import dit  # noqa: F401  (enters the registry)
+    from crossflow.core.backbones import dimr, dit  # noqa: F401  (they enter the registry)
 
     return BACKBONES.get(config.name)(config, latent_shape, context_dim=context_dim, grid_channels=grid_channels)

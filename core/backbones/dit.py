@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crossflow.core.backbones import BACKBONES
+from crossflow.core.backbones.context import seen_context, with_grid
 from crossflow.core.batch import Condition
 from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.core.layers import Attention, FeedForward, TimestepEmbedding, patchify, sincos_2d, sincos_tokens, unpatchify
+from crossflow.core.layers import (
+    Attention,
+    FeedForward,
+    TimestepEmbedding,
+    patchify,
+    sincos_2d,
+    sincos_tokens,
+    unpatchify,
+)
 
 
 class Size(NamedTuple):
@@ -95,6 +104,12 @@ class DiT(nn.Module):
         self.is_grid = len(latent_shape) == 3
         self.patch = patch if self.is_grid else 1
         self.positions = positions
+        self.position_table: Tensor | None = None
+        if positions == "stored":
+            table = _sincos(
+                (latent_shape[1] // patch, latent_shape[2] // patch) if self.is_grid else latent_shape[0], size.width
+            )
+            self.register_buffer("position_table", table)
         self.grid_channels = grid_channels
         channels = latent_shape[0] if self.is_grid else latent_shape[1]
         area = self.patch**2
@@ -132,19 +147,16 @@ class DiT(nn.Module):
         """Recompute the activations of each block in the backward pass."""
         self._checkpointing = on
 
-    def _context(self, condition: Condition | None, unconditional: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Condition tokens with a learned null token in front, all that is seen where the sample is unconditional."""
-        if self.null_context is None:
-            return None, None
-        tokens = None if condition is None else condition.tokens  # (B, M, D')
-        assert condition is not None
-        assert tokens is not None, "cross-attention needs condition tokens"
-        mask = condition.mask
-        if mask is None:
-            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        null = self.null_context.expand(len(tokens), -1, -1)
-        seen = torch.cat([torch.ones_like(mask[:, :1]), mask & ~unconditional[:, None]], dim=1)
-        return torch.cat([null, tokens.to(null.dtype)], dim=1), seen
+    def _positions(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """(N, D): the stored table, or sin-cos positions of the grid or tokens that came; x (B, N, D)."""
+        if self.position_table is None:
+            return _sincos(grid or x.shape[1], x.shape[-1], x.device)
+        if x.shape[1] != len(self.position_table):
+            raise UserError(
+                f"This backbone has stored positions for {len(self.position_table)} tokens, and {x.shape[1]} came. "
+                "Use latents of the size it was made for."
+            )
+        return self.position_table
 
     def forward(
         self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
@@ -156,10 +168,7 @@ class DiT(nn.Module):
                 raise UserError(
                     f"A latent of {height} x {width} cannot be cut into patches of {self.patch} x {self.patch}."
                 )
-            if self.grid_channels:
-                given = None if condition is None else condition.grid
-                assert given is not None, "this backbone needs a condition grid"
-                x = torch.cat([x, given * ~unconditional[:, None, None, None]], dim=1)
+            x = with_grid(x, condition, unconditional, self.grid_channels)
             x, grid = patchify(x, self.patch), (height // self.patch, width // self.patch)
         # In the weights' precision: under autocast the residual stream stays float32, layers compute in a half type.
         x = self.embed(x).to(self.embed.weight.dtype)  # (B, N, D)
@@ -168,7 +177,7 @@ class DiT(nn.Module):
             table = sincos_2d(*grid, dim, x.device) if grid else sincos_tokens(x.shape[1], dim, x.device)
             x = x + table.to(x.dtype)
         c = self.time(t) + self.indicator(unconditional.long())  # (B, D)
-        context, seen = self._context(condition, unconditional)
+        context, seen = seen_context(self.null_context, condition, unconditional)
         for block in self.blocks:
             if self._checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, context, seen, grid, use_reentrant=False)
@@ -177,6 +186,13 @@ class DiT(nn.Module):
         shift, scale = self.final_modulation(c).chunk(2, dim=1)
         velocity = self.final(modulate(self.final_norm(x), shift, scale))
         return [unpatchify(velocity, self.patch, *z_t.shape[-2:]) if self.is_grid else velocity]
+
+
+def _sincos(where: tuple[int, int] | int, width: int, device: torch.device | None = None) -> Tensor:
+    """Fixed positions of a grid (height, width) or of so many tokens: (N, width) float32."""
+    if isinstance(where, int):
+        return sincos_tokens(where, width, device)
+    return sincos_2d(*where, width, device)
 
 
 @BACKBONES.register("dit")

@@ -1,0 +1,360 @@
+"""DiMR (Liu et al. 2024, arXiv 2406.09416) as CrossFlow uses it: stages of rising resolution, each with its velocity.
+
+Every stage reads the whole z_t. The first, coarsest one is a U-shaped Transformer that carries the indicator 1_c as an
+extra token; the others are U-shaped stacks of ConvNeXt blocks and add the upsampled features of the stage before.
+Time enters through the norms: p(t) = p1 + (p0 - p1) sigmoid((w + 1) c + b), c = log_snr / 4 = 1 - 2t.
+B batch, N tokens, D width, C channels, H W height width of a stage.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crossflow.core.backbones import BACKBONES
+from crossflow.core.backbones.context import seen_context, with_grid
+from crossflow.core.batch import Condition
+from crossflow.core.config import BackboneConfig, StageConfig
+from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.layers import Attention, unpatchify
+
+
+class Size(NamedTuple):
+    """Of the first stage; each later one has half the width of the one before and half the blocks of the first."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+SIZES = {
+    "tiny": Size(3, 64, 2),
+    "S": Size(17, 512, 8),  # 70M, for ablations; this shape is ours
+    "XL": Size(65, 1024, 16),  # 0.95B, as released
+}
+
+
+class TimeParameter(nn.Module):
+    """A vector (D,) that moves with time: c (B,) -> p1 + (p0 - p1) sigmoid((w + 1) c + b), (B, D)."""
+
+    def __init__(self, width: int, centre: float) -> None:
+        super().__init__()
+        # A little apart, or w and b would have no gradient.
+        self.param0 = nn.Parameter(centre + 0.02 * torch.randn(width))
+        self.param1 = nn.Parameter(centre + 0.02 * torch.randn(width))
+        self.nodecay_weight = nn.Parameter(torch.zeros(width))
+        self.nodecay_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, c: Tensor) -> Tensor:
+        share = torch.sigmoid((self.nodecay_weight + 1) * c[:, None] + self.nodecay_bias)
+        return self.param1 + (self.param0 - self.param1) * share
+
+
+def _along(p: Tensor, x: Tensor) -> Tensor:
+    """p (B, D) -> (B, 1, ..., 1, D), with as many axes as x."""
+    return p.reshape(len(p), *[1] * (x.ndim - 2), p.shape[-1])
+
+
+class TimeRMSNorm(nn.Module):
+    """x (B, ..., D), c (B,) -> x / (rms(x) + 1e-8) * scale(c)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = TimeParameter(width, 1.0)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        exact = x.float()  # the square of a half type overflows
+        rms = exact.square().mean(-1, keepdim=True).sqrt()
+        return (exact / (rms + 1e-8) * _along(self.scale(c), x)).to(x.dtype)
+
+
+class TimeLayerNorm(nn.Module):
+    """x (B, ..., D), c (B,) -> LayerNorm(x) * weight(c) + bias(c), eps 1e-5."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = TimeParameter(width, 1.0)
+        self.bias = TimeParameter(width, 0.0)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        normed = F.layer_norm(x.float(), (self.width,))
+        return (normed * _along(self.weight(c), x) + _along(self.bias(c), x)).to(x.dtype)
+
+
+class GatedFeedForward(nn.Module):
+    """out(GELU(gate x) * value x), with the exact GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden)
+        self.value = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.gate(x)) * self.value(x))
+
+
+class TransformerBlock(nn.Module):
+    """x (B, N, D): x += attn(norm(x)); x += mlp(norm(x)). With context_dim a cross-attention lies between the two."""
+
+    def __init__(self, stage: StageConfig, context_dim: int | None, dropout: float) -> None:
+        super().__init__()
+        width = stage.width
+        self.norm1 = TimeRMSNorm(width)
+        self.attn = Attention(width, stage.heads, qkv_bias=False)
+        self.cross_norm = TimeRMSNorm(width) if context_dim is not None else None
+        self.cross = Attention(width, stage.heads, context_dim) if context_dim is not None else None
+        self.norm2 = TimeRMSNorm(width)
+        self.mlp = GatedFeedForward(width, stage.hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, c: Tensor, context: Tensor | None, seen: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x, c)))
+        if self.cross is not None and self.cross_norm is not None:
+            x = x + self.dropout(self.cross(self.cross_norm(x, c), context, seen))
+        return x + self.dropout(self.mlp(self.norm2(x, c)))
+
+
+class ConvNeXtBlock(nn.Module):
+    """x (B, H, W, D): x += depthwise 7 x 7 (x), without a norm before it; x += mlp(norm(x))."""
+
+    def __init__(self, stage: StageConfig, dropout: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(stage.width, stage.width, 7, padding=3, groups=stage.width)
+        self.norm = TimeRMSNorm(stage.width)
+        self.mlp = GatedFeedForward(stage.width, stage.hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x + self.dropout(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return x + self.dropout(self.mlp(self.norm(x, c)))
+
+
+class Upsample(nn.Module):
+    """Features (B, h, w, F) of the stage before -> (B, r h, r w, D): norm, Linear, pixel shuffle, norm."""
+
+    def __init__(self, features: int, width: int, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.norm_in = TimeLayerNorm(features)
+        self.linear = nn.Linear(features, width * ratio**2)
+        self.norm_out = TimeLayerNorm(width)
+
+    def forward(self, features: Tensor, c: Tensor) -> Tensor:
+        height, width = features.shape[1:3]
+        x = self.linear(self.norm_in(features, c)).flatten(1, 2)
+        return self.norm_out(unpatchify(x, self.ratio, height * self.ratio, width * self.ratio).permute(0, 2, 3, 1), c)
+
+
+class Stage(nn.Module):
+    """One resolution: its input, U-shaped blocks, and its velocity. `grid` (H, W) is the largest it has positions for.
+
+    The outputs of the first n of 2n + 1 blocks return, last in first out, as skips of the last n.
+    """
+
+    def __init__(
+        self, channels: tuple[int, int], stage: StageConfig, grid: tuple[int, int], before: tuple[int, int] | None
+    ) -> None:
+        """channels: of z_t and of the velocity; before: (features, upsampling ratio) of the stage before, if any."""
+        super().__init__()
+        width, self.stage, self.grid = stage.width, stage, grid
+        self.embed = nn.Conv2d(channels[0], width, stage.patch, stride=stage.patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
+        self.upsample = Upsample(before[0], width, before[1]) if before is not None else None
+        self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(stage.depth // 2))
+        self.norm = TimeLayerNorm(width)
+        self.out = nn.Conv2d(width, channels[1], 3, padding=1)
+        self.checkpointing = False
+
+    @property
+    def num_blocks(self) -> int:
+        return 2 * (self.stage.depth // 2) + 1
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the features that the next stage reads: those of the input and of every block."""
+        return (self.num_blocks + 1) * self.stage.width
+
+    def enter(self, z_t: Tensor, features: Tensor | None, c: Tensor) -> Tensor:
+        """z_t (B, C, H', W') at full resolution and the features of the stage before -> (B, H, W, D)."""
+        pooled = F.avg_pool2d(z_t, self.stage.pool) if self.stage.pool > 1 else z_t
+        # In the weights' precision: under autocast the residual stream stays float32, layers compute in a half type.
+        x = self.embed(pooled).to(self.embed.weight.dtype).permute(0, 2, 3, 1)
+        height, width = x.shape[1:3]
+        if height > self.grid[0] or width > self.grid[1]:
+            raise UserError(
+                f"This backbone has positions for {self.grid[0]} x {self.grid[1]} at this stage, and {height} x "
+                f"{width} came. Use latents of the size it was made for."
+            )
+        x = x + self.positions.unflatten(0, self.grid)[:height, :width]
+        return x if self.upsample is None or features is None else x + self.upsample(features, c)
+
+    def through(self, x: Tensor, blocks: nn.ModuleList, *conditions: Tensor | None) -> list[Tensor]:
+        """The outputs of all blocks, in order."""
+        outputs: list[Tensor] = []
+        num_skips = len(self.skips)
+        for i, block in enumerate(blocks):
+            if i > num_skips:
+                x = self.skips[i - num_skips - 1](torch.cat([x, outputs[2 * num_skips - i]], dim=-1))
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *conditions, use_reentrant=False)
+            else:
+                x = block(x, *conditions)
+            outputs.append(x)
+        return outputs
+
+    def leave(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, H, W, D) -> velocity (B, C, H, W)."""
+        return self.out(self.norm(x, c).permute(0, 3, 1, 2))
+
+
+class TransformerStage(Stage):
+    """The coarsest stage. The indicator token stands in front, without a position, and leaves before the output."""
+
+    def __init__(
+        self,
+        channels: tuple[int, int],
+        stage: StageConfig,
+        grid: tuple[int, int],
+        context_dim: int | None,
+        dropout: float,
+    ) -> None:
+        super().__init__(channels, stage, grid, None)
+        self.unconditional = nn.Parameter(torch.tensor([-1.0]))
+        self.conditional = nn.Parameter(torch.tensor([1.0]))
+        self.null_context = nn.Parameter(torch.zeros(1, 1, context_dim)) if context_dim is not None else None
+        self.blocks = nn.ModuleList(TransformerBlock(stage, context_dim, dropout) for _ in range(self.num_blocks))
+
+    def forward(
+        self, z_t: Tensor, c: Tensor, unconditional: Tensor, condition: Condition | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Velocity (B, C, H, W) and features, each (B, H, W, D)."""
+        x = self.enter(z_t, None, c)
+        grid = x.shape[1:3]
+        token = torch.where(unconditional[:, None, None], self.unconditional, self.conditional)
+        tokens = torch.cat([token.expand(-1, 1, x.shape[-1]).to(x.dtype), x.flatten(1, 2)], dim=1)  # (B, 1 + H W, D)
+        context, seen = seen_context(self.null_context, condition, unconditional)
+        outputs = self.through(tokens, self.blocks, c, context, seen)
+        features = [x, *(one[:, 1:].unflatten(1, grid) for one in outputs)]
+        return self.leave(features[-1], c), features
+
+
+class ConvStage(Stage):
+    """A finer stage of ConvNeXt blocks; the indicator reaches it through the features of the stage before."""
+
+    def __init__(
+        self,
+        channels: tuple[int, int],
+        stage: StageConfig,
+        grid: tuple[int, int],
+        before: tuple[int, int],
+        dropout: float,
+    ) -> None:
+        super().__init__(channels, stage, grid, before)
+        self.blocks = nn.ModuleList(ConvNeXtBlock(stage, dropout) for _ in range(self.num_blocks))
+
+    def forward(self, z_t: Tensor, c: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Velocity (B, C, H, W) and features, each (B, H, W, D)."""
+        x = self.enter(z_t, torch.cat(list(features), dim=-1), c)
+        outputs = self.through(x, self.blocks, c)
+        return self.leave(outputs[-1], c), [x, *outputs]
+
+
+class DiMR(nn.Module):
+    """Velocity network on latents (C, H, W): a stage of Transformer blocks, then finer ones of ConvNeXt blocks.
+
+    forward(z_t (B, C, H, W), t (B,), unconditional (B,) bool, condition) -> velocities (B, C, H / K, W / K), coarse to
+    fine, K = patch x pool of each stage; the last has K = 1.
+    """
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, ...],
+        stages: Sequence[StageConfig],
+        *,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        grid_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        channels, height, width = latent_shape
+        self.grid_channels = grid_channels
+        first, *finer = stages
+        grids = [(height // (one.patch * one.pool), width // (one.patch * one.pool)) for one in stages]
+        both = (channels + grid_channels, channels)
+        built: list[Stage] = [TransformerStage(both, first, grids[0], context_dim, dropout)]
+        for stage, grid, coarser in zip(finer, grids[1:], grids[:-1], strict=True):
+            built.append(ConvStage(both, stage, grid, (built[-1].num_features, grid[0] // coarser[0]), dropout))
+        self.stages = nn.ModuleList(built)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute the activations of each block in the backward pass."""
+        for stage in self.stages:
+            stage.checkpointing = on  # type: ignore[assignment]
+
+    def forward(
+        self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
+    ) -> list[Tensor]:
+        c = 1 - 2 * t.float()
+        z_t = with_grid(z_t, condition, unconditional, self.grid_channels)
+        velocity, features = self.stages[0](z_t, c, unconditional, condition)
+        velocities = [velocity]
+        for stage in self.stages[1:]:
+            velocity, features = stage(z_t, c, features)
+            velocities.append(velocity)
+        return velocities
+
+
+def default_stages(config: BackboneConfig) -> tuple[StageConfig, ...]:
+    """The stages of a row of the size table, with `width`, `depth` and `heads` of the configuration in its place."""
+    if config.size not in SIZES:
+        raise unknown_name("DiMR size", config.size, SIZES)
+    row = SIZES[config.size]
+    depth, width, heads = config.depth or row.depth, config.width or row.width, config.heads or row.heads
+    patches = [2 ** (config.num_stages - 1 - i) for i in range(config.num_stages)]
+    if width % (patches[0] * heads):
+        raise UserError(
+            f"backbone.width = {width} must be a multiple of backbone.heads = {heads} times {patches[0]}: each of the "
+            f"{config.num_stages} stages has half the width of the one before."
+        )
+    shapes = [(width // 2**i, depth if i == 0 else depth // 2) for i in range(config.num_stages)]
+    return tuple(
+        StageConfig(width=width, hidden=2 * width, depth=depth, heads=heads, patch=patch)
+        for (width, depth), patch in zip(shapes, patches, strict=True)
+    )
+
+
+@BACKBONES.register("dimr")
+def build_dimr(
+    config: BackboneConfig, latent_shape: tuple[int, ...], *, context_dim: int | None = None, grid_channels: int = 0
+) -> DiMR:
+    """The DiMR of `backbone.stages`, or of a named size with `backbone.num_stages` resolutions."""
+    if len(latent_shape) != 3:
+        raise UserError(
+            f"DiMR works on grids (C, H, W), not on latents {tuple(latent_shape)}; use backbone.name = dit."
+        )
+    stages = config.stages or default_stages(config)
+    shrinks = [stage.patch * stage.pool for stage in stages]
+    if shrinks[-1] != 1 or any(coarse % fine for coarse, fine in pairwise(shrinks)):
+        raise UserError(
+            f"The stages of a DiMR shrink the latent by {', '.join(map(str, shrinks))}; each must be a multiple of the "
+            "next, and the last 1."
+        )
+    if stages[0].width % stages[0].heads:
+        raise UserError(f"The first stage's width {stages[0].width} is not a multiple of its {stages[0].heads} heads.")
+    if latent_shape[1] % shrinks[0] or latent_shape[2] % shrinks[0]:
+        raise UserError(
+            f"A latent of {latent_shape[1]} x {latent_shape[2]} cannot be shrunk {shrinks[0]} times, as the first of "
+            f"{len(stages)} stages does. Choose another size, or fewer stages."
+        )
+    return DiMR(latent_shape, stages, dropout=config.dropout, context_dim=context_dim, grid_channels=grid_channels)
