@@ -41,7 +41,9 @@ class Meter:
 
     def _means(self) -> dict[str, float]:
         assert self._sums is not None
-        values = distributed.mean_over_ranks(self._sums).cpu().double() / self._num_steps  # not every device has float64
+        values = (
+            distributed.mean_over_ranks(self._sums).cpu().double() / self._num_steps
+        )  # not every device has float64
         return dict(zip([*self.names, "grad_norm"], values.tolist(), strict=True))
 
     def restart_clock(self) -> None:
