@@ -1,12 +1,14 @@
-"""Codecs: pixels (B, 3, H, W) float32 in [-1, 1] <-> latents (B, C, h, w) of about unit variance.
+"""Codecs: pixels (B, 3, H, W) float32 in [-1, 1] <-> latents (B, C, h, w), or tokens (B, N, C), of about unit variance.
 
 z = (raw - shift) * scale, the convention of latent diffusion (Rombach et al. 2022, section 4.3.2); scale and shift are
-saved with the codec. Kinds: `pixel` (no network), `autoencoder_kl` (Stable Diffusion), `autoencoder_tiny` (TAESD).
-B batch, C channels, H W height width.
+saved with the codec. Kinds: `pixel` (no network), `autoencoder_kl` (Stable Diffusion), `autoencoder_tiny` (TAESD),
+`flowtitok` (tokens; in flowtitok.py). B batch, C channels, N tokens, H W height width.
 """
 
+import functools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,13 +31,16 @@ WEIGHTS_FOLDER = "weights"
 
 def build_codec(kind: str, **options: Any) -> "Codec":
     """A codec of one of the `CODECS`, from the options of its `build`. Raises UserError on an unknown kind."""
+    from crossflow.tasks.common import flowtitok  # noqa: F401  (enters the registry)
+
     return CODECS.get(kind).build(**options)
 
 
-def load_codec(folder: str | Path, *, source: str | None = None) -> "Codec":
+def load_codec(folder: str | Path, *, source: str | None = None, subfolder: str = "") -> "Codec":
     """The codec that `Codec.save` wrote to `folder`; a public network is found again by its id or path, and checked.
 
-    source: where its weights lie now, if that has changed. Raises UserError if they cannot be had or are not the same.
+    source, subfolder: where its weights lie now, if that has changed; a relative path that was recorded as an absolute
+    one has not. Raises UserError if they cannot be had or are not the same.
     """
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
@@ -45,8 +50,8 @@ def load_codec(folder: str | Path, *, source: str | None = None) -> "Codec":
     checksum = settings.get("sha256")
     if settings.get("embedded"):
         options |= {"source": str(Path(folder) / WEIGHTS_FOLDER), "subfolder": ""}
-    elif source is not None:
-        options |= {"source": source, "subfolder": ""}
+    elif source is not None and not _same_place(source, options["source"]):
+        options |= {"source": source, "subfolder": subfolder}
     if checksum is not None:
         options["checksum"] = checksum
     codec = build_codec(settings["kind"], **options)
@@ -54,6 +59,10 @@ def load_codec(folder: str | Path, *, source: str | None = None) -> "Codec":
     if settings.get("embedded"):
         codec.source = None  # so that it is embedded again when saved elsewhere
     return codec
+
+
+def _same_place(source: str, recorded: str) -> bool:
+    return f"/{recorded}".endswith("/" + os.path.normpath(source).lstrip("./"))
 
 
 class Codec(nn.Module):
@@ -64,9 +73,13 @@ class Codec(nn.Module):
     """
 
     kind: ClassVar[str]
+    channel_axis: ClassVar[int] = -3
+    """Where a latent's channels lie: -3 in grids (C, h, w), -1 in tokens (N, C)."""
+    reads_text: ClassVar[bool] = False
+    """Whether `decode` needs the features of the picture's text."""
     source: str | None = None
-    scale: Tensor  # (C, 1, 1)
-    shift: Tensor  # (C, 1, 1)
+    scale: Tensor  # (C, 1, 1), or (C,) for tokens
+    shift: Tensor
 
     def __init__(
         self, channels: int, factor: int, scale: float | Sequence[float], shift: float | Sequence[float], chunk: int
@@ -75,8 +88,10 @@ class Codec(nn.Module):
         self.channels = channels
         self.factor = factor
         self.chunk = chunk
-        self.register_buffer("scale", torch.ones(channels, 1, 1))
-        self.register_buffer("shift", torch.zeros(channels, 1, 1))
+        per_channel = (channels,) + (1,) * (-1 - self.channel_axis)
+        # Saved in codec.json, not with a network's weights.
+        self.register_buffer("scale", torch.ones(per_channel), persistent=False)
+        self.register_buffer("shift", torch.zeros(per_channel), persistent=False)
         self.set_scale(torch.as_tensor(scale), torch.as_tensor(shift))
 
     @classmethod
@@ -96,7 +111,8 @@ class Codec(nn.Module):
                     f"The {name} of a {self.kind} codec must be one finite number or {self.channels} "
                     f"(one per latent channel), not {value.tolist()}."
                 )
-            getattr(self, name).copy_(value[:, None, None].expand(self.channels, 1, 1))
+            buffer = getattr(self, name)
+            buffer.copy_(value.expand(self.channels).reshape(buffer.shape))
         if (self.scale == 0).any():
             raise UserError("The scale of a codec must not be 0: a latent could not be decoded.")
 
@@ -108,10 +124,10 @@ class Codec(nn.Module):
         """
         count, total, squares = 0, torch.zeros(self.channels).double(), torch.zeros(self.channels).double()
         for images in batches:
-            raw = self.encode_moments(images).mean.double().cpu()
-            count += raw.numel() // self.channels
-            total += raw.sum((0, 2, 3))
-            squares += raw.square().sum((0, 2, 3))
+            raw = self.encode_moments(images).mean.double().cpu().movedim(self.channel_axis, 0).flatten(1)
+            count += raw.shape[1]
+            total += raw.sum(1)
+            squares += raw.square().sum(1)
         if count == 0:
             raise UserError("The scale of a codec is measured on images, and none were given.")
         if not per_channel:
@@ -125,8 +141,10 @@ class Codec(nn.Module):
         )
         return self
 
-    def latent_shape(self, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of an image of that size; a number means square. UserError if it does not divide."""
+    def latent_shape(self, image_size: int | tuple[int, int]) -> tuple[int, ...]:
+        """(C, h, w) or (N, C) of the latent of an image of that size; a number means square. Raises UserError on sizes
+        that cannot be encoded.
+        """
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % self.factor or width % self.factor or min(height, width) < self.factor:
             raise UserError(
@@ -137,7 +155,7 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def encode_moments(self, x: Tensor) -> Posterior:
-        """Images (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w), float32, without gradient.
+        """Images (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, *latent), float32, without gradient.
 
         This is what a feature cache stores, since it does not depend on the scale.
         """
@@ -156,14 +174,24 @@ class Codec(nn.Module):
         )
 
     def encode(self, x: Tensor) -> Posterior:
-        """Images (B, 3, H, W) in [-1, 1] -> posterior over scaled latents (B, C, h, w); float32, without gradient."""
+        """Images (B, 3, H, W) in [-1, 1] -> posterior over scaled latents (B, *latent); float32, without gradient."""
         return self.scaled(self.encode_moments(x))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, not clamped; differentiable in z."""
+    def decode(self, z: Tensor, text_features: Tensor | None = None) -> Tensor:
+        """Scaled latents (B, *latent) -> images (B, 3, H, W), float32, not clamped; differentiable in z.
+
+        text_features: (B, N, D) of the pictures' texts, for a codec that `reads_text` and for no other.
+        """
+        if self.reads_text != (text_features is not None):
+            raise UserError(
+                f"The {self.kind} codec decodes {'under the guidance of text features' if self.reads_text else 'alone'}"
+                f", and text features were {'not ' * self.reads_text}given."
+            )
         with torch.autocast(z.device.type, enabled=False):
-            raw = z.float() / self.scale + self.shift
-            return torch.cat([self._decode(part).float() for part in raw.split(self.chunk)])
+            parts = [(z.float() / self.scale + self.shift).split(self.chunk)]
+            if text_features is not None:
+                parts.append(text_features.to(z.device).float().split(self.chunk))
+            return torch.cat([self._decode(*part).float() for part in zip(*parts, strict=True)])
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing but keep evaluation mode: a codec is frozen."""
@@ -183,7 +211,7 @@ class Codec(nn.Module):
             "scale": self.scale.flatten().tolist(),
             "shift": self.shift.flatten().tolist(),
         }
-        if isinstance(self, _AutoencoderCodec):
+        if isinstance(self, NetworkCodec):
             settings["sha256"] = self.checksum
             settings["embedded"] = embed or self.source is None
             if settings["embedded"]:
@@ -194,7 +222,7 @@ class Codec(nn.Module):
     def _encode(self, x: Tensor) -> Posterior:
         raise NotImplementedError
 
-    def _decode(self, raw: Tensor) -> Tensor:
+    def _decode(self, raw: Tensor, text_features: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def _options(self) -> dict[str, Any]:
@@ -230,18 +258,15 @@ class PixelCodec(Codec):
             raise UserError(f"This pixel codec takes {self.image_channels} channels; the images have {x.shape[1]}.")
         return Posterior(F.pixel_unshuffle(x, self.factor))
 
-    def _decode(self, raw: Tensor) -> Tensor:
+    def _decode(self, raw: Tensor, text_features: Tensor | None = None) -> Tensor:
         return F.pixel_shuffle(raw, self.factor)
 
     def _options(self) -> dict[str, Any]:
         return {"image_channels": self.image_channels, "factor": self.factor, "chunk": self.chunk}
 
 
-class _AutoencoderCodec(Codec):
-    """A frozen autoencoder of diffusers: by hub id or folder (`build`), or one already in memory (the constructor).
-
-    scale, shift: None takes the network's own `scaling_factor` and `shift_factor`.
-    """
+class NetworkCodec(Codec):
+    """A frozen network: by hub id or folder (`build`), or one already in memory (the constructor)."""
 
     network: Any
     example: ClassVar[str]
@@ -249,23 +274,21 @@ class _AutoencoderCodec(Codec):
     def __init__(
         self,
         network: nn.Module,
-        scale: float | Sequence[float] | None = None,
-        shift: float | Sequence[float] | None = None,
-        chunk: int = 8,
+        channels: int,
+        factor: int,
+        scale: float | Sequence[float],
+        shift: float | Sequence[float],
+        chunk: int,
     ) -> None:
-        config: Any = network.config
-        own_scale, own_shift = getattr(config, "scaling_factor", None), getattr(config, "shift_factor", None)
-        super().__init__(
-            config.latent_channels,
-            self._factor(config),
-            scale if scale is not None else 1.0 if own_scale is None else own_scale,
-            shift if shift is not None else 0.0 if own_shift is None else own_shift,
-            chunk,
-        )
+        super().__init__(channels, factor, scale, shift, chunk)
         self.network = freeze(network).float()
-        self.checksum = weights_checksum(network)
         self.subfolder = ""
         self.eval()
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """SHA-256 of the weights."""
+        return weights_checksum(self.network)
 
     @classmethod
     def build(
@@ -279,18 +302,74 @@ class _AutoencoderCodec(Codec):
     ) -> Self:
         """The codec around the network at `source`, a hub id or folder (`subfolder` of it), in float32.
 
-        checksum: SHA-256 its weights must have, None accepts any. Raises UserError when it cannot be had or differs.
+        A folder may also be one that `save` wrote with its weights; its scale and shift then hold unless others are
+        given. checksum: SHA-256 the weights must have, None accepts any. Raises UserError when it cannot be had or
+        differs.
         """
         if not source:
             raise UserError(f"The {cls.kind} codec needs its `source`: a hub id such as {cls.example!r}, or a folder.")
         if Path(source).expanduser().is_dir():
             source = str(Path(source).expanduser().resolve())  # a run is also read from another working directory
-        files = "config.json and diffusion_pytorch_model.safetensors"
-        codec = cls(load_frozen(cls._loader(), source, files=files, subfolder=subfolder), scale, shift, chunk)
-        expect_checksum(source, codec.checksum, checksum)
+            saved = Path(source) / SETTINGS_FILE
+            if saved.is_file() and not subfolder:
+                subfolder, scale, shift = cls._as_saved(saved, scale, shift)
+        codec = cls(cls._load(source, subfolder), scale=scale, shift=shift, chunk=chunk)  # type: ignore[call-arg]
+        if checksum is not None:
+            expect_checksum(source, codec.checksum, checksum)
         codec.source, codec.subfolder = source, subfolder
         logger.info("%s codec: %s, weights sha256 %s", cls.kind, source, codec.checksum)
         return codec
+
+    @classmethod
+    def _as_saved(cls, path: Path, scale: Any, shift: Any) -> tuple[str, Any, Any]:
+        """Subfolder, scale and shift of a codec saved with its weights, the latter two unless others are given."""
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.get("kind") != cls.kind or not settings.get("embedded"):
+            having = "with" if settings.get("embedded") else "without"
+            raise UserError(
+                f"{path.parent} holds a {settings.get('kind')} codec {having} its weights; a {cls.kind} codec with "
+                "them is needed."
+            )
+        return (
+            WEIGHTS_FOLDER,
+            settings["scale"] if scale is None else scale,
+            settings["shift"] if shift is None else shift,
+        )
+
+    @classmethod
+    def _load(cls, source: str, subfolder: str) -> nn.Module:
+        raise NotImplementedError
+
+    def _options(self) -> dict[str, Any]:
+        return {"source": self.source or "", "subfolder": self.subfolder, "chunk": self.chunk}
+
+
+class _AutoencoderCodec(NetworkCodec):
+    """A frozen autoencoder of diffusers. scale, shift: None takes its own `scaling_factor` and `shift_factor`."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scale: float | Sequence[float] | None = None,
+        shift: float | Sequence[float] | None = None,
+        chunk: int = 8,
+    ) -> None:
+        config: Any = network.config
+        own_scale, own_shift = getattr(config, "scaling_factor", None), getattr(config, "shift_factor", None)
+        super().__init__(
+            network,
+            config.latent_channels,
+            self._factor(config),
+            scale if scale is not None else 1.0 if own_scale is None else own_scale,
+            shift if shift is not None else 0.0 if own_shift is None else own_shift,
+            chunk,
+        )
+
+    @classmethod
+    def _load(cls, source: str, subfolder: str) -> nn.Module:
+        files = "config.json and diffusion_pytorch_model.safetensors"
+        network: nn.Module = load_frozen(cls._loader(), source, files=files, subfolder=subfolder)
+        return network
 
     @staticmethod
     def _loader() -> Callable[..., Any]:
@@ -300,11 +379,8 @@ class _AutoencoderCodec(Codec):
     def _factor(config: Any) -> int:
         raise NotImplementedError
 
-    def _decode(self, raw: Tensor) -> Tensor:
+    def _decode(self, raw: Tensor, text_features: Tensor | None = None) -> Tensor:
         return self.network.decode(raw).sample
-
-    def _options(self) -> dict[str, Any]:
-        return {"source": self.source or "", "subfolder": self.subfolder, "chunk": self.chunk}
 
 
 @CODECS.register("autoencoder_kl")

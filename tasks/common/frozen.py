@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,6 +79,19 @@ def load_public(load: Callable[..., Any], source: str, *, files: str, **options:
         Exception
     ) as error:  # connection errors come as four unrelated classes, depending on the library and its version
         raise UserError(_not_available(source, files, error)) from error
+
+
+def public_folder(source: str, files: Sequence[str]) -> Path:
+    """The local folder of `source`, a folder or a hub id, of which `files` are fetched. Raises UserError."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    def fetch(name: str) -> str:
+        return snapshot_download(name, allow_patterns=list(files))
+
+    return Path(load_public(fetch, source, files=" and ".join(files)))
 
 
 def _not_available(source: str, files: str, error: Exception) -> str:

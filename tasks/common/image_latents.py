@@ -16,13 +16,13 @@ FOLDER = "codec"
 
 
 class CodecSettings(Section):
-    kind: Literal["pixel", "autoencoder_kl", "autoencoder_tiny"] = "pixel"
-    """pixel: the picture itself, scaled to unit variance; or a frozen autoencoder of diffusers."""
+    kind: Literal["pixel", "autoencoder_kl", "autoencoder_tiny", "flowtitok"] = "pixel"
+    """pixel: the picture itself, scaled to unit variance; or a frozen autoencoder of diffusers, or FlowTiTok."""
     source: str | None = None
-    """Hub id or folder of the autoencoder."""
+    """Hub id or folder of the autoencoder, or folder of a converted codec."""
     subfolder: str = ""
     scale: float | None = None
-    """Factor on the autoencoder's latents (0.23010 in the released models); none: its own."""
+    """Factor on the autoencoder's latents (0.23010 and FlowTiTok's 1.0143 in the released models); none: its own."""
     shift: float | None = None
     factor: int = Field(1, ge=1)
     """pixel: squares of factor x factor pixels become channels."""
@@ -34,7 +34,7 @@ def open_codec(settings: CodecSettings, images: Iterable[Tensor]) -> Codec:
         if settings.source is not None:
             raise UserError(
                 "codec.source names an autoencoder, but codec.kind = pixel has none; set "
-                "codec.kind = autoencoder_kl or autoencoder_tiny."
+                "codec.kind = autoencoder_kl, autoencoder_tiny or flowtitok."
             )
         return build_codec("pixel", factor=settings.factor).fit_scale(images)
     if settings.source is None:
@@ -47,12 +47,17 @@ def open_codec(settings: CodecSettings, images: Iterable[Tensor]) -> Codec:
     )
 
 
-def read_codec(folder: Path) -> Codec:
-    return load_codec(folder / FOLDER)
+def read_codec(folder: Path, settings: CodecSettings | None = None) -> Codec:
+    """The codec of a run. settings: of its configuration; when `source` there is no longer the recorded one, the
+    network is taken from the new place (and must be the same, where its checksum is known).
+    """
+    if settings is None or settings.source is None:
+        return load_codec(folder / FOLDER)
+    return load_codec(folder / FOLDER, source=settings.source, subfolder=settings.subfolder)
 
 
 def encode(codec: Codec, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w).
+    """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, *latent).
 
     seeds: one per image; where the codec's posterior has a spread, a sample keyed by it is taken (a new one each
     epoch), else the mean.

@@ -59,6 +59,7 @@ class TextFeatures(nn.Module):
         layer: int | None = None,
         template: str | None = None,
         clean: bool | None = None,
+        pad_id: int | None = None,
         chunk: int = 64,
     ) -> None:
         super().__init__()
@@ -81,6 +82,7 @@ class TextFeatures(nn.Module):
         self.layer = layer
         self.template = template
         self.clean = self.family == "t5" if clean is None else clean
+        self.pad_id = pad_id
         self.chunk = chunk
         self.checksum = weights_checksum(network)
         self.source = ""
@@ -101,6 +103,7 @@ class TextFeatures(nn.Module):
         layer: int | None = None,
         template: str | None = None,
         clean: bool | None = None,
+        pad_id: int | None = None,
         chunk: int = 64,
         checksum: str | None = None,
     ) -> Self:
@@ -109,7 +112,8 @@ class TextFeatures(nn.Module):
         subfolder: of the network in it; tokenizer: where its tokenizer lies if elsewhere; precision: of weights and
         computation (features are float32 always); scale: factor on the features (10 with T5 in the released models);
         layer: hidden state to take, none = the last after its norm; template: text around "{prompt}"; clean: apply
-        `clean_text`, none = for T5 only, as released; chunk: texts at once; checksum: SHA-256 the weights must have.
+        `clean_text`, none = for T5 only, as released; pad_id: token that fills short texts up, none = the tokenizer's
+        own; chunk: texts at once; checksum: SHA-256 the weights must have.
         Raises UserError when it cannot be had, is not one of the families, or its weights are missing or not the same.
         """
         import transformers
@@ -133,6 +137,7 @@ class TextFeatures(nn.Module):
             layer=layer,
             template=template,
             clean=clean,
+            pad_id=pad_id,
             chunk=chunk,
         )
         expect_checksum(source, encoder.checksum, checksum)
@@ -152,6 +157,7 @@ class TextFeatures(nn.Module):
             "layer": self.layer,
             "template": self.template,
             "clean": self.clean,
+            "pad_id": self.pad_id,
             "chunk": self.chunk,
             "checksum": self.checksum,
         }
@@ -183,6 +189,8 @@ class TextFeatures(nn.Module):
         if self.template is not None:
             texts = [self.template.replace("{prompt}", text) for text in texts]
         ids, mask = tokenize(self.tokenizer, texts, self.max_length)
+        if self.pad_id is not None:
+            ids = torch.where(mask, ids, self.pad_id)
         device = next(self.network.parameters()).device
         ids, mask = ids.to(device), mask.to(device)
         features, pooled = [], []

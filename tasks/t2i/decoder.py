@@ -7,6 +7,6 @@ from crossflow.tasks.common.codecs import Codec
 from crossflow.tasks.common.images import to_uint8
 
 
-def decode(codec: Codec, z1: Tensor) -> list[np.ndarray]:
-    """Latents (B, C, h, w) -> pictures uint8 (H, W, 3)."""
-    return list(to_uint8(codec.decode(z1)))
+def decode(codec: Codec, z1: Tensor, text_features: Tensor | None = None) -> list[np.ndarray]:
+    """Latents (B, *latent) -> pictures uint8 (H, W, 3). text_features (B, N, D): for a codec that reads them."""
+    return list(to_uint8(codec.decode(z1, text_features if codec.reads_text else None)))
