@@ -181,16 +181,19 @@ class TextFeatures(nn.Module):
         """Does nothing but keep evaluation mode: the encoder is frozen."""
         return super().train(False)
 
-    @torch.no_grad()
-    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert len(texts) > 0, "no texts to encode"
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts, cleaned and laid into the template -> ids (B, N) int64 and mask (B, N) bool, True = token."""
         if self.clean:
             texts = [clean_text(text) for text in texts]
         if self.template is not None:
             texts = [self.template.replace("{prompt}", text) for text in texts]
         ids, mask = tokenize(self.tokenizer, texts, self.max_length)
-        if self.pad_id is not None:
-            ids = torch.where(mask, ids, self.pad_id)
+        return ids if self.pad_id is None else torch.where(mask, ids, self.pad_id), mask
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert len(texts) > 0, "no texts to encode"
+        ids, mask = self.tokens(texts)
         device = next(self.network.parameters()).device
         ids, mask = ids.to(device), mask.to(device)
         features, pooled = [], []
