@@ -313,7 +313,8 @@ class NetworkCodec(Codec):
             saved = Path(source) / SETTINGS_FILE
             if saved.is_file() and not subfolder:
                 subfolder, scale, shift = cls._as_saved(saved, scale, shift)
-        codec = cls(cls._load(source, subfolder), scale=scale, shift=shift, chunk=chunk)  # type: ignore[call-arg]
+        make: Callable[..., Self] = cls  # its kinds are made of a network alone
+        codec = make(cls._load(source, subfolder), scale=scale, shift=shift, chunk=chunk)
         if checksum is not None:
             expect_checksum(source, codec.checksum, checksum)
         codec.source, codec.subfolder = source, subfolder
