@@ -136,6 +136,8 @@ class TrainConfig(Section):
     """Samples per optimizer step, over all processes and accumulated parts."""
     accumulate: int = Field(1, ge=1)
     """Parts a process's share of the batch is cut into."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices by their orthogonalised momentum, which small models learn from in far fewer steps."""
     lr: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.03, ge=0)

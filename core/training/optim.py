@@ -1,7 +1,8 @@
-"""The optimiser of all recipes: AdamW with decay groups, and the learning rate as a function of the step."""
+"""The optimisers, AdamW or Muon, with decay groups, and the learning rate as a function of the step."""
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,14 +57,66 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for matrices and AdamW for all else, as one optimizer.
+
+    A matrix moves by its orthogonalised momentum, scaled to the size of an AdamW update (Liu et al. 2025, section 2.2),
+    so that both share the learning rate and the weight decay of a recipe.
+    groups: as `decay_groups` gives them; betas: AdamW's.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], foreach: bool) -> None:
+        matrices, rest = [], []
+        for group in groups:
+            decay = group["weight_decay"]
+            # Without decay are the embeddings, whose rows are looked up and not multiplied.
+            flat = [parameter for parameter in group["params"] if parameter.ndim == 2 and decay > 0]
+            others = [parameter for parameter in group["params"] if parameter.ndim != 2 or decay == 0]
+            matrices += [{"params": flat, "weight_decay": decay}] if flat else []
+            rest += [{"params": others, "weight_decay": decay}] if others else []
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw"))
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=betas, foreach=foreach))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Lets the parts see this optimizer's groups and state, which alone are read, saved and loaded."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None, "the gradients are there already"
+        for part in self.parts:
+            part.step()
+
+
 def build_optimizer(
-    module: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, scaled: bool = False
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `module`, which is already on its device.
+    module: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    name: str = "adamw",
+    scaled: bool = False,
+) -> torch.optim.Optimizer:
+    """The optimizer `name`, adamw or muon, over the trainable parameters of `module`, which is already on its device.
 
     scaled: gradients are scaled (fp16); the fused kernel would then hide skipped steps, so the foreach form is used.
     """
     groups = decay_groups(module, weight_decay)
     assert groups, "the objective has no trainable parameter"
+    if name == "muon":
+        return Muon(groups, lr=lr, betas=betas, foreach=True)
+    assert name == "adamw", name
     fused = groups[0]["params"][0].is_cuda and not scaled
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused, foreach=not fused)

@@ -161,6 +161,7 @@ class Trainer:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
         self.optimizer = build_optimizer(
             objective,
+            name=config.optimizer,
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,

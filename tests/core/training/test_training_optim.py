@@ -75,3 +75,44 @@ def test_a_step_without_gradient_shrinks_exactly_the_decayed_weights() -> None:
     assert torch.allclose(zoo.mixing, torch.tensor(1 - 0.1 * 0.5))
     for parameter in (zoo.pos_embed, zoo.norm.weight, zoo.table.weight, zoo.linear.bias, zoo.frozen):
         assert torch.equal(parameter, torch.ones_like(parameter))
+
+
+def _steps(optimizer: torch.optim.Optimizer, zoo: Zoo, numbers: range) -> None:
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for parameter in zoo.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adamw() -> None:
+    zoo, twin = Zoo(), Zoo()
+    twin.load_state_dict(zoo.state_dict())
+    before = zoo.mixing.detach().clone()
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 1e-9}
+    _steps(build_optimizer(zoo, name="muon", **settings), zoo, range(1))
+    _steps(build_optimizer(twin, **settings), twin, range(1))
+    move = before - zoo.mixing.detach()
+    singular = torch.linalg.svdvals(move) / (0.1 * 0.2 * 4**0.5)  # 0.2 sqrt(the longer side): the size of an AdamW step
+    assert 0.5 < singular.min() and singular.max() < 1.5, singular
+    assert not torch.allclose(zoo.mixing, twin.mixing)
+    for name in ("pos_embed", "table.weight", "patch_embed.weight", "linear.bias", "nodecay_weight"):
+        assert torch.allclose(zoo.get_parameter(name), twin.get_parameter(name), atol=1e-6), name
+
+
+def test_muon_goes_on_from_its_saved_state_to_the_same_bits() -> None:
+    settings = {"name": "muon", "lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    torch.manual_seed(0)
+    whole = Zoo()
+    halved = Zoo()
+    halved.load_state_dict(whole.state_dict())
+    _steps(build_optimizer(whole, **settings), whole, range(6))
+    first = build_optimizer(halved, **settings)
+    _steps(first, halved, range(3))
+    second = build_optimizer(halved, **settings)
+    second.load_state_dict(first.state_dict())
+    for group in second.param_groups:  # the rate of a recipe reaches both parts after loading, too
+        group["lr"] = 0.1
+    _steps(second, halved, range(3, 6))
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, halved.get_parameter(name)), name
