@@ -7,10 +7,13 @@ from pathlib import Path
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.registry import Registry
 from crossflow.tasks.common.readers.base import SPLITS, BadItem, FileReader, Item, Reader, existing
+from crossflow.tasks.common.readers.cache import CacheReader
 from crossflow.tasks.common.readers.coco import CocoReader
 from crossflow.tasks.common.readers.folder import FolderReader
 from crossflow.tasks.common.readers.jsonl import JsonlReader
+from crossflow.tasks.common.readers.npy import NpyReader
 from crossflow.tasks.common.readers.pairs import PairsReader
+from crossflow.tasks.common.readers.prompts import PromptsReader
 from crossflow.tasks.common.readers.scenes import ScenesReader
 from crossflow.tasks.common.readers.skimage import SkimageReader
 
@@ -25,6 +28,9 @@ READERS.register("pairs")(PairsReader)
 READERS.register("coco")(CocoReader)
 READERS.register("jsonl")(JsonlReader)
 READERS.register("folder")(FolderReader)
+READERS.register("cache")(CacheReader)
+READERS.register("npy")(NpyReader)
+READERS.register("prompts")(PromptsReader)
 
 
 def open_reader(
@@ -85,7 +91,7 @@ def _listed(fields: Collection[str]) -> str:
 
 
 def _is_embedded(prefix: str) -> bool:
-    return not issubclass(READERS.get(prefix), FileReader)
+    return not issubclass(READERS.get(prefix), FileReader | CacheReader)
 
 
 def _recognise(spec: str, asked: str) -> tuple[str, str]:

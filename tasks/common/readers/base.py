@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -32,7 +32,7 @@ SPLIT_WORDS = {
     "test": ("test", "testing"),
 }
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
-FIELDS = ("image", "captions", "depth", "scene")
+FIELDS = ("image", "captions", "depth", "scene", "features", "released")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,8 @@ class Item:
     captions: tuple[str, ...] = ()
     depth: np.ndarray | None = None
     scene: "Scene | None" = None
+    features: Any = None
+    """What was computed from the item before: where it lies in a cache, or the arrays of a released feature file."""
 
 
 class BadItem(Exception):
@@ -411,11 +413,18 @@ def _unique(records: list[Record]) -> list[Record]:
 
 
 def _chosen(records: list[Record], limit: int | None, seed: int) -> list[Record]:
-    """`limit` records in their order, picked by a hash of (seed, id), so that a few frames are not all of one scene."""
+    """`limit` records in their order, spread over all."""
     if limit is None or limit >= len(records):
         return records
+    return [records[index] for index in chosen([record.id for record in records], limit, seed)]
+
+
+def chosen(ids: Sequence[str], limit: int, seed: int) -> list[int]:
+    """The indices of `limit` ids in their order, picked by a hash of (seed, id), so that a few frames are not all of
+    one scene.
+    """
 
     def rank(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}\x1f{records[index].id}".encode("utf-8", "replace"), digest_size=8).digest()
+        return hashlib.blake2b(f"{seed}\x1f{ids[index]}".encode("utf-8", "replace"), digest_size=8).digest()
 
-    return [records[index] for index in sorted(sorted(range(len(records)), key=rank)[:limit])]
+    return sorted(sorted(range(len(ids)), key=rank)[:limit])

@@ -1,0 +1,156 @@
+"""Shards: the features of some hundred items in one safetensors file, written whole or not at all, read by mapping.
+
+Rows of equal shape are one tensor. Rows of any length (`ids`, `captions`, token features) lie end to end, and row i of
+`x` is x[x.offsets[i] : x.offsets[i + 1]], so nothing is padded. A JSON file beside each shard, written after it, says
+what it holds: a shard without one is unfinished.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossflow.core.errors import UserError
+from crossflow.core.training.state import is_full
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+OFFSETS = ".offsets"
+LARGEST_HEADER = 2**24
+
+
+def pack_texts(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Texts as UTF-8 end to end (uint8), and the offsets (len + 1,) int64 at which they begin and end."""
+    encoded = [text.encode("utf-8") for text in texts]
+    joined = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
+    return joined, offsets([len(one) for one in encoded])
+
+
+def offsets(lengths: Iterable[int]) -> Tensor:
+    """(len + 1,) int64: 0 and the running sums of `lengths`."""
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int64))
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a shard and, after it, the JSON file that declares it finished; returns that file's content.
+
+    The same tensors give the same bytes. Raises UserError when the disk is full.
+    """
+    from safetensors.torch import save
+
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    record = {
+        "file": path.name,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        **about,
+    }
+    write_bytes(path, content)
+    write_bytes(path.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False).encode())
+    return record
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all, also after a loss of power. UserError on a full disk."""
+    temporary = path.with_name(f".{path.name}.part{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if is_full(error):
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"The disk is full: {path} of {size_in_words(len(content))} did not fit ({size_in_words(free)} free). "
+                "What is finished is kept; make room and give the same command again to go on."
+            ) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def size_in_words(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f} bytes"
+
+
+class Shard:
+    """A shard's tensors, mapped: `shard["moments_256.mean"]`; only what is read is loaded. Raises UserError when the
+    file is not what it should be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.tensors = self._read()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"The shard {path} cannot be read ({error}); check the cache with --verify.") from error
+
+    def _read(self) -> dict[str, Tensor]:
+        length = int.from_bytes(self._map[:8], "little")
+        if not 0 < length <= LARGEST_HEADER:
+            raise ValueError("it has no safetensors header")
+        header = json.loads(self._map[8 : 8 + length])
+        whole = np.frombuffer(self._map, np.uint8)[8 + length :]
+        tensors = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the map is read-only, and nobody writes to these tensors
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = entry["data_offsets"]
+                dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+                if not 0 <= begin <= end <= len(whole) or end - begin != dtype.itemsize * int(np.prod(shape)):
+                    raise ValueError(f"its tensor {name} lies outside of it")
+                piece = torch.from_numpy(whole[begin:end]) if end > begin else torch.empty(0, dtype=torch.uint8)
+                tensors[name] = piece.view(dtype).reshape(shape)
+        return tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def span(self, name: str, row: int) -> tuple[int, int]:
+        """Where row `row` of the ragged tensor `name` begins and ends."""
+        begin, end = self.tensors[name + OFFSETS][row : row + 2].tolist()
+        return begin, end
+
+    def text(self, name: str, row: int) -> str:
+        begin, end = self.span(name, row)
+        return self.tensors[name][begin:end].numpy().tobytes().decode("utf-8")
+
+    def captions(self, row: int) -> range:
+        """The captions of item `row`, as rows of what belongs to captions."""
+        return range(*self.span("items", row))

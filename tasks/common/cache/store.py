@@ -1,0 +1,211 @@
+"""A finished cache as training reads it: items by split and number, their features gathered into batches.
+
+B batch, N tokens, D width.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossflow.core.errors import UserError
+from crossflow.core.source import Posterior
+from crossflow.tasks.common.cache.extract import from_uint8
+from crossflow.tasks.common.cache.keys import canonical
+from crossflow.tasks.common.cache.shards import Shard
+
+MANIFEST = "cache.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where the features of an item lie."""
+
+    cache: "Cache"
+    shard: int
+    row: int
+
+
+class Cache:
+    """The cache in `folder`; can be pickled, and opens its shards when they are first asked for.
+
+    features: what it holds (`Extractor.describe`); records: one per shard. Raises UserError when there is none, when it
+    is unfinished, or from a newer version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = read_manifest(folder)
+        if not manifest.get("complete"):
+            raise UserError(
+                f"The cache in {folder} is not finished. Give the command that began it again, and it goes on where it "
+                f"stopped: crossflow cache --output {folder} ..."
+            )
+        self.plan: dict[str, Any] = manifest["plan"]
+        self.features: dict[str, Any] = self.plan["features"]
+        self.records: list[dict[str, Any]] = manifest["shards"]
+        self._shards: dict[int, Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}}
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.plan["data"])
+
+    def rows(self, split: str) -> "Rows":
+        """The items of a split, or of `all`. Raises UserError when the cache lacks it."""
+        if split != "all" and split not in self.splits:
+            raise UserError(
+                f"The cache in {self.folder} holds {', '.join(self.splits)} and no {split!r}. Cache that split too "
+                f"(crossflow cache --split {split} ...), or give other data for it (data.val=SPEC)."
+            )
+        return Rows(self, [n for n, record in enumerate(self.records) if split in ("all", record["split"])])
+
+    def shard(self, number: int) -> Shard:
+        if number not in self._shards:
+            self._shards[number] = Shard(self.folder / self.records[number]["file"])
+        return self._shards[number]
+
+    def id(self, entry: Entry) -> str:
+        return self.shard(entry.shard).text("ids", entry.row)
+
+    def captions(self, entry: Entry) -> tuple[str, ...]:
+        shard = self.shard(entry.shard)
+        return tuple(shard.text("captions", row) for row in shard.captions(entry.row))
+
+    # -- features, gathered
+
+    def moments(self, entries: Sequence[Entry], size: int) -> Posterior:
+        """Posterior over raw latents (B, *latent) of pictures of `size` pixels, float32."""
+        mean = self.fixed(entries, f"moments_{size}.mean")
+        has_spread = f"moments_{size}.log_var" in self.shard(entries[0].shard)
+        return Posterior(mean, self.fixed(entries, f"moments_{size}.log_var") if has_spread else None)
+
+    def pixels(self, entries: Sequence[Entry], size: int) -> Tensor:
+        """Pictures (B, 3, S, S) float32 in [-1, 1]."""
+        return from_uint8(torch.stack([self.shard(one.shard)[f"pixels_{size}"][one.row] for one in entries]))
+
+    def fixed(self, entries: Sequence[Entry], name: str) -> Tensor:
+        """The rows of a tensor of one row per item: (B, ...) float32."""
+        result: Tensor | None = None
+        for place, one in enumerate(entries):
+            row = self.shard(one.shard)[name][one.row]
+            if result is None:
+                result = torch.empty(len(entries), *row.shape)
+            result[place] = row
+        assert result is not None
+        return result
+
+    def text(self, entries: Sequence[Entry], which: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Features (B, N, D) float32, zero where padding was dropped, and mask (B, N) bool of caption `which` of each
+        item.
+        """
+        part = self.features["parts"]["text"]
+        features = torch.zeros(len(entries), part["max_length"], part["width"])
+        lengths = []
+        for place, (one, number) in enumerate(zip(entries, which, strict=True)):
+            shard = self.shard(one.shard)
+            caption = shard.captions(one.row)[number]
+            begin, end = shard.span("text", caption)
+            features[place, : end - begin] = shard["text"][begin:end]
+            lengths.append(shard["text.lengths"][caption])
+        return features, torch.arange(part["max_length"]) < torch.stack(lengths)[:, None]
+
+    def pooled(self, entries: Sequence[Entry], which: Sequence[int]) -> Tensor:
+        """One vector (B, D) float32 per caption."""
+        rows = []
+        for one, number in zip(entries, which, strict=True):
+            shard = self.shard(one.shard)
+            rows.append(shard["text.pooled"][shard.captions(one.row)[number]])
+        return torch.stack(rows).float()
+
+    # -- agreement with a recipe
+
+    def expect(self, needed: Mapping[str, Any]) -> None:
+        """Raises UserError unless the cache holds what a recipe needs (`Extractor.describe`), by the same networks."""
+        ours = self.features
+        for name, identity in needed["networks"].items():
+            cached = ours["networks"].get(name)
+            if cached is None:
+                raise UserError(f"The cache in {self.folder} has no features of a {NETWORKS[name]}. {_AGAIN}")
+            other = [
+                f"{key} {_short(cached.get(key))} instead of {_short(value)}"
+                for key, value in identity.items()
+                if cached.get(key) != value
+            ]
+            if other:
+                raise UserError(
+                    f"The cache in {self.folder} was made with another {NETWORKS[name]} than the recipe's: "
+                    f"{', '.join(other)}. {_AGAIN}"
+                )
+        for name, part in needed["parts"].items():
+            problem = _lacks(name, part, ours["parts"])
+            if problem:
+                raise UserError(f"The cache in {self.folder} does not fit the recipe: {problem}. {_AGAIN}")
+
+    def fingerprint(self) -> str:
+        """32 hex digits of the plan and the checksums of all shards."""
+        content = canonical([self.plan["features"], [record["sha256"] for record in self.records]])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+NETWORKS = {"codec": "image codec", "text": "text encoder", "tower": "image tower"}
+_AGAIN = "Make the cache with this recipe (crossflow cache --config ...), or train with the recipe it was made with."
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 16 else str(value)
+
+
+def _lacks(name: str, part: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """What the cached part called `name` lacks to serve as `part`, "" when nothing."""
+    cached = there.get(name)
+    if cached is None:
+        return f"it has no {name.replace('_', ' of size ')} (it has {', '.join(there)})"
+    for key, value in part.items():
+        # More than is needed does no harm.
+        enough = (key == "padding" and cached[key] == "kept") or (key == "pooled" and cached[key])
+        if cached[key] != value and not enough:
+            return f"{name}.{key} is {cached[key]}, and {value} is needed"
+    return ""
+
+
+class Rows:
+    """The items of some shards of a cache, in order."""
+
+    def __init__(self, cache: Cache, numbers: Sequence[int]) -> None:
+        self.cache, self.numbers = cache, list(numbers)
+        self.starts = [0, *itertools.accumulate(cache.records[number]["num_items"] for number in numbers)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Entry:
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)} in the cache")
+        place = bisect.bisect_right(self.starts, index) - 1
+        return Entry(self.cache, self.numbers[place], index - self.starts[place])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of a cache's manifest. Raises UserError when there is none that can be read."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} holds no feature cache: there is no {MANIFEST} in it. Make one by crossflow cache.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["plan"]["format"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}). Make the cache again, in another folder.") from error
+    if version != FORMAT:
+        raise UserError(f"{path} is of format {version}, and this version of crossflow reads format {FORMAT}.")
+    return content
