@@ -6,8 +6,10 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 import functools
 import json
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,6 +242,7 @@ def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
         asked = {name: others.pop(name) for name in ("solver", "steps", "guidance")}
         settings |= {name: value for name, value in asked.items() if value is not None}
         pipe = load(checkpoint, weights=weights, device=device)
+        pipe.sample_settings(**settings)  # tells what is wrong with them before any work
         guide = others.pop("guide_with")
         if guide is not None:
             pipe.guide_with(load(guide, device=device))
@@ -264,21 +267,24 @@ def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
     return decorated
 
 
-def _step_bar(label: str) -> tuple[Any, Callable[[int, int], None]]:
-    """A progress bar that shows itself when the work takes longer than two seconds."""
-    import time
-
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that shows itself when the work takes longer than two seconds; (done, total) moves it."""
     from rich.progress import Progress
 
     bar = Progress(transient=True)
-    task, begun = bar.add_task(label, total=None), time.monotonic()
-
-    def on_step(done: int, total: int) -> None:
-        if time.monotonic() - begun > 2:
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    return bar, on_step
+    task = bar.add_task(label, total=None)
+    # A clock of its own: the first step of a large model, or a solver that counts none, may take long.
+    clock = threading.Timer(2, bar.start)
+    clock.daemon = True
+    clock.start()
+    try:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+    finally:
+        clock.cancel()
+        clock.join()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _inputs(
@@ -368,14 +374,11 @@ def sample(
     asked = _inputs(pipe, prompts, prompt_file, inputs)
     folder = use.output or Path("outputs") / pipe.task.name
     ids = _item_ids(asked)
-    bar, on_step = _step_bar("sampling")
-    try:
+    with _bar("sampling") as on_step:
         results = pipe([value for _, value in asked], ids=ids, num=num, seed=use.seed, on_step=on_step, **use.settings)
-    finally:
-        bar.stop()
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    shown, names = [], []
+    names = []
     for index, result in enumerate(results):
         name, value = asked[index // num]
         stem = folder / (f"{name}_{index % num}" if num > 1 else name)
@@ -384,9 +387,8 @@ def sample(
         written += pipe.task.write_output(result, stem, use.metadata(**about))
         if isinstance(result, str):
             say(f"{name}: {result}")
-        shown.append(result)
         names.append(value if isinstance(value, str) else name)
-    if len(results) > 1 and getattr(shown[0], "ndim", 0) == 3:
+    if len(results) > 1 and (shown := pipe.task.pictures(results)):
         written.append(_write_grid(shown, names, folder / "grid.png"))
     say(f"Wrote {len(written)} files to {folder}" + (f" ({written[-1].name})" if written else "") + ".")
 
@@ -429,8 +431,7 @@ def evaluate(
     from crossflow.benchmarks.evaluate import evaluate as run
 
     pipe = use.pipe
-    bar, on_step = _step_bar("scoring")
-    try:
+    with _bar("scoring") as on_step:
         report = run(
             pipe,
             spec=data,
@@ -441,8 +442,6 @@ def evaluate(
             folder=use.output,
             progress=lambda what, done, total: on_step(done, total),
         )
-    finally:
-        bar.stop()
     _show_scores(report.scores.values, report.scores.intervals, report.baseline, pipe.task.headline)
     for note in report.scores.notes:
         say(f"note: {note}")
@@ -462,29 +461,45 @@ def _given(pipe: "Pipeline", text: str | None) -> Any:
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
 
 
-def _write_all(
-    use: Use, results: Sequence[Any], names: Sequence[str], folder: Path, animate: bool = False, **about: Any
-) -> None:
-    from PIL import Image
-
-    from crossflow.tasks.common.images import colour_depth
-
+def _write_all(use: Use, results: Sequence[Any], names: Sequence[str], folder: Path, **about: Any) -> None:
+    """What the task writes for every result, and a grid of them."""
     folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
     for index, (result, name) in enumerate(zip(results, names, strict=True)):
-        use.pipe.task.write_output(result, folder / f"{index:03d}", use.metadata(what=name, **about))
+        written += use.pipe.task.write_output(result, folder / f"{index:03d}", use.metadata(what=name, **about))
         if isinstance(result, str):
             say(f"{name}: {result}")
-    pictures = [colour_depth(one) if one.ndim == 2 else one for one in results if not isinstance(one, str)]
-    if pictures:
-        _write_grid(pictures, names, folder / "grid.png")
-    if pictures and animate:
-        scale = max(1, 256 // pictures[0].shape[1])
-        frames = [
-            Image.fromarray(one).resize((one.shape[1] * scale, one.shape[0] * scale), Image.Resampling.NEAREST)
-            for one in pictures
-        ]
-        frames[0].save(folder / "animation.gif", save_all=True, append_images=frames[1:], duration=120, loop=0)
-    say(f"Wrote {len(results)} results to {folder}.")
+    if pictures := use.pipe.task.pictures(results):
+        written.append(_write_grid(pictures, names, folder / "grid.png"))
+    say(f"Wrote {len(written)} files to {folder} ({written[-1].name}).")
+
+
+def _animate(use: Use, results: Sequence[Any], folder: Path, fps: float) -> None:
+    """An animated GIF of results that are pictures, and an MP4 where that can be written."""
+    from crossflow.tasks.common import animation
+
+    pictures = use.pipe.task.pictures(results)
+    if not pictures:
+        return
+    say(f"Animated: {animation.save_gif(pictures, folder / 'animation.gif', fps)}")
+    if animation.can_write_mp4():
+        say(f"Animated: {animation.save_mp4(pictures, folder / 'animation.mp4', fps)}")
+    else:
+        say(f"For an MP4 beside it: {animation.VIDEO_EXTRA}")
+
+
+def mixes_latents(function: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command of `uses_checkpoint` the options that say which source latents are mixed."""
+    function = click.option("--mean", is_flag=True, help="Take means of the source posteriors instead of samples.")(
+        function
+    )
+    return click.option(
+        "--noise",
+        type=click.Choice(["shared", "own"]),
+        default="shared",
+        show_default=True,
+        help="Samples take the same noise, so that they differ by their meaning alone, or each its own.",
+    )(function)
 
 
 @command.command()
@@ -499,22 +514,41 @@ def _write_all(
     type=click.Choice(["lerp", "slerp"]),
     help="Straight line or great circle.",
 )
-@click.option("--mean", is_flag=True, help="Interpolate means of the source posteriors instead of samples.")
+@mixes_latents
+@click.option("--fps", default=8.0, show_default=True, type=click.FloatRange(0.1, 60), help="Frames per second.")
 def interpolate(
     use: Use,
-    start: str, end: str, frames: int, kind: str, mean: bool,
+    start: str, end: str, frames: int, kind: str, noise: str, mean: bool, fps: float,
 ) -> None:  # fmt: skip
-    """Walk from one source to another in the latent space; writes the frames, a grid and an animated GIF."""
+    """Walk from one source to another in the latent space.
+
+    Writes what the task makes of every frame and, of pictures, a grid, an animated GIF and (with the extra `video`) an
+    MP4.
+
+    \b
+      crossflow interpolate --checkpoint runs/t2i_tiny --from "a red cube" --to "a blue sphere" --frames 16
+      crossflow interpolate --checkpoint runs/depth_tiny --from one.jpg --to other.jpg --kind slerp
+    """
     from crossflow.tasks import latents
 
     pipe = use.pipe
-    results = latents.interpolate(
-        pipe, _given(pipe, start), _given(pipe, end), frames, kind=kind, seed=use.seed, mode=mean, **use.settings
-    )
+    ends = _given(pipe, start), _given(pipe, end)
+    with _bar("walking") as on_step:
+        results = latents.interpolate(
+            pipe,
+            *ends,
+            frames,
+            kind=kind,
+            seed=use.seed,
+            shared_noise=noise == "shared",
+            on_step=on_step,
+            **use.settings | ({"mode": True} if mean else {}),
+        )
     names = [f"{index / (frames - 1):.2f}" for index in range(frames)]
     folder = use.output or Path("outputs") / "interpolate"
-    ends: dict[str, Any] = {"from": start, "to": end, "kind": kind, "mean": mean}
-    _write_all(use, results, names, folder, animate=True, **ends)
+    about: dict[str, Any] = {"from": start, "to": end, "kind": kind, "noise": noise, "mean": mean}
+    _write_all(use, results, names, folder, **about)
+    _animate(use, results, folder, fps)
 
 
 @command.command()
@@ -532,37 +566,42 @@ def interpolate(
     help="k of base + k (plus - minus); several give a row.",
 )
 @click.option(
-    "--restandardise", is_flag=True, help="Bring the result to mean 0 and deviation 1, as the released demo does."
+    "--restandardise",
+    is_flag=True,
+    help="Bring the result to mean 0 and deviation 1 over its whole latent, as the released demo does.",
 )
-@click.option("--mean", is_flag=True, help="Compute with means of the source posteriors instead of samples.")
+@mixes_latents
 def arithmetic(
     use: Use,
     base: str, plus: str | None, minus: str | None,
-    strengths: Sequence[float], restandardise: bool, mean: bool,
+    strengths: Sequence[float], restandardise: bool, noise: str, mean: bool,
 ) -> None:  # fmt: skip
-    """Latent arithmetic: base + k (plus - minus).
+    """Latent arithmetic: base + k (plus - minus), with --plus, --minus or both.
 
     \b
       crossflow arithmetic --checkpoint runs/t2i_small --base "a red cube" --minus red --plus blue --strength 0.5
       --strength 1
+      crossflow arithmetic --checkpoint runs/t2i_small --base "a red cube" --plus "a blue sphere" --restandardise
     """
     from crossflow.tasks import latents
 
     pipe = use.pipe
-    results = latents.arithmetic(
-        pipe,
-        _given(pipe, base),
-        plus=_given(pipe, plus),
-        minus=_given(pipe, minus),
-        strengths=strengths,
-        restandardise=restandardise,
-        seed=use.seed,
-        mode=mean,
-        **use.settings,
-    )
-    terms: dict[str, Any] = {"base": base, "plus": plus, "minus": minus, "restandardise": restandardise, "mean": mean}
+    terms = {"plus": _given(pipe, plus), "minus": _given(pipe, minus)}
+    with _bar("computing") as on_step:
+        results = latents.arithmetic(
+            pipe,
+            _given(pipe, base),
+            **terms,
+            strengths=strengths,
+            restandardise=restandardise,
+            seed=use.seed,
+            shared_noise=noise == "shared",
+            on_step=on_step,
+            **use.settings | ({"mode": True} if mean else {}),
+        )
     folder = use.output or Path("outputs") / "arithmetic"
-    _write_all(use, results, [f"k = {k:g}" for k in strengths], folder, **terms)
+    about: dict[str, Any] = {"base": base, "plus": plus, "minus": minus, "restandardise": restandardise}
+    _write_all(use, results, [f"k = {k:g}" for k in strengths], folder, **about, noise=noise, mean=mean)
 
 
 @command.command()
@@ -585,8 +624,10 @@ def invert(
         raise UserError(
             "An inversion runs the plain flow backwards: it takes --solver and --steps, and no other setting."
         )
+    belongs_to = _given(pipe, source)
     try:
-        z0, again, rmse = latents.invert(pipe, value, source=_given(pipe, source), seed=use.seed, **given)
+        with _bar("inverting") as on_step:
+            z0, again, rmse = latents.invert(pipe, value, source=belongs_to, seed=use.seed, on_step=on_step, **given)
     except UserError:
         raise
     except ValueError as error:  # of the readers of pictures and depth maps
@@ -617,8 +658,8 @@ def speed(recipes: Sequence[str], output: Path | None) -> None:
     from crossflow.benchmarks import speed as measures
     from crossflow.tasks.run import write_atomically
 
-    with tempfile.TemporaryDirectory(prefix="crossflow-speed-") as folder:
-        found = measures.speed(recipes or [f"{task}_tiny" for task in TASKS], Path(folder))
+    with tempfile.TemporaryDirectory(prefix="crossflow-speed-") as folder, _bar("measuring") as on_step:
+        found = measures.speed(recipes or [f"{task}_tiny" for task in TASKS], Path(folder), progress=on_step)
     for row in [*found["scenes"], *found["training"]]:
         say("  ".join(f"{name} {value}" for name, value in row.items()))
     if output is not None:

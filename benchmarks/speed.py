@@ -1,5 +1,6 @@
 """How fast things are on this machine: rendering of scenes, training steps of recipes. Medians of several rounds."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from crossflow.tasks.base import load_config, task_class
 from crossflow.tasks.run import Run, environment
 
 ROUNDS = 3
+SIZES, PROCESSES = (32, 64), (1, 2)
 
 
 def _median_seconds(action: Callable[[], object]) -> float:
@@ -37,9 +39,12 @@ def render_scenes(first: int, count: int, size: int) -> int:
 
 
 def scenes(
-    sizes: Sequence[int] = (32, 64), processes: Sequence[int] = (1, 2), count: int = 1024
+    sizes: Sequence[int] = SIZES,
+    processes: Sequence[int] = PROCESSES,
+    count: int = 1024,
+    done: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Images per second, scene creation included, with 1 and 2 processes of one thread each."""
+    """Images per second, scene creation included, with 1 and 2 processes of one thread each; `done` after each row."""
     rows = []
     for size in sizes:
         for number in processes:
@@ -53,11 +58,16 @@ def scenes(
                 rows.append(
                     {"size": size, "processes": number, "images_per_second": round(count / _median_seconds(go))}
                 )
+                done()
     return rows
 
 
-def training(recipes: Sequence[str], folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Seconds per step of recipes, measured by a dry run in `folder` that trains nothing that is kept."""
+def training(
+    recipes: Sequence[str], folder: Path, overrides: Sequence[str] = (), done: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Seconds per step of recipes, measured by dry runs in `folder` that train nothing that is kept; `done` after
+    each.
+    """
     rows = []
     for number, name in enumerate(recipes):
         given = [*overrides, "data.num_train=512"]
@@ -71,9 +81,17 @@ def training(recipes: Sequence[str], folder: Path, overrides: Sequence[str] = ()
                 "parameters": sum(report.parameters.values()),
             }
         )
+        done()
     return rows
 
 
-def speed(recipes: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Everything, with the machine it was measured on."""
-    return {"scenes": scenes(), "training": training(recipes, folder), **environment()}
+def speed(
+    recipes: Sequence[str], folder: Path, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Everything, with the machine it was measured on. progress(done, total) after each measurement."""
+    counted, total = itertools.count(1), len(SIZES) * len(PROCESSES) + len(recipes)
+
+    def done() -> None:
+        progress(next(counted), total)
+
+    return {"scenes": scenes(done=done), "training": training(recipes, folder, done=done), **environment()}

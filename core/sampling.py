@@ -82,14 +82,23 @@ def invert(
 
 
 def interpolate(a: Tensor, b: Tensor, num_frames: int, kind: str = "lerp") -> Tensor:
-    """Latents on the way from a to b (*latent each), both ends included: (num_frames, *latent).
+    """Latents on the way from a to b (*latent each), both ends included: (num_frames, *latent); see `between`."""
+    return torch.stack([between(a, b, weight, kind) for weight in frame_weights(num_frames)])
 
-    lerp: (1 - w) a + w b. slerp: along the great circle of the flattened latents, their norms interpolated linearly
-    (Shoemake 1985).
-    """
+
+def frame_weights(num_frames: int) -> list[float]:
+    """`num_frames` >= 2 weights spaced evenly from 0 to 1."""
     if num_frames < 2:
         raise UserError(f"An interpolation needs at least 2 frames; {num_frames} came.")
-    weight = torch.linspace(0, 1, num_frames, device=a.device).reshape(-1, *[1] * a.ndim)
+    return [index / (num_frames - 1) for index in range(num_frames)]
+
+
+def between(a: Tensor, b: Tensor, weight: float, kind: str = "lerp") -> Tensor:
+    """The latent `weight` in [0, 1] of the way from a to b, each of one shape.
+
+    lerp: (1 - weight) a + weight b. slerp: along the great circle of the flattened latents, their norms interpolated
+    linearly (Shoemake 1985).
+    """
     if kind == "lerp":
         return (1 - weight) * a + weight * b
     if kind != "slerp":
@@ -115,14 +124,23 @@ def arithmetic(
     """base + strength (plus - minus), each (B, *latent); an absent one counts zero (CrossFlow section 4.5).
 
     restandardise: as the released demo does, subtract the result's mean and divide by its standard deviation, per
-    sample.
+    sample over the whole latent. UserError for a result that is the same number everywhere, which has no deviation.
     """
     result = base
     if plus is not None:
         result = result + strength * plus
     if minus is not None:
         result = result - strength * minus
-    if restandardise:
-        flat = result.flatten(1)
-        result = ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).reshape(result.shape)
-    return result
+    return standardised(result) if restandardise else result
+
+
+def standardised(z: Tensor) -> Tensor:
+    """z (B, *latent) less its mean, over its standard deviation, each over the whole latent of a sample."""
+    flat = z.flatten(1)
+    deviation = flat.std(1, keepdim=True)
+    if (deviation == 0).any():
+        raise UserError(
+            "The result of the arithmetic is one and the same number everywhere and cannot be brought to deviation 1: "
+            "the inputs cancel each other. Choose another strength, or leave the result as it is."
+        )
+    return ((flat - flat.mean(1, keepdim=True)) / deviation).reshape(z.shape)

@@ -6,6 +6,7 @@ items into batches, inputs into sources, latents into outputs, and scores output
 """
 
 import importlib
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,19 @@ class Tile:
 
     image: np.ndarray
     text: str = ""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """One input, or one output to be inverted, as the model takes it: whole, or in overlapping tiles.
+
+    values: what `Task.source` takes (for outputs: latents z1), all of one shape; join: one output of those of the
+    pieces; layout: what two inputs must agree in for their latents to be mixed, such as their height and width.
+    """
+
+    values: Sequence[Any]
+    join: Callable[[Sequence[Any]], Any] = operator.itemgetter(0)
+    layout: tuple[int, ...] = ()
 
 
 class Task(ABC, Generic[C]):
@@ -133,15 +147,19 @@ class Task(ABC, Generic[C]):
     def read_input(self, value: str | Path | np.ndarray) -> Any:
         """What a person gave (a prompt, a path, a picture (H, W, 3) uint8) as an input."""
 
-    def fit(self, value: Any) -> Any:
-        """An input brought to a size that `source` takes whole, for the latent tools; `run` does this itself."""
-        return value
+    def pieces(self, value: Any) -> Pieces:
+        """A read input as the latent tools take it: in whole, or resized or cut as `run` does."""
+        return Pieces([value])
 
     @abstractmethod
-    def target(self, value: str | Path | np.ndarray) -> Tensor:
-        """What the task makes (a picture, a caption, a depth map; a path to one) as a latent z1 (1, *latent), to be
+    def target(self, value: str | Path | np.ndarray) -> Pieces:
+        """What the task makes (a picture, a caption, a depth map; a path to one) as latents z1 (*latent), to be
         inverted.
         """
+
+    def pictures(self, outputs: Sequence[Any]) -> list[np.ndarray]:
+        """Outputs as pictures uint8 (H, W, 3) that can be compared; none for a task that makes no pictures."""
+        return list(outputs)
 
     @abstractmethod
     def write_output(self, output: Any, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
@@ -202,4 +220,16 @@ def build_task(config: Config) -> Task:
     return task_class(config.task)(config)
 
 
-__all__ = ["Case", "Example", "Flow", "Report", "Task", "Tile", "build_task", "dump", "load_config", "task_class"]
+__all__ = [
+    "Case",
+    "Example",
+    "Flow",
+    "Pieces",
+    "Report",
+    "Task",
+    "Tile",
+    "build_task",
+    "dump",
+    "load_config",
+    "task_class",
+]

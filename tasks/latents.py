@@ -1,6 +1,13 @@
-"""The latent tools on a pipeline, for any task: interpolation, arithmetic, inversion (CrossFlow section 4.5)."""
+"""The latent tools on a pipeline, for any task: interpolation, arithmetic, inversion (CrossFlow section 4.5).
 
-from collections.abc import Sequence
+Sources differ by their meaning alone when all of them take the same noise, which is what the tools do unless told
+otherwise. P pieces of an input: 1, or the tiles of a large picture.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +17,92 @@ from torch import Tensor
 
 from crossflow.core import sampling
 from crossflow.core.batch import Source
+from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
-from crossflow.tasks.pipeline import Pipeline
+from crossflow.core.solvers import SOLVERS
+from crossflow.tasks.base import Pieces
+from crossflow.tasks.pipeline import OnStep, Pipeline
 
 SHARED = "shared"
-"""All inputs of a latent tool take the noise of this id, so that latents differ by their meaning alone."""
+"""The id whose noise all inputs of a latent tool take."""
 
 
-def encode(pipe: Pipeline, value: Any, *, seed: int = 0, mode: bool = False) -> tuple[Source, Tensor]:
-    """The source of one input and its z0 (1, *latent)."""
-    source = pipe.task.source([pipe.task.fit(pipe.task.read_input(value))])
-    return source, pipe.latents(source, [SHARED], seed, mode)
+@dataclass(frozen=True)
+class Encoded:
+    """An input with its source latents z0 (P, *latent)."""
+
+    pieces: Pieces
+    source: Source
+    z0: Tensor
 
 
-def _encode_all(pipe: Pipeline, values: Sequence[Any], seed: int, mode: bool) -> list[Tensor]:
+@torch.no_grad()
+def encode(pipe: Pipeline, value: Any, *, seed: int = 0, mode: bool = False, noise: str = SHARED) -> Encoded:
+    """One input (a prompt; a picture or its path) as source latents.
+
+    mode: the means of the posteriors instead of samples; noise: the id whose noise samples take.
+    """
+    pieces = pipe.task.pieces(pipe.task.read_input(value))
+    source = pipe.task.source(pieces.values)
+    return Encoded(pieces, source, pipe.latents(source, _names(noise, len(pieces.values)), seed, mode))
+
+
+def _names(noise: str, num_pieces: int) -> list[str]:
+    return [noise] if num_pieces == 1 else [f"{noise}#{index}" for index in range(num_pieces)]
+
+
+def _encode_all(
+    pipe: Pipeline, values: dict[str, Any], settings: SampleConfig, seed: int, shared_noise: bool
+) -> dict[str, Encoded]:
+    """The inputs, by the part they play, for latents to be mixed."""
     if pipe.model.source_encoder.kind == "gaussian":
         raise UserError(
-            "This model starts from Gaussian noise (source.kind = gaussian), so its "
-            "source latents carry no meaning to interpolate "
-            "or to add. Use a run with a variational, deterministic or noisy source."
+            "This model starts from Gaussian noise (source.kind = gaussian), so its source latents carry no meaning to "
+            "interpolate or to add. Use a run with a variational, deterministic or noisy source."
         )
-    latents = [encode(pipe, value, seed=seed, mode=mode)[1] for value in values]
-    shapes = {tuple(z.shape) for z in latents}
-    if len(shapes) > 1:
-        raise UserError(f"The inputs give latents of different shapes, {sorted(shapes)}; give inputs of one size.")
-    return latents
+    encoded = {
+        part: encode(pipe, value, seed=seed, mode=settings.mode, noise=SHARED if shared_noise else part)
+        for part, value in values.items()
+    }
+    sizes = {part: one.pieces.layout or tuple(one.z0.shape[1:]) for part, one in encoded.items()}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{part} {' x '.join(map(str, size))}" for part, size in sizes.items())
+        raise UserError(
+            f"Latents can be mixed only when they have one shape, and these inputs give others: {said}. Give pictures "
+            "of one size."
+        )
+    return encoded
 
 
-def _generate(pipe: Pipeline, z0: Tensor, settings: dict[str, Any]) -> list[Any]:
-    chosen = pipe.sample_settings(**settings)
-    none = Source(features=z0)
-    parts = [pipe.generate(none, part, chosen) for part in z0.split(chosen.batch_size)]
-    return pipe.task.decode(torch.cat(parts).float().cpu())
+def _outputs(
+    pipe: Pipeline, latents: Iterable[Tensor], num: int, pieces: Pieces, settings: SampleConfig, on_step: OnStep | None
+) -> list[Any]:
+    """An output for each of `num` latents (P, *latent), which are made as they are needed."""
+    num_pieces = len(pieces.values)
+    together = max(1, settings.batch_size // num_pieces)  # outputs whose pieces make a batch
+    steps = _counted(math.ceil(num / together) * math.ceil(num_pieces / settings.batch_size), settings, on_step)
+    outputs: list[Any] = []
+    waiting = iter(latents)
+    while group := list(islice(waiting, together)):
+        parts = torch.cat(group).split(settings.batch_size)
+        z1 = [pipe.generate(Source(features=part), part, settings, next(steps)) for part in parts]
+        decoded = pipe.task.decode(torch.cat(z1).float().cpu())
+        outputs += [pieces.join(decoded[i : i + num_pieces]) for i in range(0, len(decoded), num_pieces)]
+    return outputs
+
+
+def _counted(num_runs: int, settings: SampleConfig, on_step: OnStep | None) -> Iterator[OnStep]:
+    """For each of `num_runs` integrations what its solver is to call; `on_step` hears of the steps of all of them."""
+    # An adaptive solver says nothing on the way: there an integration is a step.
+    steps = 1 if SOLVERS.get(settings.solver) is None else settings.steps
+    hear = on_step or (lambda done, total: None)
+    for run in range(num_runs):
+
+        def step(done: int, total: int, before: int = run * steps) -> None:
+            hear(before + done, num_runs * steps)
+
+        yield step
+        hear((run + 1) * steps, num_runs * steps)
 
 
 def interpolate(
@@ -52,12 +113,20 @@ def interpolate(
     *,
     kind: str = "lerp",
     seed: int = 0,
-    mode: bool = False,
+    shared_noise: bool = True,
+    on_step: OnStep | None = None,
     **settings: Any,
 ) -> list[Any]:
-    """Outputs for `num_frames` source latents on the way from input a to input b, both included."""
-    z_a, z_b = _encode_all(pipe, [a, b], seed, mode)
-    return _generate(pipe, sampling.interpolate(z_a[0], z_b[0], num_frames, kind), settings)
+    """Outputs for `num_frames` source latents on the way from input a to input b, both included.
+
+    kind: lerp | slerp. shared_noise: both ends take the same noise, else each its own. settings: fields of
+    `SampleConfig`; `mode` goes from mean to mean. on_step(done, total) counts solver steps.
+    """
+    chosen = pipe.sample_settings(**settings)
+    weights = sampling.frame_weights(num_frames)
+    first, last = _encode_all(pipe, {"from": a, "to": b}, chosen, seed, shared_noise).values()
+    frames = (sampling.between(first.z0, last.z0, weight, kind) for weight in weights)
+    return _outputs(pipe, frames, num_frames, first.pieces, chosen, on_step)
 
 
 def arithmetic(
@@ -69,18 +138,25 @@ def arithmetic(
     strengths: Sequence[float] = (1.0,),
     restandardise: bool = False,
     seed: int = 0,
-    mode: bool = False,
+    shared_noise: bool = True,
+    on_step: OnStep | None = None,
     **settings: Any,
 ) -> list[Any]:
-    """Outputs for base + k (plus - minus), one for each strength k; an absent term counts zero."""
-    if plus is None and minus is None:
+    """Outputs for base + k (plus - minus), one for each strength k; an absent term counts zero.
+
+    restandardise: bring each result to mean 0 and deviation 1 over its whole latent, as the released demo does (with
+    strength 1). The other arguments are those of `interpolate`.
+    """
+    given = {part: value for part, value in (("base", base), ("plus", plus), ("minus", minus)) if value is not None}
+    if len(given) < 2:
         raise UserError("Latent arithmetic needs something to add or to subtract: give plus, minus, or both.")
-    given = [value for value in (base, plus, minus) if value is not None]
-    latents = iter(_encode_all(pipe, given, seed, mode))
-    z, z_plus, z_minus = (next(latents) if value is not None else None for value in (base, plus, minus))
-    assert z is not None
-    results = [sampling.arithmetic(z, z_plus, z_minus, strength, restandardise) for strength in strengths]
-    return _generate(pipe, torch.cat(results), settings)
+    chosen = pipe.sample_settings(**settings)
+    encoded = _encode_all(pipe, given, chosen, seed, shared_noise)
+    # All pieces are one sample: its mean and deviation are those of the whole picture.
+    terms = [encoded[part].z0[None] if part in encoded else None for part in ("base", "plus", "minus")]
+    assert terms[0] is not None
+    results = (sampling.arithmetic(terms[0], terms[1], terms[2], k, restandardise)[0] for k in strengths)
+    return _outputs(pipe, results, len(strengths), encoded["base"].pieces, chosen, on_step)
 
 
 def invert(
@@ -91,22 +167,35 @@ def invert(
     solver: str = "heun",
     steps: int = 50,
     seed: int = 0,
+    on_step: OnStep | None = None,
 ) -> tuple[Tensor, Any, float]:
     """Flows a finished output (a picture, a caption, a depth map) back to its source latent and forward again.
 
-    source: the input it belongs to, needed by baselines that have a condition. Returns z0 (1, *latent), the
-    re-generated output and the root mean squared error of the re-generated latent.
+    source: the input it belongs to, needed by baselines that have a condition. on_step(done, total) counts solver
+    steps. Returns z0 (P, *latent), the re-generated output and the root mean squared error of the re-generated latent.
     """
-    z1 = pipe.task.target(value).to(pipe.device)
-    condition = None
+    chosen = pipe.sample_settings(solver=solver, steps=steps)
+    pieces = pipe.task.target(value)
+    z1 = torch.stack(list(pieces.values))
+    given = Source(z1)
     if pipe.model.source_encoder.kind == "gaussian":
         if source is None:
             raise UserError(
                 "This model starts from noise under a condition; say which input the "
                 "output belongs to (source; --source on the command line)."
             )
-        condition = encode(pipe, source, seed=seed)[0].to(pipe.device).condition
-    z0 = sampling.invert(pipe.model, z1, condition=condition, solver=solver, num_steps=steps)
-    again = sampling.generate(pipe.model, z0, condition=condition, solver=solver, num_steps=steps)
-    error = (again - z1).square().mean().sqrt().item()
-    return z0.cpu(), pipe.task.decode(again.float().cpu())[0], error
+        its = encode(pipe, source, seed=seed)
+        if its.pieces.layout != pieces.layout:
+            ours, theirs = (" x ".join(map(str, one.layout)) for one in (pieces, its.pieces))
+            raise UserError(f"The output is {ours} to the model, what it makes of this source {theirs}: not a pair.")
+        given = replace(given, condition=its.source.condition)
+    step = _counted(2 * math.ceil(len(z1) / chosen.batch_size), chosen, on_step)
+    z0, again = [], []
+    for start in range(0, len(z1), chosen.batch_size):
+        part = given[start : start + chosen.batch_size].to(pipe.device)
+        options: dict[str, Any] = {"condition": part.condition, "solver": solver, "num_steps": steps}
+        z0.append(sampling.invert(pipe.model, part.features, on_step=next(step), **options))
+        again.append(sampling.generate(pipe.model, z0[-1], on_step=next(step), **options).float().cpu())
+    whole = torch.cat(again)
+    error = (whole - z1).square().mean().sqrt().item()
+    return torch.cat(z0).cpu(), pieces.join(pipe.task.decode(whole)), error

@@ -24,7 +24,7 @@ from crossflow.core.model import CrossFlow
 from crossflow.core.noise import key, keyed_generator
 from crossflow.core.objective import Objective
 from crossflow.core.source import Posterior, SourceEncoder
-from crossflow.tasks.base import Case, Example, Report, Task, Tile
+from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
 from crossflow.tasks.caption.dataset import Captions, example
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig
 from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
@@ -269,8 +269,11 @@ class Adapter(Task[CaptionConfig]):
     def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:
         return value if isinstance(value, np.ndarray) else load_image(value)
 
-    def target(self, value: str | Path | np.ndarray) -> Tensor:
-        return self.text.encode([str(value)]).mean.cpu()
+    def target(self, value: str | Path | np.ndarray) -> Pieces:
+        return Pieces(list(self.text.encode([str(value)]).mean.cpu()))
+
+    def pictures(self, outputs: Sequence[str]) -> list[np.ndarray]:
+        return []
 
     def write_output(self, output: str, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         path = stem.with_name(f"{stem.name}.txt")

@@ -336,7 +336,7 @@ def save_png(array: np.ndarray, path: str | Path, metadata: Mapping[str, Any] | 
         info.add_text(key, _printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", pnginfo=info)
-    return _write_atomically(Path(path), buffer.getvalue())
+    return write_bytes(Path(path), buffer.getvalue())
 
 
 def save_depth_png(
@@ -363,7 +363,8 @@ def save_depth_png(
     return save_png(units.astype(np.uint16), path, {"units_per_metre": units_per_metre, **(metadata or {})})
 
 
-def _write_atomically(path: Path, content: bytes) -> Path:
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file, in a folder that is made when missing, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     try:

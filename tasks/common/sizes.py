@@ -1,6 +1,7 @@
 """Pictures of any size through a model of patches: grouping by shape, fitting sides, overlapped and blended tiles."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,17 @@ def fit_shorter_side(image: np.ndarray, size: int, multiple: int) -> np.ndarray:
 
     `size` itself must be such a multiple. A side is at most 4 x `size`: longer pictures are squeezed.
     """
-    height, width = image.shape[:2]
-    factor = size / min(height, width)
-    sides = [min(max(size, round(side * factor / multiple) * multiple), 4 * size) for side in (height, width)]
-    if (height, width) == tuple(sides):
+    height, width = fitted_sides(image.shape, size, multiple)
+    if image.shape[:2] == (height, width):
         return image
-    return np.array(Image.fromarray(image).resize((sides[1], sides[0]), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def fitted_sides(shape: tuple[int, ...], size: int, multiple: int) -> tuple[int, int]:
+    """Height and width that `fit_shorter_side` gives a picture of `shape` (H, W, ...)."""
+    factor = size / min(shape[:2])
+    height, width = (min(max(size, round(side * factor / multiple) * multiple), 4 * size) for side in shape[:2])
+    return height, width
 
 
 def tile_starts(length: int, tile: int, overlap: int, align: int = 1) -> list[int]:
@@ -56,6 +62,42 @@ def cut(image: np.ndarray, tile: int, overlap: int, align: int = 1) -> tuple[lis
     rows, columns = (tile_starts(length, tile, overlap, align) for length in image.shape[:2])
     starts = [(row, column) for row in rows for column in columns]
     return [image[row : row + tile, column : column + tile] for row, column in starts], starts
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A picture cut into overlapping tiles, and the way back for what is made of them.
+
+    pieces: uint8 (tile, tile, 3) each. shape: height and width of the picture, which `join` gives back.
+    """
+
+    pieces: list[np.ndarray]
+    starts: list[tuple[int, int]]
+    shape: tuple[int, int]
+    padded: tuple[int, ...]
+    tile: int
+    overlap: int
+
+    @classmethod
+    def of(cls, image: np.ndarray, tile: int, overlap: int, multiple: int) -> "Tiles":
+        """Tiles of a picture uint8 (H, W, 3) that start at multiples of `multiple`, as `tile` is one.
+
+        Sides that are not such multiples are continued by their mirror image; a picture smaller than a tile is one
+        smaller tile.
+        """
+        height, width = image.shape[:2]
+        sides = [length + -length % multiple for length in (height, width)]
+        side = min(tile, max(sides))
+        pad = [(0, max(side, padded) - length) for padded, length in zip(sides, (height, width), strict=True)]
+        padded = np.pad(image, (*pad, (0, 0)), mode="symmetric")
+        pieces, starts = cut(padded, side, overlap, multiple)
+        return cls(pieces, starts, (height, width), padded.shape, side, overlap)
+
+    def join(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """One picture uint8 (H, W, 3) of one uint8 output for each tile, blended where tiles overlap."""
+        height, width = self.shape
+        joined = join(outputs, self.starts, self.padded, self.tile, self.overlap)
+        return np.rint(joined[:height, :width]).clip(0, 255).astype(np.uint8)
 
 
 def join(

@@ -20,10 +20,9 @@ from crossflow.core.config import Config, Section
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
-from crossflow.tasks.base import Case, Example, Flow, Report, Task, Tile
+from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.images import (
-    center_crop_resize,
     colour_depth,
     load_depth_png,
     load_image,
@@ -33,7 +32,7 @@ from crossflow.tasks.common.images import (
 )
 from crossflow.tasks.common.metrics import TaskMetric
 from crossflow.tasks.common.readers import Item
-from crossflow.tasks.common.sizes import by_shape, fit_shorter_side
+from crossflow.tasks.common.sizes import by_shape, fit_shorter_side, fitted_sides
 from crossflow.tasks.depth.dataset import Augmentation, example, square
 from crossflow.tasks.depth.decoder import DepthScale, DepthTarget
 from crossflow.tasks.depth.encoder import build_reconstructor, build_trunk
@@ -130,24 +129,37 @@ class Adapter(Task[DepthConfig]):
         """Pictures of any size: the shorter side is brought to the model's, the depth map back to the picture's
         size.
         """
+        cut = [self.pieces(image) for image in inputs]
         depths = by_shape(
-            [self.fit(image) for image in inputs],
+            [pieces.values[0] for pieces in cut],
             ids,
             lambda images, names: self.decode(flow(self.source(images), names)),
         )
-        return [_resize_depth(depth, image.shape[:2]) for depth, image in zip(depths, inputs, strict=True)]
+        return [pieces.join([depth]) for pieces, depth in zip(cut, depths, strict=True)]
 
     def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:
         return value if isinstance(value, np.ndarray) else load_image(value)
 
-    def fit(self, value: np.ndarray) -> np.ndarray:
-        return fit_shorter_side(value, self.config.data.image_size, self.config.backbone.patch)
+    def pieces(self, value: np.ndarray) -> Pieces:
+        fitted = fit_shorter_side(value, self.config.data.image_size, self.config.backbone.patch)
+        return Pieces([fitted], lambda depths: _resize_depth(depths[0], value.shape[:2]), fitted.shape[:2])
 
-    def target(self, value: str | Path | np.ndarray) -> Tensor:
+    def target(self, value: str | Path | np.ndarray) -> Pieces:
         """A depth map in metres, or a 16-bit PNG of one in millimetres; missing depth takes the mean."""
         depth = value if isinstance(value, np.ndarray) else load_depth_png(value)
-        square = center_crop_resize(depth, self.config.data.image_size, resample="nearest")
-        return self.scale.encode(torch.from_numpy(square.astype(np.float32))[None, None])
+        sides = fitted_sides(depth.shape, self.config.data.image_size, self.config.backbone.patch)
+        rows, columns = (
+            ((np.arange(side) + 0.5) * length / side).astype(np.int64)
+            for side, length in zip(sides, depth.shape, strict=True)
+        )
+        fitted = torch.from_numpy(depth[rows[:, None], columns].astype(np.float32))
+        z1 = self.scale.encode(fitted[None, None])
+        return Pieces(list(z1), lambda depths: _resize_depth(depths[0], depth.shape), sides)
+
+    def pictures(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """In colours, with one scale for all."""
+        near, far = min(depth.min() for depth in outputs), max(depth.max() for depth in outputs)
+        return [colour_depth(depth, near=float(near), far=float(far)) for depth in outputs]
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         """Millimetres as 16-bit PNG, metres as .npy, and a coloured picture."""

@@ -5,6 +5,7 @@ The enlarged picture is itself the source z0; the flow adds what it lacks. Any s
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
-from crossflow.tasks.base import Case, Example, Flow, Report, Task, Tile
+from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
 from crossflow.tasks.common.codecs import PixelCodec, load_codec
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.images import load_image, save_png
 from crossflow.tasks.common.metrics import TaskMetric
 from crossflow.tasks.common.readers import Item
+from crossflow.tasks.common.sizes import Tiles
 from crossflow.tasks.common.trunks import Reconstructor
 from crossflow.tasks.sr.dataset import enlarge, example, reduce, to_multiple
-from crossflow.tasks.sr.decoder import decode, pictures, through_tiles
+from crossflow.tasks.sr.decoder import decode, pictures
 from crossflow.tasks.sr.encoder import build_trunk
 
 
@@ -133,33 +135,28 @@ class Adapter(Task[SrConfig]):
 
     def run(self, inputs: Sequence[np.ndarray], flow: Flow, ids: Sequence[str]) -> list[np.ndarray]:
         """Low-resolution pictures of any size uint8 (h, w, 3) -> (h scale, w scale, 3), in overlapped tiles."""
-        settings, outputs = self.config.sr, []
+        outputs = []
         for image, name in zip(inputs, ids, strict=True):
-
-            def tiles(pieces: Sequence[np.ndarray], name: str = name) -> list[np.ndarray]:
-                return self.decode(flow(self.source(pieces), [f"{name}#{i}" for i in range(len(pieces))]))
-
-            enlarged = enlarge(image, settings.scale)
-            outputs.append(through_tiles(enlarged, settings.tile, settings.overlap, self.grain, tiles))
+            pieces = self.pieces(image)
+            names = [f"{name}#{i}" for i in range(len(pieces.values))]
+            outputs.append(pieces.join(self.decode(flow(self.source(pieces.values), names))))
         return outputs
 
     def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:
         return value if isinstance(value, np.ndarray) else load_image(value)
 
-    def fit(self, value: np.ndarray) -> np.ndarray:
-        """The enlarged picture, its sides cut to multiples of the patch."""
-        return self._whole_patches(enlarge(value, self.config.sr.scale))
+    def pieces(self, value: np.ndarray) -> Pieces:
+        """Tiles of the enlarged picture."""
+        return self._cut(enlarge(value, self.config.sr.scale))
 
-    def target(self, value: str | Path | np.ndarray) -> Tensor:
-        return self.codec.encode(pictures([self._whole_patches(self.read_input(value))])).mean
+    def target(self, value: str | Path | np.ndarray) -> Pieces:
+        tiles = self._cut(self.read_input(value))
+        return replace(tiles, values=list(self.codec.encode(pictures(tiles.values)).mean))
 
-    def _whole_patches(self, image: np.ndarray) -> np.ndarray:
-        patch = self.config.backbone.patch
-        if min(image.shape[:2]) < patch:
-            raise UserError(
-                f"A picture of {image.shape[0]} x {image.shape[1]} pixels has no room for a patch of {patch} x {patch}."
-            )
-        return to_multiple(image, patch)
+    def _cut(self, image: np.ndarray) -> Pieces:
+        # Tiles start on the grid of the low resolution, because the source repeats with its pixels.
+        tiles = Tiles.of(image, self.config.sr.tile, self.config.sr.overlap, self.grain)
+        return Pieces(tiles.pieces, tiles.join, tiles.shape)
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         return [save_png(output, stem.with_name(f"{stem.name}_x{self.config.sr.scale}.png"), metadata)]

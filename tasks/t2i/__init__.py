@@ -17,7 +17,7 @@ from crossflow.core.model import CrossFlow
 from crossflow.core.noise import key
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
-from crossflow.tasks.base import Case, Example, Report, Task, Tile
+from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
 from crossflow.tasks.common.codecs import Codec
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.image_latents import FOLDER, CodecSettings, encode, open_codec, read_codec
@@ -144,9 +144,9 @@ class Adapter(Task[T2IConfig]):
             raise UserError(f"A text-to-image model takes prompts; {type(value).__name__} came.")
         return value
 
-    def target(self, value: str | Path | np.ndarray) -> Tensor:
+    def target(self, value: str | Path | np.ndarray) -> Pieces:
         image = value if isinstance(value, np.ndarray) else load_image(value)
-        return encode(self.codec, to_tensor(center_crop_resize(image, self.config.data.image_size))[None])
+        return Pieces(list(encode(self.codec, to_tensor(center_crop_resize(image, self.config.data.image_size))[None])))
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         return [save_png(output, stem.with_name(f"{stem.name}.png"), metadata)]

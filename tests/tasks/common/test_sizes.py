@@ -5,8 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from crossflow.tasks.common.sizes import blend_window, by_shape, cut, fit_shorter_side, join, tile_starts
-from crossflow.tasks.sr.decoder import through_tiles
+from crossflow.tasks.common.sizes import Tiles, blend_window, by_shape, cut, fit_shorter_side, join, tile_starts
 
 
 @pytest.mark.parametrize("length", [16, 17, 28, 29, 100, 333])
@@ -51,14 +50,11 @@ def test_the_window_is_nowhere_zero() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 3), (5, 40, 3), (16, 16, 3), (33, 70, 3)])
 def test_a_picture_of_any_size_goes_through_tiles_unchanged(shape: tuple[int, ...]) -> None:
     image = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
-    seen = []
-
-    def same(pieces: list[np.ndarray]) -> list[np.ndarray]:
-        seen.extend(piece.shape for piece in pieces)
-        return list(pieces)
-
-    np.testing.assert_array_equal(through_tiles(image, 16, 4, 4, same), image)
-    assert all(height % 4 == 0 and width % 4 == 0 and max(height, width) <= 16 for height, width, _ in seen)
+    tiles = Tiles.of(image, 16, 4, 4)
+    np.testing.assert_array_equal(tiles.join(tiles.pieces), image)
+    shapes = {piece.shape for piece in tiles.pieces}
+    assert len(shapes) == 1
+    assert all(height % 4 == 0 and width % 4 == 0 and max(height, width) <= 16 for height, width, _ in shapes)
 
 
 def test_outputs_keep_the_order_of_inputs_of_several_shapes() -> None:
