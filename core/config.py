@@ -43,10 +43,19 @@ class SourceConfig(Section):
     """variational | deterministic | noisy | gaussian (the noise-source baseline: the features become a condition)."""
     noise_scale: float = Field(1.0, gt=0)
     """Standard deviation of the noise that the `noisy` source adds, in units of the latent."""
+    trunk: Literal["small", "released"] = "small"
+    """small: the task's own trunk; released: the post-norm text encoder of the papers (t2i with a frozen text encoder).
+    """
     width: int = Field(128, ge=8)
     """Width of the task's trunk."""
     depth: int = Field(2, ge=0)
     """Layers of the task's trunk."""
+    hidden: int = Field(1024, ge=8)
+    """Width inside the feed-forwards of the released trunk."""
+    heads: int = Field(8, ge=1)
+    """Attention heads of the released trunk."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Of the released trunk."""
 
 
 class StageConfig(Section):
@@ -114,7 +123,7 @@ class LossConfig(Section):
     encoder: Literal["none", "contrastive", "sigmoid", "reconstruction"] = "contrastive"
     """The encoder loss L_Enc between z0 and what the task offers to align with."""
     encoder_target: str = "image"
-    """What z0 is aligned with, in the task's terms (t2i: image | text)."""
+    """What z0 is aligned with, in the task's terms (t2i: image | text | tokens)."""
     encoder_weight: float = Field(1.0, ge=0)
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive losses."""

@@ -96,6 +96,11 @@ class Task(ABC, Generic[C]):
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
 
+    def assume(self) -> None:
+        """Instead of `load`: takes from the settings alone what shapes the model, so that `build_model` can count
+        parameters without data and without the frozen networks.
+        """
+
     # -- the model
 
     @property

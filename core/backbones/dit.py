@@ -83,8 +83,10 @@ class DiT(nn.Module):
     """Velocity network on latents (C, H, W), H and W multiples of `patch`, or (N, C).
 
     forward(z_t (B, *latent), t (B,), unconditional (B,) bool, condition) -> [velocity (B, *latent)]. Grids of any size
-    that is a multiple of the patch are accepted; positions are computed for the grid that comes.
+    that is a multiple of the patch are accepted, but with stored positions; those are computed for the grid that comes.
     """
+
+    position_table: Tensor | None
 
     def __init__(
         self,
@@ -104,12 +106,8 @@ class DiT(nn.Module):
         self.is_grid = len(latent_shape) == 3
         self.patch = patch if self.is_grid else 1
         self.positions = positions
-        self.position_table: Tensor | None = None
-        if positions == "stored":
-            table = _sincos(
-                (latent_shape[1] // patch, latent_shape[2] // patch) if self.is_grid else latent_shape[0], size.width
-            )
-            self.register_buffer("position_table", table)
+        grid = tuple(side // patch for side in latent_shape[1:]) if self.is_grid else latent_shape[0]
+        self.register_buffer("position_table", _sincos(grid, size.width) if positions == "stored" else None)
         self.grid_channels = grid_channels
         channels = latent_shape[0] if self.is_grid else latent_shape[1]
         area = self.patch**2
@@ -172,10 +170,8 @@ class DiT(nn.Module):
             x, grid = patchify(x, self.patch), (height // self.patch, width // self.patch)
         # In the weights' precision: under autocast the residual stream stays float32, layers compute in a half type.
         x = self.embed(x).to(self.embed.weight.dtype)  # (B, N, D)
-        if self.positions == "sincos":
-            dim = x.shape[-1]
-            table = sincos_2d(*grid, dim, x.device) if grid else sincos_tokens(x.shape[1], dim, x.device)
-            x = x + table.to(x.dtype)
+        if self.positions != "none":
+            x = x + self._positions(x, grid).to(x.dtype)
         c = self.time(t) + self.indicator(unconditional.long())  # (B, D)
         context, seen = seen_context(self.null_context, condition, unconditional)
         for block in self.blocks:
@@ -188,11 +184,12 @@ class DiT(nn.Module):
         return [unpatchify(velocity, self.patch, *z_t.shape[-2:]) if self.is_grid else velocity]
 
 
-def _sincos(where: tuple[int, int] | int, width: int, device: torch.device | None = None) -> Tensor:
+def _sincos(where: tuple[int, ...] | int, width: int, device: torch.device | None = None) -> Tensor:
     """Fixed positions of a grid (height, width) or of so many tokens: (N, width) float32."""
     if isinstance(where, int):
         return sincos_tokens(where, width, device)
-    return sincos_2d(*where, width, device)
+    height, columns = where
+    return sincos_2d(height, columns, width, device)
 
 
 @BACKBONES.register("dit")

@@ -31,7 +31,7 @@ from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
 from crossflow.tasks.caption.inverted import SourceText, backwards, load_t2i
 from crossflow.tasks.common.codecs import Codec
 from crossflow.tasks.common.dataset import Examples
-from crossflow.tasks.common.image_latents import FOLDER, CodecSettings, encode, open_codec, read_codec
+from crossflow.tasks.common.image_latents import FOLDER, CodecSettings, assumed_shape, encode, open_codec, read_codec
 from crossflow.tasks.common.images import center_crop_resize, load_image, to_tensor
 from crossflow.tasks.common.metrics import TaskMetric
 from crossflow.tasks.common.readers import Item
@@ -92,6 +92,7 @@ class Adapter(Task[CaptionConfig]):
 
     codec: Codec
     text: TextAutoencoder
+    assumed_shape: tuple[int, ...] | None = None
     origin: Pipeline | None = None
     """The t2i run that is run backwards, if one is."""
     text_report: dict[str, Any] | None = None
@@ -203,10 +204,15 @@ class Adapter(Task[CaptionConfig]):
                     {name.removeprefix(JOINT): value for name, value in learned.items() if name.startswith(JOINT)}
                 )
 
+    def assume(self) -> None:
+        self.assumed_shape = assumed_shape(self.config.codec, self.config.data.image_size)
+
     # -- the model
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        if self.assumed_shape is not None:
+            return self.assumed_shape
         return self.codec.latent_shape(self.config.data.image_size)
 
     @property

@@ -13,6 +13,7 @@ from crossflow.core.noise import item_noise
 from crossflow.tasks.common.codecs import Codec, build_codec, load_codec
 
 FOLDER = "codec"
+FLOWTITOK_SHAPE = (77, 16)
 
 
 class CodecSettings(Section):
@@ -54,6 +55,16 @@ def read_codec(folder: Path, settings: CodecSettings | None = None) -> Codec:
     if settings is None or settings.source is None:
         return load_codec(folder / FOLDER)
     return load_codec(folder / FOLDER, source=settings.source, subfolder=settings.subfolder)
+
+
+def assumed_shape(settings: CodecSettings, image_size: int) -> tuple[int, ...]:
+    """The latent shape that the codec of these settings will have, known before it is loaded: that of the Stable
+    Diffusion autoencoders (also the tiny ones) and of FlowTiTok.
+    """
+    if settings.kind == "flowtitok":
+        return FLOWTITOK_SHAPE
+    channels, factor = (3 * settings.factor**2, settings.factor) if settings.kind == "pixel" else (4, 8)
+    return channels, image_size // factor, image_size // factor
 
 
 def encode(codec: Codec, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:

@@ -46,7 +46,7 @@ class Kind:
 
 
 KINDS: Registry[Kind] = Registry("kind of released network")
-MODULES: tuple[str, ...] = ("codecs",)
+MODULES: tuple[str, ...] = ("codecs", "flow")
 """Modules of this folder that enter kinds."""
 
 

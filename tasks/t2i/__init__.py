@@ -1,5 +1,7 @@
 """Text-to-image: a prompt's latent flows to a picture's (CrossFlow sections 4 and 5.1)."""
 
+import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
@@ -17,17 +19,30 @@ from crossflow.core.model import CrossFlow
 from crossflow.core.noise import key
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
-from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
+from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
 from crossflow.tasks.common.codecs import Codec
 from crossflow.tasks.common.dataset import Examples
-from crossflow.tasks.common.image_latents import FOLDER, CodecSettings, encode, open_codec, read_codec
+from crossflow.tasks.common.frozen import write_json
+from crossflow.tasks.common.image_latents import (
+    FOLDER,
+    CodecSettings,
+    assumed_shape,
+    encode,
+    open_codec,
+    read_codec,
+)
+from crossflow.tasks.common.image_tower import ImageTower, TowerSettings
 from crossflow.tasks.common.images import center_crop_resize, load_image, save_png, to_tensor
 from crossflow.tasks.common.metrics import TaskMetric
 from crossflow.tasks.common.readers import Item
+from crossflow.tasks.common.text_variational import Adaptor, ImageHead
 from crossflow.tasks.common.trunks import AlignmentHead
 from crossflow.tasks.t2i.dataset import example
 from crossflow.tasks.t2i.decoder import decode
 from crossflow.tasks.t2i.encoder import TextSettings, TextSide
+from crossflow.tasks.t2i.objective import TextToImageObjective
+
+TOWER_FILE = "image_tower.json"
 
 
 class T2ISettings(Section):
@@ -38,6 +53,7 @@ class T2ISettings(Section):
 class T2IConfig(Config):
     text: TextSettings = TextSettings()
     codec: CodecSettings = CodecSettings()
+    tower: TowerSettings = TowerSettings()
     t2i: T2ISettings = T2ISettings()
 
 
@@ -50,12 +66,16 @@ class Adapter(Task[T2IConfig]):
 
     text: TextSide
     codec: Codec
+    assumed_shape: tuple[int, ...] | None = None
+    tower_checksum: str | None = None
+    """Of the frozen image tower that the run was begun with."""
 
     def __init__(self, config: T2IConfig) -> None:
         super().__init__(config)
-        if config.loss.encoder != "none" and config.loss.encoder_target not in ("image", "text"):
+        loss = config.loss
+        if loss.encoder != "none" and loss.encoder_target not in ("image", "text", "tokens"):
             raise UserError(
-                f"loss.encoder_target = {config.loss.encoder_target!r} is not possible for t2i; it is image or text."
+                f"loss.encoder_target = {loss.encoder_target!r} is not possible for t2i; it is image, text or tokens."
             )
 
     # -- what is learned before the flow
@@ -64,6 +84,9 @@ class Adapter(Task[T2IConfig]):
         self.text = TextSide.prepare(self.config.text, examples.captions(20_000))
         first = (one["image"] for one in examples.first(512))
         self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
+        if self._needs_tower:
+            self.tower_checksum = self.tower.checksum
+            report(f"image tower: {self.config.tower.source}, weights sha256 {self.tower_checksum[:16]}")
         if self.text.tokenizer is not None:
             report(
                 f"tokenizer: {len(self.text.tokenizer)} tokens; codec: {self.config.codec.kind}, "
@@ -73,15 +96,36 @@ class Adapter(Task[T2IConfig]):
     def save(self, folder: Path) -> None:
         self.text.save(folder)
         self.codec.save(folder / FOLDER)
+        if self.tower_checksum is not None:
+            write_json(folder / TOWER_FILE, {"source": self.config.tower.source, "checksum": self.tower_checksum})
 
     def load(self, folder: Path) -> None:
         self.text = TextSide.load(self.config.text, folder)
-        self.codec = read_codec(folder)
+        self.codec = read_codec(folder, self.config.codec)
+        if (folder / TOWER_FILE).is_file():
+            self.tower_checksum = json.loads((folder / TOWER_FILE).read_text(encoding="utf-8"))["checksum"]
+
+    def assume(self) -> None:
+        self.text = TextSide(self.config.text)
+        self.assumed_shape = assumed_shape(self.config.codec, self.config.data.image_size)
+
+    @property
+    def _needs_tower(self) -> bool:
+        loss = self.config.loss
+        by_image = loss.encoder in ("contrastive", "sigmoid") and loss.encoder_target == "image"
+        return by_image and self.config.tower.frozen and self.config.source.kind != "gaussian"
+
+    @functools.cached_property
+    def tower(self) -> ImageTower:
+        """The frozen image tower; loaded by the first training batch, never for sampling."""
+        return ImageTower.load(self.config.tower, self.tower_checksum)
 
     # -- the model
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        if self.assumed_shape is not None:
+            return self.assumed_shape
         return self.codec.latent_shape(self.config.data.image_size)
 
     def build_model(self) -> CrossFlow:
@@ -97,12 +141,29 @@ class Adapter(Task[T2IConfig]):
         )
 
     def build_objective(self, model: CrossFlow) -> Objective:
-        num_values = math.prod(self.latent_shape)
-        by_text = self.config.loss.encoder_target == "text"
-        head = self.text.build_alignment_head(num_values) if by_text else AlignmentHead(3, num_values)
-        return Objective(
-            model, self.config, alignment_head=head, reconstructor=self.text.build_reconstructor(self.latent_shape)
+        return TextToImageObjective(
+            model,
+            self.config,
+            alignment_head=self._alignment_head(),
+            reconstructor=self.text.build_reconstructor(self.latent_shape),
         )
+
+    def _alignment_head(self) -> nn.Module:
+        """What turns `Batch.alignment` into z_hat."""
+        shape, tower = self.latent_shape, self.config.tower
+        target = self.config.loss.encoder_target
+        if target == "tokens":
+            return self.text.build_token_head(shape)
+        if target == "text":
+            return self.text.build_alignment_head(math.prod(shape))
+        if not tower.frozen:
+            return AlignmentHead(3, math.prod(shape))
+        width = tower.width if tower.width is not None else self.tower.width
+        if tower.head == "mlp":
+            return ImageHead(width, math.prod(shape))
+        if len(shape) != 3:
+            raise UserError(f"tower.head = adaptor makes latents (C, H, W), not {shape}; use mlp.")
+        return Adaptor(width, *shape)
 
     # -- data
 
@@ -117,7 +178,11 @@ class Adapter(Task[T2IConfig]):
         # Only the contrastive loss can look at the picture; a source is reconstructed to the text it came from.
         by_image = loss.encoder in ("contrastive", "sigmoid") and loss.encoder_target == "image"
         alignment = images if by_image else None
-        if loss.encoder != "none" and not by_image:
+        if self._needs_tower:
+            alignment = self.tower(images)
+        elif loss.encoder != "none" and loss.encoder_target == "tokens":
+            alignment = source.features
+        elif loss.encoder != "none" and not by_image:
             alignment = self.text.alignment(source.features, texts, loss.encoder == "reconstruction")
         return Batch(
             features=source.features,
@@ -135,9 +200,19 @@ class Adapter(Task[T2IConfig]):
         condition = Condition(tokens=features, mask=mask) if self.config.source.kind == "gaussian" else None
         return Source(features, mask, condition)
 
-    def decode(self, z1: Tensor) -> list[np.ndarray]:
-        """Pictures uint8 (H, W, 3)."""
-        return decode(self.codec, z1)
+    def decode(self, z1: Tensor, text_features: Tensor | None = None) -> list[np.ndarray]:
+        """Pictures uint8 (H, W, 3).
+
+        text_features (B, N, D): of the pictures' texts, for a codec that is guided by them; none: of an empty text,
+        since a latent that was computed has no text.
+        """
+        if self.codec.reads_text and text_features is None:
+            text_features = self.text.features([""])[0].expand(len(z1), -1, -1)
+        return decode(self.codec, z1, text_features)
+
+    def run(self, inputs: Sequence[str], flow: Flow, ids: Sequence[str]) -> list[np.ndarray]:
+        source = self.source(inputs)
+        return self.decode(flow(source, ids), source.features)
 
     def read_input(self, value: str | Path | np.ndarray) -> str:
         if not isinstance(value, str):

@@ -21,6 +21,7 @@ from crossflow.core.layers import patchify
 from crossflow.core.noise import keyed_generator
 from crossflow.tasks.common.frozen import write_json
 from crossflow.tasks.common.text import QueryHead, TextFeatures, TextTransformer, TextTrunk, smallest_patch
+from crossflow.tasks.common.text_variational import TextVariationalTrunk, token_head
 from crossflow.tasks.common.tokenizer import build_tokenizer, load_tokenizer, tokenize
 
 FROZEN_FILE = "text_encoder.json"
@@ -47,25 +48,46 @@ class TextSettings(Section):
     """Text around {prompt}, for Llama-type encoders."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen encoder."""
-    head: Literal["queries", "flatten"] = "queries"
-    """How tokens become a latent: learned queries, or all tokens flattened through one linear map (as released)."""
+    pad_id: int | None = Field(None, ge=0)
+    """Token that fills up short prompts for a frozen encoder; none: its tokenizer's own. The released FlowTok models
+    were trained on features padded with 0, as open_clip does, and read the padding.
+    """
+    feature_width: int | None = Field(None, ge=1)
+    """Width of the frozen encoder's features, checked when it is loaded; lets the model be built without it."""
+    head: Literal["queries", "flatten", "adaptor", "tokens"] = "queries"
+    """How tokens become a latent: learned queries; all tokens flattened through one linear map (released, 256 px), or
+    through linear maps and convolutions (released, 512 px); each token for itself (FlowTok). The last two belong to
+    source.trunk = released.
+    """
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the text is read through a frozen encoder."""
+        return self.encoder is not None or self.feature_width is not None
 
 
 class TextSide:
     """Prompts -> features (B, N) ids or (B, N, D), and mask (B, N) bool; with the modules that read them.
 
-    Exactly one of `tokenizer` (trained text transformer) and `frozen` is set.
+    One of `tokenizer` (trained text transformer) and `frozen` is set, or neither: then modules can be built from the
+    settings alone, and no text can be read.
     """
 
     def __init__(self, settings: TextSettings, tokenizer: Any = None, frozen: TextFeatures | None = None) -> None:
-        assert (tokenizer is None) != (frozen is None)
+        assert tokenizer is None or frozen is None
         self.settings = settings
         self.tokenizer = tokenizer
         self.frozen = frozen
+        if frozen is not None and settings.feature_width not in (None, frozen.width):
+            raise UserError(
+                f"text.feature_width = {settings.feature_width}, but the features of {settings.encoder!r} are "
+                f"{frozen.width} wide. Give the encoder that this model was made for."
+            )
 
     @classmethod
     def prepare(cls, settings: TextSettings, captions: Iterable[str]) -> "TextSide":
         """Loads the frozen encoder, or builds a tokenizer from the captions."""
+        _need_encoder(settings)
         if settings.encoder is None:
             return cls(settings, build_tokenizer(captions, settings.vocab_size, settings.max_length))
         return cls(
@@ -78,6 +100,7 @@ class TextSide:
                 scale=settings.scale,
                 layer=settings.layer,
                 template=settings.template,
+                pad_id=settings.pad_id,
             ),
         )
 
@@ -90,6 +113,7 @@ class TextSide:
     @classmethod
     def load(cls, settings: TextSettings, folder: Path) -> "TextSide":
         """Reads what `save` wrote; a frozen encoder must have the recorded checksum."""
+        _need_encoder(settings)
         if settings.encoder is None:
             return cls(settings, load_tokenizer(folder / TOKENIZER))
         path = folder / FROZEN_FILE
@@ -105,12 +129,45 @@ class TextSide:
 
     @property
     def _reads(self) -> dict[str, int]:
-        if self.frozen is not None:
-            return {"feature_width": self.frozen.width}
-        return {"vocab_size": len(self.tokenizer)}
+        if self.settings.frozen:
+            return {"feature_width": self.feature_width}
+        return {"vocab_size": self.vocab_size}
+
+    @property
+    def feature_width(self) -> int:
+        """D of the frozen encoder's features."""
+        width = self.frozen.width if self.frozen is not None else self.settings.feature_width
+        if width is None:
+            raise UserError("Set text.feature_width to build this model without loading its frozen text encoder.")
+        return width
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer, or the largest it may have."""
+        return len(self.tokenizer) if self.tokenizer is not None else self.settings.vocab_size
 
     def build_trunk(self, config: SourceConfig, latent_shape: tuple[int, ...]) -> nn.Module:
         """features, mask -> (B, 2, *latent)."""
+        head = self.settings.head
+        if config.trunk == "released":
+            if not self.settings.frozen or head == "queries":
+                raise UserError(
+                    "source.trunk = released reads a frozen encoder (text.encoder) and has the heads flatten, adaptor "
+                    f"and tokens; text.head is {head!r}{'' if self.settings.frozen else ', and no encoder is set'}."
+                )
+            return TextVariationalTrunk(
+                latent_shape,
+                feature_width=self.feature_width,
+                num_tokens=self.settings.max_length,
+                width=config.width,
+                depth=config.depth,
+                hidden=config.hidden,
+                heads=config.heads,
+                head=head,
+                dropout=config.dropout,
+            )
+        if head not in ("queries", "flatten"):
+            raise UserError(f"text.head = {head} belongs to source.trunk = released; use queries or flatten.")
         return TextTrunk(
             latent_shape,
             **self._reads,
@@ -118,7 +175,7 @@ class TextSide:
             width=config.width,
             depth=config.depth,
             heads=max(1, config.width // 32),
-            head=self.settings.head,
+            head=head,
         )
 
     def build_condition_encoder(self, config: SourceConfig) -> nn.Module:
@@ -138,18 +195,28 @@ class TextSide:
         ids.
         """
         if self.frozen is None:
-            return fixed_embedding(len(self.tokenizer))[features] if reconstruct else features
+            return fixed_embedding(self.vocab_size)[features] if reconstruct else features
         return features if reconstruct else self.frozen.pooled(texts).cpu()
 
     def build_alignment_head(self, num_values: int) -> nn.Module:
         """The text alignment of `alignment` -> (B, num_values)."""
-        if self.frozen is not None:
-            return _mlp(self.frozen.width, num_values)
-        return nn.Sequential(nn.EmbeddingBag(len(self.tokenizer), 256), _mlp(256, num_values))
+        if self.settings.frozen:
+            return token_head(self.feature_width, num_values)
+        return nn.Sequential(nn.EmbeddingBag(self.vocab_size, 256), token_head(256, num_values))
+
+    def build_token_head(self, latent_shape: tuple[int, ...]) -> nn.Module:
+        """Features (B, N, D) -> (B, N, C), what FlowTok aligns z0 with token by token."""
+        if not self.settings.frozen or len(latent_shape) != 2:
+            raise UserError(
+                "loss.encoder_target = tokens aligns token latents (N, C) with the features of a frozen encoder; this "
+                f"model has latents {tuple(latent_shape)}{'' if self.settings.frozen else ' and no text.encoder'}. "
+                "Use image or text."
+            )
+        return token_head(self.feature_width, latent_shape[1])
 
     def build_reconstructor(self, latent_shape: tuple[int, ...]) -> nn.Module:
         """z0 (B, *latent) -> features (B, N, D)."""
-        width = self.frozen.width if self.frozen is not None else FIXED_WIDTH
+        width = self.feature_width if self.settings.frozen else FIXED_WIDTH
         return FeatureDecoder(latent_shape, self.settings.max_length, width)
 
 
@@ -177,5 +244,9 @@ class FeatureDecoder(nn.Module):
         return self.head(tokens, seen)[:, 0]
 
 
-def _mlp(width: int, num_values: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU(), nn.Linear(512, num_values))
+def _need_encoder(settings: TextSettings) -> None:
+    if settings.encoder is None and settings.feature_width is not None:
+        raise UserError(
+            f"This model reads the features ({settings.feature_width} wide) of a frozen text encoder: set text.encoder "
+            "to its hub id or folder."
+        )
