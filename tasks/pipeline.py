@@ -129,7 +129,7 @@ class Pipeline:
         """An under-trained version of the model: guidance is then by it (autoguidance) instead of by the indicator."""
         self.guided_by: str | None = None
         """The run that `weak` came from."""
-        self.device = _device(device)
+        self.device = find_device(device)
         self.model.to(self.device).eval()
 
     @property
@@ -262,7 +262,8 @@ class Pipeline:
         return target
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """The device called so; none: a GPU if there is one. Raises UserError when there is no such device."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
