@@ -88,6 +88,7 @@ def _outputs(
         z1 = [pipe.generate(Source(features=part), part, settings, next(steps)) for part in parts]
         decoded = pipe.task.decode(torch.cat(z1).float().cpu())
         outputs += [pieces.join(decoded[i : i + num_pieces]) for i in range(0, len(decoded), num_pieces)]
+    next(steps, None)  # the last one is over
     return outputs
 
 
@@ -196,6 +197,7 @@ def invert(
         options: dict[str, Any] = {"condition": part.condition, "solver": solver, "num_steps": steps}
         z0.append(sampling.invert(pipe.model, part.features, on_step=next(step), **options))
         again.append(sampling.generate(pipe.model, z0[-1], on_step=next(step), **options).float().cpu())
+    next(step, None)  # the last one is over
     whole = torch.cat(again)
     error = (whole - z1).square().mean().sqrt().item()
     return torch.cat(z0).cpu(), pieces.join(pipe.task.decode(whole)), error
