@@ -61,8 +61,8 @@ class SourceConfig(Section):
 class StageConfig(Section):
     """One stage of a DiMR backbone; the first (coarsest) has Transformer blocks, the others ConvNeXt blocks."""
 
-    width: int = Field(ge=8)
-    hidden: int = Field(ge=8)
+    width: int = Field(ge=1)
+    hidden: int = Field(ge=1)
     """Width inside the gated feed-forwards."""
     depth: int = Field(ge=1)
     """Blocks; their number is odd, an even one is raised by one."""

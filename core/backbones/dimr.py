@@ -33,7 +33,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size(3, 64, 2),
-    "S": Size(17, 512, 8),  # 70M, for ablations; this shape is ours
+    "S": Size(19, 512, 8),  # 70M, for ablations; this shape is ours
     "XL": Size(65, 1024, 16),  # 0.95B, as released
 }
 
@@ -327,7 +327,7 @@ def default_stages(config: BackboneConfig) -> tuple[StageConfig, ...]:
             f"backbone.width = {width} must be a multiple of backbone.heads = {heads} times {patches[0]}: each of the "
             f"{config.num_stages} stages has half the width of the one before."
         )
-    shapes = [(width // 2**i, depth if i == 0 else depth // 2) for i in range(config.num_stages)]
+    shapes = [(width // 2**i, depth if i == 0 else max(1, depth // 2)) for i in range(config.num_stages)]
     return tuple(
         StageConfig(width=width, hidden=2 * width, depth=depth, heads=heads, patch=patch)
         for (width, depth), patch in zip(shapes, patches, strict=True)

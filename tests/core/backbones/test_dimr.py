@@ -1,0 +1,173 @@
+"""DiMR: resolutions of its velocities, time-dependent norms, skips and features, sizes."""
+
+import pytest
+import torch
+
+from crossflow.core.backbones import build_backbone
+from crossflow.core.backbones.dimr import SIZES, TimeParameter, TransformerStage, default_stages
+from crossflow.core.batch import Condition
+from crossflow.core.config import BackboneConfig
+from crossflow.core.errors import UserError
+from crossflow.core.losses import multi_resolution_loss, stage_coefficients
+from crossflow.core.training.optim import decay_groups
+
+LATENT = (4, 16, 16)
+
+
+def tiny(latent_shape=LATENT, context_dim=None, grid_channels=0, **settings):
+    torch.manual_seed(0)
+    config = BackboneConfig.model_validate({"name": "dimr", "width": 16, "depth": 3, "heads": 2, **settings})
+    return build_backbone(config, latent_shape, context_dim=context_dim, grid_channels=grid_channels).eval()
+
+
+def inputs(batch=3, latent_shape=LATENT):
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(batch, *latent_shape, generator=generator)
+    return z, torch.linspace(0, 1, batch), torch.arange(batch) % 2 == 0
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_velocities_come_coarse_to_fine(num_stages):
+    velocities = tiny(num_stages=num_stages)(*inputs())
+    sides = [16 // 2**i for i in reversed(range(num_stages))]
+    assert [tuple(velocity.shape) for velocity in velocities] == [(3, 4, side, side) for side in sides]
+
+
+@pytest.mark.parametrize("baseline", [{}, {"context_dim": 8}, {"grid_channels": 2}])
+def test_gradient_reaches_every_parameter(baseline):
+    model, (z, t, flags) = tiny(num_stages=3, **baseline), inputs()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    condition = None
+    if baseline:
+        condition = Condition(
+            tokens=torch.randn(3, 5, 8) if "context_dim" in baseline else None,
+            grid=torch.randn(3, 2, 16, 16) if "grid_channels" in baseline else None,
+        )
+    velocities = model(z, t, flags, condition)
+    multi_resolution_loss(velocities, torch.randn(3, *LATENT), stage_coefficients(3)).mean().backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad.abs().max() == 0]
+
+
+def test_a_fresh_model_moves_the_time_dependence_from_the_first_step():
+    model, (z, t, flags) = tiny(), inputs()
+    sum(velocity.square().mean() for velocity in model(z, t, flags)).backward()
+    moving = [parameter for name, parameter in model.named_parameters() if "nodecay" in name]
+    assert moving
+    assert all(parameter.grad.abs().max() > 0 for parameter in moving)
+
+
+def test_time_parameter_goes_from_one_value_to_the_other():
+    parameter = TimeParameter(1, 0.0)
+    with torch.no_grad():
+        parameter.param0.fill_(3.0)
+        parameter.param1.fill_(1.0)
+        parameter.nodecay_weight.fill_(0.5)
+        parameter.nodecay_bias.fill_(0.25)
+    c = torch.tensor([1.0, -1.0])  # t = 0 and t = 1
+    right = 1 + 2 * torch.sigmoid(1.5 * c + 0.25)
+    torch.testing.assert_close(parameter(c)[:, 0], right)
+
+
+def test_time_dependence_has_no_weight_decay():
+    model = tiny()
+    groups = decay_groups(model, 0.1)
+    spared = {id(one) for group in groups if group["weight_decay"] == 0 for one in group["params"]}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in spared]
+    assert [name for name, _ in model.named_parameters() if "nodecay" in name or "positions" in name] == [
+        name for name in names if "nodecay" in name or "positions" in name
+    ]
+    assert not [name for name in names if name.endswith("gate.weight")]
+
+
+def test_indicator_reaches_every_resolution():
+    model, (z, t, _) = tiny(num_stages=3), inputs()
+    conditional = model(z, t, torch.zeros(3, dtype=torch.bool))
+    unconditional = model(z, t, torch.ones(3, dtype=torch.bool))
+    mixed = model(z, t, torch.tensor([True, False, True]))
+    for one, other, both in zip(conditional, unconditional, mixed, strict=True):
+        assert (one - other).abs().amax((1, 2, 3)).min() > 0
+        torch.testing.assert_close(both[1], one[1])
+        torch.testing.assert_close(both[::2], other[::2])
+
+
+def test_indicator_starts_at_plus_and_minus_one():
+    stage = tiny().stages[0]
+    assert isinstance(stage, TransformerStage)
+    assert (stage.unconditional.tolist(), stage.conditional.tolist()) == ([-1.0], [1.0])
+
+
+def test_samples_do_not_see_each_other_and_checkpointing_changes_nothing():
+    model, (z, t, flags) = tiny(num_stages=3), inputs()
+    whole = model(z, t, flags)
+    alone = model(z[1:2], t[1:2], flags[1:2])
+    torch.testing.assert_close(whole[-1][1:2], alone[-1], atol=1e-6, rtol=1e-5)
+    model.set_checkpointing(True)
+    torch.testing.assert_close(model(z, t, flags), whole)
+
+
+def test_a_stage_reads_the_full_resolution_latent():
+    model, (z, t, flags) = tiny(), inputs()
+    z.requires_grad_(True)
+    coarse = model(z, t, flags)[0]
+    coarse[:, :, 0, 0].sum().backward()
+    assert (z.grad.abs().amax((0, 1)) > 0).all()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_the_number_of_blocks_is_odd(depth):
+    assert [len(stage.blocks) for stage in tiny(depth=depth).stages] == [2 * (depth // 2) + 1, 2 * (depth // 4) + 1]
+
+
+def test_sizes_have_the_papers_parameter_counts():
+    with torch.device("meta"):
+        counts = {
+            (size, stages): sum(one.numel() for one in _sized(size, stages).parameters())
+            for size, stages in [("S", 2), ("XL", 2), ("XL", 3)]
+        }
+    assert counts[("XL", 2)] == 950_778_890
+    assert counts[("XL", 3)] == 985_439_246
+    assert counts[("S", 2)] == pytest.approx(70e6, rel=0.02)
+    assert set(SIZES) >= {"tiny", "S", "XL"}
+
+
+def _sized(size, num_stages):
+    side = 2 ** (num_stages - 1) * 16
+    return build_backbone(BackboneConfig(name="dimr", size=size, num_stages=num_stages), (4, side, side))
+
+
+def test_stages_can_be_given_one_by_one():
+    stages = [
+        {"width": 16, "hidden": 24, "depth": 3, "heads": 2, "patch": 2, "pool": 2},
+        {"width": 8, "hidden": 40, "depth": 1},
+    ]
+    velocities = tiny(stages=stages)(*inputs())
+    assert [velocity.shape[-1] for velocity in velocities] == [4, 16]
+    assert [one.width for one in default_stages(BackboneConfig(name="dimr", width=64, heads=2, num_stages=3))] == [
+        *(64, 32, 16)
+    ]
+
+
+def test_smaller_latents_use_the_corner_of_the_positions_and_larger_ones_are_refused():
+    model = tiny()
+    assert model(*inputs(latent_shape=(4, 8, 12)))[-1].shape == (3, 4, 8, 12)
+    with pytest.raises(UserError, match="has positions for 8 x 8"):
+        model(*inputs(latent_shape=(4, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "told"),
+    [
+        ({}, (77, 16), "works on grids"),
+        ({"size": "huge"}, LATENT, "Unknown DiMR size 'huge'"),
+        ({"width": 24, "heads": 5}, LATENT, "multiple of backbone.heads"),
+        ({"num_stages": 3}, (4, 18, 18), "cannot be shrunk 4 times"),
+        ({"stages": [{"width": 16, "hidden": 16, "depth": 1, "patch": 2}]}, LATENT, "and the last 1"),
+        ({"stages": [{"width": 16, "hidden": 16, "depth": 1, "heads": 3}]}, LATENT, "not a multiple of its 3 heads"),
+    ],
+)
+def test_impossible_shapes_are_told(settings, shape, told):
+    with pytest.raises(UserError, match=told):
+        tiny(shape, **settings)
