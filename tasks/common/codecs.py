@@ -205,6 +205,16 @@ class Codec(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        embedded = False
+        if isinstance(self, NetworkCodec):
+            embedded = embed or self.source is None
+            if embedded:
+                self.network.save_pretrained(folder / WEIGHTS_FOLDER)
+        self.save_settings(folder, embedded)
+        return folder
+
+    def save_settings(self, folder: Path, embedded: bool) -> None:
+        """Writes what `load_codec` reads; embedded: a network's weights lie in the folder, too."""
         settings: dict[str, Any] = {
             "kind": self.kind,
             "options": self._options(),
@@ -212,12 +222,8 @@ class Codec(nn.Module):
             "shift": self.shift.flatten().tolist(),
         }
         if isinstance(self, NetworkCodec):
-            settings["sha256"] = self.checksum
-            settings["embedded"] = embed or self.source is None
-            if settings["embedded"]:
-                self.network.save_pretrained(folder / WEIGHTS_FOLDER)
+            settings |= {"sha256": self.checksum, "embedded": embedded}
         write_json(folder / SETTINGS_FILE, settings)
-        return folder
 
     def _encode(self, x: Tensor) -> Posterior:
         raise NotImplementedError

@@ -199,12 +199,15 @@ class FlowTiTok(nn.Module):
         self.encoder = FlowTiTokEncoder(config)
         self.decoder = FlowTiTokDecoder(config)
 
+    def save_config(self, folder: Path) -> None:
+        write_json(folder / CONFIG_FILE, asdict(self.config))
+
     def save_pretrained(self, folder: str | Path) -> None:
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG_FILE, asdict(self.config))
+        self.save_config(folder)
         save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / WEIGHTS_FILE)
 
     @classmethod

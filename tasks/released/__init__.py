@@ -30,6 +30,7 @@ __all__ = [
     "from_reference",
     "kind_named",
     "settings",
+    "tensors",
     "to_reference",
 ]
 
@@ -61,7 +62,7 @@ def from_reference(kind: str, state_dict: Mapping[str, Tensor], config: Referenc
     """
     known = kind_named(kind)
     module = empty(kind, config, state_dict)
-    ours = _tensors(module)
+    ours = tensors(module)
     table = entries(ours, known.rules)
     shapes = expected_shapes(ours, table)
     unused = check(state_dict, shapes, known.dropped, kind)
@@ -89,7 +90,7 @@ def to_reference(model: nn.Module, kind: str | None = None, config: ReferenceCon
         if kind is None:
             raise UserError("This network did not come from a released file: say its kind, and the reference's config.")
         origin = Reference(kind, dict(config or {}))
-    ours = _tensors(model)
+    ours = tensors(model)
     state = split_all(ours, entries(ours, kind_named(origin.kind).rules))
     return {key: tensor for key, tensor in state.items() if key not in origin.absent}
 
@@ -110,7 +111,7 @@ def empty(kind: str, config: ReferenceConfig, keys: Collection[str]) -> nn.Modul
 
 def expected(kind: str, config: ReferenceConfig, keys: Collection[str]) -> dict[str, tuple[int, ...]]:
     """{reference key: shape} of all that a file of that kind and config can hold and we use."""
-    ours = _tensors(empty(kind, config, keys))
+    ours = tensors(empty(kind, config, keys))
     shapes = expected_shapes(ours, entries(ours, kind_named(kind).rules))
     return {key: tuple(shape) for key, (shape, _) in shapes.items()}
 
@@ -121,7 +122,7 @@ def _parts(module: nn.Module) -> dict[str, nn.Module]:
     return {"": module} if objective is None else {"": module, HEADS: objective}
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors(module: nn.Module) -> dict[str, Tensor]:
     """All tensors of a network by name; the objective's without the generator it trains."""
     return {
         prefix + name: tensor
@@ -131,9 +132,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _fill(module: nn.Module, filled: Mapping[str, Tensor]) -> None:
     for prefix, part in _parts(module).items():
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own = {name.removeprefix(prefix): tensor for name, tensor in filled.items() if name.startswith(prefix)}
         part.load_state_dict(own, strict=False, assign=True)
 
 

@@ -60,6 +60,11 @@ class TextSettings(Section):
     source.trunk = released.
     """
 
+    def loading(self) -> dict[str, Any]:
+        """The frozen encoder as `TextFeatures.load` takes it; JSON types only."""
+        names = ("subfolder", "max_length", "precision", "scale", "layer", "template", "pad_id")
+        return {"source": self.encoder} | {name: getattr(self, name) for name in names}
+
     @property
     def frozen(self) -> bool:
         """Whether the text is read through a frozen encoder."""
@@ -90,19 +95,7 @@ class TextSide:
         _need_encoder(settings)
         if settings.encoder is None:
             return cls(settings, build_tokenizer(captions, settings.vocab_size, settings.max_length))
-        return cls(
-            settings,
-            frozen=TextFeatures.load(
-                settings.encoder,
-                subfolder=settings.subfolder,
-                max_length=settings.max_length,
-                precision=settings.precision,
-                scale=settings.scale,
-                layer=settings.layer,
-                template=settings.template,
-                pad_id=settings.pad_id,
-            ),
-        )
+        return cls(settings, frozen=TextFeatures.load(**settings.loading()))
 
     def save(self, folder: Path) -> None:
         if self.frozen is not None:
@@ -112,14 +105,18 @@ class TextSide:
 
     @classmethod
     def load(cls, settings: TextSettings, folder: Path) -> "TextSide":
-        """Reads what `save` wrote; a frozen encoder must have the recorded checksum."""
+        """Reads what `save` wrote; a frozen encoder must have the recorded checksum. Where none is recorded (a released
+        model, whose encoder may lie anywhere) the settings alone say which it is.
+        """
         _need_encoder(settings)
         if settings.encoder is None:
             return cls(settings, load_tokenizer(folder / TOKENIZER))
         path = folder / FROZEN_FILE
         if not path.is_file():
             raise UserError(f"{folder} has no {FROZEN_FILE}, which says what text encoder its model reads.")
-        return cls(settings, frozen=TextFeatures.load(**{**json.loads(path.read_text()), "source": settings.encoder}))
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        given = settings.loading() if recorded.get("checksum") is None else {"source": settings.encoder}
+        return cls(settings, frozen=TextFeatures.load(**{**recorded, **given}))
 
     def features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self.frozen is not None:
