@@ -71,6 +71,7 @@ def command() -> None:
     "--output", type=click.Path(path_type=Path), help="Run directory. Default: runs/RECIPE, numbered if taken."
 )
 @click.option("--resume", help="auto: the newest good checkpoint of --output; or a checkpoint's folder.")
+@click.option("--data-changed", is_flag=True, help="Resume although the training data are not what they were.")
 @click.option(
     "--dry-run", is_flag=True, help="Say parameters, memory, time and disk of the flow's training; nothing is kept."
 )
@@ -81,6 +82,7 @@ def train(
     data: str | None,
     output: Path | None,
     resume: str | None,
+    data_changed: bool,
     dry_run: bool,
     overrides: Sequence[str],
 ) -> None:
@@ -131,7 +133,7 @@ def train(
         return
     # With several processes each must name the same new folder: only the first may look what is taken.
     folder = output or Path(distributed.on_main(lambda: str(new_folder(Path("runs"), Path(name).stem))))
-    run = Run(config, folder, progress=progress, resume=resume)
+    run = Run(config, folder, progress=progress, resume=resume, data_changed=data_changed)
     if distributed.is_main():
         parts = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in run.model.num_parameters().items())
         say(f"Training {config.task} into {folder} ({parts}; {config.train.steps} steps of {config.train.batch_size}).")
@@ -746,8 +748,9 @@ def cache(
     )
     expected = builder.estimate()
     counts = ", ".join(f"{len(reader)} {split}" for split, reader in builder.readers.items())
+    parts = ", ".join(builder.extractor.describe()["parts"])
     say(
-        f"{counts} items, {', '.join(builder.extractor.describe()['parts'])}: about {size_in_words(expected.num_bytes)} "
+        f"{counts} items, {parts}: about {size_in_words(expected.num_bytes)} "
         f"({size_in_words(expected.bytes_per_item)} per item) in {output}; {size_in_words(expected.free)} are free."
     )
     if expected.finished:

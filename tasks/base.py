@@ -22,9 +22,12 @@ from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
 from crossflow.tasks import task_names
+from crossflow.tasks.common.cache.extract import Extractor, Options
+from crossflow.tasks.common.cache.training import cache_of
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.metrics import TaskMetric
-from crossflow.tasks.common.readers import Item, open_reader, require
+from crossflow.tasks.common.readers import Item, Reader, open_reader, require
+from crossflow.tasks.provenance import open_again
 
 C = TypeVar("C", bound=Config)
 Example = Mapping[str, Any]
@@ -73,6 +76,8 @@ class Task(ABC, Generic[C]):
     name: ClassVar[str]
     Config: ClassVar[type[Config]]
     needs: ClassVar[frozenset[str]]
+    run_folder: Path | None = None
+    """The run directory that the task was read from, whose manifest tells where its data lay."""
     input_kind: ClassVar[str]
     """text | image: what a person gives it."""
 
@@ -126,13 +131,45 @@ class Task(ABC, Generic[C]):
     def dataset(self, split: str, spec: str | None = None, limit: int | None = None) -> Examples:
         """The items of a split (train | val | test) as training examples; spec: that of the configuration when None."""
         data = self.config.data
-        if spec is None:
-            spec = data.train if split == "train" or data.val is None else data.val
         if limit is None and split == "train":
             limit = data.num_train
-        reader = open_reader(spec, split, image_size=data.image_size, limit=limit, seed=self.config.seed)
-        reader = require(reader, self.needs, self.name)
+
+        def opened(given: str) -> Reader:
+            return open_reader(given, split, image_size=data.image_size, limit=limit, seed=self.config.seed)
+
+        configured = data.train if split == "train" or data.val is None else data.val
+        if spec is None and self.run_folder is not None:
+            reader = open_again(opened, configured, self.run_folder)
+        else:
+            reader = opened(spec or configured)
+        reader = require(reader, self._needs_of(reader), self.name)
         return Examples(reader, self.transform, seed=self.config.seed, max_bad=data.max_bad)
+
+    def _needs_of(self, reader: Reader) -> frozenset[str]:
+        """The fields that these data must have; the features of a cache stand in for pictures."""
+        cached = self.reads_features and "features" in reader.fields
+        return self.needs - {"image"} | {"features"} if cached else self.needs
+
+    # -- features computed once (crossflow cache)
+
+    reads_features: ClassVar[bool] = False
+    """Whether the task has frozen networks and can train on what they computed before."""
+
+    def open_frozen(self) -> None:
+        """Instead of `prepare` or `load`: opens the frozen networks that the settings name, for `extractor`."""
+
+    def extractor(self, options: Options) -> Extractor:
+        """What computes the features of items. Raises UserError for a task without frozen networks."""
+        raise UserError(
+            f"The task {self.name} reads pixels and has no frozen networks, so there is nothing to cache; "
+            "train on the data themselves."
+        )
+
+    def accept(self, examples: Examples) -> None:
+        """Raises UserError when examples are from a cache that other networks made, or that lacks something."""
+        cache = cache_of(examples.reader)
+        if cache is not None:
+            cache.expect(self.extractor(Options((self.config.data.image_size,))).describe())
 
     # -- sampling
 

@@ -27,7 +27,9 @@ from crossflow.core.training.trainer import DryRun, Trainer, TrainResult
 from crossflow.tasks.base import Case, Task, Tile, build_task, load_config
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.images import save_png
+from crossflow.tasks.common.readers import located
 from crossflow.tasks.pipeline import Pipeline
+from crossflow.tasks.provenance import MANIFEST, changed, describe, expect_same
 from crossflow.tasks.scoring import Scores, held_out_loss, laid_out, score, seen_in_training, show
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,10 @@ FREE_TO_CHANGE = {
         "trackers",
         "max_minutes",
     )
-}
-"""Settings with which a resumed run may differ: how long it goes on and what it writes."""
+} | {"data.train", "data.val"}
+"""Settings with which a resumed run may differ: how long it goes on, what it writes, and where its data lie; whether
+the training data are the same is seen by what is in them.
+"""
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,26 @@ class Run:
     """A run directory with its task, model and data; `train` and `dry_run` work on it."""
 
     def __init__(
-        self, config: Config, folder: Path, *, progress: Progress | None = None, resume: str | None = None
+        self,
+        config: Config,
+        folder: Path,
+        *,
+        progress: Progress | None = None,
+        resume: str | None = None,
+        data_changed: bool = False,
     ) -> None:
-        """Prepares the task, or reads it back when `resume`d. Raises UserError for unusable settings, data, folders."""
+        """Prepares the task, or reads it back when `resume`d. Raises UserError for unusable settings, data, folders.
+
+        data_changed: a resumed run may go on with other training data than it began with.
+        """
         self.config, self.folder = config, folder
         self.progress = progress if progress is not None and distributed.is_main() else Silent()
-        self.resume = resume
+        self.resume, self.data_changed = resume, data_changed
         distributed.device()
         SOLVERS.get(config.sample.solver)  # a wrong name is better told before the training than after
         self.task = build_task(config)
+        if resume is not None and (folder / MANIFEST).is_file():
+            self.task.run_folder = folder
         self.data = self.task.dataset("train")
         self._prepare()
         torch.manual_seed(keyed_generator("weights", config.seed).initial_seed())
@@ -108,6 +123,7 @@ class Run:
         distributed.on_main(self._begin_or_continue)  # alone: a slower process would take what it leaves for a run
         # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
         self.task.load(self.folder)
+        self.task.accept(self.data)
 
     def _begin_or_continue(self) -> str:
         prepared = self.folder / "config.yaml"
@@ -119,6 +135,8 @@ class Run:
             )
         if self.resume is not None and resumable:
             self._check_same(prepared)
+            self._check_data()
+            write_atomically(prepared, dump(self._as_kept(load_config(prepared))))
         else:
             self._learn()
         return ""
@@ -128,7 +146,7 @@ class Run:
         self.task.prepare(self.data, self.progress.note)
         self._check_patches()
         self.task.save(self.folder)
-        write_atomically(self.folder / "manifest.json", json.dumps(manifest(self.config, self.data), indent=1))
+        write_atomically(self.folder / MANIFEST, json.dumps(manifest(self.config, self.data), indent=1))
         write_atomically(self.folder / "config.yaml", dump(self.config))  # last: it says that the folder holds a run
 
     def _check_patches(self) -> None:
@@ -152,7 +170,24 @@ class Run:
                 f"The run in {self.folder} was started with other settings: {', '.join(different)}. "
                 "Resume with its own settings, or start a new run in another --output."
             )
-        write_atomically(prepared, dump(self.config))
+
+    def _check_data(self) -> None:
+        if not self.data_changed:
+            return expect_same(self.folder, self.data)
+        write_atomically(self.folder / MANIFEST, json.dumps(changed(self.folder, self.data), indent=1))
+        return None
+
+    def _as_kept(self, before: Config) -> Config:
+        """The configuration of a resumed run as its folder keeps it: new places of data are absolute, since relative
+        ones are taken from the directory in which the run was started.
+        """
+        old, new = before.data.model_dump(), self.config.data.model_dump()
+        moved = {
+            name: located(new[name], Path.cwd(), here_first=False)
+            for name in ("train", "val")
+            if new[name] is not None and new[name] != old[name]
+        }
+        return self.config.model_copy(update={"data": self.config.data.model_copy(update=moved)})
 
     # -- training
 
@@ -202,7 +237,9 @@ class Run:
 
     @functools.cached_property
     def validation(self) -> Examples:
-        return self.task.dataset("val", limit=self.config.data.num_val)
+        examples = self.task.dataset("val", limit=self.config.data.num_val)
+        self.task.accept(examples)
+        return examples
 
     def _pipeline(self) -> Pipeline:
         return Pipeline(
@@ -299,13 +336,9 @@ def manifest(config: Config, data: Examples) -> dict[str, Any]:
     return {
         "task": config.task,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "directory": str(Path.cwd()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "data": {
-            "spec": data.reader.spec,
-            "split": data.reader.split,
-            "num_items": len(data),
-            "fingerprint": data.reader.fingerprint(),
-        },
+        "data": describe(data),
         **environment(),
     }
 

@@ -29,9 +29,21 @@ from crossflow.tasks.caption.dataset import Captions, example
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig
 from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
 from crossflow.tasks.caption.inverted import SourceText, backwards, load_t2i
+from crossflow.tasks.common.cache.extract import Extractor, Options
+from crossflow.tasks.common.cache.training import gathered
 from crossflow.tasks.common.codecs import Codec
 from crossflow.tasks.common.dataset import Examples
-from crossflow.tasks.common.image_latents import FOLDER, CodecSettings, assumed_shape, encode, open_codec, read_codec
+from crossflow.tasks.common.image_latents import (
+    FOLDER,
+    CodecSettings,
+    assumed_shape,
+    encode,
+    first_pictures,
+    latents,
+    open_codec,
+    read_codec,
+    unscaled_codec,
+)
 from crossflow.tasks.common.images import center_crop_resize, load_image, to_tensor
 from crossflow.tasks.common.metrics import TaskMetric
 from crossflow.tasks.common.readers import Item
@@ -43,6 +55,9 @@ TEXT_FOLDER = "text_autoencoder"
 JOINT = "extra_losses.autoencoder."
 """What the text autoencoder's weights are called among those of the objective, when it is trained with the flow."""
 T2I_FOLDER = "t2i"
+NO_PICTURES = (
+    "Captions are scored on pictures, and a cache has none: name the data themselves for validation, data.val=SPEC."
+)
 
 
 class CaptionSettings(Section):
@@ -86,6 +101,7 @@ class Adapter(Task[CaptionConfig]):
     name = "caption"
     Config = CaptionConfig
     needs = frozenset({"image", "captions"})
+    reads_features = True
     input_kind = "image"
     quick = ("caption.text_steps=2",)
     headline = ("CIDEr", "BLEU-4", "ROUGE-L", "object_f1")
@@ -144,8 +160,7 @@ class Adapter(Task[CaptionConfig]):
             assert self.origin is not None
             self.text = SourceText.of(self.origin, captions, settings.vocab_size, settings.autoencoder)
         else:
-            first = (one["image"] for one in examples.first(512))
-            self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
+            self.codec = open_codec(self.config.codec, first_pictures(examples, self.config))
             tokenizer = build_tokenizer(captions, settings.vocab_size, settings.autoencoder.max_length)
             self.text = TextAutoencoder(tokenizer, self.latent_shape, settings.autoencoder)
         report(f"Training the text autoencoder on {len(captions)} captions, {self.text.vocab_size} tokens.")
@@ -167,6 +182,22 @@ class Adapter(Task[CaptionConfig]):
             "of captions come back; latent mean "
             f"{quality.latent_mean:.2f}, standard deviation {quality.latent_std:.2f}, spread {quality.spread:.2f}."
         )
+
+    def open_frozen(self) -> None:
+        if self.config.caption.t2i is not None:
+            self._take(load_t2i(self.config.caption.t2i))
+        else:
+            self.codec = unscaled_codec(self.config.codec)
+
+    def extractor(self, options: Options) -> Extractor:
+        """Of the pictures alone: captions are read by a text autoencoder that is trained."""
+        return Extractor(options, codec=self.codec)
+
+    def accept(self, examples: Examples) -> None:
+        super().accept(examples)
+        val = self.config.data.val
+        if "image" not in examples.reader.fields and (val is None or val.startswith("cache:")):
+            raise UserError(NO_PICTURES)
 
     def _take(self, pipe: Pipeline) -> None:
         """Runs `pipe`, a t2i run, backwards: its codec is ours."""
@@ -244,9 +275,8 @@ class Adapter(Task[CaptionConfig]):
         return example(item, self.config.data.image_size, self.config.caption.captions, generator)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        seeds = [one["seed"] for one in examples]
         texts = [one["caption"] for one in examples]
-        source = self._source(encode(self.codec, torch.stack([one["image"] for one in examples]), seeds))
+        source = self._source(latents(self.codec, examples, gathered(examples, self.config.data.image_size)))
         ids, _ = self.text.tokenize(texts)
         return Batch(
             features=source.features,
@@ -289,6 +319,8 @@ class Adapter(Task[CaptionConfig]):
     # -- scoring
 
     def cases(self, examples: Examples, limit: int) -> list[Case]:
+        if "image" not in examples.reader.fields:
+            raise UserError(NO_PICTURES)
         return [Case(item.id, item.image, item, item) for item in examples.items(limit)]
 
     def metric(self, thorough: bool = False) -> TaskMetric:

@@ -1,19 +1,24 @@
 """The image codec of a run and its settings, for the tasks whose pictures live in a latent space (t2i, caption)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from crossflow.core.config import Section
 from crossflow.core.errors import UserError
 from crossflow.core.noise import item_noise
+from crossflow.core.source import Posterior
+from crossflow.tasks.common.cache.training import Gathered, cache_of, pixel_pictures
 from crossflow.tasks.common.codecs import Codec, build_codec, load_codec
+from crossflow.tasks.common.dataset import Examples
 
 FOLDER = "codec"
 FLOWTITOK_SHAPE = (77, 16)
+NUM_FIRST = 512
 
 
 class CodecSettings(Section):
@@ -48,6 +53,21 @@ def open_codec(settings: CodecSettings, images: Iterable[Tensor]) -> Codec:
     )
 
 
+def unscaled_codec(settings: CodecSettings) -> Codec:
+    """The codec of the settings before its scale is measured, for what does not depend on that: raw moments."""
+    return build_codec("pixel", factor=settings.factor) if settings.kind == "pixel" else open_codec(settings, ())
+
+
+def first_pictures(examples: Examples, config: Any) -> Iterator[Tensor]:
+    """Pictures (B, 3, H, W) that the pixel codec's scale is measured on; read when they are asked for."""
+    cache = cache_of(examples.reader)
+    if cache is None:
+        yield torch.stack([one["image"] for one in examples.first(NUM_FIRST)])
+    else:
+        entries = [one["entry"] for one in examples.first(NUM_FIRST)]
+        yield from pixel_pictures(cache, entries, config.data.image_size, config.codec.factor)
+
+
 def read_codec(folder: Path, settings: CodecSettings | None = None) -> Codec:
     """The codec of a run. settings: of its configuration; when `source` there is no longer the recorded one, the
     network is taken from the new place (and must be the same, where its checksum is known).
@@ -73,7 +93,21 @@ def encode(codec: Codec, images: Tensor, seeds: Sequence[int] | None = None) -> 
     seeds: one per image; where the codec's posterior has a spread, a sample keyed by it is taken (a new one each
     epoch), else the mean.
     """
-    posterior = codec.encode(images)
+    return draw(codec.encode(images), seeds)
+
+
+def latents(codec: Codec, examples: Sequence[Any], cached: Gathered | None) -> Tensor:
+    """The scaled latents (B, *latent) of training examples, sampled with their seeds: from their pictures, or from the
+    moments in a cache.
+    """
+    seeds = [one["seed"] for one in examples]
+    if cached is not None:
+        return draw(codec.scaled(cached.moments()), seeds)
+    return encode(codec, torch.stack([one["image"] for one in examples]), seeds)
+
+
+def draw(posterior: Posterior, seeds: Sequence[int] | None) -> Tensor:
+    """A sample keyed by one seed per row, or the mean; see `encode`."""
     if seeds is None or posterior.log_var is None:
         return posterior.mean
     return posterior.sample(noise=item_noise(0, [str(seed) for seed in seeds], posterior.mean.shape[1:]))

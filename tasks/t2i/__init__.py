@@ -20,6 +20,8 @@ from crossflow.core.noise import key
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
 from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
+from crossflow.tasks.common.cache.extract import Extractor, Options
+from crossflow.tasks.common.cache.training import Gathered, gathered
 from crossflow.tasks.common.codecs import Codec
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.frozen import write_json
@@ -28,8 +30,11 @@ from crossflow.tasks.common.image_latents import (
     CodecSettings,
     assumed_shape,
     encode,
+    first_pictures,
+    latents,
     open_codec,
     read_codec,
+    unscaled_codec,
 )
 from crossflow.tasks.common.image_tower import ImageTower, TowerSettings
 from crossflow.tasks.common.images import center_crop_resize, load_image, save_png, to_tensor
@@ -61,6 +66,7 @@ class Adapter(Task[T2IConfig]):
     name = "t2i"
     Config = T2IConfig
     needs = frozenset({"image", "captions"})
+    reads_features = True
     input_kind = "text"
     headline = ("overall", "single_object", "colors", "two_objects")
 
@@ -82,8 +88,7 @@ class Adapter(Task[T2IConfig]):
 
     def prepare(self, examples: Examples, report: Report) -> None:
         self.text = TextSide.prepare(self.config.text, examples.captions(20_000))
-        first = (one["image"] for one in examples.first(512))
-        self.codec = open_codec(self.config.codec, [torch.stack(list(first))])
+        self.codec = open_codec(self.config.codec, first_pictures(examples, self.config))
         if self._needs_tower:
             self.tower_checksum = self.tower.checksum
             report(f"image tower: {self.config.tower.source}, weights sha256 {self.tower_checksum[:16]}")
@@ -105,15 +110,44 @@ class Adapter(Task[T2IConfig]):
         if (folder / TOWER_FILE).is_file():
             self.tower_checksum = json.loads((folder / TOWER_FILE).read_text(encoding="utf-8"))["checksum"]
 
+    def open_frozen(self) -> None:
+        self.text = TextSide.prepare(self.config.text, ()) if self.config.text.frozen else TextSide(self.config.text)
+        self.codec = unscaled_codec(self.config.codec)
+
+    def extractor(self, options: Options) -> Extractor:
+        aligned = self._aligned_with
+        return Extractor(
+            options,
+            codec=self.codec,
+            text=self.text.frozen,
+            pooled=aligned == "vector",
+            keep_padding=aligned == "tokens" or self.config.source.trunk == "released",  # both look at padded positions
+            pixels=aligned == "image" and not self._needs_tower,
+            tower=self.tower if self._needs_tower and options.images else None,
+        )
+
     def assume(self) -> None:
         self.text = TextSide(self.config.text)
         self.assumed_shape = assumed_shape(self.config.codec, self.config.data.image_size)
 
     @property
-    def _needs_tower(self) -> bool:
+    def _aligned_with(self) -> str:
+        """What the encoder loss compares z0 with: nothing | image | vector (one per text) | tokens | words.
+
+        Only the contrastive losses can look at the picture: a source is reconstructed to the text it came from.
+        """
         loss = self.config.loss
-        by_image = loss.encoder in ("contrastive", "sigmoid") and loss.encoder_target == "image"
-        return by_image and self.config.tower.frozen and self.config.source.kind != "gaussian"
+        if loss.encoder == "none" or self.config.source.kind == "gaussian":
+            return "nothing"
+        if loss.encoder_target == "tokens":
+            return "tokens"
+        if loss.encoder == "reconstruction":
+            return "words"
+        return "image" if loss.encoder_target == "image" else "vector"
+
+    @property
+    def _needs_tower(self) -> bool:
+        return self._aligned_with == "image" and self.config.tower.frozen
 
     @functools.cached_property
     def tower(self) -> ImageTower:
@@ -172,31 +206,42 @@ class Adapter(Task[T2IConfig]):
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         texts = [one["caption"] for one in examples]
-        images = torch.stack([one["image"] for one in examples])
-        source = self.source(texts)
-        loss = self.config.loss
-        # Only the contrastive loss can look at the picture; a source is reconstructed to the text it came from.
-        by_image = loss.encoder in ("contrastive", "sigmoid") and loss.encoder_target == "image"
-        alignment = images if by_image else None
-        if self._needs_tower:
-            alignment = self.tower(images)
-        elif loss.encoder != "none" and loss.encoder_target == "tokens":
-            alignment = source.features
-        elif loss.encoder != "none" and not by_image:
-            alignment = self.text.alignment(source.features, texts, loss.encoder == "reconstruction")
+        cached = gathered(examples, self.config.data.image_size)
+        reads_cache = cached is not None and self.text.frozen is not None
+        source = self._as_source(*(cached.text() if cached and reads_cache else self.text.features(texts)))
         return Batch(
             features=source.features,
             mask=source.mask,
-            target=encode(self.codec, images, [one["seed"] for one in examples]),
+            target=latents(self.codec, examples, cached),
             condition=source.condition,
-            alignment=alignment,
+            alignment=self._alignment(source.features, texts, examples, cached),
             ids=tuple(one["id"] for one in examples),
         )
+
+    def _alignment(
+        self, features: Tensor, texts: Sequence[str], examples: Sequence[Example], cached: Gathered | None
+    ) -> Tensor | None:
+        """What the encoder loss compares z0 with."""
+        aligned = self._aligned_with
+        if aligned == "nothing":
+            return None
+        if aligned == "tokens":
+            return features
+        if aligned == "image":
+            if self._needs_tower and cached is not None:
+                return cached.tower()
+            images = cached.pixels() if cached is not None else torch.stack([one["image"] for one in examples])
+            return self.tower(images) if self._needs_tower else images
+        if aligned == "vector" and cached is not None and self.text.frozen is not None:
+            return cached.pooled()
+        return self.text.alignment(features, texts, reconstruct=aligned == "words")
 
     # -- sampling
 
     def source(self, inputs: Sequence[str]) -> Source:
-        features, mask = self.text.features(inputs)
+        return self._as_source(*self.text.features(inputs))
+
+    def _as_source(self, features: Tensor, mask: Tensor) -> Source:
         condition = Condition(tokens=features, mask=mask) if self.config.source.kind == "gaussian" else None
         return Source(features, mask, condition)
 

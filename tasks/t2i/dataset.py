@@ -9,10 +9,11 @@ from crossflow.tasks.common.readers import Item
 
 
 def example(item: Item, size: int, generator: np.random.Generator) -> dict[str, Any]:
-    """{"id", "image" float32 (3, size, size) in [-1, 1], "caption", "seed" of its latent's sample}; all chance from
-    `generator`.
+    """{"id", "image" float32 (3, size, size) in [-1, 1], "caption", "which" of them, "seed" of its latent's sample};
+    all chance from `generator`. An item of a cache gives "entry", where its features lie, instead of "image".
     """
-    assert item.image is not None
-    caption = item.captions[int(generator.integers(len(item.captions)))]
-    image = to_tensor(center_crop_resize(item.image, size))
-    return {"id": item.id, "image": image, "caption": caption, "seed": int(generator.integers(2**62))}
+    which = int(generator.integers(len(item.captions)))
+    one = {"id": item.id, "caption": item.captions[which], "which": which, "seed": int(generator.integers(2**62))}
+    if item.image is None:
+        return one | {"entry": item.features}
+    return one | {"image": to_tensor(center_crop_resize(item.image, size))}
