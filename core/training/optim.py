@@ -57,28 +57,42 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
+    """The decayed matrices of the blocks (members of module lists) of `module`, where Muon acts: first and last layers,
+    tables and the heads of the losses are left to AdamW.
+    """
+    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    return {
+        parameter
+        for block in blocks
+        for owner in block.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.ndim == 2 and is_decayed(owner, name, parameter)
+    }
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for matrices and AdamW for all else, as one optimizer.
+    """Muon (Jordan et al. 2024) for the matrices in `hidden` and AdamW for all else, as one optimizer.
 
     A matrix moves by its orthogonalised momentum, scaled to the size of an AdamW update (Liu et al. 2025, section 2.2),
     so that both share the learning rate and the weight decay of a recipe.
     groups: as `decay_groups` gives them; betas: AdamW's.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], foreach: bool) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], hidden: set[nn.Parameter], *, lr: float, betas: tuple[float, float]
+    ) -> None:
         matrices, rest = [], []
         for group in groups:
-            decay = group["weight_decay"]
-            # Without decay are the embeddings, whose rows are looked up and not multiplied.
-            flat = [parameter for parameter in group["params"] if parameter.ndim == 2 and decay > 0]
-            others = [parameter for parameter in group["params"] if parameter.ndim != 2 or decay == 0]
-            matrices += [{"params": flat, "weight_decay": decay}] if flat else []
-            rest += [{"params": others, "weight_decay": decay}] if others else []
+            inside = [parameter for parameter in group["params"] if parameter in hidden]
+            outside = [parameter for parameter in group["params"] if parameter not in hidden]
+            matrices += [group | {"params": inside}] if inside else []
+            rest += [group | {"params": outside}] if outside else []
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw"))
         if rest:
-            self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=betas, foreach=foreach))
+            self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=betas, foreach=True))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
@@ -116,7 +130,7 @@ def build_optimizer(
     groups = decay_groups(module, weight_decay)
     assert groups, "the objective has no trainable parameter"
     if name == "muon":
-        return Muon(groups, lr=lr, betas=betas, foreach=True)
+        return Muon(groups, hidden_matrices(module), lr=lr, betas=betas)
     assert name == "adamw", name
     fused = groups[0]["params"][0].is_cuda and not scaled
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused, foreach=not fused)

@@ -48,6 +48,7 @@ class Zoo(nn.Module):
         self.scale = nn.Parameter(torch.zeros(()))  # no
         self.mixing = nn.Parameter(torch.zeros(4, 4))  # yes
         self.frozen = nn.Parameter(torch.zeros(4, 4), requires_grad=False)  # in no group
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])  # weight yes, bias no
         self.tied = nn.Linear(4, 5, bias=False)  # no: it is the table
         self.tied.weight = self.table.weight
 
@@ -57,7 +58,8 @@ def test_weight_decay_spares_norms_biases_embeddings_vectors_and_nodecay() -> No
     names = {parameter: name for name, parameter in zoo.named_parameters()}
     decayed, spared = decay_groups(zoo, 0.03)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.03, 0.0)
-    assert {names[parameter] for parameter in decayed["params"]} == {"linear.weight", "patch_embed.weight", "mixing"}
+    expected = {"linear.weight", "patch_embed.weight", "mixing", "blocks.0.weight"}
+    assert {names[parameter] for parameter in decayed["params"]} == expected
     everything = [*decayed["params"], *spared["params"]]
     assert len(everything) == len(set(everything))
     assert {names[parameter] for parameter in everything} == set(names.values()) - {"frozen"}
@@ -85,18 +87,19 @@ def _steps(optimizer: torch.optim.Optimizer, zoo: Zoo, numbers: range) -> None:
         optimizer.step()
 
 
-def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adamw() -> None:
+def test_muon_moves_matrices_of_blocks_by_orthogonal_steps_and_the_rest_as_adamw() -> None:
     zoo, twin = Zoo(), Zoo()
     twin.load_state_dict(zoo.state_dict())
-    before = zoo.mixing.detach().clone()
+    hidden = zoo.blocks[0].weight
+    before = hidden.detach().clone()
     settings = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 1e-9}
     _steps(build_optimizer(zoo, name="muon", **settings), zoo, range(1))
     _steps(build_optimizer(twin, **settings), twin, range(1))
-    move = before - zoo.mixing.detach()
+    move = before - hidden.detach()
     singular = torch.linalg.svdvals(move) / (0.1 * 0.2 * 4**0.5)  # 0.2 sqrt(the longer side): the size of an AdamW step
     assert ((singular > 0.5) & (singular < 1.5)).all(), singular
-    assert not torch.allclose(zoo.mixing, twin.mixing)
-    for name in ("pos_embed", "table.weight", "patch_embed.weight", "linear.bias", "nodecay_weight"):
+    assert not torch.allclose(hidden, twin.blocks[0].weight)
+    for name in ("pos_embed", "table.weight", "patch_embed.weight", "linear.weight", "mixing", "nodecay_weight"):
         assert torch.allclose(zoo.get_parameter(name), twin.get_parameter(name), atol=1e-6), name
 
 
