@@ -5,6 +5,7 @@ pipe = crossflow.load("runs/t2i")
 pictures = pipe(["a red cube"], seed=1)
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,17 +26,21 @@ WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
 OnStep = Callable[[int, int], None]
 
 
-def load(source: str | Path, *, weights: str | None = None, device: str | None = None) -> "Pipeline":
+def load(
+    source: str | Path, *, weights: str | None = None, device: str | None = None, overrides: Sequence[str] = ()
+) -> "Pipeline":
     """The pipeline of a run directory, or of a hub repository that holds one.
 
-    weights: "ema" (default when the run has them) or "model". Raises UserError when files are missing, damaged or do
-    not fit.
+    weights: "ema" (default when the run has them) or "model"; overrides: key=value settings of the run to be replaced,
+    such as where its frozen networks lie now (text.encoder, codec.source). Raises UserError when files are missing,
+    damaged or do not fit.
     """
     folder = _folder(source)
-    config = load_config(folder)
+    config = load_config(folder, overrides)
     if weights is not None and weights not in WEIGHTS:
         raise UserError(f"Unknown weights {weights!r}. Known: {', '.join(WEIGHTS)}.")
     task = build_task(config)
+    task.run_folder = folder
     try:
         task.load(folder)
     except UserError:
@@ -46,8 +51,7 @@ def load(source: str | Path, *, weights: str | None = None, device: str | None =
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     kind = weights or ("ema" if (folder / WEIGHTS["ema"]).is_file() else "model")
-    model = task.build_model()
-    _load_weights(model, folder / WEIGHTS[kind])
+    model = _load_model(task, folder / WEIGHTS[kind])
     return Pipeline(task, model, folder=folder, weights=kind, device=device)
 
 
@@ -79,7 +83,19 @@ def _folder(source: str | Path) -> Path:
         ) from error
 
 
+def _load_model(task: Task, path: Path) -> CrossFlow:
+    """The task's model with the weights of a file, which is mapped into memory instead of being copied there."""
+    with torch.device("meta"):
+        model = task.build_model()
+    _load_weights(model, path)
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        model = task.build_model()  # it holds tables that are computed and not saved
+        _load_weights(model, path)
+    return model
+
+
 def _load_weights(model: CrossFlow, path: Path) -> None:
+    """Raises UserError unless the file holds exactly the model's tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -106,7 +122,7 @@ def _load_weights(model: CrossFlow, path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{path} does not fit the model of its config.yaml: {'; '.join(wrong[:5])}{more}.")
-    model.load_state_dict(state)
+    model.load_state_dict({key: tensor.to(expected[key].dtype) for key, tensor in state.items()}, assign=True)
 
 
 class Pipeline:
@@ -251,7 +267,10 @@ class Pipeline:
         (target / "config.yaml").write_text(dump(self.task.config))
         state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
         for kind in {"model", self.weights}:
-            save_file(state, target / WEIGHTS[kind])
+            # The model may be mapped from the very file that is replaced.
+            part = target / f".{WEIGHTS[kind]}.part"
+            save_file(state, part)
+            os.replace(part, target / WEIGHTS[kind])
         self.task.save(target)
         if (
             self.folder is not None

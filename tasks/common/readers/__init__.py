@@ -17,7 +17,7 @@ from crossflow.tasks.common.readers.prompts import PromptsReader
 from crossflow.tasks.common.readers.scenes import ScenesReader
 from crossflow.tasks.common.readers.skimage import SkimageReader
 
-__all__ = ["READERS", "BadItem", "FileReader", "Item", "Reader", "open_reader", "require"]
+__all__ = ["READERS", "BadItem", "FileReader", "Item", "Reader", "located", "open_reader", "require"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,25 @@ def open_reader(
     if prefix not in READERS.names() or not (colon or _is_embedded(prefix)):
         prefix, location = _recognise(spec, asked)
     return READERS.get(prefix)(location, split, image_size=image_size, limit=limit, seed=seed)
+
+
+def located(spec: str, folder: Path, *, here_first: bool = True) -> str:
+    """`spec` with its relative place taken from `folder`, if there is something.
+
+    here_first: only when there is nothing at the place from here.
+    """
+    place, at, forced = spec.strip().rpartition("@")
+    split = f"@{forced}" if at and forced in SPLITS else ""
+    place = place if split else spec.strip()
+    prefix, colon, location = place.partition(":")
+    if prefix in READERS.names() and (not colon or _is_embedded(prefix)):
+        return spec
+    before = f"{prefix}:" if prefix in READERS.names() else ""
+    location = location if before else place
+    there = existing(str(folder / location)) if location else None
+    if there is None or (here_first and existing(location) is not None):
+        return spec
+    return f"{before}{there}{split}"
 
 
 def require(reader: Reader, fields: Collection[str], task: str) -> Reader:
