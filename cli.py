@@ -243,11 +243,12 @@ def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
         settings = parse_overrides(others.pop("overrides"))
         asked = {name: others.pop(name) for name in ("solver", "steps", "guidance")}
         settings |= {name: value for name, value in asked.items() if value is not None}
-        pipe = load(checkpoint, weights=weights, device=device)
+        moved = others.pop("moved")
+        pipe = load(checkpoint, weights=weights, device=device, overrides=moved)
         pipe.sample_settings(**settings)  # tells what is wrong with them before any work
         guide = others.pop("guide_with")
         if guide is not None:
-            pipe.guide_with(load(guide, device=device))
+            pipe.guide_with(load(guide, device=device, overrides=moved))
         function(Use(checkpoint, pipe, settings, seed, output), **others)
 
     decorated: Callable[..., None] = run
@@ -261,6 +262,13 @@ def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
             click.option("--steps", type=int, help="Solver steps."),
             click.option("--guidance", type=float, help="Guidance scale; 1: none."),
             click.option("--guide-with", help="Run directory of a weaker version of the model: autoguidance."),
+            click.option(
+                "--set",
+                "moved",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Replace a setting of the run, such as text.encoder=FOLDER or codec.source=FOLDER.",
+            ),
             click.option("--output", type=click.Path(path_type=Path), help="Folder to write to."),
             click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
         ]
@@ -796,6 +804,56 @@ def _verify_cache(folder: Path, data: str | None, splits: Sequence[str], num: in
             "Remove the .json files of the shards that are named and cache again; the other shards are kept."
         )
     say(f"{folder} is as it was written: {report.num_items} items, {size_in_words(report.num_bytes)}.")
+
+
+@command.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--kind", help="dimr, dit, flowtok, flowtitok or autoencoder_kl; needed for other than released files.")
+@click.option(
+    "--config",
+    "reference",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON or YAML file of the reference's own settings; needed for other than released files.",
+)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def convert(source: Path, target: Path, kind: str | None, reference: Path | None, overrides: Sequence[str]) -> None:
+    """Turn a released CrossFlow or FlowTok file into a run directory, or a run directory back into such a file.
+
+    SOURCE is a file (.pth, .bin, .pt, .safetensors) and TARGET a new folder, or the other way round. The released files
+    are recognised by their tensors: CrossFlow on DiMR (256 and 512 px, CLIP and T5) and on DiT, FlowTok-XL and -H, the
+    FlowTiTok tokenizer, and the autoencoder of Stable Diffusion under its original names.
+
+    \b
+      crossflow convert t2i_256px_clip_dimr.pth runs/released
+      crossflow sample --checkpoint runs/released --prompt "a corgi in a spacesuit"
+      crossflow convert t2i_512px_t5_dit.pth runs/t5 text.encoder=~/t5-v1_1-xxl text.precision=bfloat16
+      crossflow convert FlowTiTok_512.bin codecs/flowtitok
+      crossflow convert FlowTok-XL.pth runs/flowtok codec.source=codecs/flowtitok
+      crossflow convert runs/released original.pth            back to the original keys, bit for bit
+      crossflow convert small.pth runs/small --kind dimr --config settings.json
+
+    KEY=VALUE overrides settings of the run. Its text encoder (CLIP ViT-L/14, T5-XXL) and autoencoder are named, not
+    copied: by hub id unless text.encoder and codec.source say another id or a folder, and they can be replaced later by
+    --set. No code in a file is ever run, and it is read piece by piece, never into memory as a whole.
+    """
+    from crossflow.tasks.released.convert import from_file, to_file
+
+    back = source.is_dir()
+    if back and (reference is not None or overrides):
+        raise UserError("A folder is written back as it is: --config and KEY=VALUE belong to the way there.")
+    with _bar("converting") as on_bytes:
+        if back:
+            done = to_file(source, target, kind=kind, progress=on_bytes)
+        else:
+            done = from_file(source, target, kind=kind, config=reference, overrides=overrides, progress=on_bytes)
+    say(f"{done.name}, kind {done.kind}: {done.num_tensors} tensors. Wrote {done.path}.")
+    for reason, keys in done.dropped.items():
+        say(f"{'Left out then' if back else 'Left out'}: {len(keys)} tensors ({keys[0]}, ...), {reason}.")
+    for note in done.notes:
+        say(note)
+    if not back and (done.path / "config.yaml").is_file():
+        say(f'Use it: crossflow sample --checkpoint {done.path} --prompt "..."')
 
 
 @command.group()

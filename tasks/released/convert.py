@@ -100,7 +100,7 @@ def from_file(
     table = entries(ours, rules.rules)
     shapes = expected_shapes(ours, table)
     unused = check(weights.empty, shapes, rules.dropped, known.kind)
-    pieces = [_piece(entry, weights) for entry in table if all(key in weights for key in entry.keys)]
+    pieces = [piece for entry in table for piece in _piece(entry, weights, ours[entry.name])]
     dropped = _by_reason(unused, rules)
     origin = {
         "kind": known.kind,
@@ -125,12 +125,13 @@ def from_file(
     return Converted(folder, known.name, known.kind, len(weights) - len(unused), dropped, notes)
 
 
-def _piece(entry: Entry, weights: Weights) -> Piece:
-    return Piece(
-        entry.name,
-        entry.join(weights.empty[key] for key in entry.keys),
-        lambda: entry.join(weights[key] for key in entry.keys),
-    )
+def _piece(entry: Entry, weights: Weights, built: Tensor) -> Iterator[Piece]:
+    """One tensor of ours: from the file, or what the network was built with where the file need not hold it."""
+    if all(key in weights for key in entry.keys):
+        empty = entry.join(weights.empty[key] for key in entry.keys)
+        yield Piece(entry.name, empty, lambda: entry.join(weights[key] for key in entry.keys))
+    elif not built.is_meta:
+        yield Piece(entry.name, built.to("meta"), lambda: built)
 
 
 def _by_reason(unused: Sequence[str], kind: Kind) -> dict[str, list[str]]:
