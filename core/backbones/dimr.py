@@ -152,7 +152,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution: its input, U-shaped blocks, and its velocity. `grid` (H, W) is the largest it has positions for.
+    """One resolution: its input, U-shaped blocks, and its velocity. `grid` (H, W) is the one it has positions for.
 
     The outputs of the first n of 2n + 1 blocks return, last in first out, as skips of the last n.
     """
@@ -185,14 +185,17 @@ class Stage(nn.Module):
         pooled = F.avg_pool2d(z_t, self.stage.pool) if self.stage.pool > 1 else z_t
         # In the weights' precision: under autocast the residual stream stays float32, layers compute in a half type.
         x = self.embed(pooled).to(self.embed.weight.dtype).permute(0, 2, 3, 1)
-        height, width = x.shape[1:3]
-        if height > self.grid[0] or width > self.grid[1]:
-            raise UserError(
-                f"This backbone has positions for {self.grid[0]} x {self.grid[1]} at this stage, and {height} x "
-                f"{width} came. Use latents of the size it was made for."
-            )
-        x = x + self.positions.unflatten(0, self.grid)[:height, :width]
+        x = x + self._positions(x.shape[1], x.shape[2])
         return x if self.upsample is None or features is None else x + self.upsample(features, c)
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """(H, W, D): the learned table, stretched to a grid of another size than it was learned on."""
+        table = self.positions.unflatten(0, self.grid)
+        if (height, width) == self.grid:
+            return table
+        grid = table.permute(2, 0, 1)[None].float()
+        stretched = F.interpolate(grid, (height, width), mode="bilinear", align_corners=False)
+        return stretched[0].permute(1, 2, 0).to(table.dtype)
 
     def through(self, x: Tensor, blocks: nn.ModuleList, *conditions: Tensor | None) -> list[Tensor]:
         """The outputs of all blocks, in order."""
@@ -269,7 +272,8 @@ class DiMR(nn.Module):
     """Velocity network on latents (C, H, W): a stage of Transformer blocks, then finer ones of ConvNeXt blocks.
 
     forward(z_t (B, C, H, W), t (B,), unconditional (B,) bool, condition) -> velocities (B, C, H / K, W / K), coarse to
-    fine, K = patch x pool of each stage; the last has K = 1.
+    fine, K = patch x pool of each stage; the last has K = 1. Grids of other sizes that the largest K divides are
+    accepted, with positions stretched to them.
     """
 
     def __init__(
@@ -284,6 +288,7 @@ class DiMR(nn.Module):
         super().__init__()
         channels, height, width = latent_shape
         self.grid_channels = grid_channels
+        self.shrinks = stages[0].patch * stages[0].pool
         first, *finer = stages
         grids = [(height // (one.patch * one.pool), width // (one.patch * one.pool)) for one in stages]
         both = (channels + grid_channels, channels)
@@ -305,6 +310,8 @@ class DiMR(nn.Module):
     def forward(
         self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
     ) -> list[Tensor]:
+        if z_t.shape[-2] % self.shrinks or z_t.shape[-1] % self.shrinks:
+            raise _indivisible(z_t.shape[-2], z_t.shape[-1], self.shrinks)
         c = 1 - 2 * t.float()
         z_t = with_grid(z_t, condition, unconditional, self.grid_channels)
         velocity, features = self.stages[0](z_t, c, unconditional, condition)
@@ -313,6 +320,13 @@ class DiMR(nn.Module):
             velocity, features = stage(z_t, c, features)
             velocities.append(velocity)
         return velocities
+
+
+def _indivisible(height: int, width: int, shrinks: int) -> UserError:
+    return UserError(
+        f"A latent of {height} x {width} cannot be shrunk {shrinks} times, as the first stage of this DiMR does. "
+        "Choose another size, or fewer stages."
+    )
 
 
 def default_stages(config: BackboneConfig) -> tuple[StageConfig, ...]:
@@ -353,8 +367,5 @@ def build_dimr(
     if stages[0].width % stages[0].heads:
         raise UserError(f"The first stage's width {stages[0].width} is not a multiple of its {stages[0].heads} heads.")
     if latent_shape[1] % shrinks[0] or latent_shape[2] % shrinks[0]:
-        raise UserError(
-            f"A latent of {latent_shape[1]} x {latent_shape[2]} cannot be shrunk {shrinks[0]} times, as the first of "
-            f"{len(stages)} stages does. Choose another size, or fewer stages."
-        )
+        raise _indivisible(latent_shape[1], latent_shape[2], shrinks[0])
     return DiMR(latent_shape, stages, dropout=config.dropout, context_dim=context_dim, grid_channels=grid_channels)

@@ -150,11 +150,18 @@ def test_stages_can_be_given_one_by_one():
     ]
 
 
-def test_smaller_latents_use_the_corner_of_the_positions_and_larger_ones_are_refused():
-    model = tiny()
-    assert model(*inputs(latent_shape=(4, 8, 12)))[-1].shape == (3, 4, 8, 12)
-    with pytest.raises(UserError, match="has positions for 8 x 8"):
-        model(*inputs(latent_shape=(4, 32, 32)))
+def test_latents_of_other_sizes_stretch_the_positions():
+    model = tiny(num_stages=3)
+    for shape in ((4, 8, 12), (4, 32, 16)):
+        assert model(*inputs(latent_shape=shape))[-1].shape == (3, *shape)
+    with torch.no_grad():
+        for stage in model.stages:
+            stage.positions.copy_(torch.arange(len(stage.positions))[:, None] // stage.grid[1])  # the row
+    (rows,) = {tuple(column.tolist()) for column in model.stages[0]._positions(8, 2)[..., 0].T}
+    assert list(rows) == sorted(rows)
+    assert (rows[0], rows[-1]) == (0, 3)
+    with pytest.raises(UserError, match="18 x 16 cannot be shrunk 4 times"):
+        model(*inputs(latent_shape=(4, 18, 16)))
 
 
 @pytest.mark.parametrize(
