@@ -91,6 +91,8 @@ class NpyReader(FileReader):
             }
             arrays |= self._moments_beside(record)
             image = load_image(inside(self.root, record.image, self.allowed)) if record.image else None
+        except UserError:  # a file that tries to run something is not skipped in silence
+            raise
         except (ValueError, OSError) as error:
             raise BadItem(record.id, str(error)) from error
         return Item(record.id, image, (caption,), features=arrays)
@@ -145,9 +147,12 @@ def read_npy(path: Path) -> Any:
     if size > LARGEST_FILE:
         raise ValueError(f"{path.name} has more than {LARGEST_FILE} bytes")
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except Exception as error:  # of tokenizing and parsing: almost any kind, on a damaged header
+            raise ValueError(f"{path.name} is no .npy file: {error}") from error
         if dtype.hasobject:
             if shape != ():
                 raise ValueError(f"{path.name} holds {shape} objects, not one dictionary")
