@@ -18,6 +18,7 @@ from crossflow.core.losses import (
     multi_resolution_loss,
     reconstruction_loss,
     sigmoid_contrastive_loss,
+    stage_coefficients,
 )
 
 
@@ -125,6 +126,11 @@ def test_missing_values_reach_no_stage_of_a_multi_resolution_loss() -> None:
         [torch.full_like(coarse, 6.0), torch.full_like(fine, 3.0)], constant, [0.25, 1.0], there
     )
     assert loss.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(("num_stages", "right"), [(1, [1.0]), (2, [0.25, 1.0]), (3, [0.25, 0.5, 1.0])])
+def test_coefficients_are_the_released_ones(num_stages: int, right: list[float]) -> None:
+    assert stage_coefficients(num_stages) == pytest.approx(right)
 
 
 def test_one_coefficient_per_stage() -> None:

@@ -289,3 +289,31 @@ def test_impossible_objectives_are_user_errors(tiny_dit: Callable, loss: dict, m
     model = CrossFlow(SourceEncoder(Trunk(GRID), "variational", GRID), tiny_dit(GRID))
     with pytest.raises(UserError, match=message):
         Objective(model, build(Config, {"task": "toy", "loss": loss}))
+
+
+@pytest.mark.parametrize("coefficients", [(), (0.5, 2.0)])
+def test_several_velocities_make_the_multi_resolution_loss(
+    make: Callable[..., Objective], coefficients: tuple[float, ...]
+) -> None:
+    objective = make(settings={"loss": {"encoder": "none", "coefficients": coefficients}, "guidance": {"drop": 0}})
+    b, n = batch(), noise()
+    silent = [torch.zeros(B, 2, 2, 2), torch.zeros(B, *GRID)]
+    objective.model.backbone.forward = lambda *_: silent  # type: ignore[method-assign]
+    velocity = b.target - (1 - 1e-5) * objective.model.source_encoder(b.features).sample(noise=n.source)
+    coarse = (2 * torch.nn.functional.avg_pool2d(velocity, 2)).square().mean()
+    first, last = coefficients or (0.25, 1.0)
+    torch.testing.assert_close(objective(b, n)["flow"], first * coarse + last * velocity.square().mean())
+
+
+def test_a_coefficient_for_each_velocity_is_asked_for(make: Callable[..., Objective]) -> None:
+    objective = make(settings={"loss": {"encoder": "none", "coefficients": [0.25, 1.0]}})
+    with pytest.raises(UserError, match=r"loss\.coefficients has 2 values, but the backbone gives 1 velocities"):
+        objective(batch(), noise())
+
+
+def test_regulariser_is_averaged_or_summed_over_the_batch(make: Callable[..., Objective]) -> None:
+    mean = make(settings={"loss": {"encoder": "none", "kl": "released"}})
+    total = make(settings={"loss": {"encoder": "none", "kl": "released", "kl_reduction": "sum"}})
+    parts, summed = mean(batch(), noise()), total(batch(), noise())
+    torch.testing.assert_close(summed["kl"], B * parts["kl"])
+    torch.testing.assert_close(summed["loss"] - summed["flow"], B * (parts["loss"] - parts["flow"]))
