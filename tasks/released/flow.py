@@ -78,7 +78,7 @@ def _crossflow(config: ReferenceConfig, keys: Collection[str], latent_size: int)
         raise UserError(f"The released CrossFlow models have latents of 4 channels, not {config['channels']}.")
     adaptor = any(key.startswith("context_encoder.adaptor.") for key in keys)
     settings = _common(config, {"steps": 50, "guidance": 7.0})
-    encoders = {768: {"encoder": CLIP}, T5_WIDTH: {"encoder": T5, "scale": T5_SCALE}}
+    encoders: dict[int, dict[str, Any]] = {768: {"encoder": CLIP}, T5_WIDTH: {"encoder": T5, "scale": T5_SCALE}}
     settings["text"] |= {"head": "adaptor" if adaptor else "flatten"} | encoders.get(_setting(config, "clip_dim"), {})
     settings["data"] = {"image_size": PIXELS_PER_LATENT * latent_size}
     settings["codec"] = {"kind": "autoencoder_kl", "scale": CROSSFLOW_SCALE}
