@@ -99,6 +99,7 @@ def from_file(
     ours = released.tensors(module)
     table = entries(ours, rules.rules)
     shapes = expected_shapes(ours, table)
+    _check_kind(weights, shapes, known, rules)
     unused = check(weights.empty, shapes, rules.dropped, known.kind)
     pieces = [piece for entry in table for piece in _piece(entry, weights, ours[entry.name])]
     dropped = _by_reason(unused, rules)
@@ -123,6 +124,17 @@ def from_file(
             _write_codec(part, module, pieces, _counter(progress, pieces))
             _write_origin(part, origin, None)
     return Converted(folder, known.name, known.kind, len(weights) - len(unused), dropped, notes)
+
+
+def _check_kind(weights: Weights, shapes: Mapping[str, Any], known: Known, kind: Kind) -> None:
+    """A file of another kind is told as such, instead of by hundreds of tensors that do not fit."""
+    fitting = sum(key in weights and weights.empty[key].shape == shape for key, (shape, _) in shapes.items())
+    used = {key for key in weights if not any(re.fullmatch(pattern, key) for pattern in kind.dropped)}
+    if fitting < len(used | shapes.keys()) / 2:
+        raise UserError(
+            f"{weights.path} holds {fitting} of the {len(shapes)} tensors of a {known.kind!r} network with these "
+            f"settings, and {len(used) - fitting} others: it is another network. Look at --kind and --config."
+        )
 
 
 def _piece(entry: Entry, weights: Weights, built: Tensor) -> Iterator[Piece]:
