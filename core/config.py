@@ -174,6 +174,8 @@ class TrainConfig(Section):
     """Processes that load data beside each training process."""
     trackers: tuple[str, ...] = ()
     """tensorboard, wandb; json lines are always written."""
+    start_from: str | None = None
+    """Run directory whose averaged weights a new run begins with, where names and shapes agree."""
     max_minutes: float | None = Field(None, gt=0)
     """End cleanly, with a checkpoint, after so many minutes."""
 

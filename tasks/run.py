@@ -31,6 +31,7 @@ from crossflow.tasks.common.readers import located
 from crossflow.tasks.pipeline import Pipeline
 from crossflow.tasks.provenance import MANIFEST, changed, describe, expect_same
 from crossflow.tasks.scoring import Scores, held_out_loss, laid_out, score, seen_in_training, show
+from crossflow.tasks.start import start_from
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,9 @@ class Run:
         torch.manual_seed(keyed_generator("weights", config.seed).initial_seed())
         self.model = self.task.build_model()
         self.objective = self.task.build_objective(self.model)
+        other = config.train.start_from
+        if other is not None and not (resume is not None and checkpoints(folder / "checkpoints")):
+            self.progress.note(start_from(other, self.objective).told(other))
 
     def _prepare(self) -> None:
         """Everything that comes before the flow: learned once by the main process, read by all from the run
