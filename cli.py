@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 
 import functools
 import json
+import os
 import sys
 import threading
 from collections import Counter
@@ -206,6 +207,10 @@ def _show_scores(
     Console().print(table)
 
 
+SHARED = ("sample", "evaluate")
+"""Commands whose items are shared by the processes of a launcher."""
+
+
 @dataclass(frozen=True)
 class Use:
     """A trained model as a command was told to use it."""
@@ -231,15 +236,23 @@ class Use:
 
 
 def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of a checkpoint and its solver, and calls it with a `Use` in front."""
+    """Gives a command the options of a checkpoint and its solver, and calls it with a `Use` in front.
+
+    Of several processes only the first works, unless the command is one of SHARED.
+    """
 
     @functools.wraps(function)
     def run(
         checkpoint: str, weights: str | None, device: str | None, seed: int, output: Path | None, **others: Any
     ) -> None:
+        from crossflow.core import distributed
         from crossflow.core.config import parse_overrides
         from crossflow.tasks.pipeline import load
 
+        if distributed.announced():
+            distributed.device()  # joins the processes of a launcher
+            if not distributed.is_main() and function.__name__ not in SHARED:
+                return
         settings = parse_overrides(others.pop("overrides"))
         asked = {name: others.pop(name) for name in ("solver", "steps", "guidance")}
         settings |= {name: value for name, value in asked.items() if value is not None}
@@ -282,7 +295,7 @@ def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar that shows itself when the work takes longer than two seconds; (done, total) moves it."""
     from rich.progress import Progress
 
-    bar = Progress(transient=True)
+    bar = Progress(transient=True, disable=os.environ.get("RANK", "0") != "0")
     task = bar.add_task(label, total=None)
     # A clock of its own: the first step of a large model, or a solver that counts none, may take long.
     clock = threading.Timer(2, bar.start)
@@ -380,12 +393,24 @@ def sample(
 
     KEY=VALUE sets any field of the recipe's `sample` section.
     """
+    from crossflow.core import distributed
+
     pipe = use.pipe
     asked = _inputs(pipe, prompts, prompt_file, inputs)
     folder = use.output or Path("outputs") / pipe.task.name
     ids = _item_ids(asked)
+    # Several processes take an equal share each; the first writes what all have made.
+    size = -(-len(asked) // distributed.world_size())
+    shares = [range(start, min(start + size, len(asked))) for start in range(0, len(asked), size)]
     with _bar("sampling") as on_step:
-        results = pipe([value for _, value in asked], ids=ids, num=num, seed=use.seed, on_step=on_step, **use.settings)
+
+        def make(share: range) -> list[Any]:
+            values, names = [asked[i][1] for i in share], [ids[i] for i in share]
+            return pipe(values, ids=names, num=num, seed=use.seed, on_step=on_step, **use.settings)
+
+        results = [result for _, made in distributed.shared(shares, make) for result in made]
+    if not distributed.is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     names = []
@@ -452,6 +477,8 @@ def evaluate(
             folder=use.output,
             progress=lambda what, done, total: on_step(done, total),
         )
+    if report is None:  # the first of several processes writes and tells
+        return
     _show_scores(report.scores.values, report.scores.intervals, report.baseline, pipe.task.headline)
     for note in report.scores.notes:
         say(f"note: {note}")

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from crossflow.benchmarks.report import write_page
+from crossflow.core import distributed
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.pipeline import Pipeline
 from crossflow.tasks.run import environment, write_atomically
-from crossflow.tasks.scoring import Progress, Scores, score, seen_in_training
+from crossflow.tasks.scoring import Progress, Scores, score_shared, seen_in_training
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> Report | None:
     """Scores `pipe` on at most `num` items of a split; spec: the data of the run's own validation when None.
+
+    Several processes share the items; the first one writes and gets the report, the others get None.
 
     Writes metrics.json (scores, intervals, trivial baseline, manifest), items.jsonl and index.html to `folder`, by
     default RUN/evaluation/DATA-SPLIT-SOLVER and whatever differs from the recipe. Raises UserError when the data do
@@ -45,8 +48,10 @@ def evaluate(
     examples = task.dataset(split, spec, limit=num)
     cases = task.cases(examples, num)
     begun = time.monotonic()
-    scores = score(pipe, cases, seed=seed, settings=chosen, num_tiles=24, thorough=True, progress=progress)
+    scores = score_shared(pipe, cases, seed=seed, settings=chosen, num_tiles=24, thorough=True, progress=progress)
     seconds = time.monotonic() - begun
+    if scores is None:
+        return None
     baseline: dict[str, float] = {}
     try:
         train = task.dataset("train")
@@ -72,6 +77,7 @@ def evaluate(
         "sample": chosen.model_dump(mode="json"),
         "seed": seed,
         "seconds": round(seconds, 2),
+        "processes": distributed.world_size(),
         **environment(),
     }
     content = {

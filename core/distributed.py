@@ -5,8 +5,9 @@ W ranks; every rank holds the same number of samples B, in rank order: global sa
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from crossflow.core.errors import UserError
+
+T, R = TypeVar("T"), TypeVar("R")
+
+
+def announced() -> bool:
+    """Whether a launcher has announced several processes, joined or not."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_distributed() -> bool:
@@ -26,9 +34,8 @@ def device() -> torch.device:
     """The device of this process. The first call joins the group of processes that a launcher has announced."""
     from accelerate import PartialState
 
-    announced = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # Told nothing, accelerate takes several processes without a GPU for as many runs of one process.
-    state = PartialState(cpu=announced and not torch.accelerator.is_available())
+    state = PartialState(cpu=announced() and not torch.accelerator.is_available())
     if is_distributed():
         atexit.register(_leave)
     found: torch.device = state.device
@@ -137,3 +144,46 @@ def on_main(action: Callable[[], str]) -> str:
     if error is not None:
         raise error
     return text
+
+
+def shared(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """`work` on each of the parts, one per rank at a time: rank 0 gets (part, its result) in order, the others nothing.
+
+    Every rank must go through all of it. What `work` raises on any rank is raised on all of them. Results must be such
+    as can be pickled.
+    """
+    for first in range(0, len(parts), world_size()):
+        together = parts[first : first + world_size()]
+        results: list[R] = []
+        problem: Exception | None = None
+        if rank() < len(together):
+            try:
+                results.append(work(together[rank()]))
+            except Exception as raised:
+                problem = raised
+        _raise_everywhere(problem)
+        yield from zip(together, _on_first(results), strict=False)
+
+
+def _raise_everywhere(problem: Exception | None) -> None:
+    """Raises a rank's own problem there, and what the first rank with one met on the others."""
+    said = [None if problem is None else (isinstance(problem, UserError), f"{type(problem).__name__}: {problem}")]
+    if is_distributed():
+        heard: list[tuple[bool, str] | None] = [None] * world_size()
+        dist.all_gather_object(heard, said[0])
+        said = heard
+    if problem is not None:
+        raise problem
+    for number, what in enumerate(said):
+        if what is not None:
+            user, text = what
+            raise UserError(text.partition(": ")[2]) if user else RuntimeError(f"process {number} met {text}")
+
+
+def _on_first(mine: list[R]) -> list[R]:
+    """On rank 0 what all ranks give, in rank order; elsewhere nothing."""
+    if not is_distributed():
+        return mine
+    boxes: list[list[R]] | None = [[] for _ in range(world_size())] if is_main() else None
+    dist.gather_object(mine, boxes, dst=0)
+    return [] if boxes is None else [value for box in boxes for value in box]

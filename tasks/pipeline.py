@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossflow.core import sampling
+from crossflow.core import distributed, sampling
 from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig, build, dump
 from crossflow.core.errors import UserError
@@ -282,7 +282,12 @@ class Pipeline:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device called so; none: a GPU if there is one. Raises UserError when there is no such device."""
+    """The device called so; none: this process's own under a launcher, else a GPU if there is one.
+
+    Raises UserError when there is no such device.
+    """
+    if name is None and distributed.announced():
+        return distributed.device()
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,12 +1,13 @@
 """Scores of a trained model on a split: run every case, score every output, keep what a picture page needs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from crossflow.core import distributed
 from crossflow.core.config import GuidanceConfig, LossConfig, SampleConfig
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import training_noise
@@ -44,19 +45,58 @@ def score(
     progress: Progress | None = None,
 ) -> Scores:
     """Runs the cases in batches of settings.batch_size and scores them. Noise follows from (seed, case id)."""
-    settings = settings or pipe.settings
+    chosen = settings or pipe.settings
+    parts = list(batches(cases, chosen.batch_size))
+    made = ((part, _run(pipe, part, seed, chosen)) for part in parts)
+    return _scored(pipe, len(cases), made, num_tiles, thorough, progress)
+
+
+def score_shared(
+    pipe: Pipeline,
+    cases: Sequence[Case],
+    *,
+    seed: int = 0,
+    settings: SampleConfig | None = None,
+    num_tiles: int = 16,
+    thorough: bool = False,
+    progress: Progress | None = None,
+) -> Scores | None:
+    """As `score`, with the batches shared by all processes; the first one scores, the others get None.
+
+    Every process must call it. The batches are those of one process, so the scores are, too.
+    """
+    chosen = settings or pipe.settings
+    made = distributed.shared(list(batches(cases, chosen.batch_size)), lambda part: _run(pipe, part, seed, chosen))
+    if distributed.is_main():
+        return _scored(pipe, len(cases), made, num_tiles, thorough, progress)
+    for _ in made:  # does its share
+        pass
+    return None
+
+
+def _run(pipe: Pipeline, part: Sequence[Case], seed: int, settings: SampleConfig) -> list[Any]:
+    return pipe.outputs([case.input for case in part], [case.id for case in part], seed, settings)
+
+
+def _scored(
+    pipe: Pipeline,
+    num: int,
+    made: Iterable[tuple[Sequence[Case], list[Any]]],
+    num_tiles: int,
+    thorough: bool,
+    progress: Progress | None,
+) -> Scores:
     metric = pipe.task.metric(thorough)
     pages: list[list[Tile]] = []
     done = 0
-    for part in batches(cases, settings.batch_size):
-        outputs = pipe.outputs([case.input for case in part], [case.id for case in part], seed, settings)
+    for part, outputs in made:
         for case, output in zip(part, outputs, strict=True):
             metric.add(case.id, output, case.truth)
             if len(pages) < num_tiles:
                 pages.append(pipe.task.tiles(case, output))
         done += len(part)
         if progress is not None:
-            progress("scoring", done, len(cases))
+            progress("scoring", done, num)
     values = metric.compute()
     return Scores(values, metric.intervals(), metric.rows, pages, metric.notes)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossflow.core import distributed
-from crossflow.core.distributed import gather, gather_with_grad, max_over_ranks, mean_over_ranks, on_main
+from crossflow.core.distributed import gather, gather_with_grad, max_over_ranks, mean_over_ranks, on_main, shared
 from crossflow.core.errors import UserError
 
 
@@ -115,3 +115,49 @@ def test_on_main_gives_its_text_or_its_error_to_all(tmp_path: Path) -> None:
         return [said]
 
     assert on_ranks(function, tmp_path) == [["from 0"], ["from 0"]]
+
+
+def test_one_process_does_all_parts() -> None:
+    assert list(shared([3, 4, 5], lambda part: part * part)) == [(3, 9), (4, 16), (5, 25)]
+    assert list(shared([], str)) == []
+
+
+@pytest.mark.parametrize("num_parts", [0, 1, 4, 5])
+def test_parts_are_shared_and_the_first_rank_gets_them_in_order(tmp_path: Path, num_parts: int) -> None:
+    def on_rank(rank: int) -> dict:
+        done: list[int] = []
+
+        def work(part: int) -> str:
+            done.append(part)
+            return "x" * part
+
+        return {"got": [list(pair) for pair in shared(range(num_parts), work)], "did": done}
+
+    first, second = on_ranks(on_rank, tmp_path)
+    assert first["got"] == [[part, "x" * part] for part in range(num_parts)]
+    assert second["got"] == []
+    assert first["did"] == list(range(0, num_parts, 2))
+    assert second["did"] == list(range(1, num_parts, 2))
+
+
+@pytest.mark.parametrize("kind", [UserError, ZeroDivisionError])
+def test_what_one_rank_raises_is_raised_on_all(tmp_path: Path, kind: type[Exception]) -> None:
+    def on_rank(rank: int) -> list[str]:
+        def work(part: int) -> int:
+            if part == 3:  # of rank 1
+                raise kind("part 3 is bad")
+            return part
+
+        try:
+            list(shared(range(6), work))
+        except Exception as error:
+            return [type(error).__name__, str(error)]
+        return []
+
+    first, second = on_ranks(on_rank, tmp_path)
+    assert second == [kind.__name__, "part 3 is bad"]
+    assert first == (
+        ["UserError", "part 3 is bad"]
+        if kind is UserError
+        else ["RuntimeError", "process 1 met ZeroDivisionError: part 3 is bad"]
+    )

@@ -1,0 +1,64 @@
+"""Commands in several processes: the items are shared, the result is that of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crossflow.cli import main
+
+pytestmark = pytest.mark.slow
+
+
+def in_processes(num: int, *argv: str, status: int = 0) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num}", "-m", "crossflow", "--"]
+    # The launcher takes --num for an abbreviation of an option of its own unless -- is in front.
+    # Without a GPU even where there is one: processes must not share it.
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *launcher, *argv], env={**os.environ, **variables}, capture_output=True, text=True, timeout=240
+    )
+    assert (done.returncode == 0) == (status == 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_an_evaluation_is_shared_and_is_that_of_one_process(tiny_run, tmp_path: Path) -> None:
+    argv = ["evaluate", "--checkpoint", str(tiny_run("sr")), "--num", "10", "batch_size=3"]
+    assert main([*argv, "--output", str(tmp_path / "one")]) == 0
+    said = in_processes(2, *argv, "--output", str(tmp_path / "two"))
+    assert said.count("Wrote ") == 1
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["scores"] == two["scores"]
+    assert one["baseline"] == two["baseline"]
+    assert (one["manifest"]["processes"], two["manifest"]["processes"]) == (1, 2)
+    rows = [(tmp_path / name / "items.jsonl").read_text() for name in ("one", "two")]
+    assert rows[0] == rows[1]
+    pages = [np.array(Image.open(tmp_path / name / "pictures.png")) for name in ("one", "two")]
+    assert np.array_equal(*pages)
+
+
+def test_samples_are_shared_and_other_commands_left_to_one_process(tiny_run, tmp_path: Path) -> None:
+    run = str(tiny_run("t2i"))
+    prompts = [word for number in range(3) for word in ("--prompt", f"{number} cubes")]
+    argv = ["sample", "--checkpoint", run, *prompts, "--num", "2"]
+    assert main([*argv, "--output", str(tmp_path / "one")]) == 0
+    said = in_processes(2, *argv, "--output", str(tmp_path / "two"))
+    assert said.count("Wrote 7 files") == 1
+    for file in (tmp_path / "one").iterdir():
+        a, b = (np.array(Image.open(folder / file.name)).astype(int) for folder in (file.parent, tmp_path / "two"))
+        assert np.abs(a - b).max() <= 1
+    argv = ["interpolate", "--checkpoint", run, "--from", "a", "--to", "b", "--frames", "2"]
+    assert in_processes(2, *argv, "--output", str(tmp_path / "i")).count("Wrote ") == 1
+
+
+def test_an_error_ends_all_processes_with_one_paragraph(tiny_run) -> None:
+    said = in_processes(
+        2, "sample", "--checkpoint", str(tiny_run("t2i")), "--prompt", "a", "--solver", "eulr", status=2
+    )
+    assert "Did you mean 'euler'" in said
+    assert "cli.py" not in said, "our own traceback"
