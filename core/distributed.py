@@ -16,7 +16,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from crossflow.core.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def announced() -> bool:
