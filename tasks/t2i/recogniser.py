@@ -39,7 +39,7 @@ from crossflow.tasks.common.scenes import (
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 SIDE = 32  # pixels; pictures of another size are resized to it
 GRID = 8
 HELD_OUT = 1000  # scenes on which the recogniser's own accuracy is measured
@@ -135,30 +135,21 @@ def load_recogniser(
 # ---- network
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(_convolution(width, width, 1), nn.ReLU(), _convolution(width, width, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.body(x))
-
-
 class _Network(nn.Module):
     """Pictures (B, 3, 32, 32) in [-1, 1] -> a reading of every cell (B, 8, 8, C); ``_CHANNELS`` names the C numbers."""
 
     def __init__(self, width: int) -> None:
+        from timm.layers import ConvNormAct
+        from timm.models.resnet import BasicBlock
+
         super().__init__()
         self.layers = nn.Sequential(
-            _convolution(3, width // 2, 1),
-            nn.ReLU(),
-            _convolution(width // 2, width, 2),
-            nn.ReLU(),
-            _Block(width),
-            _convolution(width, 2 * width, 2),
-            nn.ReLU(),
-            _Block(2 * width),
-            _Block(2 * width),
+            ConvNormAct(3, width // 2, 3),
+            ConvNormAct(width // 2, width, 3, stride=2),
+            BasicBlock(width, width),
+            ConvNormAct(width, 2 * width, 3, stride=2),
+            BasicBlock(2 * width, 2 * width),
+            BasicBlock(2 * width, 2 * width),
             nn.Conv2d(2 * width, sum(_CHANNELS.values()), 1),
         )
 
@@ -167,10 +158,6 @@ class _Network(nn.Module):
 
 
 _CHANNELS = {"near": 1, "offset": 2, "distance": 1} | {name: len(values) for name, values in _ATTRIBUTES.items()}
-
-
-def _convolution(inputs: int, outputs: int, stride: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs))
 
 
 def _split(output: Tensor) -> dict[str, Tensor]:
