@@ -25,7 +25,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
 from crossflow.tasks import released
 from crossflow.tasks.base import build_task, task_class
-from crossflow.tasks.common.codecs import SETTINGS_FILE, WEIGHTS_FOLDER, NetworkCodec
+from crossflow.tasks.common.codecs import SETTINGS_FILE, WEIGHTS_FOLDER, AutoencoderKLCodec, NetworkCodec
 from crossflow.tasks.common.frozen import write_json
 from crossflow.tasks.common.image_latents import FOLDER as CODEC_FOLDER
 from crossflow.tasks.pipeline import WEIGHTS
@@ -167,7 +167,10 @@ def _counter(progress: Progress, pieces: Sequence[Piece]) -> Callable[[int], Non
 
 def _run_config(known: Known, keys: Sequence[str], overrides: Sequence[str], module: CrossFlow) -> Config:
     """The configuration of the run; raises UserError for overrides after which it builds another network."""
-    settings = merge(released.settings(known.kind, known.config, keys), parse_overrides(overrides))
+    settings = released.settings(known.kind, known.config, keys)
+    if settings["codec"]["kind"] == AutoencoderKLCodec.kind:
+        settings["codec"]["source"] = AutoencoderKLCodec.example
+    settings = merge(settings, parse_overrides(overrides))
     for section, name in (("text", "encoder"), ("codec", "source")):
         settings[section] = {**settings[section], name: _local(f"{section}.{name}", settings[section].get(name))}
     config = build(task_class("t2i").Config, settings)
@@ -204,10 +207,10 @@ def _notes(config: Any) -> list[str]:
     notes = []
     for name, value, example in (
         ("text.encoder", text.encoder, "the text encoder's hub id or folder"),
-        ("codec.source", codec.source, f"the folder of a converted {codec.kind} codec, or of one of diffusers"),
+        ("codec.source", codec.source, "the folder that the tokenizer was converted to"),
     ):
         if value is None:
-            notes.append(f"Not set yet: {name}. Sample with --set {name}=..., {example}.")
+            notes.append(f"Not set yet: {name}. Give {name}=..., {example}; or when sampling, --set {name}=...")
         else:
             notes.append(f"{name}: {value}. Elsewhere: --set {name}=FOLDER when sampling.")
     return notes

@@ -235,7 +235,7 @@ def test_commands_convert_sample_and_convert_back(files, encoders, tmp_path, cap
     told = capsys.readouterr().out
     assert f"{len(state)} tensors" in told
     assert "openai/clip-vit-large-patch14" in told
-    assert "Not set yet: codec.source" in told
+    assert "codec.source: stabilityai/sd-vae-ft-ema" in told
     moved = ["--set", f"text.encoder={encoders('clip')}", "--set", f"codec.source={codec}"]
     sample = ["sample", "--checkpoint", str(run), "--prompt", "a red cube", "--steps", "2"]
     assert main([*sample, "--output", str(tmp_path / "out"), *moved]) == 0
