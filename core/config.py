@@ -3,6 +3,7 @@
 Each part of the method has its section here; a task subclasses `Config` and adds its own (see tasks/*/__init__.py).
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,14 @@ class BackboneConfig(Section):
     """dimr: resolutions, each half of the next (2 at 256 px, 3 at 512 px in the papers)."""
     stages: tuple[StageConfig, ...] = ()
     """dimr: the stages one by one, coarse to fine, instead of a row of the size table."""
+
+    @property
+    def grain(self) -> int:
+        """Height and width of a grid latent are multiples of this: the patch, and what the first stage shrinks by."""
+        if self.name != "dimr":
+            return self.patch
+        shrinks = self.stages[0].patch * self.stages[0].pool if self.stages else 2 ** (self.num_stages - 1)
+        return math.lcm(self.patch, shrinks)
 
 
 class PathConfig(Section):

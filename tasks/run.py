@@ -154,11 +154,12 @@ class Run:
         write_atomically(self.folder / "config.yaml", dump(self.config))  # last: it says that the folder holds a run
 
     def _check_patches(self) -> None:
-        shape, patch = self.task.latent_shape, self.config.backbone.patch
+        shape, patch = self.task.latent_shape, self.config.backbone.grain
         if len(shape) == 3 and (shape[1] % patch or shape[2] % patch):
             raise UserError(
-                f"Latents of {shape[1]} x {shape[2]} cannot be cut into patches of backbone.patch = {patch}: choose "
-                f"another data.image_size (now {self.config.data.image_size}) or another patch."
+                f"Latents of {shape[1]} x {shape[2]} cannot be cut into the backbone's patches of {patch}: choose "
+                f"another data.image_size (now {self.config.data.image_size}), backbone.patch, or, for dimr, "
+                "backbone.num_stages."
             )
 
     def _check_same(self, prepared: Path) -> None:

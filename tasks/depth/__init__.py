@@ -141,13 +141,13 @@ class Adapter(Task[DepthConfig]):
         return value if isinstance(value, np.ndarray) else load_image(value)
 
     def pieces(self, value: np.ndarray) -> Pieces:
-        fitted = fit_shorter_side(value, self.config.data.image_size, self.config.backbone.patch)
+        fitted = fit_shorter_side(value, self.config.data.image_size, self.config.backbone.grain)
         return Pieces([fitted], lambda depths: _resize_depth(depths[0], value.shape[:2]), fitted.shape[:2])
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         """A depth map in metres, or a 16-bit PNG of one in millimetres; missing depth takes the mean."""
         depth = value if isinstance(value, np.ndarray) else load_depth_png(value)
-        sides = fitted_sides(depth.shape, self.config.data.image_size, self.config.backbone.patch)
+        sides = fitted_sides(depth.shape, self.config.data.image_size, self.config.backbone.grain)
         rows, columns = (
             ((np.arange(side) + 0.5) * length / side).astype(np.int64)
             for side, length in zip(sides, depth.shape, strict=True)

@@ -61,18 +61,18 @@ class Adapter(Task[SrConfig]):
 
     def __init__(self, config: SrConfig) -> None:
         super().__init__(config)
-        scale, patch = config.sr.scale, config.backbone.patch
+        scale, patch = config.sr.scale, config.backbone.grain
         self.crop = config.sr.crop or config.data.image_size
         if self.crop % scale or self.crop % patch:
             raise UserError(
                 f"The training crop of {self.crop} pixels (sr.crop, or data.image_size) must be a multiple of "
-                f"sr.scale = {scale} and of backbone.patch = {patch}."
+                f"sr.scale = {scale} and of the backbone's patches of {patch}."
             )
         self.grain = math.lcm(scale, patch)
         if config.sr.tile % self.grain or config.sr.tile - config.sr.overlap < self.grain:
             raise UserError(
-                f"sr.tile = {config.sr.tile} must be a multiple of sr.scale = {scale} and of backbone.patch = {patch}, "
-                f"and larger than sr.overlap = {config.sr.overlap} by {self.grain} at least."
+                f"sr.tile = {config.sr.tile} must be a multiple of sr.scale = {scale} and of the backbone's patches of "
+                f"{patch}, and larger than sr.overlap = {config.sr.overlap} by {self.grain} at least."
             )
 
     # -- what is learned before the flow

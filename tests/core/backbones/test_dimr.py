@@ -150,6 +150,14 @@ def test_stages_can_be_given_one_by_one():
     ]
 
 
+def test_latents_come_in_multiples_of_the_grain():
+    assert BackboneConfig(name="dit", patch=4).grain == 4
+    assert BackboneConfig(name="dimr", patch=1, num_stages=3).grain == 4
+    assert BackboneConfig(name="dimr", patch=3, num_stages=2).grain == 6
+    stages = [{"width": 16, "hidden": 16, "depth": 1, "patch": 2, "pool": 4}]
+    assert BackboneConfig.model_validate({"name": "dimr", "patch": 1, "stages": stages}).grain == 8
+
+
 def test_latents_of_other_sizes_stretch_the_positions():
     model = tiny(num_stages=3)
     for shape in ((4, 8, 12), (4, 32, 16)):
