@@ -33,7 +33,11 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size(3, 64, 2),
-    "S": Size(19, 512, 8),  # 70M, for ablations; this shape is ours
+    # The five sizes of Fig. 3, whose smallest serves the ablations; the papers give the widths of the largest alone.
+    "S": Size(19, 512, 8),  # 70M
+    "M": Size(25, 640, 10),  # 144M
+    "B": Size(33, 768, 12),  # 273M
+    "L": Size(49, 896, 14),  # 550M
     "XL": Size(65, 1024, 16),  # 0.95B, as released
 }
 

@@ -125,12 +125,13 @@ def test_sizes_have_the_papers_parameter_counts():
     with torch.device("meta"):
         counts = {
             (size, stages): sum(one.numel() for one in _sized(size, stages).parameters())
-            for size, stages in [("S", 2), ("XL", 2), ("XL", 3)]
+            for size, stages in [*((size, 2) for size in SIZES), ("XL", 3)]
         }
     assert counts[("XL", 2)] == 950_778_890
     assert counts[("XL", 3)] == 985_439_246
     assert counts[("S", 2)] == pytest.approx(70e6, rel=0.02)
-    assert set(SIZES) >= {"tiny", "S", "XL"}
+    assert counts[("S", 2)] < counts[("M", 2)] < counts[("B", 2)] < counts[("L", 2)] < counts[("XL", 2)]
+    assert {size for size, _ in counts} == set(SIZES)
 
 
 def _sized(size, num_stages):
