@@ -182,6 +182,7 @@ def test_the_noise_source_baseline_is_one_override(tiny_settings, blind_judge, t
         ("caption", ["loss.encoder=reconstruction", "loss.encoder_target=image"]),
         ("depth", ["depth.target=disparity", "source.kind=deterministic"]),
         ("depth", ["depth.target=linear", "loss.encoder=none", "depth.augmentation.crop=0.5"]),
+        ("depth", ["depth.augmentation.colour=0.2"]),
         ("sr", ["source.kind=variational", "sr.scale=2", "loss.kl=variance"]),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),

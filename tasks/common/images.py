@@ -217,27 +217,6 @@ def center_crop_resize(
     return image[rows[:, None], columns[None, :]]
 
 
-def resize_bicubic(
-    tensor: torch.Tensor, size: int | tuple[int, int], *, limits: tuple[float, float] | None = (-1.0, 1.0)
-) -> torch.Tensor:
-    """Antialiased bicubic resize of float (C, H, W) or (B, C, H, W): the low-resolution input of super-resolution.
-
-    The kernel is Keys' with a = -0.5, widened when shrinking, the same as Pillow's.
-
-    Args:
-        tensor: floating-point pixels on any device.
-        size: side of a square, or (height, width), in pixels.
-        limits: bicubic weights overshoot at edges; results are clipped to this range. None leaves them.
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    batched = tensor if tensor.ndim == 4 else tensor.unsqueeze(0)
-    resized = torch.nn.functional.interpolate(
-        batched, size=(height, width), mode="bicubic", align_corners=False, antialias=True
-    )
-    resized = resized if tensor.ndim == 4 else resized.squeeze(0)
-    return resized if limits is None else resized.clamp(*limits)
-
-
 def imresize_matlab(image: np.ndarray, scale: float, *, border: Literal["mirror", "repeat"] = "mirror") -> np.ndarray:
     """MATLAB's `imresize(image, scale)`: bicubic, antialiased when shrinking, as all published SR tables use it.
 

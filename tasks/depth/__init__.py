@@ -33,7 +33,7 @@ from crossflow.tasks.common.images import (
 from crossflow.tasks.common.metrics import TaskMetric
 from crossflow.tasks.common.readers import Item
 from crossflow.tasks.common.sizes import by_shape, fit_shorter_side, fitted_sides
-from crossflow.tasks.depth.dataset import Augmentation, example, square
+from crossflow.tasks.depth.dataset import Augmentation, coloured, example, square
 from crossflow.tasks.depth.decoder import DepthScale, DepthTarget
 from crossflow.tasks.depth.encoder import build_reconstructor, build_trunk
 
@@ -101,7 +101,8 @@ class Adapter(Task[DepthConfig]):
         return example(item, self.config.data.image_size, self.config.depth.augmentation, generator)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        rgb = torch.stack([one["rgb"] for one in examples])
+        factors = torch.stack([one["colour"] for one in examples])
+        rgb = coloured(torch.stack([one["rgb"] for one in examples]), factors)
         depth = torch.stack([one["depth"] for one in examples])
         source = self._source(rgb)
         return Batch(

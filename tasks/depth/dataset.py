@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from crossflow.core.config import Section
 from crossflow.tasks.common.images import center_crop_resize, to_tensor
@@ -18,6 +19,8 @@ class Augmentation(Section):
     """Mirror half of the training pictures."""
     crop: float = Field(1.0, gt=0, le=1)
     """Smallest side of a random square crop, as a share of the shorter side; 1: the centre crop."""
+    colour: float = Field(0.0, ge=0, lt=1)
+    """Brightness, contrast and saturation of the training pictures are each multiplied by 1 - colour to 1 + colour."""
 
 
 def square(item: Item, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +33,9 @@ def square(item: Item, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def example(item: Item, size: int, augmentation: Augmentation, generator: np.random.Generator) -> dict[str, Any]:
-    """{"id", "rgb" float32 (3, H, W) in [-1, 1], "depth" float32 (1, H, W) metres}; all chance from `generator`."""
+    """{"id", "rgb" float32 (3, H, W) in [-1, 1], "depth" float32 (1, H, W) metres, "colour" (3,) factors for
+    `coloured`}; all chance from `generator`.
+    """
     assert item.image is not None
     assert item.depth is not None
     image, depth = item.image, item.depth
@@ -42,8 +47,23 @@ def example(item: Item, size: int, augmentation: Augmentation, generator: np.ran
     image, depth = center_crop_resize(image, size), center_crop_resize(depth, size, resample="nearest")
     if augmentation.flip and generator.random() < 0.5:
         image, depth = image[:, ::-1], depth[:, ::-1]
+    span = augmentation.colour
+    factors = generator.uniform(1 - span, 1 + span, 3) if span else np.ones(3)
     return {
         "id": item.id,
+        "colour": torch.from_numpy(factors.astype(np.float32)),
         "rgb": to_tensor(np.ascontiguousarray(image)),
         "depth": torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32))[None],
     }
+
+
+def coloured(rgb: Tensor, factors: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] with brightness, contrast and saturation multiplied by factors (B, 3)."""
+    if (factors == 1).all():
+        return rgb
+    from kornia import enhance
+
+    brightness, contrast, saturation = factors.unbind(1)
+    pixels = enhance.adjust_brightness_accumulative((rgb + 1) / 2, brightness)
+    pixels = enhance.adjust_contrast_with_mean_subtraction(pixels, contrast)
+    return enhance.adjust_saturation_with_gray_subtraction(pixels, saturation) * 2 - 1

@@ -223,22 +223,6 @@ def test_nearest_crop_is_registered_with_the_picture_and_mixes_nothing():
     np.testing.assert_allclose(images.center_crop_resize(picture, 27)[..., 0] / 10, depth[:, 4:31], atol=0.1)
 
 
-def test_bicubic_equals_pillow():
-    image = noise(40, 56, seed=1) // 2 + 64  # inside the range, where Pillow does not clip between its passes
-    for size in ((10, 14), (13, 21), (80, 112)):
-        ours = images.resize_bicubic(torch.from_numpy(image).permute(2, 0, 1).float(), size, limits=(0, 255))
-        theirs = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC), dtype=np.float32)
-        assert np.abs(ours.permute(1, 2, 0).numpy() - theirs).max() <= 1.25  # Pillow rounds twice
-
-
-def test_bicubic_keeps_the_range_and_constants():
-    step = torch.full((2, 3, 8, 8), -1.0)
-    step[..., 4:] = 1.0
-    assert images.resize_bicubic(step, 32).abs().max() <= 1
-    assert images.resize_bicubic(step, 32, limits=None).abs().max() > 1
-    torch.testing.assert_close(images.resize_bicubic(torch.full((3, 9, 9), 0.3), (2, 5)), torch.full((3, 2, 5), 0.3))
-
-
 def direct_imresize(row, scale):
     """MATLAB's rule for one row, written with loops."""
     length = len(row)

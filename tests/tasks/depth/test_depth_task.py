@@ -6,7 +6,7 @@ import torch
 
 from crossflow.core.errors import UserError
 from crossflow.tasks.common.readers import Item
-from crossflow.tasks.depth.dataset import Augmentation, example
+from crossflow.tasks.depth.dataset import Augmentation, coloured, example
 from crossflow.tasks.depth.decoder import DepthScale
 
 
@@ -54,3 +54,30 @@ def test_picture_and_depth_are_cropped_and_flipped_alike() -> None:
         assert (grey - one["depth"][0]).abs().max() < 12  # bicubic against nearest
         flipped.add(bool(grey[0, 0] > grey[0, -1]))
     assert flipped == {True, False}
+
+
+def test_colours_change_as_the_reference_says_each_picture_by_its_own_factors() -> None:
+    from torchvision.transforms.v2 import functional as reference
+
+    rgb = torch.rand(3, 3, 12, 10, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    factors = torch.tensor([[0.8, 1.3, 0.5], [1.0, 1.0, 1.0], [1.2, 0.7, 1.4]])
+    changed = coloured(rgb, factors)
+    for before, after, (brightness, contrast, saturation) in zip(rgb, changed, factors.tolist(), strict=True):
+        expected = reference.adjust_brightness((before + 1) / 2, brightness)
+        expected = reference.adjust_saturation(reference.adjust_contrast(expected, contrast), saturation)
+        torch.testing.assert_close(after, expected * 2 - 1, atol=2e-4, rtol=0)
+    torch.testing.assert_close(changed[1], rgb[1], atol=1e-4, rtol=0)
+    assert coloured(rgb, torch.ones(3, 3)) is rgb
+
+
+def test_colour_factors_follow_from_the_key_and_leave_crops_as_they_were() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    item = Item("a", image, depth=np.ones((40, 40), np.float32))
+    plain, jitter = Augmentation(crop=0.5), Augmentation(crop=0.5, colour=0.3)
+    for seed in range(5):
+        a, b, again = (example(item, 16, how, np.random.default_rng(seed)) for how in (plain, jitter, jitter))
+        assert torch.equal(a["rgb"], b["rgb"])
+        assert a["colour"].tolist() == [1, 1, 1]
+        assert (b["colour"] - 1).abs().max() <= 0.3
+        assert b["colour"].std() > 0
+        assert torch.equal(b["colour"], again["colour"])
