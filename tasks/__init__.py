@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-
 NO_TASKS = ("common", "released")
 """Folders beside this file that several tasks share."""
 
