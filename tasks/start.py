@@ -2,7 +2,6 @@
 converted released model can be trained on.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def start_from(source: str | Path, objective: nn.Module) -> Start:
     return Start(len(agreeing), tuple(name for name in state if name not in agreeing))
 
 
-def _read(folder: Path, names: tuple[str, ...]) -> Mapping[str, Tensor]:
+def _read(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     """The first of the files `names` that `folder` holds; empty when it has none of the heads'."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
