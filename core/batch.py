@@ -4,7 +4,7 @@ B batch, N tokens, D width, C channels, H W height width.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,11 +14,14 @@ class _Tensors:
     """What a frozen dataclass of tensors (and of such dataclasses) can do: move to a device, take rows."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        moved = {}
+        """Everything on `device`; tensors in half precision, as a feature cache keeps them, become float32 there."""
+        moved: dict[str, Any] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, (Tensor, _Tensors)):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
+                value = moved[field.name] = value.to(device, non_blocking=non_blocking)
+            if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+                moved[field.name] = value.float()
         return replace(self, **moved)  # type: ignore[type-var]
 
     def __getitem__(self, rows: slice | Tensor) -> Self:

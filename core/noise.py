@@ -15,7 +15,7 @@ from torch import Tensor
 
 def key(*parts: int | str) -> int:
     """A 63-bit integer that follows from `parts` alone, the same on every machine."""
-    digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -73,11 +73,12 @@ class Examples(Generic[T]):
     def __getitems__(self, places: Sequence[int | tuple[int, int]]) -> list[T]:
         """Several examples. Their items are loaded together, which matters where a reader renders."""
         wanted = [place if isinstance(place, tuple) else (0, place) for place in places]
+        total = len(self)
         for _, index in wanted:
-            if not 0 <= index < len(self):
-                raise IndexError(f"index {index} of {len(self)} examples")
-        loaded = self._load(wanted)
-        return [self._example(epoch, index, loaded) for epoch, index in wanted]
+            if not 0 <= index < total:
+                raise IndexError(f"index {index} of {total} examples")
+        loaded, chance = self._load(wanted), _Chance(self.seed)
+        return [self._example(epoch, index, loaded, chance) for epoch, index in wanted]
 
     def first(self, count: int) -> list[T]:
         """The examples of epoch 0 at the first `count` indices, loaded together."""
@@ -113,7 +114,7 @@ class Examples(Generic[T]):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cached": {}, "_used_bytes": 0}
 
-    def _example(self, epoch: int, index: int, loaded: dict[int, Item | BadItem]) -> T:
+    def _example(self, epoch: int, index: int, loaded: dict[int, Item | BadItem], chance: "_Chance") -> T:
         for distance in range(len(self)):
             candidate = (index + distance) % len(self)
             if candidate not in loaded:
@@ -123,7 +124,7 @@ class Examples(Generic[T]):
                 self._note(item)
                 continue
             try:
-                return self.transform(item, _generator(self.seed, epoch, index))
+                return self.transform(item, chance.of(epoch, index))
             except BadItem as bad:
                 self._note(bad)
         raise UserError(f"{self.reader.spec!r}: not one item can be used.{self._listed()}")
@@ -185,8 +186,22 @@ class Examples(Generic[T]):
         return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
 
 
-def _generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=key("augment", seed, epoch, index)))
+class _Chance:
+    """The generator of an example, keyed by (seed, epoch, index). One is set anew for each: making one takes longer
+    than reading an example from a feature cache.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.bits = np.random.Philox(key=0)
+        self.start = self.bits.state
+        self.generator = np.random.Generator(self.bits)
+
+    def of(self, epoch: int, index: int) -> np.random.Generator:
+        """Good until it is asked for the next."""
+        self.start["state"]["key"][0] = key("augment", self.seed, epoch, index)
+        self.bits.state = self.start
+        return self.generator
 
 
 @dataclass(frozen=True)

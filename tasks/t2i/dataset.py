@@ -12,7 +12,9 @@ def example(item: Item, size: int, generator: np.random.Generator) -> dict[str, 
     """{"id", "image" float32 (3, size, size) in [-1, 1], "caption", "which" of them, "seed" of its latent's sample};
     all chance from `generator`. An item of a cache gives "entry", where its features lie, instead of "image".
     """
-    which = int(generator.integers(len(item.captions)))
+    which = (
+        int(generator.integers(len(item.captions))) if len(item.captions) > 1 else 0
+    )  # a choice of one takes nothing
     one = {"id": item.id, "caption": item.captions[which], "which": which, "seed": int(generator.integers(2**62))}
     if item.image is None:
         return one | {"entry": item.features}

@@ -28,3 +28,17 @@ def test_length_is_the_number_of_samples_and_fields_are_frozen() -> None:
     assert len(batch) == 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.target = torch.zeros(1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32_on_the_device_and_nothing_else_changes(dtype: torch.dtype) -> None:
+    condition = Condition(tokens=torch.ones(2, 3, 4, dtype=dtype), mask=torch.ones(2, 3, dtype=torch.bool))
+    batch = Batch(features=torch.full((2, 5), 0.1, dtype=dtype), target=torch.zeros(2, 4), condition=condition)
+    moved = batch.to("cpu")
+    assert torch.equal(moved.features, batch.features.float())
+    assert moved.features.dtype == torch.float32
+    assert moved.condition is not None
+    assert moved.condition.tokens is not None
+    assert moved.condition.mask is not None
+    assert (moved.condition.tokens.dtype, moved.condition.mask.dtype) == (torch.float32, torch.bool)
+    assert batch.features.dtype == dtype

@@ -7,6 +7,7 @@ what it holds: a shard without one is unfinished.
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -22,13 +23,13 @@ from torch import Tensor
 from crossflow.core.errors import UserError
 from crossflow.core.training.state import is_full
 
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
+DTYPES = {  # numpy has no bfloat16; its bits are kept in integers
+    "F32": (torch.float32, np.float32),
+    "F16": (torch.float16, np.float16),
+    "BF16": (torch.bfloat16, np.int16),
+    "I64": (torch.int64, np.int64),
+    "I32": (torch.int32, np.int32),
+    "U8": (torch.uint8, np.uint8),
 }
 OFFSETS = ".offsets"
 LARGEST_HEADER = 2**24
@@ -105,6 +106,8 @@ def size_in_words(number: float) -> str:
 class Shard:
     """A shard's tensors, mapped: `shard["moments_256.mean"]`; only what is read is loaded. Raises UserError when the
     file is not what it should be.
+
+    `arrays` holds the same as numpy arrays, whose rows are copied faster one by one, and `dtypes` what they stand for.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,44 +115,44 @@ class Shard:
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.tensors = self._read()
+            self.arrays: dict[str, np.ndarray] = {}
+            self.dtypes: dict[str, torch.dtype] = {}
+            self._read()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"The shard {path} cannot be read ({error}); check the cache with --verify.") from error
 
-    def _read(self) -> dict[str, Tensor]:
+    def _read(self) -> None:
         length = int.from_bytes(self._map[:8], "little")
         if not 0 < length <= LARGEST_HEADER:
             raise ValueError("it has no safetensors header")
         header = json.loads(self._map[8 : 8 + length])
         whole = np.frombuffer(self._map, np.uint8)[8 + length :]
-        tensors = {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the map is read-only, and nobody writes to these tensors
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                begin, end = entry["data_offsets"]
-                dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-                if not 0 <= begin <= end <= len(whole) or end - begin != dtype.itemsize * int(np.prod(shape)):
-                    raise ValueError(f"its tensor {name} lies outside of it")
-                piece = torch.from_numpy(whole[begin:end]) if end > begin else torch.empty(0, dtype=torch.uint8)
-                tensors[name] = piece.view(dtype).reshape(shape)
-        return tensors
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            if not 0 <= begin <= end <= len(whole) or end - begin != dtype[0].itemsize * math.prod(shape):
+                raise ValueError(f"its tensor {name} lies outside of it")
+            self.arrays[name] = whole[begin:end].view(dtype[1]).reshape(shape)
+            self.dtypes[name] = dtype[0]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the map is read-only, and nobody writes to it
+            return torch.from_numpy(self.arrays[name]).view(self.dtypes[name])
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors
+        return name in self.arrays
 
     def span(self, name: str, row: int) -> tuple[int, int]:
         """Where row `row` of the ragged tensor `name` begins and ends."""
-        begin, end = self.tensors[name + OFFSETS][row : row + 2].tolist()
-        return begin, end
+        found = self.arrays[name + OFFSETS]
+        return int(found[row]), int(found[row + 1])
 
     def text(self, name: str, row: int) -> str:
         begin, end = self.span(name, row)
-        return self.tensors[name][begin:end].numpy().tobytes().decode("utf-8")
+        return self.arrays[name][begin:end].tobytes().decode("utf-8")
 
     def captions(self, row: int) -> range:
         """The captions of item `row`, as rows of what belongs to captions."""

@@ -7,11 +7,12 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,47 +87,54 @@ class Cache:
 
     def moments(self, entries: Sequence[Entry], size: int) -> Posterior:
         """Posterior over raw latents (B, *latent) of pictures of `size` pixels, float32."""
-        mean = self.fixed(entries, f"moments_{size}.mean")
+        mean = self.fixed(entries, f"moments_{size}.mean").float()
         has_spread = f"moments_{size}.log_var" in self.shard(entries[0].shard)
-        return Posterior(mean, self.fixed(entries, f"moments_{size}.log_var") if has_spread else None)
+        return Posterior(mean, self.fixed(entries, f"moments_{size}.log_var").float() if has_spread else None)
 
     def pixels(self, entries: Sequence[Entry], size: int) -> Tensor:
         """Pictures (B, 3, S, S) float32 in [-1, 1]."""
-        return from_uint8(torch.stack([self.shard(one.shard)[f"pixels_{size}"][one.row] for one in entries]))
+        return from_uint8(self.fixed(entries, f"pixels_{size}"))
 
     def fixed(self, entries: Sequence[Entry], name: str) -> Tensor:
-        """The rows of a tensor of one row per item: (B, ...) float32."""
-        result: Tensor | None = None
-        for place, one in enumerate(entries):
-            row = self.shard(one.shard)[name][one.row]
-            if result is None:
-                result = torch.empty(len(entries), *row.shape)
-            result[place] = row
-        assert result is not None
-        return result
+        """The rows of a tensor of one row per item: (B, ...) in the type they are stored in."""
+        return self._rows(name, [(one.shard, one.row) for one in entries])
+
+    def _rows(self, name: str, places: Sequence[tuple[int, int]]) -> Tensor:
+        """The rows `row` of the tensor in shard `number`, for each (number, row)."""
+        first = self.shard(places[0][0])
+        like = first.arrays[name]
+        result = np.empty((len(places), *like.shape[1:]), like.dtype)
+        for place, (number, row) in enumerate(places):
+            result[place] = self.shard(number).arrays[name][row]
+        return torch.from_numpy(result).view(first.dtypes[name])
 
     def text(self, entries: Sequence[Entry], which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features (B, N, D) float32, zero where padding was dropped, and mask (B, N) bool of caption `which` of each
-        item.
+        """Features (B, N, D), zero where padding was dropped, and mask (B, N) bool of caption `which` of each item.
+
+        Features are in the type they are stored in: half of the bytes on the way to a device, where `Batch.to` makes
+        them float32.
         """
-        part = self.features["parts"]["text"]
-        features = torch.zeros(len(entries), part["max_length"], part["width"])
-        lengths = []
-        for place, (one, number) in enumerate(zip(entries, which, strict=True)):
-            shard = self.shard(one.shard)
-            caption = shard.captions(one.row)[number]
+        first, part = self.shard(entries[0].shard), self.features["parts"]["text"]
+        num_tokens = part["max_length"]
+        features = np.empty((len(entries), num_tokens, part["width"]), first.arrays["text"].dtype)
+        lengths = np.empty((len(entries), 1), np.int64)
+        for place, (number, caption) in enumerate(self._captions(entries, which)):
+            shard = self.shard(number)
             begin, end = shard.span("text", caption)
-            features[place, : end - begin] = shard["text"][begin:end]
-            lengths.append(shard["text.lengths"][caption])
-        return features, torch.arange(part["max_length"]) < torch.stack(lengths)[:, None]
+            features[place, : end - begin] = shard.arrays["text"][begin:end]
+            features[place, end - begin :] = 0
+            lengths[place] = shard.arrays["text.lengths"][caption]
+        mask = torch.from_numpy(np.arange(num_tokens) < lengths)
+        return torch.from_numpy(features).view(first.dtypes["text"]), mask
 
     def pooled(self, entries: Sequence[Entry], which: Sequence[int]) -> Tensor:
-        """One vector (B, D) float32 per caption."""
-        rows = []
+        """One vector (B, D) per caption, in the type they are stored in."""
+        return self._rows("text.pooled", list(self._captions(entries, which)))
+
+    def _captions(self, entries: Sequence[Entry], which: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(shard, row) of caption `which` of each item."""
         for one, number in zip(entries, which, strict=True):
-            shard = self.shard(one.shard)
-            rows.append(shard["text.pooled"][shard.captions(one.row)[number]])
-        return torch.stack(rows).float()
+            yield one.shard, int(self.shard(one.shard).arrays["items.offsets"][one.row]) + number
 
     # -- agreement with a recipe
 

@@ -104,7 +104,7 @@ def _entry_problems(
 
 
 def _are_offsets(shard: shards.Shard, name: str, number: int, end: int) -> bool:
-    found = shard.tensors.get(name + shards.OFFSETS)
+    found = shard.arrays.get(name + shards.OFFSETS)
     if found is None or len(found) != number + 1 or found[0] != 0 or found[-1] != end:
         return False
     return bool((found[1:] >= found[:-1]).all())

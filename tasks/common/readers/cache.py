@@ -35,6 +35,9 @@ class CacheReader(Reader):
             self.places = chosen(ids, limit, seed)
         self.ids = _Ids(self.cache, self.rows, self.places)
 
+    def __len__(self) -> int:
+        return len(self.places)
+
     def __getitem__(self, index: int) -> Item:
         entry = self.rows[self.places[index]]
         return Item(self.cache.id(entry), captions=self.cache.captions(entry), features=entry)

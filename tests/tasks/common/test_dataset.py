@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from crossflow.core import noise
 from crossflow.core.errors import UserError
 from crossflow.core.noise import order
-from crossflow.tasks.common.dataset import Examples, check
+from crossflow.tasks.common.dataset import Examples, _Chance, check
 from crossflow.tasks.common.readers import BadItem, Item, Reader, open_reader
 
 
@@ -268,3 +269,13 @@ def test_examples_of_scenes_render_together_and_repeat():
     for item, key in zip(once, places, strict=True):
         np.testing.assert_array_equal(item.image, again[key].image)
         assert item.captions == again[key].captions
+
+
+def test_chance_is_that_of_a_generator_of_its_own_keyed_by_epoch_and_index():
+    chance = _Chance(3)
+    for epoch, index in ((0, 0), (0, 1), (2, 1), (0, 0)):
+        own = np.random.Generator(np.random.Philox(key=noise.key("augment", 3, epoch, index)))
+        given = chance.of(epoch, index)
+        assert given.integers(5) == own.integers(5)
+        assert given.integers(2**62) == own.integers(2**62)
+        assert np.array_equal(given.standard_normal(3), own.standard_normal(3))

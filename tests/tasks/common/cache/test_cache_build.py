@@ -357,7 +357,7 @@ def test_verifying_looks_at_every_entry(builder, name, value, complaint, tmp_pat
     shard, manifest = Shard(folder / "train-00001.safetensors"), json.loads((folder / "cache.json").read_text())
     place = next(n for n, one in enumerate(manifest["shards"]) if one["file"] == "train-00001.safetensors")
     about = {key: manifest["shards"][place][key] for key in ("split", "num_items", "num_captions", "bad")}
-    tensors = {key: tensor.clone() for key, tensor in shard.tensors.items()}
+    tensors = {key: shard[key].clone() for key in shard.arrays}
     manifest["shards"][place] = write_shard(
         folder / "train-00001.safetensors", tensors | {name: value(tensors[name])}, about
     )

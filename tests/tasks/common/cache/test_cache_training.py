@@ -45,7 +45,7 @@ def test_batches_are_those_without_a_cache(recipe, pictures, tmp_path: Path, mor
     data = {"plain": plain.dataset("train"), "cache": reading.dataset("train")}
     reading.accept(data["cache"])
     theirs = plain.batch(data["plain"].__getitems__(PLACES))
-    ours = reading.batch(data["cache"].__getitems__(PLACES))
+    ours = reading.batch(data["cache"].__getitems__(PLACES)).to("cpu")
     torch.testing.assert_close(ours.target, theirs.target, atol=1e-5, rtol=1e-5)
     assert ours.ids == theirs.ids
     assert torch.equal(ours.mask, theirs.mask)
@@ -66,6 +66,8 @@ def test_batches_in_half_precision_differ_by_its_rounding(recipe, pictures, tmp_
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
     theirs = plain.batch(plain.dataset("train").__getitems__(PLACES))
     ours = reading.batch(reading.dataset("train").__getitems__(PLACES))
+    assert ours.features.dtype == getattr(torch, storage)
+    ours = ours.to("cpu")
     torch.testing.assert_close(ours.target, theirs.target, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(ours.features[ours.mask], theirs.features[ours.mask], atol=tolerance, rtol=tolerance)
     assert not torch.equal(ours.target, theirs.target)
