@@ -19,7 +19,7 @@ from crossflow.core.model import CrossFlow
 from crossflow.core.noise import key
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
-from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
+from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
 from crossflow.tasks.common.cache.extract import Extractor, Options
 from crossflow.tasks.common.cache.training import Gathered, gathered
 from crossflow.tasks.common.codecs import Codec
@@ -245,24 +245,24 @@ class Adapter(Task[T2IConfig]):
         condition = Condition(tokens=features, mask=mask) if self.config.source.kind == "gaussian" else None
         return Source(features, mask, condition)
 
-    def decode(self, z1: Tensor, text_features: Tensor | None = None) -> list[np.ndarray]:
-        """Pictures uint8 (H, W, 3).
+    @property
+    def decodes_features(self) -> bool:  # type: ignore[override]
+        return self.codec.reads_text
 
-        text_features (B, N, D): of the pictures' texts, for a codec that is guided by them; none: of an empty text,
-        since a latent that was computed has no text.
-        """
-        if self.codec.reads_text and text_features is None:
-            text_features = self.text.features([""])[0].expand(len(z1), -1, -1)
-        return decode(self.codec, z1, text_features)
+    def decode(self, z1: Tensor) -> list[np.ndarray]:
+        """Pictures uint8 (H, W, 3); a codec that is guided by texts decodes under that of an empty one."""
+        if not self.codec.reads_text:
+            return decode(self.codec, z1)
+        return self.decode_with(z1, self.text.features([""])[0].expand(len(z1), -1, -1))
 
-    def run(self, inputs: Sequence[str], flow: Flow, ids: Sequence[str]) -> list[np.ndarray]:
-        source = self.source(inputs)
-        return self.decode(flow(source, ids), source.features)
+    def decode_with(self, z1: Tensor, features: Tensor) -> list[np.ndarray]:
+        return decode(self.codec, z1, features)
 
     def read_input(self, value: str | Path | np.ndarray) -> str:
         if not isinstance(value, str):
             raise UserError(f"A text-to-image model takes prompts; {type(value).__name__} came.")
-        return value
+        # Half a character, as a shell passes on bytes of another encoding: no key, token or file can hold it.
+        return value.encode("utf-8", "replace").decode("utf-8")
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         image = value if isinstance(value, np.ndarray) else load_image(value)
