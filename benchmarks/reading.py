@@ -28,6 +28,8 @@ from crossflow.tasks.common.readers import open_reader
 from crossflow.tasks.t2i.dataset import example
 
 ROUNDS, BATCH = 5, 64
+CONTENTS, MEMORY = ("clip", "all"), ("warm", "cold")
+NUM_ROWS = len(CONTENTS) * len(MEMORY)
 MEAN_TOKENS, SPREAD = 40, 15  # of prompts such as JourneyDB's, start and end tokens included; COCO's have about 13
 NUM_TOKENS, CLIP_WIDTH, T5_WIDTH = 77, 768, 4096
 Batch = tuple[Posterior, Tensor, Tensor]
@@ -120,12 +122,12 @@ def reading(
     cache's features are made float32 on the CPU too, as training there does, and the bytes of both.
     """
     rows = []
-    for content, number in (("clip", count), ("all", count // 4)):
+    for content, number in zip(CONTENTS, (count, count // 4), strict=True):
         released, cache = folder / f"released-{content}", folder / f"cache-{content}"
         write_released(released, number, content == "all")
         write_cache(cache, released)
         sizes = [sum(path.stat().st_size for path in place.iterdir()) // number for place in (released, cache)]
-        for memory in ("warm", "cold"):
+        for memory in MEMORY:
             theirs, ours, drawing, widening = _measure(released, cache, rounds, cold=memory == "cold")
             rows.append(
                 {

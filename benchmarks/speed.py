@@ -1,4 +1,7 @@
-"""How fast things are on this machine: rendering of scenes, training steps of recipes. Medians of several rounds."""
+"""How fast things are on this machine: rendering of scenes, training steps of recipes, reading of cached features.
+
+Medians of several rounds.
+"""
 
 import itertools
 import statistics
@@ -9,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from crossflow.benchmarks import reading
 from crossflow.tasks.base import load_config, task_class
 from crossflow.tasks.run import Run, environment
 
@@ -85,13 +89,26 @@ def training(
     return rows
 
 
+PARTS = ("scenes", "training", "cache")
+
+
 def speed(
-    recipes: Sequence[str], folder: Path, *, progress: Callable[[int, int], None] = lambda done, total: None
+    recipes: Sequence[str],
+    folder: Path,
+    *,
+    parts: Sequence[str] = PARTS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Everything, with the machine it was measured on. progress(done, total) after each measurement."""
-    counted, total = itertools.count(1), len(SIZES) * len(PROCESSES) + len(recipes)
+    """The `PARTS` asked for, with the machine they were measured on. progress(done, total) after each measurement."""
+    numbers = {"scenes": len(SIZES) * len(PROCESSES), "training": len(recipes), "cache": reading.NUM_ROWS}
+    counted, total = itertools.count(1), sum(numbers[part] for part in parts)
 
     def done() -> None:
         progress(next(counted), total)
 
-    return {"scenes": scenes(done=done), "training": training(recipes, folder, done=done), **environment()}
+    measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "scenes": lambda: scenes(done=done),
+        "training": lambda: training(recipes, folder, done=done),
+        "cache": lambda: reading.reading(folder / "reading", done=done),
+    }
+    return {**{part: measure[part]() for part in PARTS if part in parts}, **environment()}
