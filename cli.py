@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -291,18 +292,30 @@ def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that shows itself when the work takes longer than two seconds; (done, total) moves it."""
+def _bar(label: str, after: float = 2.0, every: float = 15.0) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that shows itself when the work takes longer than `after` seconds; (done, total) moves it. Where
+    there is no terminal, a line each `every` seconds. Of several processes the first one tells.
+    """
+    from rich.console import Console
     from rich.progress import Progress
 
-    bar = Progress(transient=True, disable=os.environ.get("RANK", "0") != "0")
-    task = bar.add_task(label, total=None)
+    console, is_first = Console(), os.environ.get("RANK", "0") == "0"
+    bar = Progress(console=console, transient=True, disable=not (console.is_terminal and is_first))
+    task, told = bar.add_task(label, total=None), time.monotonic()
     # A clock of its own: the first step of a large model, or a solver that counts none, may take long.
-    clock = threading.Timer(2, bar.start)
+    clock = threading.Timer(after, bar.start)
     clock.daemon = True
     clock.start()
+
+    def move(done: int, total: int) -> None:
+        nonlocal told
+        bar.update(task, completed=done, total=total)
+        if is_first and not console.is_terminal and time.monotonic() - told > every:
+            told = time.monotonic()
+            say(f"{label}: {done} of {total}")
+
     try:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield move
     finally:
         clock.cancel()
         clock.join()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from crossflow.cli import main
+from crossflow.cli import _bar, main
 from crossflow.tasks.pipeline import load
 
 TASKS = ("t2i", "caption", "depth", "sr")
@@ -160,6 +161,48 @@ def test_latent_tools_work_for_every_task(tiny_run, tmp_path: Path, photo: Path,
         Image.fromarray(np.full((20, 20), 3000, np.uint16)).save(made)
     assert main(["invert", "--checkpoint", run, "--input", made, "--output", str(tmp_path / "v")]) == 0
     assert (tmp_path / "v" / "latent.safetensors").is_file()
+
+
+def test_latent_tools_say_how_they_were_told_to_work(tiny_run, tmp_path: Path, capsys, monkeypatch) -> None:
+    run = str(tiny_run("t2i"))
+    argv = ["interpolate", "--checkpoint", run, "--from", "a red cube", "--to", "a ball", "--frames", "3", "--fps", "4"]
+    monkeypatch.setattr("crossflow.tasks.common.animation.can_write_mp4", lambda: False)
+    assert main([*argv, "--kind", "slerp", "--noise", "own", "--output", str(tmp_path / "i"), "steps=1"]) == 0
+    assert "crossflow-toolkit[video]" in capsys.readouterr().out
+    with Image.open(tmp_path / "i" / "001.png") as frame:
+        said = frame.info
+    assert (said["from"], said["to"], said["kind"], said["noise"]) == ("a red cube", "a ball", "slerp", "own")
+    assert json.loads(said["settings"])["steps"] == 1
+    with Image.open(tmp_path / "i" / "animation.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"]) == (3, 250)
+    argv = ["arithmetic", "--checkpoint", run, "--base", "a red cube", "--plus", "a ball", "--restandardise", "--mean"]
+    assert main([*argv, "mode=true", "--output", str(tmp_path / "a")]) == 0
+    with Image.open(tmp_path / "a" / "000.png") as picture:
+        assert (picture.info["restandardise"], picture.info["mean"], picture.info["what"]) == ("true", "true", "k = 1")
+    assert "'seed'" in refused(capsys, "sample", "--checkpoint", run, "--prompt", "a", "seed=3")
+    assert "plus, minus, or both" in refused(capsys, "arithmetic", "--checkpoint", run, "--base", "a")
+
+
+def test_long_work_shows_a_bar_and_short_work_none(monkeypatch) -> None:
+    from rich.progress import Progress
+
+    started: list[Progress] = []
+    monkeypatch.setattr(Progress, "start", lambda bar: started.append(bar))
+    with _bar("short", after=60) as move:
+        move(1, 1)
+    assert started == []
+    with _bar("long", after=0.01):
+        time.sleep(0.3)
+    assert len(started) == 1
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys) -> None:
+    with _bar("scoring", every=0) as move:
+        move(3, 8)
+    assert capsys.readouterr().out == "scoring: 3 of 8\n"
+    with _bar("scoring") as move:
+        move(3, 8)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("task", TASKS)
