@@ -877,7 +877,8 @@ def convert(source: Path, target: Path, kind: str | None, reference: Path | None
     copied: by hub id unless text.encoder and codec.source say another id or a folder, and they can be replaced later by
     --set. No code in a file is ever run, and it is read piece by piece, never into memory as a whole.
     """
-    from crossflow.tasks.released.convert import from_file, to_file
+    from crossflow.tasks.released.convert import from_file
+    from crossflow.tasks.released.restore import to_file
 
     back = source.is_dir()
     if back and (reference is not None or overrides):

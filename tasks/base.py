@@ -181,9 +181,17 @@ class Task(ABC, Generic[C]):
     def decode(self, z1: Tensor) -> list[Any]:
         """Latents (B, *latent) -> outputs."""
 
+    decodes_features: bool = False
+    """Whether the decoder also looks at the features of the source (FlowTiTok: at the text's)."""
+
+    def decode_with(self, z1: Tensor, features: Tensor) -> list[Any]:
+        """Latents (B, *latent) and the features (B, ...) of their sources -> outputs."""
+        return self.decode(z1)
+
     def run(self, inputs: Sequence[Any], flow: Flow, ids: Sequence[str]) -> list[Any]:
         """Inputs -> outputs through `flow`; a task whose inputs differ in size or are cut into tiles says how here."""
-        return self.decode(flow(self.source(inputs), ids))
+        source = self.source(inputs)
+        return self.decode_with(flow(source, ids), source.features)
 
     @abstractmethod
     def read_input(self, value: str | Path | np.ndarray) -> Any:

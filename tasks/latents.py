@@ -75,9 +75,17 @@ def _encode_all(
 
 
 def _outputs(
-    pipe: Pipeline, latents: Iterable[Tensor], num: int, pieces: Pieces, settings: SampleConfig, on_step: OnStep | None
+    pipe: Pipeline,
+    latents: Iterable[Tensor],
+    features: Sequence[Tensor],
+    pieces: Pieces,
+    settings: SampleConfig,
+    on_step: OnStep | None,
 ) -> list[Any]:
-    """An output for each of `num` latents (P, *latent), which are made as they are needed."""
+    """An output for each of the latents (P, *latent), which are made as they are needed, and of the features (P, ...)
+    that a task decodes them with.
+    """
+    num = len(features)
     num_pieces = len(pieces.values)
     together = max(1, settings.batch_size // num_pieces)  # outputs whose pieces make a batch
     steps = _counted(math.ceil(num / together) * math.ceil(num_pieces / settings.batch_size), settings, on_step)
@@ -86,7 +94,8 @@ def _outputs(
     while group := list(islice(waiting, together)):
         parts = torch.cat(group).split(settings.batch_size)
         z1 = [pipe.generate(Source(features=part), part, settings, next(steps)) for part in parts]
-        decoded = pipe.task.decode(torch.cat(z1).float().cpu())
+        its = torch.cat(list(features[len(outputs) : len(outputs) + len(group)]))
+        decoded = pipe.task.decode_with(torch.cat(z1).float().cpu(), its)
         outputs += [pieces.join(decoded[i : i + num_pieces]) for i in range(0, len(decoded), num_pieces)]
     next(steps, None)  # the last one is over
     return outputs
@@ -120,14 +129,18 @@ def interpolate(
 ) -> list[Any]:
     """Outputs for `num_frames` source latents on the way from input a to input b, both included.
 
-    kind: lerp | slerp. shared_noise: both ends take the same noise, else each its own. settings: fields of
-    `SampleConfig`; `mode` goes from mean to mean. on_step(done, total) counts solver steps.
+    kind: lerp | slerp; features that guide a decoder (FlowTiTok) go along a straight line. shared_noise: both ends take
+    the same noise, else each its own. settings: fields of `SampleConfig`; `mode` goes from mean to mean. on_step(done,
+    total) counts solver steps.
     """
     chosen = pipe.sample_settings(**settings)
     weights = sampling.frame_weights(num_frames)
     first, last = _encode_all(pipe, {"from": a, "to": b}, chosen, seed, shared_noise).values()
     frames = (sampling.between(first.z0, last.z0, weight, kind) for weight in weights)
-    return _outputs(pipe, frames, num_frames, first.pieces, chosen, on_step)
+    features = [first.source.features] * num_frames
+    if pipe.task.decodes_features:
+        features = [torch.lerp(first.source.features, last.source.features, weight) for weight in weights]
+    return _outputs(pipe, frames, features, first.pieces, chosen, on_step)
 
 
 def arithmetic(
@@ -157,7 +170,8 @@ def arithmetic(
     terms = [encoded[part].z0[None] if part in encoded else None for part in ("base", "plus", "minus")]
     assert terms[0] is not None
     results = (sampling.arithmetic(terms[0], terms[1], terms[2], k, restandardise)[0] for k in strengths)
-    return _outputs(pipe, results, len(strengths), encoded["base"].pieces, chosen, on_step)
+    features = [encoded["base"].source.features] * len(strengths)
+    return _outputs(pipe, results, features, encoded["base"].pieces, chosen, on_step)
 
 
 def invert(
@@ -172,13 +186,16 @@ def invert(
 ) -> tuple[Tensor, Any, float]:
     """Flows a finished output (a picture, a caption, a depth map) back to its source latent and forward again.
 
-    source: the input it belongs to, needed by baselines that have a condition. on_step(done, total) counts solver
+    source: the input it belongs to, needed by baselines that have a condition, and used by decoders that are guided
+    by it (FlowTiTok; else they decode under an empty text). on_step(done, total) counts solver
     steps. Returns z0 (P, *latent), the re-generated output and the root mean squared error of the re-generated latent.
     """
     chosen = pipe.sample_settings(solver=solver, steps=steps)
     pieces = pipe.task.target(value)
     z1 = torch.stack(list(pieces.values))
-    given = Source(z1)
+    given, features = Source(z1), None
+    if source is not None and pipe.task.decodes_features:
+        features = encode(pipe, source, seed=seed).source.features.expand(len(z1), -1, -1)
     if pipe.model.source_encoder.kind == "gaussian":
         if source is None:
             raise UserError(
@@ -200,4 +217,5 @@ def invert(
     next(step, None)  # the last one is over
     whole = torch.cat(again)
     error = (whole - z1).square().mean().sqrt().item()
-    return torch.cat(z0).cpu(), pieces.join(pipe.task.decode(whole)), error
+    decoded = pipe.task.decode(whole) if features is None else pipe.task.decode_with(whole, features)
+    return torch.cat(z0).cpu(), pieces.join(decoded), error

@@ -275,7 +275,8 @@ class NetworkCodec(Codec):
     """A frozen network: by hub id or folder (`build`), or one already in memory (the constructor)."""
 
     network: Any
-    example: ClassVar[str]
+    whence: ClassVar[str]
+    """What its source can be."""
 
     def __init__(
         self,
@@ -313,7 +314,7 @@ class NetworkCodec(Codec):
         differs.
         """
         if not source:
-            raise UserError(f"The {cls.kind} codec needs its `source`: a hub id such as {cls.example!r}, or a folder.")
+            raise UserError(f"The {cls.kind} codec needs its source (codec.source): {cls.whence}.")
         if Path(source).expanduser().is_dir():
             source = str(Path(source).expanduser().resolve())  # a run is also read from another working directory
             saved = Path(source) / SETTINGS_FILE
@@ -395,7 +396,8 @@ class AutoencoderKLCodec(_AutoencoderCodec):
     """The variational autoencoder of latent diffusion. Scale 0.18215 in its config, 0.23010 in CrossFlow."""
 
     kind = "autoencoder_kl"
-    example = "stabilityai/sd-vae-ft-ema"
+    example: ClassVar[str] = "stabilityai/sd-vae-ft-ema"
+    whence = f"a hub id such as {example}, or a folder"
 
     @staticmethod
     def _loader() -> Callable[..., Any]:
@@ -417,7 +419,7 @@ class AutoencoderTinyCodec(_AutoencoderCodec):
     """A small distilled autoencoder (TAESD); its latent is a point, without variance."""
 
     kind = "autoencoder_tiny"
-    example = "madebyollin/taesd"
+    whence = "a hub id such as madebyollin/taesd, or a folder"
 
     @staticmethod
     def _loader() -> Callable[..., Any]:

@@ -244,7 +244,7 @@ class FlowTiTokCodec(NetworkCodec):
     """
 
     kind = "flowtitok"
-    example = "a folder that `crossflow convert` wrote from the released tokenizer"
+    whence = "the folder that `crossflow convert` wrote from the released tokenizer, or a hub id of such a folder"
     channel_axis: ClassVar[int] = -1
     reads_text: ClassVar[bool] = True
     network: FlowTiTok

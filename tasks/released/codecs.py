@@ -1,7 +1,7 @@
 """The released codecs: FlowTiTok, and Stable Diffusion's autoencoder under its original (latent diffusion) names."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import isqrt
 from typing import Any
 
@@ -70,6 +70,19 @@ def _meta_free(codec: type, network: nn.Module, **options: Any) -> nn.Module:
     return made
 
 
+def _section(config: ReferenceConfig, name: str, needed: str) -> Mapping[str, Any]:
+    """A section of the reference's settings; raises UserError when it lacks one of those that are `needed`."""
+    section = config.get(name)
+    missing = [one for one in needed.split() if one not in section] if isinstance(section, Mapping) else [name]
+    if missing:
+        raise UserError(
+            f"The config of this released codec lacks {', '.join(missing)}. Give the reference's own settings, with "
+            f"{needed} under {name}."
+        )
+    assert isinstance(section, Mapping)
+    return section
+
+
 # -- FlowTiTok
 
 
@@ -81,7 +94,12 @@ def flowtitok_config(config: ReferenceConfig) -> FlowTiTokConfig:
     """Our settings of the tokenizer from the reference's (`vq_model`, `dataset.crop_size`); UserError for variants
     that were not released.
     """
-    model = config["vq_model"]
+    model = _section(
+        config,
+        "vq_model",
+        "vit_enc_model_size vit_dec_model_size vit_enc_patch_size vit_dec_patch_size num_latent_tokens token_size",
+    )
+    image_size = _section(config, "dataset", "crop_size")["crop_size"]
     fixed = {"is_legacy": False, "use_rmsnorm": False, "use_swiglu": True, "deterministic": False}
     other = [f"{name} = {model[name]}" for name, value in fixed.items() if model.get(name, value) != value]
     if model["vit_enc_patch_size"] != model["vit_dec_patch_size"]:
@@ -89,7 +107,7 @@ def flowtitok_config(config: ReferenceConfig) -> FlowTiTokConfig:
     if other:
         raise UserError(f"FlowTiTok with {' and '.join(other)} is not among the released tokenizers.")
     return FlowTiTokConfig(
-        image_size=int(config["dataset"]["crop_size"]),
+        image_size=int(image_size),
         encoder=model["vit_enc_model_size"],
         decoder=model["vit_dec_model_size"],
         patch=model["vit_enc_patch_size"],
@@ -141,7 +159,7 @@ def _build_autoencoder(config: ReferenceConfig, keys: Collection[str]) -> nn.Mod
     """diffusers' `AutoencoderKL` for the reference's own settings (`ddconfig`, `scale_factor`)."""
     from diffusers import AutoencoderKL
 
-    settings = config.get("ddconfig", config)
+    settings = _section(config, "ddconfig", "ch ch_mult in_channels out_ch num_res_blocks z_channels")
     widths = tuple(settings["ch"] * factor for factor in settings["ch_mult"])
     if settings.get("attn_resolutions") or not settings.get("double_z", True) or len(widths) != NUM_LEVELS:
         raise UserError(

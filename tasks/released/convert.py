@@ -1,19 +1,13 @@
-"""Released files <-> our folders, tensor by tensor: what `crossflow convert` does.
+"""Released files -> our folders, tensor by tensor: what `crossflow convert FILE DIR` does.
 
 A flow model becomes a run directory, a codec a codec's folder. Beside the weights, released.json says what the file
-was, so that the folder can be written back under the original keys.
+was, so that the folder can be written back under the original keys (restore.py).
 """
 
-import functools
-import json
-import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +23,23 @@ from crossflow.tasks.common.codecs import SETTINGS_FILE, WEIGHTS_FOLDER, Autoenc
 from crossflow.tasks.common.frozen import write_json
 from crossflow.tasks.common.image_latents import FOLDER as CODEC_FOLDER
 from crossflow.tasks.pipeline import WEIGHTS
-from crossflow.tasks.released.files import (
-    SUFFIXES,
-    Piece,
-    Weights,
-    read_weights,
-    size_of,
-    write_safetensors,
-    write_torch,
+from crossflow.tasks.released.files import Piece, Weights, read_weights, size_of, write_safetensors
+from crossflow.tasks.released.folders import (
+    CODEC_PREFIX,
+    CODEC_WEIGHTS,
+    OBJECTIVE_FILE,
+    ORIGIN_FILE,
+    Converted,
+    Progress,
+    check_free,
+    counter,
+    whole,
 )
 from crossflow.tasks.released.kinds import Kind, kind_named
 from crossflow.tasks.released.known import Known, identify, read_config
 from crossflow.tasks.released.rules import Entry, check, entries, expected_shapes
 from crossflow.tasks.run import environment, write_atomically
 from crossflow.tasks.t2i.encoder import FROZEN_FILE
-
-ORIGIN_FILE = "released.json"
-OBJECTIVE_FILE = "objective.safetensors"
-CODEC_WEIGHTS = {"flowtitok": "model.safetensors", "autoencoder_kl": "diffusion_pytorch_model.safetensors"}
-CODEC_PREFIX = "network."
-HEADS = "objective."
-SPARE_BYTES = 2**24
-"""Room left on the disk beside the weights."""
-Progress = Callable[[int, int], None]
-"""Told how many of how many bytes are written."""
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What came of a conversion: where it lies, what the file was (name and kind), how many tensors were used, which
-    were dropped {reason: keys}, and what is still to be said to its user.
-    """
-
-    path: Path
-    name: str
-    kind: str
-    num_tensors: int
-    dropped: Mapping[str, Sequence[str]]
-    notes: Sequence[str] = ()
-
-
-# -- released file -> folder
 
 
 def from_file(
@@ -90,7 +60,7 @@ def from_file(
     full disks, overrides that would change the network.
     """
     folder = Path(folder)
-    _check_free(folder)
+    check_free(folder)
     weights = read_weights(source)
     said, settings = read_config(Path(config)) if config is not None else (None, None)
     known = identify(weights.empty, kind or said, settings, weights.path)
@@ -114,14 +84,14 @@ def from_file(
     if isinstance(module, CrossFlow):
         run = _run_config(known, list(weights), overrides, module)
         notes = _notes(run)
-        with _whole(folder, size_of(pieces)) as part:
-            _write_run(part, run, pieces, _counter(progress, pieces))
+        with whole(folder, size_of(pieces)) as part:
+            _write_run(part, run, pieces, counter(progress, pieces))
             _write_origin(part, origin, run)
     else:
         _refuse_overrides(overrides, known)
         notes = [f"A run uses it by codec.source={folder}."]
-        with _whole(folder, size_of(pieces)) as part:
-            _write_codec(part, module, pieces, _counter(progress, pieces))
+        with whole(folder, size_of(pieces)) as part:
+            _write_codec(part, module, pieces, counter(progress, pieces))
             _write_origin(part, origin, None)
     return Converted(folder, known.name, known.kind, len(weights) - len(unused), dropped, notes)
 
@@ -152,17 +122,6 @@ def _by_reason(unused: Sequence[str], kind: Kind) -> dict[str, list[str]]:
         reason = next(reason for pattern, reason in kind.dropped.items() if re.fullmatch(pattern, key))
         found.setdefault(reason, []).append(key)
     return found
-
-
-def _counter(progress: Progress, pieces: Sequence[Piece]) -> Callable[[int], None]:
-    done, total = 0, size_of(pieces)
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    return on_bytes
 
 
 def _run_config(known: Known, keys: Sequence[str], overrides: Sequence[str], module: CrossFlow) -> Config:
@@ -222,9 +181,13 @@ def _refuse_overrides(overrides: Sequence[str], known: Known) -> None:
 
 
 def _write_run(folder: Path, config: Any, pieces: Sequence[Piece], on_bytes: Callable[[int], None]) -> None:
-    heads = [piece._replace(name=piece.name.removeprefix(HEADS)) for piece in pieces if piece.name.startswith(HEADS)]
+    heads = [
+        piece._replace(name=piece.name.removeprefix(released.HEADS))
+        for piece in pieces
+        if piece.name.startswith(released.HEADS)
+    ]
     write_safetensors(
-        folder / WEIGHTS["model"], [piece for piece in pieces if not piece.name.startswith(HEADS)], on_bytes
+        folder / WEIGHTS["model"], [piece for piece in pieces if not piece.name.startswith(released.HEADS)], on_bytes
     )
     write_safetensors(folder / OBJECTIVE_FILE, heads, on_bytes)
     write_json(folder / FROZEN_FILE, {**config.text.loading(), "checksum": None})
@@ -263,135 +226,3 @@ def _write_origin(folder: Path, origin: Mapping[str, Any], config: Config | None
         **environment(),
     }
     write_json(folder / "manifest.json", made)
-
-
-# -- folder -> released file
-
-
-def to_file(
-    folder: str | Path,
-    path: str | Path,
-    *,
-    kind: str | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Converted:
-    """Writes the weights of a run directory or codec's folder under the original keys: .safetensors, or torch's format.
-
-    kind: only for a run that was not converted but trained here on a network of that kind; then the generator's keys
-    alone are written. The inverse of `from_file`, bit for bit, but for what was dropped then.
-    Raises UserError for folders that hold no such network, files that are there already, full disks.
-    """
-    folder, path = Path(folder), Path(path)
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"The name of a file of weights ends in {', '.join(SUFFIXES)}; {path.name} does not.")
-    if path.exists():
-        raise UserError(f"{path} is there already. Remove it, or give another name.")
-    origin = _origin(folder, kind)
-    tensors = _of_folder(folder, origin["kind"])
-    rules = kind_named(origin["kind"])
-    strange = [name for name in tensors if not any(re.fullmatch(rule.pattern, name) for rule in rules.rules)]
-    if strange:
-        raise UserError(
-            f"The network in {folder} is not of the kind {origin['kind']!r}: it has {len(strange)} tensors that one "
-            f"does not have, such as {strange[0]}."
-        )
-    absent = set(origin.get("absent", ()))
-    pieces = [
-        piece for entry in entries(tensors, rules.rules) for piece in _original(entry, tensors[entry.name], absent)
-    ]
-    _check_disk(path, size_of(pieces))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write = write_safetensors if path.suffix == ".safetensors" else write_torch
-        write(part, pieces, _counter(progress, pieces))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return Converted(path, origin.get("name", folder.name), origin["kind"], len(pieces), origin.get("dropped", {}))
-
-
-def _origin(folder: Path, kind: str | None) -> dict[str, Any]:
-    path = folder / ORIGIN_FILE
-    if not path.is_file():
-        if kind is None:
-            raise UserError(
-                f"{folder} was not converted from a released file: it has no {ORIGIN_FILE}. If its network is one of "
-                "the released kinds, say which with --kind."
-            )
-        return {"kind": kind}
-    origin: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if kind not in (None, origin["kind"]):
-        raise UserError(f"{folder} holds {origin['name']}, of the kind {origin['kind']!r}, not {kind!r}.")
-    return origin
-
-
-def _of_folder(folder: Path, kind: str) -> dict[str, "_Stored"]:
-    """{our name: where its tensor lies} of everything the folder holds of a network."""
-    if kind in CODEC_WEIGHTS:
-        return _stored(folder / WEIGHTS_FOLDER / CODEC_WEIGHTS[kind], CODEC_PREFIX)
-    weights = next((folder / name for name in WEIGHTS.values() if (folder / name).is_file()), None)
-    if weights is None:
-        raise UserError(f"{folder} holds no weights: there is no {' or '.join(WEIGHTS.values())} in it.")
-    heads = folder / OBJECTIVE_FILE
-    return _stored(weights, "") | (_stored(heads, HEADS) if heads.is_file() else {})
-
-
-@dataclass(frozen=True)
-class _Stored:
-    weights: Weights
-    key: str
-
-
-def _stored(path: Path, prefix: str) -> dict[str, _Stored]:
-    weights = read_weights(path)
-    return {prefix + key: _Stored(weights, key) for key in weights}
-
-
-def _original(entry: Entry, stored: _Stored, absent: set[str]) -> Iterator[Piece]:
-    """The reference's tensors that one of ours is made of."""
-    for key, empty in entry.split(stored.weights.empty[stored.key]).items():
-        if key not in absent:
-            yield Piece(key, empty, functools.partial(_part, entry, stored, key))
-
-
-def _part(entry: Entry, stored: _Stored, key: str) -> Tensor:
-    return entry.split(stored.weights[stored.key])[key]
-
-
-# -- disks and folders
-
-
-def _check_free(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty. Give a new folder, so that nothing is mixed with what lies there.")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; the converted model becomes a folder. Give another name.")
-
-
-def _check_disk(path: Path, size: int) -> None:
-    """Raises UserError unless `size` bytes fit where `path` will lie."""
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(there).free
-    if free < size + SPARE_BYTES:
-        raise UserError(
-            f"The converted weights take {size / 2**30:.2f} GiB, and the disk of {there} has {free / 2**30:.2f} GiB "
-            "left. Make room, or write to another disk."
-        )
-
-
-@contextmanager
-def _whole(folder: Path, size: int) -> Iterator[Path]:
-    """A folder that is filled beside `folder` and takes its name at the end; what is left of one that was broken off
-    earlier is removed first.
-    """
-    _check_disk(folder, size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.absolute().parent / f".{folder.absolute().name}.converting"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        os.replace(part, folder)  # onto an empty folder, or none
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -1,11 +1,9 @@
-"""Conversion of released files: the pictures of a converted run are the reference's, the way back is exact, a file that
-is not what it should be is told, and nothing half-written is left.
+"""Conversion of released files: the pictures of a converted run are the reference's, the way back is exact, memory is
+bounded, and nothing half-written is left.
 """
 
-import hashlib
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections import namedtuple
@@ -19,142 +17,15 @@ from safetensors.torch import load_file, save_file
 from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.core.noise import item_noise
+from crossflow.tasks import latents
 from crossflow.tasks.common.codecs import load_codec
-from crossflow.tasks.common.tokenizer import build_tokenizer
 from crossflow.tasks.pipeline import load
-from crossflow.tasks.released import convert, expected, from_reference
-from crossflow.tasks.released.convert import from_file, to_file
-from crossflow.tasks.released.known import FILES, identify, recognise
+from crossflow.tasks.released import convert, expected, from_reference, restore
+from crossflow.tasks.released.convert import from_file
+from crossflow.tasks.released.restore import to_file
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")
 GOLDEN = Path(__file__).parents[2] / "golden"
-TEXT = {"num_blocks": 1, "hidden_dim": 32, "hidden_token_length": 256, "num_attention_heads": 8, "dropout_prob": 0.1}
-STAGE = {"image_input_ratio": 1, "final_kernel_size": 3, "dropout_prob": 0}
-CROSSFLOW = {"channels": 4, "num_clip_token": 77, "cfg_indicator": 0.1, "textVAE": TEXT}
-DIMR = {
-    **CROSSFLOW,
-    "clip_dim": 768,
-    "stage_configs": [
-        {"block_type": "TransformerBlock", "dim": 16, "hidden_dim": 32, "num_attention_heads": 2, "num_blocks": 3}
-        | {"max_height": 4, "max_width": 4, "input_feature_ratio": 2}
-        | STAGE,
-        {"block_type": "ConvNeXtBlock", "dim": 8, "hidden_dim": 16, "kernel_size": 7, "num_blocks": 3}
-        | {"max_height": 8, "max_width": 8, "input_feature_ratio": 1}
-        | STAGE,
-    ],
-}
-DIT = {**CROSSFLOW, "clip_dim": 4096, "latent_size": 8, "learn_sigma": False, "patch_size": 2}
-DIT |= {"hidden_size": 32, "depth": 2, "num_heads": 4}
-FLOWTOK = {
-    "learn_sigma": False,
-    "channels": 16,
-    "clip_dim": 768,
-    "num_clip_token": 77,
-    "use_t2t_temperature": True,
-    "cfg_indicator": 0.1,
-    "textVAE": TEXT,
-    "hidden_size": 32,
-    "depth": 2,
-    "num_heads": 4,
-}
-TITOK = {
-    "vq_model": {
-        "token_size": 16,
-        "vit_enc_model_size": "tiny",
-        "vit_dec_model_size": "tiny",
-        "vit_enc_patch_size": 16,
-        "vit_dec_patch_size": 16,
-        "num_latent_tokens": 77,
-    },
-    "dataset": {"crop_size": 64},
-}
-VAE = {
-    "scale_factor": 0.2301,
-    "ddconfig": {
-        "z_channels": 4,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 32,
-        "ch_mult": [1, 1, 1, 1],
-        "num_res_blocks": 1,
-    },
-}
-CONFIGS = {"dimr": DIMR, "dit": DIT, "flowtok": FLOWTOK, "flowtitok": TITOK, "autoencoder_kl": VAE}
-
-
-@pytest.fixture(scope="module")
-def files(recipe, tmp_path_factory):
-    """files(kind): (released file of a small network by recipe, its settings' file, its tensors)."""
-    root, made = tmp_path_factory.mktemp("files"), {}
-
-    def make(kind):
-        if kind not in made:
-            shapes = expected(kind, CONFIGS[kind], ())
-            state = recipe.weights({key: shape for key, shape in shapes.items() if "freqs_" not in key})
-            path, config = root / f"{kind}.pth", root / f"{kind}.json"
-            torch.save(state, path)
-            config.write_text(json.dumps({"kind": kind, "config": CONFIGS[kind]}))
-            made[kind] = path, config, state
-        return made[kind]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    """encoders(name): the folder of a tiny clip | t5 text encoder of the released widths, with its tokenizer."""
-    import transformers
-
-    root = tmp_path_factory.mktemp("encoders")
-
-    def make(name):
-        folder = root / name
-        if folder.exists():
-            return folder
-        torch.manual_seed(0)
-        if name == "clip":
-            sizes = {"hidden_size": 768, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 12}
-            marks = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-            network = transformers.CLIPTextModel(
-                transformers.CLIPTextConfig(vocab_size=400, max_position_embeddings=77, **sizes, **marks)
-            )
-        else:
-            network = transformers.T5EncoderModel(
-                transformers.T5Config(vocab_size=400, d_model=4096, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-            )
-        network.save_pretrained(folder)
-        tokenizer = build_tokenizer(["a red cube", "a blue sphere"], vocab_size=400, max_length=77)
-        if name == "clip":
-            tokenizer.pad_token = tokenizer.eos_token  # as CLIP's own does
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def runs(files, encoders, tmp_path_factory):
-    """runs(kind): a converted run with its text encoder and codec, made once; not to be written to."""
-    root, made = tmp_path_factory.mktemp("runs"), {}
-
-    def make(kind):
-        if kind not in made:
-            path, config, _ = files(kind)
-            encoder, codec = {
-                "dimr": ("clip", "autoencoder_kl"),
-                "dit": ("t5", "autoencoder_kl"),
-                "flowtok": ("clip", "flowtitok"),
-            }[kind]
-            if codec not in made:
-                made[codec] = from_file(files(codec)[0], root / codec, config=files(codec)[1]).path
-            overrides = [f"text.encoder={encoders(encoder)}", f"codec.source={made[codec]}"]
-            overrides += ["data.image_size=64"] if kind == "flowtok" else []
-            made[kind] = from_file(path, root / kind, config=config, overrides=overrides).path
-        return made[kind]
-
-    return make
-
-
 # -- pictures
 
 
@@ -192,22 +63,22 @@ def euler_by_hand(model, z, num_steps, scale):
         ("flowtok", "clip", 2.0, ["a red cube", "a blue sphere"], None),
     ],
 )
-def test_pictures_are_those_of_the_reference(files, encoders, runs, kind, encoder, guidance, prompts, as_read):
+def test_pictures_are_those_of_the_reference(files, configs, encoders, runs, kind, encoder, guidance, prompts, as_read):
     pipe = load(runs(kind))
     assert (pipe.settings.guidance, pipe.settings.time_grid) == (guidance, "released")
     assert pipe.settings.steps == (20 if kind == "flowtok" else 50)
     pictures = pipe(prompts, ids=["a", "b"], seed=3, steps=5)
 
-    model = from_reference(kind, files(kind)[2], CONFIGS[kind])
+    model = from_reference(kind, files(kind)[2], configs[kind])
     features, mask = features_by_hand(encoders(encoder), as_read or prompts, 0 if kind == "flowtok" else None)
     posterior = model.source_encoder(features, mask)
     z0 = posterior.mean + (posterior.log_var / 2).exp() * item_noise(3, ["a/0", "b/0"], posterior.mean.shape[1:])
     z1 = euler_by_hand(model, z0, 5, guidance)
     if kind == "flowtok":
-        tokenizer = from_reference("flowtitok", files("flowtitok")[2], TITOK)
+        tokenizer = from_reference("flowtitok", files("flowtitok")[2], configs["flowtitok"])
         right = tokenizer.decode(z1 / 1.0143, features)
     else:
-        autoencoder = from_reference("autoencoder_kl", files("autoencoder_kl")[2], VAE).network
+        autoencoder = from_reference("autoencoder_kl", files("autoencoder_kl")[2], configs["autoencoder_kl"]).network
         right = autoencoder.decode(z1 / 0.2301).sample
     right = ((right.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     assert pictures[0].shape == (64, 64, 3)
@@ -224,6 +95,29 @@ def test_flowtoks_features_are_padded_with_zero_and_padding_counts(runs):
     other, _ = text.features(["a red cube"])
     assert torch.equal(padded[mask], other[mask])
     assert (padded[~mask] - other[~mask]).abs().max() > 1e-2
+
+
+def test_flowtoks_pictures_are_decoded_under_their_texts(runs, monkeypatch):
+    """The latent tools too: the ends of an interpolation are what sampling gives, between them are both texts."""
+    pipe = load(runs("flowtok"))
+    prompts, settings = ["a red cube", "a blue sphere"], {"steps": 2, "mode": True}
+    seen, decode_with = [], pipe.task.decode_with
+
+    def watched(z1, features):
+        seen.append(features)
+        return decode_with(z1, features)
+
+    monkeypatch.setattr(pipe.task, "decode_with", watched)
+    frames = latents.interpolate(pipe, *prompts, 3, **settings)
+    ends = pipe(prompts, **settings)
+    assert np.abs(np.stack([frames[0], frames[-1]]).astype(int) - np.stack(ends)).max() <= 1
+    between, given = seen
+    torch.testing.assert_close(between, torch.stack([given[0], given.mean(0), given[1]]))
+    (same,) = latents.arithmetic(pipe, "a red cube", plus="a blue sphere", strengths=[0.0], **settings)
+    assert np.abs(same.astype(int) - ends[0]).max() <= 1
+    tokens = torch.randn(1, 77, 16, generator=torch.Generator().manual_seed(0))
+    under = [decode_with(tokens, features[None])[0].astype(int) for features in given]
+    assert np.abs(under[0] - under[1]).max() > 1
 
 
 def test_commands_convert_sample_and_convert_back(files, encoders, tmp_path, capsys):
@@ -315,112 +209,6 @@ def test_a_saved_pipeline_may_replace_the_file_it_was_loaded_from(runs, tmp_path
     assert_equal(load_file(run / "model.safetensors"), before)
 
 
-# -- which file it is
-
-
-RECORDED = json.loads((GOLDEN / "released_files.json").read_text())
-
-
-def digest(shapes):
-    """Of the sorted keys and shapes that are used, those of the image tower left out."""
-    lines = sorted(f"{key} {list(shape)}" for key, shape in shapes.items() if not key.startswith("open_clip.visual."))
-    return len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-@pytest.mark.parametrize("name", RECORDED)
-def test_settings_of_the_released_files_give_their_tensors(name):
-    known = next(one for one in FILES if one.name == name)
-    assert known.kind == RECORDED[name]["kind"]
-    found = digest(expected(known.kind, known.config, list(known.marks)))
-    assert found == (RECORDED[name]["num_tensors"], RECORDED[name]["sha256"])
-
-
-@pytest.mark.skipif(DATA is None, reason="needs the key lists of the released files")
-@pytest.mark.parametrize("name", RECORDED)
-def test_the_released_files_are_recognised(name):
-    path = Path(DATA) / "golden/checkpoints" / f"{name.replace('TiTok-', 'TiTok_')}.json"
-    released = json.loads(path.read_text())
-    known = recognise({key: torch.empty(shape, device="meta") for key, shape in released["shapes"].items()})
-    assert known.name == name
-    assert digest(released["shapes"]) == (RECORDED[name]["num_tensors"], RECORDED[name]["sha256"])
-    for setting, value in known.config.items():
-        if setting in released["config"] and not isinstance(value, (dict, list)):
-            assert released["config"][setting] == value
-
-
-def test_other_networks_need_their_kind_and_settings(files, tmp_path):
-    path, config, state = files("dimr")
-    with pytest.raises(UserError, match=r"not one of the released files.*--kind .*--config"):
-        from_file(path, tmp_path / "run")
-    with pytest.raises(UserError, match="dimrr"):
-        from_file(path, tmp_path / "run", kind="dimrr", config=config)
-    with pytest.raises(UserError, match=r"holds \d+ of the \d+ tensors of a 'dit' network"):
-        from_file(path, tmp_path / "run", kind="dit", config=files("dit")[1])
-    plain = tmp_path / "plain.yaml"
-    plain.write_text(json.dumps(CONFIGS["dimr"]))
-    assert from_file(path, tmp_path / "run", kind="dimr", config=plain).num_tensors == len(state)
-    broken = tmp_path / "broken.json"
-    broken.write_text("{")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
-        from_file(path, tmp_path / "other", config=broken)
-    broken.write_text("{}")
-    with pytest.raises(UserError, match="lacks"):
-        from_file(path, tmp_path / "other", kind="dimr", config=broken)
-
-
-def test_a_wrong_kind_of_a_released_file_is_told(tmp_path):
-    known = next(one for one in FILES if one.name == "FlowTok-XL")
-    tensors = {key: torch.empty(tuple(shape), device="meta") for key, shape in known.marks.items()}
-    with pytest.raises(UserError, match="is FlowTok-XL, of the kind 'flowtok', not 'dimr'"):
-        identify(tensors, "dimr", None, tmp_path / "file.pth")
-    assert identify(tensors, None, None, tmp_path / "file.pth") is known
-
-
-# -- what is not a file of weights
-
-
-class Code:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_code_in_a_file_is_refused_and_not_run(tmp_path):
-    torch.save({"weight": torch.zeros(1), "more": Code(tmp_path / "made")}, tmp_path / "new.pth")
-    (tmp_path / "plain.bin").write_bytes(pickle.dumps({"weight": Code(tmp_path / "made")}, protocol=2))
-    for name in ("new.pth", "plain.bin"):
-        with pytest.raises(UserError, match="holds more than tensors"):
-            from_file(tmp_path / name, tmp_path / "run")
-    assert not (tmp_path / "made").exists()
-    assert not (tmp_path / "run").exists()
-
-
-def test_cut_off_and_other_files_are_told(files, tmp_path):
-    path, _, state = files("flowtok")
-    whole = path.read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    save_file(state, tmp_path / "whole.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-10])
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    (tmp_path / "cut_old.pth").write_bytes((tmp_path / "old.pth").read_bytes()[:-1000])
-    for name in ("cut.pth", "cut.safetensors", "cut_old.pth"):
-        with pytest.raises(UserError, match="cut off or damaged"):
-            from_file(tmp_path / name, tmp_path / "run")
-    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
-    with pytest.raises(UserError, match="no file of torch's"):
-        from_file(tmp_path / "pointer.pth", tmp_path / "run")
-    torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="holds list"):
-        from_file(tmp_path / "list.pth", tmp_path / "run")
-    with pytest.raises(UserError, match="There is no file"):
-        from_file(tmp_path / "nothing.pth", tmp_path / "run")
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match=r"must end in \.safetensors"):
-        from_file(tmp_path / "notes.txt", tmp_path / "run")
-
-
 # -- where it is written
 
 
@@ -441,7 +229,7 @@ def test_nothing_half_written_is_left(files, tmp_path, monkeypatch):
     from_file(path, tmp_path / "run", config=config)
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
     with monkeypatch.context() as broken:
-        broken.setattr(convert, "write_torch", fails)
+        broken.setattr(restore, "write_torch", fails)
         with pytest.raises(OSError, match="No space left"):
             to_file(tmp_path / "run", tmp_path / "back.pth")
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
@@ -518,7 +306,7 @@ def test_a_codecs_folder_is_a_codec(files, tmp_path):
 
 MEASURE = """
 import resource, sys
-from crossflow.tasks.released.convert import from_file, to_file
+from crossflow.tasks.released.convert import from_file
 from_file(sys.argv[1], sys.argv[2] + "/first", config=sys.argv[3])  # whatever is loaded once is loaded now
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
@@ -531,12 +319,13 @@ print(there, peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_memory_stays_below_the_size_of_the_file(files, recipe, tmp_path, suffix):
+def test_memory_stays_below_the_size_of_the_file(files, configs, tmp_path, suffix):
     small, small_config, _ = files("dimr")
     wide = [
-        {**stage, "dim": stage["dim"] * 48, "hidden_dim": stage["hidden_dim"] * 48} for stage in DIMR["stage_configs"]
+        {**stage, "dim": stage["dim"] * 48, "hidden_dim": stage["hidden_dim"] * 48}
+        for stage in configs["dimr"]["stage_configs"]
     ]
-    config = {**DIMR, "stage_configs": wide}
+    config = {**configs["dimr"], "stage_configs": wide}
     (tmp_path / "config.json").write_text(json.dumps({"kind": "dimr", "config": config}))
     state = {key: torch.zeros(shape) for key, shape in expected("dimr", config, ()).items()}
     path = tmp_path / f"large.{suffix}"
