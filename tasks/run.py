@@ -109,8 +109,8 @@ class Run:
         distributed.device()
         SOLVERS.get(config.sample.solver)  # a wrong name is better told before the training than after
         self.task = build_task(config)
-        if resume is not None and (folder / MANIFEST).is_file():
-            self.task.run_folder = folder
+        if resume is not None and checkpoints(folder / "checkpoints"):
+            self.task.run_folder = folder  # its data are looked for where it was started
         self.data = self.task.dataset("train")
         self._prepare()
         torch.manual_seed(keyed_generator("weights", config.seed).initial_seed())
