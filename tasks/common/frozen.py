@@ -8,12 +8,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
 
@@ -33,14 +33,21 @@ def weights_checksum(network: nn.Module) -> str:
     Names do not enter, since libraries rename modules between versions: the digests of the tensors (dtype, shape,
     bytes) are sorted and hashed together. Tensors shared under several names count once.
     """
-    digests: dict[int, bytes] = {}
-    for tensor in network.state_dict().values():
-        if not tensor.is_floating_point() or tensor.data_ptr() in digests:
-            continue
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        digests[tensor.data_ptr()] = digest.digest()
-    return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
+    floating = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+    once = {tensor.data_ptr(): tensor for tensor in reversed(floating)}  # of several names the first
+    return checksum_of(digest(tensor) for tensor in once.values())
+
+
+def digest(tensor: Tensor) -> bytes:
+    """SHA-256 of one tensor: its dtype, shape and bytes."""
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.digest()
+
+
+def checksum_of(digests: Iterable[bytes]) -> str:
+    """The `weights_checksum` of a network whose floating-point tensors have these digests."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def expect_checksum(name: str, found: str, expected: str | None) -> None:

@@ -4,6 +4,7 @@ A flow model becomes a run directory, a codec a codec's folder. Beside the weigh
 was, so that the folder can be written back under the original keys (restore.py).
 """
 
+import functools
 import re
 import sys
 import time
@@ -20,7 +21,7 @@ from crossflow.core.model import CrossFlow
 from crossflow.tasks import released
 from crossflow.tasks.base import build_task, task_class
 from crossflow.tasks.common.codecs import SETTINGS_FILE, WEIGHTS_FOLDER, AutoencoderKLCodec, NetworkCodec
-from crossflow.tasks.common.frozen import write_json
+from crossflow.tasks.common.frozen import checksum_of, digest, write_json
 from crossflow.tasks.common.image_latents import FOLDER as CODEC_FOLDER
 from crossflow.tasks.pipeline import WEIGHTS
 from crossflow.tasks.released.files import Piece, Weights, read_weights, size_of, write_safetensors
@@ -208,12 +209,21 @@ def _write_codec(folder: Path, codec: nn.Module, pieces: Sequence[Piece], on_byt
     assert isinstance(codec, NetworkCodec)
     (folder / WEIGHTS_FOLDER).mkdir()
     codec.network.save_config(folder / WEIGHTS_FOLDER)
-    own = [piece._replace(name=piece.name.removeprefix(CODEC_PREFIX)) for piece in pieces]
+    digests: list[bytes] = []
+
+    def digested(piece: Piece) -> Tensor:
+        tensor = piece.make()
+        if tensor.is_floating_point():
+            digests.append(digest(tensor.float()))  # as a codec holds it
+        return tensor
+
+    own = [
+        Piece(piece.name.removeprefix(CODEC_PREFIX), piece.empty, functools.partial(digested, piece))
+        for piece in pieces
+    ]
     write_safetensors(folder / WEIGHTS_FOLDER / CODEC_WEIGHTS[codec.kind], own, on_bytes)
-    # Read back as a run will read it; its checksum is that of what was written.
-    written = type(codec).build(source=str(folder / WEIGHTS_FOLDER))
-    written.source, written.subfolder = None, ""
-    written.save_settings(folder, embedded=True)
+    codec.checksum = checksum_of(digests)
+    codec.save_settings(folder, embedded=True)
 
 
 def _write_origin(folder: Path, origin: Mapping[str, Any], config: Config | None) -> None:

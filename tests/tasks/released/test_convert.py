@@ -307,6 +307,7 @@ def test_a_codecs_folder_is_a_codec(files, tmp_path):
 MEASURE = """
 import resource, sys
 from crossflow.tasks.released.convert import from_file
+from crossflow.tasks.released.restore import to_file
 from_file(sys.argv[1], sys.argv[2] + "/first", config=sys.argv[3])  # whatever is loaded once is loaded now
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
@@ -317,17 +318,25 @@ print(there, peak() - before)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_memory_stays_below_the_size_of_the_file(files, configs, tmp_path, suffix):
-    small, small_config, _ = files("dimr")
-    wide = [
-        {**stage, "dim": stage["dim"] * 48, "hidden_dim": stage["hidden_dim"] * 48}
-        for stage in configs["dimr"]["stage_configs"]
+def large(kind, configs):
+    """A config of a few hundred megabytes."""
+    config = configs[kind]
+    if kind == "flowtitok":
+        sizes = {"vit_enc_model_size": "small", "vit_dec_model_size": "small"}
+        return {**config, "vq_model": {**config["vq_model"], **sizes}}
+    stages = [
+        {**stage, "dim": stage["dim"] * 48, "hidden_dim": stage["hidden_dim"] * 48} for stage in config["stage_configs"]
     ]
-    config = {**configs["dimr"], "stage_configs": wide}
-    (tmp_path / "config.json").write_text(json.dumps({"kind": "dimr", "config": config}))
-    state = {key: torch.zeros(shape) for key, shape in expected("dimr", config, ()).items()}
+    return {**config, "stage_configs": stages}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "suffix"), [("dimr", "pth"), ("dimr", "safetensors"), ("flowtitok", "pth")])
+def test_memory_stays_below_the_size_of_the_file(files, configs, tmp_path, kind, suffix):
+    small, small_config, _ = files(kind)
+    config = large(kind, configs)
+    (tmp_path / "config.json").write_text(json.dumps({"kind": kind, "config": config}))
+    state = {key: torch.zeros(shape) for key, shape in expected(kind, config, ()).items()}
     path = tmp_path / f"large.{suffix}"
     torch.save(state, path) if suffix == "pth" else save_file(state, path)
     size = path.stat().st_size
