@@ -457,7 +457,8 @@ def _item_ids(asked: Sequence[tuple[str, Any]]) -> list[str]:
 def _write_grid(pictures: Sequence[Any], names: Sequence[str], path: Path) -> Path:
     from crossflow.tasks.common.images import save_png, sheet
 
-    return save_png(sheet(list(pictures), list(names), cell=min(512, max(128, pictures[0].shape[1]))), path)
+    cell, columns = min(512, max(128, pictures[0].shape[1])), len(pictures) if len(pictures) <= 6 else None
+    return save_png(sheet(list(pictures), list(names), columns=columns, cell=cell), path)
 
 
 @command.command()
@@ -570,7 +571,8 @@ def interpolate(
     use: Use,
     start: str, end: str, frames: int, kind: str, noise: str, mean: bool, fps: float,
 ) -> None:  # fmt: skip
-    """Walk from one source to another in the latent space.
+    """Walk from one source to another in the latent space; a picture of another size than the first is cropped and
+    resized to it.
 
     Writes what the task makes of every frame and, of pictures, a grid, an animated GIF and (with the extra `video`) an
     MP4.
@@ -613,7 +615,7 @@ def interpolate(
     type=float,
     default=(1.0,),
     show_default=True,
-    help="k of base + k (plus - minus); several give a row.",
+    help="k of base + k (plus - minus); may be given several times.",
 )
 @click.option(
     "--restandardise",

@@ -21,6 +21,7 @@ from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.solvers import SOLVERS
 from crossflow.tasks.base import Pieces
+from crossflow.tasks.common.images import center_crop_resize
 from crossflow.tasks.pipeline import OnStep, Pipeline
 
 SHARED = "shared"
@@ -42,7 +43,10 @@ def encode(pipe: Pipeline, value: Any, *, seed: int = 0, mode: bool = False, noi
 
     mode: the means of the posteriors instead of samples; noise: the id whose noise samples take.
     """
-    pieces = pipe.task.pieces(pipe.task.read_input(value))
+    return _encode(pipe, pipe.task.pieces(pipe.task.read_input(value)), seed, mode, noise)
+
+
+def _encode(pipe: Pipeline, pieces: Pieces, seed: int, mode: bool, noise: str) -> Encoded:
     source = pipe.task.source(pieces.values)
     return Encoded(pieces, source, pipe.latents(source, _names(noise, len(pieces.values)), seed, mode))
 
@@ -54,24 +58,24 @@ def _names(noise: str, num_pieces: int) -> list[str]:
 def _encode_all(
     pipe: Pipeline, values: dict[str, Any], settings: SampleConfig, seed: int, shared_noise: bool
 ) -> dict[str, Encoded]:
-    """The inputs, by the part they play, for latents to be mixed."""
+    """The inputs, by the part they play, for latents to be mixed: those of other sizes are cropped and resized to the
+    first one's.
+    """
     if pipe.model.source_encoder.kind == "gaussian":
         raise UserError(
             "This model starts from Gaussian noise (source.kind = gaussian), so its source latents carry no meaning to "
             "interpolate or to add. Use a run with a variational, deterministic or noisy source."
         )
-    encoded = {
-        part: encode(pipe, value, seed=seed, mode=settings.mode, noise=SHARED if shared_noise else part)
-        for part, value in values.items()
+    read = [pipe.task.read_input(value) for value in values.values()]
+    cut = [pipe.task.pieces(value) for value in read]
+    fitted = [
+        pieces if pieces.layout == cut[0].layout else pipe.task.pieces(center_crop_resize(value, read[0].shape[:2]))
+        for pieces, value in zip(cut, read, strict=True)
+    ]
+    return {
+        part: _encode(pipe, pieces, seed, settings.mode, SHARED if shared_noise else part)
+        for part, pieces in zip(values, fitted, strict=True)
     }
-    sizes = {part: one.pieces.layout or tuple(one.z0.shape[1:]) for part, one in encoded.items()}
-    if len(set(sizes.values())) > 1:
-        said = ", ".join(f"{part} {' x '.join(map(str, size))}" for part, size in sizes.items())
-        raise UserError(
-            f"Latents can be mixed only when they have one shape, and these inputs give others: {said}. Give pictures "
-            "of one size."
-        )
-    return encoded
 
 
 def _outputs(
@@ -127,7 +131,8 @@ def interpolate(
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> list[Any]:
-    """Outputs for `num_frames` source latents on the way from input a to input b, both included.
+    """Outputs for `num_frames` source latents on the way from input a to input b, both included. A picture b of another
+    size than a is cropped and resized to that of a.
 
     kind: lerp | slerp; features that guide a decoder (FlowTiTok) go along a straight line. shared_noise: both ends take
     the same noise, else each its own. settings: fields of `SampleConfig`; `mode` goes from mean to mean. on_step(done,
@@ -156,7 +161,8 @@ def arithmetic(
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> list[Any]:
-    """Outputs for base + k (plus - minus), one for each strength k; an absent term counts zero.
+    """Outputs for base + k (plus - minus), one for each strength k; an absent term counts zero. Pictures of other sizes
+    than the base are cropped and resized to that of the base.
 
     restandardise: bring each result to mean 0 and deviation 1 over its whole latent, as the released demo does (with
     strength 1). The other arguments are those of `interpolate`.

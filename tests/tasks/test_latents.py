@@ -9,6 +9,7 @@ import torch
 
 from crossflow.core.errors import UserError
 from crossflow.tasks import latents
+from crossflow.tasks.common.images import center_crop_resize
 from crossflow.tasks.latents import SHARED
 from crossflow.tasks.pipeline import Pipeline, load
 
@@ -162,10 +163,12 @@ def test_depth_frames_have_the_size_of_the_picture_and_one_scale_of_colours(pipe
 
 
 @pytest.mark.parametrize(("task", "sizes"), [("sr", ((9, 13), (13, 9))), ("depth", ((20, 40), (40, 20)))])
-def test_pictures_of_two_sizes_are_refused_by_name(pipe, task: str, sizes: tuple) -> None:
-    a, b = (picture(*size) for size in sizes)
-    with pytest.raises(UserError, match=r"from \d+ x \d+, to \d+ x \d+.*of one size"):
-        latents.interpolate(pipe(task), a, b, 3)
+def test_a_picture_of_another_size_is_brought_to_that_of_the_first(pipe, task: str, sizes: tuple) -> None:
+    run, (a, b) = pipe(task), (picture(*size) for size in sizes)
+    frames = latents.interpolate(run, a, b, 2)
+    assert frames[0].shape == frames[1].shape
+    assert same(frames[0], run.outputs([a], [SHARED], seed=0)[0])
+    assert same(frames[1], run.outputs([center_crop_resize(b, sizes[0])], [SHARED], seed=0)[0])
 
 
 def test_impossible_arithmetic_is_refused(pipe) -> None:
