@@ -920,7 +920,8 @@ def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None) -> 
     """Scenes rendered per second, seconds per training step, samples read per second, on this machine.
 
     The part `cache` reads a feature cache and, side by side, files as the released CrossFlow scripts write them (one
-    pickle per sample): `clip` holds what a 256 px CLIP model needs, `all` everything those scripts put into a file.
+    pickle per sample): `clip` holds what a 256 px CLIP model needs, `all` everything those scripts put into a file;
+    `cold` means read from the disk.
     """
     import tempfile
 

@@ -1,15 +1,18 @@
 """How fast training reads features: a cache beside one pickled file per sample, as the released scripts write them.
 
 Both hold the same samples and give the same batches on the CPU, in a shuffled order and one process: moments
-(B, C, h, w) float32, token features (B, N, D) with their padding, mask. The cache's features stay in the type they are
-stored in, half precision, which becomes float32 on the training device. B batch, N tokens, D width.
+(B, C, h, w), token features (B, N, D) with their padding, mask. What comes from the cache stays in the type it is
+stored in, half precision: token features become float32 on the training device, moments when the codec scales them.
+B batch, N tokens, D width.
 """
 
 import os
 import pickle
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,9 +31,7 @@ from crossflow.tasks.common.readers import open_reader
 from crossflow.tasks.t2i.dataset import example
 
 ROUNDS, BATCH = 5, 64
-CONTENTS, MEMORY = ("clip", "all"), ("warm", "cold")
-NUM_ROWS = len(CONTENTS) * len(MEMORY)
-MEAN_TOKENS, SPREAD = 40, 15  # of prompts such as JourneyDB's, start and end tokens included; COCO's have about 13
+MEMORY = ("warm", "cold")
 NUM_TOKENS, CLIP_WIDTH, T5_WIDTH = 77, 768, 4096
 Batch = tuple[Posterior, Tensor, Tensor]
 T = TypeVar("T")
@@ -50,29 +51,46 @@ class _Network:
         return Posterior(images, images)
 
     def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return torch.zeros(0), torch.ones(len(captions), MEAN_TOKENS)
+        return torch.zeros(0), torch.ones(len(captions), NUM_TOKENS)
 
 
-def write_released(folder: Path, count: int, everything: bool) -> None:
-    """Files as `extract_train_feature.py` of the release writes them, of random values.
-
-    everything: also the moments at 512 px and the T5 features that it puts into the same file.
+@dataclass(frozen=True)
+class Content:
+    """What the files hold. tokens: of a caption on average, start and end included, with this standard deviation;
+    everything: also the moments at 512 px and the T5 features that the released script puts into the same file.
     """
+
+    name: str
+    tokens: float
+    deviation: float
+    everything: bool = False
+
+
+CONTENTS = (
+    Content("clip, long prompts", 40, 15),
+    Content("clip, captions", 14, 4),  # Flickr8k's and COCO's have 14
+    Content("all, long prompts", 40, 15, everything=True),
+)
+NUM_ROWS = len(CONTENTS) * len(MEMORY)
+
+
+def write_released(folder: Path, count: int, content: Content) -> None:
+    """Files as `extract_train_feature.py` of the release writes them, of random values."""
     folder.mkdir(parents=True)
     for number in range(count):
         rng = np.random.default_rng(number)
-        length = int(np.clip(rng.normal(MEAN_TOKENS, SPREAD), 4, NUM_TOKENS))
+        length = int(np.clip(rng.normal(content.tokens, content.deviation), 4, NUM_TOKENS))
         mask = (np.arange(NUM_TOKENS) < length).astype(np.int64)
-        content: dict[str, Any] = {"image_latent_256": rng.standard_normal((8, 32, 32), dtype=np.float32)}
+        sample: dict[str, Any] = {"image_latent_256": rng.standard_normal((8, 32, 32), dtype=np.float32)}
         widths = {"clip": CLIP_WIDTH}
-        if everything:
-            content["image_latent_512"] = rng.standard_normal((8, 64, 64), dtype=np.float32)
+        if content.everything:
+            sample["image_latent_512"] = rng.standard_normal((8, 64, 64), dtype=np.float32)
             widths["t5"] = T5_WIDTH
         for name, width in widths.items():
-            content[f"token_embedding_{name}"] = rng.standard_normal((NUM_TOKENS, width), dtype=np.float32)
-            content[f"token_mask_{name}"], content[f"token_{name}"] = mask, mask
-        content["batch_caption"] = " ".join(["word"] * (length - 2))
-        np.save(folder / f"{number:06d}.npy", np.array(content, dtype=object))
+            sample[f"token_embedding_{name}"] = rng.standard_normal((NUM_TOKENS, width), dtype=np.float32)
+            sample[f"token_mask_{name}"], sample[f"token_{name}"] = mask, mask
+        sample["batch_caption"] = " ".join(["word"] * (length - 2))
+        np.save(folder / f"{number:06d}.npy", np.array(sample, dtype=object))
 
 
 def read_released(files: Sequence[Path]) -> Batch:
@@ -115,68 +133,98 @@ def read_cached(examples: Examples, places: Sequence[tuple[int, int]]) -> tuple[
 def reading(
     folder: Path, count: int = 1024, rounds: int = ROUNDS, done: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
-    """One row per way the files are written (clip: moments at 256 px and CLIP features alone; all: as the script writes
-    them) and state of the system's memory of files; `done` after each row.
+    """One row per content of the files and state of the system's memory of them (cold: they come from the disk); `done`
+    after each row.
 
-    Samples per second of both, the ratio, the ratio with the drawing of latents added to both, the ratio when the
-    cache's features are made float32 on the CPU too, as training there does, and the bytes of both.
+    Samples per second of both and their ratio, by the clock; the ratio of processor time, which a busy machine does not
+    change; the ratio with the drawing of latents added to both; the ratio when the cache's features are made float32 on
+    the CPU too, as training there does; and the bytes of both.
     """
     rows = []
-    for content, number in zip(CONTENTS, (count, count // 4), strict=True):
-        released, cache = folder / f"released-{content}", folder / f"cache-{content}"
-        write_released(released, number, content == "all")
+    for place, content in enumerate(CONTENTS):
+        number = count // 4 if content.everything else count
+        released, cache = folder / f"released-{place}", folder / f"cache-{place}"
+        write_released(released, number, content)
         write_cache(cache, released)
-        sizes = [sum(path.stat().st_size for path in place.iterdir()) // number for place in (released, cache)]
+        sizes = [sum(path.stat().st_size for path in kind.iterdir()) / number for kind in (released, cache)]
         for memory in MEMORY:
-            theirs, ours, drawing, widening = _measure(released, cache, rounds, cold=memory == "cold")
             rows.append(
                 {
-                    "files": content,
+                    "files": content.name,
                     "memory": memory,
                     "samples": number,
-                    "mean_tokens": MEAN_TOKENS,
-                    "released_samples_per_second": round(BATCH / theirs),
-                    "cached_samples_per_second": round(BATCH / ours),
-                    "ratio": round(theirs / ours, 2),
-                    "ratio_with_latents_drawn": round((theirs + drawing) / (ours + drawing), 2),
-                    "ratio_with_float32_on_cpu": round(theirs / (ours + widening), 2),
-                    "released_bytes_per_sample": sizes[0],
-                    "cached_bytes_per_sample": sizes[1],
+                    "mean_tokens": content.tokens,
+                    **_compared(_measure(released, cache, rounds, cold=memory == "cold"), number),
+                    "released_bytes_per_sample": round(sizes[0]),
+                    "cached_bytes_per_sample": round(sizes[1]),
                     "bytes_ratio": round(sizes[1] / sizes[0], 3),
                 }
             )
             done()
+        shutil.rmtree(released)
     return rows
 
 
-def _measure(released: Path, cache: Path, rounds: int, cold: bool) -> tuple[float, ...]:
-    """Median seconds of a batch: released, cached, the drawing of its latents, which both need, and the making of
-    float32 features.
+@dataclass
+class Seconds:
+    """What an epoch's reading took, on the clock and of the processor."""
 
-    Both read the same batches of a shuffled epoch in turns, so that whatever else the machine does meets both alike.
+    released: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    cached: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    drawing: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    """Drawing the latents from the moments, which both need."""
+    widening: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    """Making cached token features float32, which the training device does."""
+
+
+def _compared(epochs: Sequence[Seconds], number: int) -> dict[str, float]:
+    """Samples per second by the clock, and ratios; medians over the epochs."""
+
+    def median(what: Callable[[Seconds], float]) -> float:
+        return statistics.median(what(epoch) for epoch in epochs)
+
+    return {
+        "released_samples_per_second": round(median(lambda one: number / one.released[0])),
+        "cached_samples_per_second": round(median(lambda one: number / one.cached[0])),
+        "ratio": round(median(lambda one: one.released[0] / one.cached[0]), 2),
+        "processor_time_ratio": round(median(lambda one: one.released[1] / one.cached[1]), 2),
+        "ratio_with_latents_drawn": round(
+            median(lambda one: (one.released + one.drawing)[0] / (one.cached + one.drawing)[0]), 2
+        ),
+        "ratio_with_float32_on_cpu": round(median(lambda one: one.released[0] / (one.cached + one.widening)[0]), 2),
+    }
+
+
+def _measure(released: Path, cache: Path, rounds: int, cold: bool) -> list[Seconds]:
+    """One entry per epoch: both read the same shuffled batches, an epoch of one after an epoch of the other, as a
+    loading process would that does nothing else.
     """
-    files = sorted(released.glob("*.npy"))
-    seconds: list[tuple[float, ...]] = []
+    files, epochs = sorted(released.glob("*.npy")), []
     examples = cached_examples(cache)
     for epoch in range(rounds + (not cold)):
         if cold:
             examples = cached_examples(cache)  # opened anew: what is mapped stays in memory
             _forget([*files, *cache.iterdir()])
-        shuffled = order(0, epoch, len(files)).tolist()
-        measured = []
-        for start in range(0, len(shuffled) - BATCH + 1, BATCH):
-            batch = shuffled[start : start + BATCH]
-            theirs, _ = _timed(read_released, [files[index] for index in batch])
-            ours, ((posterior, features, _), seeds) = _timed(read_cached, examples, [(epoch, index) for index in batch])
-            measured.append((theirs, ours, _timed(draw, posterior, seeds)[0], _timed(features.float)[0]))
-        seconds += measured if cold or epoch > 0 else []  # a warm epoch is not the first
-    return tuple(statistics.median(column) for column in zip(*seconds, strict=True))
+        shuffled, seconds = order(0, epoch, len(files)).tolist(), Seconds()
+        batches = [shuffled[start : start + BATCH] for start in range(0, len(shuffled), BATCH)]
+        for batch in batches:
+            _timed(seconds.released, read_released, [files[index] for index in batch])
+        for batch in batches:
+            last = _timed(seconds.cached, read_cached, examples, [(epoch, index) for index in batch])
+        (posterior, features, _), seeds = last
+        for _ in batches:
+            _timed(seconds.drawing, draw, Posterior(posterior.mean.float(), posterior.log_var.float()), seeds)
+            _timed(seconds.widening, features.float)
+        epochs += [seconds] if cold or epoch > 0 else []  # a warm epoch is not the first
+    return epochs
 
 
-def _timed(action: Callable[..., T], *given: Any) -> tuple[float, T]:
-    begun = time.perf_counter()
+def _timed(seconds: np.ndarray, action: Callable[..., T], *given: Any) -> T:
+    """The result of action(*given); what it took is added to `seconds`."""
+    begun = np.array([time.perf_counter(), time.process_time()])
     result = action(*given)
-    return time.perf_counter() - begun, result
+    seconds += np.array([time.perf_counter(), time.process_time()]) - begun
+    return result
 
 
 def _forget(files: Iterable[Path]) -> None:

@@ -115,8 +115,9 @@ class Examples(Generic[T]):
         return self.__dict__ | {"_cached": {}, "_used_bytes": 0}
 
     def _example(self, epoch: int, index: int, loaded: dict[int, Item | BadItem], chance: "_Chance") -> T:
-        for distance in range(len(self)):
-            candidate = (index + distance) % len(self)
+        total = len(self)
+        for distance in range(total):
+            candidate = (index + distance) % total
             if candidate not in loaded:
                 loaded |= self._load([(epoch, candidate)])
             item = loaded[candidate]

@@ -22,13 +22,13 @@ def test_training_steps_are_timed_and_nothing_is_kept(tiny_settings, tmp_path: P
 
 
 def test_a_cache_and_released_files_give_the_same_batches(tmp_path: Path) -> None:
-    reading.write_released(tmp_path / "released", 6, everything=True)
+    reading.write_released(tmp_path / "released", 6, reading.CONTENTS[2])
     reading.write_cache(tmp_path / "cache", tmp_path / "released")
     files = sorted((tmp_path / "released").glob("*.npy"))
     theirs = reading.read_released(files)
     ours, _ = reading.read_cached(reading.cached_examples(tmp_path / "cache"), [(0, index) for index in range(6)])
-    torch.testing.assert_close(ours[0].mean, theirs[0].mean, atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(ours[0].log_var, theirs[0].log_var, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(ours[0].mean.float(), theirs[0].mean, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(ours[0].log_var.float(), theirs[0].log_var, atol=2e-3, rtol=2e-3)
     assert torch.equal(ours[2], theirs[2])
     torch.testing.assert_close(ours[1].float()[ours[2]], theirs[1][ours[2]], atol=2e-3, rtol=2e-3)
     assert ours[1].shape == theirs[1].shape
@@ -40,8 +40,6 @@ def test_reading_is_measured_for_both_kinds_of_files_warm_and_cold(tmp_path: Pat
     monkeypatch.setattr(reading.reading, "__defaults__", (16, 1, lambda: None))
     assert main(["benchmark", "speed", "--part", "cache", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
-    assert [(row["files"], row["memory"]) for row in found["cache"]] == [
-        ("clip", "warm"), ("clip", "cold"), ("all", "warm"), ("all", "cold")
-    ]  # fmt: skip
+    assert [row["memory"] for row in found["cache"]] == ["warm", "cold"] * 3
     assert all(row["bytes_ratio"] < 0.5 and row["ratio"] > 0 for row in found["cache"])
     assert "scenes" not in found

@@ -146,7 +146,7 @@ class Builder:
         for name, part in described.items():
             if name != "text":
                 values = torch.Size(part["shape"]).numel()
-                spread = 2 if name.startswith("moments") and self.extractor.has_spread else 1
+                spread = 2 if part.get("spread") else 1
                 number += values * (1 if name.startswith("pixels") else itemsize * spread)
         stride = -(-len(reader) // NUM_PROBED)
         probed = [reader.captions(index) for index in range(0, len(reader), stride)]

@@ -92,7 +92,7 @@ class Extractor:
         if self.codec is not None:
             networks["codec"] = codec_identity(self.codec)
             for size in self.options.sizes:
-                parts[f"moments_{size}"] = {"shape": list(self.codec.latent_shape(size))}
+                parts[f"moments_{size}"] = {"shape": list(self.codec.latent_shape(size)), "spread": self.has_spread}
         if self.pixels:
             parts |= {f"pixels_{size}": {"shape": [3, size, size]} for size in self.options.sizes}
         if self.tower is not None:
@@ -172,9 +172,9 @@ class Extractor:
                 row[name] = value
 
     def moments(self, raw: Posterior, size: int) -> dict[str, Tensor]:
-        """Raw moments (B, *latent) as they are kept, by name."""
-        found = {f"moments_{size}.mean": self.stored(raw.mean)}
-        return found if raw.log_var is None else found | {f"moments_{size}.log_var": self.stored(raw.log_var)}
+        """Raw moments (B, 1 or 2, *latent), mean and log-variance, as they are kept, by name."""
+        both = [raw.mean] if raw.log_var is None else [raw.mean, raw.log_var]
+        return {f"moments_{size}": self.stored(torch.stack(both, 1))}
 
     def _read(self, items: Sequence[Item]) -> list[tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor]]]:
         """(features, lengths, pooled) of the captions of each item."""

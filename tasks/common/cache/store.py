@@ -7,7 +7,7 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,10 @@ class Cache:
         return Rows(self, [n for n, record in enumerate(self.records) if split in ("all", record["split"])])
 
     def shard(self, number: int) -> Shard:
-        if number not in self._shards:
-            self._shards[number] = Shard(self.folder / self.records[number]["file"])
-        return self._shards[number]
+        found = self._shards.get(number)
+        if found is None:
+            found = self._shards[number] = Shard(self.folder / self.records[number]["file"])
+        return found
 
     def id(self, entry: Entry) -> str:
         return self.shard(entry.shard).text("ids", entry.row)
@@ -86,10 +87,11 @@ class Cache:
     # -- features, gathered
 
     def moments(self, entries: Sequence[Entry], size: int) -> Posterior:
-        """Posterior over raw latents (B, *latent) of pictures of `size` pixels, float32."""
-        mean = self.fixed(entries, f"moments_{size}.mean").float()
-        has_spread = f"moments_{size}.log_var" in self.shard(entries[0].shard)
-        return Posterior(mean, self.fixed(entries, f"moments_{size}.log_var").float() if has_spread else None)
+        """Posterior over raw latents (B, *latent) of pictures of `size` pixels, in the type they are stored in; scaling
+        by a codec (`Codec.scaled`) gives float32.
+        """
+        found = self.fixed(entries, f"moments_{size}")  # (B, 1 or 2, *latent): mean, log-variance
+        return Posterior(found[:, 0], found[:, 1] if found.shape[1] == 2 else None)
 
     def pixels(self, entries: Sequence[Entry], size: int) -> Tensor:
         """Pictures (B, 3, S, S) float32 in [-1, 1]."""
@@ -118,23 +120,21 @@ class Cache:
         num_tokens = part["max_length"]
         features = np.empty((len(entries), num_tokens, part["width"]), first.arrays["text"].dtype)
         lengths = np.empty((len(entries), 1), np.int64)
-        for place, (number, caption) in enumerate(self._captions(entries, which)):
-            shard = self.shard(number)
-            begin, end = shard.span("text", caption)
-            features[place, : end - begin] = shard.arrays["text"][begin:end]
-            features[place, end - begin :] = 0
-            lengths[place] = shard.arrays["text.lengths"][caption]
+        for place, (one, number) in enumerate(zip(entries, which, strict=True)):  # the innermost loop of training
+            arrays = self.shard(one.shard).arrays
+            caption = int(arrays["items.offsets"][one.row]) + number
+            begin, end = arrays["text.offsets"][caption : caption + 2].tolist()
+            length = end - begin
+            features[place, :length] = arrays["text"][begin:end]
+            features[place, length:] = 0
+            lengths[place] = arrays["text.lengths"][caption]
         mask = torch.from_numpy(np.arange(num_tokens) < lengths)
         return torch.from_numpy(features).view(first.dtypes["text"]), mask
 
     def pooled(self, entries: Sequence[Entry], which: Sequence[int]) -> Tensor:
         """One vector (B, D) per caption, in the type they are stored in."""
-        return self._rows("text.pooled", list(self._captions(entries, which)))
-
-    def _captions(self, entries: Sequence[Entry], which: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(shard, row) of caption `which` of each item."""
-        for one, number in zip(entries, which, strict=True):
-            yield one.shard, int(self.shard(one.shard).arrays["items.offsets"][one.row]) + number
+        rows = [self.shard(one.shard).captions(one.row)[number] for one, number in zip(entries, which, strict=True)]
+        return self._rows("text.pooled", [(one.shard, row) for one, row in zip(entries, rows, strict=True)])
 
     # -- agreement with a recipe
 

@@ -29,7 +29,7 @@ class Gathered:
     size: int
 
     def moments(self) -> Posterior:
-        """Over raw latents (B, *latent)."""
+        """Over raw latents (B, *latent), in the type they are stored in."""
         return self.cache.moments(self.entries, self.size)
 
     def text(self) -> tuple[Tensor, Tensor]:
@@ -66,4 +66,4 @@ def pixel_pictures(cache: Cache, entries: Sequence[Entry], size: int, factor: in
     """Pictures (B, 3, S, S) back from the moments of a pixel codec, which are the pixels: to measure its scale on."""
     codec: Codec = build_codec("pixel", factor=factor)
     for start in range(0, len(entries), TOGETHER):
-        yield codec.decode(cache.moments(entries[start : start + TOGETHER], size).mean)
+        yield codec.decode(cache.moments(entries[start : start + TOGETHER], size).mean.float())

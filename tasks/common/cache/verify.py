@@ -120,7 +120,7 @@ def _expected(record: Mapping[str, Any], features: Mapping[str, Any]) -> dict[st
     found = {"keys": like(items, KEY_BYTES, dtype=torch.uint8)}
     for name, part in features["parts"].items() if items else ():
         if name.startswith("moments"):
-            found[f"{name}.mean"] = like(items, *part["shape"])
+            found[name] = like(items, 2 if part["spread"] else 1, *part["shape"])
         elif name == "text":
             found["text"] = like(0, part["width"])
             found["text.lengths"] = like(captions, dtype=torch.int32)
