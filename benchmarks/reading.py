@@ -68,7 +68,7 @@ class Content:
 
 CONTENTS = (
     Content("clip, long prompts", 40, 15),
-    Content("clip, captions", 14, 4),  # Flickr8k's and COCO's have 14
+    Content("clip, captions", 14, 4),  # as those of COCO and Flickr8k
     Content("all, long prompts", 40, 15, everything=True),
 )
 NUM_ROWS = len(CONTENTS) * len(MEMORY)

@@ -97,7 +97,7 @@ class Extractor:
             parts |= {f"pixels_{size}": {"shape": [3, size, size]} for size in self.options.sizes}
         if self.tower is not None:
             networks["tower"] = {"sha256": self.tower.checksum}
-            parts["tower"] = {"shape": [self.tower.width]}
+            parts |= {f"tower_{size}": {"shape": [self.tower.width]} for size in self.options.sizes}
         if self.text is not None:
             networks["text"] = text_identity(self.text)
             parts["text"] = {
@@ -165,8 +165,8 @@ class Extractor:
             found |= self.moments(self.codec.encode_moments(images), size)
         if self.pixels:
             found[f"pixels_{size}"] = uint8
-        if self.tower is not None and size == self.options.sizes[0]:
-            found["tower"] = self.stored(self.tower(images))
+        if self.tower is not None:
+            found[f"tower_{size}"] = self.stored(self.tower(images))
         for name, values in found.items():
             for row, value in zip(rows, values, strict=True):
                 row[name] = value

@@ -46,7 +46,7 @@ class Gathered:
 
     def tower(self) -> Tensor:
         """Embeddings (B, D) of the frozen image tower."""
-        return self.cache.fixed(self.entries, "tower")
+        return self.cache.fixed(self.entries, f"tower_{self.size}")
 
 
 def gathered(examples: Sequence[Any], size: int) -> Gathered | None:

@@ -15,7 +15,9 @@ LENGTH = 16
 
 @pytest.fixture(scope="session")
 def frozen(tmp_path_factory) -> dict[str, str]:
-    """Folders of a tiny CLIP text encoder (text), an autoencoder (codec), and each with other weights (other_...)."""
+    """Folders of a tiny CLIP text encoder (text), an autoencoder (codec), an image tower (tower), and each with other
+    weights (other_...).
+    """
     import diffusers
     import transformers
 
@@ -43,7 +45,17 @@ def frozen(tmp_path_factory) -> dict[str, str]:
         )
         transformers.CLIPTextModel(config).save_pretrained(root / f"{prefix}text")
         tokenizer.save_pretrained(root / f"{prefix}text")
-    return {name: str(root / name) for name in ("text", "codec", "other_text", "other_codec")}
+        vision = transformers.SiglipVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+        transformers.SiglipVisionModel(vision).save_pretrained(root / f"{prefix}tower")
+    names = ("text", "codec", "tower")
+    return {name: str(root / name) for name in (*names, *(f"other_{name}" for name in names))}
 
 
 @pytest.fixture(scope="session")

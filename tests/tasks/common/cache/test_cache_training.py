@@ -109,6 +109,22 @@ def test_a_cache_of_other_networks_is_refused(recipe, pictures, tmp_path: Path, 
         task.accept(task.dataset("train"))
 
 
+def test_embeddings_of_the_image_tower_are_cached_and_bound_to_its_weights(frozen, recipe, pictures, tmp_path: Path):
+    aligned = ("loss.encoder_target=image", "tower.allow_random=true")
+    settings = recipe(*aligned, f"tower.source={frozen['tower']}")
+    spec = cached(tmp_path / "cache", settings, pictures, storage="float32")
+    plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
+    reading.accept(reading.dataset("train"))
+    theirs = plain.batch(plain.dataset("train").__getitems__(PLACES)).alignment
+    ours = reading.batch(reading.dataset("train").__getitems__(PLACES)).alignment
+    assert ours.shape == (4, 16)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert "pixels_16" not in reading.dataset("train").reader.cache.features["parts"]
+    other = opened(recipe(*aligned, f"tower.source={frozen['other_tower']}"), spec)
+    with pytest.raises(UserError, match="another image tower than the recipe's"):
+        other.accept(other.dataset("train"))
+
+
 def test_a_scale_may_change_and_more_than_is_needed_may_be_cached(recipe, pictures, tmp_path: Path):
     spec = cached(tmp_path / "cache", recipe("source.trunk=released", "text.head=flatten"), pictures, sizes=(16, 32))
     task = opened(recipe("codec.scale=2.0", "loss.encoder=none"), spec)
