@@ -211,9 +211,11 @@ def _measure(released: Path, cache: Path, rounds: int, cold: bool) -> list[Secon
             _timed(seconds.released, read_released, [files[index] for index in batch])
         for batch in batches:
             last = _timed(seconds.cached, read_cached, examples, [(epoch, index) for index in batch])
-        (posterior, features, _), seeds = last
+        (stored, features, _), seeds = last
+        assert stored.log_var is not None
+        posterior = Posterior(stored.mean.float(), stored.log_var.float())
         for _ in batches:
-            _timed(seconds.drawing, draw, Posterior(posterior.mean.float(), posterior.log_var.float()), seeds)
+            _timed(seconds.drawing, draw, posterior, seeds)
             _timed(seconds.widening, features.float)
         epochs += [seconds] if cold or epoch > 0 else []  # a warm epoch is not the first
     return epochs
