@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +51,15 @@ class FlowTiTokConfig:
     num_tokens: int = 77
     channels: int = 16
     text_width: int = 768
+    pixels: Literal["unit", "signed"] = "signed"
+    """The network's own pixels: unit, in [0, 1], as the released tokenizers were trained; signed, in [-1, 1]."""
 
     def __post_init__(self) -> None:
         for name in (self.encoder, self.decoder):
             if name not in SIZES:
                 raise unknown_name("size of FlowTiTok", name, SIZES)
+        if self.pixels not in ("unit", "signed"):
+            raise unknown_name("range of pixels", self.pixels, ("unit", "signed"))
         if self.image_size % self.patch:
             raise UserError(f"Pictures of {self.image_size} pixels cannot be cut into patches of {self.patch}.")
 
@@ -240,7 +244,8 @@ class FlowTiTok(nn.Module):
 class FlowTiTokCodec(NetworkCodec):
     """The tokenizer as a codec: latents are tokens (B, 77, 16), and a picture is decoded with its text's features.
 
-    Scale 1 as loaded; the FlowTok models multiply its tokens by 1.0143.
+    Scale 1 as loaded; the FlowTok models multiply its tokens by 1.0143. Pictures lie in [-1, 1] as for any codec, also
+    where the network's own lie in [0, 1].
     """
 
     kind = "flowtitok"
@@ -283,7 +288,7 @@ class FlowTiTokCodec(NetworkCodec):
         return config.num_tokens, config.channels
 
     def _encode(self, x: Tensor) -> Posterior:
-        return Posterior(*self.network.encoder(x))
+        return Posterior(*self.network.encoder((x + 1) / 2 if self.network.config.pixels == "unit" else x))
 
     def _decode(self, raw: Tensor, text_features: Tensor | None = None) -> Tensor:
         config = self.network.config
@@ -293,4 +298,5 @@ class FlowTiTokCodec(NetworkCodec):
                 f"FlowTiTok is guided by text features of {config.num_tokens} x {config.text_width} (CLIP ViT-L/14, "
                 f"padded); {tuple(text_features.shape[1:])} came."
             )
-        return self.network.decoder(raw, text_features)
+        pictures = self.network.decoder(raw, text_features)
+        return 2 * pictures - 1 if config.pixels == "unit" else pictures

@@ -92,7 +92,8 @@ def _build_flowtitok(config: ReferenceConfig, keys: Collection[str]) -> nn.Modul
 
 def flowtitok_config(config: ReferenceConfig) -> FlowTiTokConfig:
     """Our settings of the tokenizer from the reference's (`vq_model`, `dataset.crop_size`); UserError for variants
-    that were not released.
+    that were not released. Pictures pass as they are: a run's tokenizer (`crossflow convert`) sets what it was trained
+    on, [0, 1], as it sets the scale.
     """
     model = _section(
         config,

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from crossflow.core.model import CrossFlow
 from crossflow.tasks import released
 from crossflow.tasks.base import build_task, task_class
 from crossflow.tasks.common.codecs import SETTINGS_FILE, WEIGHTS_FOLDER, AutoencoderKLCodec, NetworkCodec
+from crossflow.tasks.common.flowtitok import FlowTiTokCodec
 from crossflow.tasks.common.frozen import checksum_of, digest, write_json
 from crossflow.tasks.common.image_latents import FOLDER as CODEC_FOLDER
 from crossflow.tasks.pipeline import WEIGHTS
@@ -208,6 +210,8 @@ def _write_run(folder: Path, config: Any, pieces: Sequence[Piece], on_bytes: Cal
 def _write_codec(folder: Path, codec: nn.Module, pieces: Sequence[Piece], on_bytes: Callable[[int], None]) -> None:
     assert isinstance(codec, NetworkCodec)
     (folder / WEIGHTS_FOLDER).mkdir()
+    if isinstance(codec, FlowTiTokCodec):  # trained on pictures in [0, 1], which neither its weights nor settings say
+        codec.network.config = replace(codec.network.config, pixels="unit")
     codec.network.save_config(folder / WEIGHTS_FOLDER)
     digests: list[bytes] = []
 

@@ -1,5 +1,7 @@
 """FlowTiTok: positions turn as they should, text guides the decoder, and only pictures of its size are taken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,6 +50,17 @@ def test_text_guides_the_decoder_and_must_be_there(codec):
         codec.decode(z, torch.randn(1, 5, 13))
     with pytest.raises(UserError, match="pixel codec decodes alone"):
         build_codec("pixel").decode(torch.zeros(1, 3, 4, 4), text[:1])
+
+
+def test_networks_of_unit_pixels_take_and_give_pictures_like_any_other(codec):
+    network = FlowTiTok(replace(TINY, pixels="unit"))
+    network.load_state_dict(codec.network.state_dict())
+    unit = FlowTiTokCodec(network, scale=1.0143)
+    x, text, z = torch.rand(2, 3, 32, 32), torch.randn(2, 5, 12), torch.randn(2, 5, 4)
+    torch.testing.assert_close(unit.encode(2 * x - 1).mean, codec.encode(x).mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(unit.decode(z, text), 2 * codec.decode(z, text) - 1)
+    with pytest.raises(UserError, match="signed"):
+        replace(TINY, pixels="bytes")
 
 
 def test_rotated_products_depend_on_the_distance_alone():
