@@ -1,6 +1,6 @@
-"""`crossflow cache`: a recipe and a data set -> a feature cache, or what it would take."""
+"""`crossflow cache`: a recipe and a data set -> a feature cache, or what it would take; data beside their cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crossflow.core.config import Config
@@ -8,6 +8,8 @@ from crossflow.core.errors import UserError
 from crossflow.tasks.base import build_task
 from crossflow.tasks.common.cache.build import Builder, Settings
 from crossflow.tasks.common.cache.extract import Options
+from crossflow.tasks.common.cache.store import Cache
+from crossflow.tasks.common.cache.verify import compare
 from crossflow.tasks.common.readers import Reader, open_reader, require
 
 USUAL_SPLITS = ("train", "val")
@@ -32,7 +34,7 @@ def builder(
     together.
     """
     sizes = tuple(dict.fromkeys(sizes)) or (config.data.image_size,)
-    readers = _readers(config, spec, splits, max(sizes), num)
+    readers, limits = _readers(config, spec, splits, max(sizes), num)
     fields = frozenset.intersection(*(reader.fields for reader in readers.values()))
     if "features" in fields:
         raise UserError(f"{spec!r} is a cache already. Give the data that it was made from.")
@@ -42,14 +44,17 @@ def builder(
     extractor = task.extractor(Options(sizes, storage, device, images=taken_over or "image" in fields))
     needs = {"captions", "released"} if taken_over else extractor.needs
     readers = {split: require(reader, needs, f"{config.task} (cache)") for split, reader in readers.items()}
-    made = Builder(folder, readers, extractor, settings or Settings(max_bad=config.data.max_bad))
+    made = Builder(folder, readers, extractor, settings or Settings(max_bad=config.data.max_bad), limits)
     made.compare_imported()
     return made
 
 
-def _readers(config: Config, spec: str, splits: Sequence[str], size: int, num: int | None) -> dict[str, Reader]:
-    """split -> reader. A spec that forces a split (`coco:DIR@all`) gives that one alone."""
+def _readers(
+    config: Config, spec: str, splits: Sequence[str], size: int, num: int | None
+) -> tuple[dict[str, Reader], dict[str, tuple[int | None, int]]]:
+    """split -> reader, and split -> (limit, seed). A spec that forces a split (`coco:DIR@all`) gives that one alone."""
     readers: dict[str, Reader] = {}
+    limits: dict[str, tuple[int | None, int]] = {}
     for split in dict.fromkeys(splits or USUAL_SPLITS):
         limit = num if num is not None else config.data.num_train if split == "train" else None
         try:
@@ -58,5 +63,17 @@ def _readers(config: Config, spec: str, splits: Sequence[str], size: int, num: i
             if splits or not readers:  # asked for, or not even train is there
                 raise
             continue
-        readers.setdefault(reader.split, reader)
-    return readers
+        if reader.split not in readers:
+            readers[reader.split], limits[reader.split] = reader, (limit, config.seed)
+    return readers, limits
+
+
+def differences(folder: Path, spec: str, on_progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """What is in the data `spec` otherwise than in the cache in `folder` that was made from them, by content."""
+    cache = Cache(folder)
+    sizes = [int(name.partition("_")[2]) for name in cache.features["parts"] if name.startswith("moments")]
+    readers = {
+        split: open_reader(spec, split, image_size=max(sizes, default=None), limit=about["limit"], seed=about["seed"])
+        for split, about in cache.plan["data"].items()
+    }
+    return compare(folder, readers, on_progress).problems

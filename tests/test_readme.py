@@ -34,7 +34,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch, tiny_settings, blind_judge
     assert len(commands()) >= 12
     for argv in commands():
         extra = []
-        if argv[0] == "train":
+        if argv[0] == "train" or (argv[0] == "cache" and "--config" in argv):
             at = {name: argv[argv.index(name) + 1] for name in ("--task", "--config") if name in argv}
             task = at.get("--task") or at["--config"].split("_")[0]
             given = {word.partition("=")[0] for word in argv}

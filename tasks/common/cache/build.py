@@ -95,15 +95,27 @@ class Builder:
     """
 
     def __init__(
-        self, folder: Path, readers: Mapping[str, Reader], extractor: Extractor, settings: Settings | None = None
+        self,
+        folder: Path,
+        readers: Mapping[str, Reader],
+        extractor: Extractor,
+        settings: Settings | None = None,
+        limits: Mapping[str, tuple[int | None, int]] | None = None,
     ) -> None:
+        """limits: (limit, seed) that a split's reader was opened with, so that the same items can be found again."""
         self.folder, self.readers, self.extractor = folder, readers, extractor
         self.settings = settings or Settings()
         self.plan: dict[str, Any] = {
             "format": FORMAT,
             "features": {**extractor.describe(), "storage": extractor.options.storage},
             "data": {
-                split: {"spec": reader.spec, "items": len(reader), "fingerprint": reader.fingerprint()}
+                split: {
+                    "spec": reader.spec,
+                    "items": len(reader),
+                    "limit": (limits or {}).get(split, (None, 0))[0],
+                    "seed": (limits or {}).get(split, (None, 0))[1],
+                    "fingerprint": reader.fingerprint(),
+                }
                 for split, reader in readers.items()
             },
             "items_per_shard": self.settings.items_per_shard,

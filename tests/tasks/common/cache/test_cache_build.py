@@ -384,6 +384,17 @@ def test_the_command_tells_the_size_first_and_what_was_left_out(recipe, pictures
     assert main(["cache", "--verify", str(tmp_path / "cache"), "--data", f"folder:{pictures}"]) == 0
 
 
+def test_a_cache_of_some_items_is_compared_with_those(recipe, pictures, tmp_path: Path, capsys):
+    command = ["cache", "--config", "t2i_tiny", "--data", f"folder:{pictures}", "--output", str(tmp_path / "cache")]
+    assert main([*command, "--num", "3", *recipe("seed=5")]) == 0
+    verifying = ["cache", "--verify", str(tmp_path / "cache"), "--data", f"folder:{pictures}"]
+    assert main(verifying) == 0
+    for file in (pictures / "val").glob("*.txt"):
+        file.write_text("other words", encoding="utf-8")
+    assert main(verifying) == 2
+    assert "has 3 problems" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
