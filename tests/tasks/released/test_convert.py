@@ -18,11 +18,13 @@ from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.core.noise import item_noise
 from crossflow.tasks import latents
+from crossflow.tasks.base import load_config
 from crossflow.tasks.common.codecs import load_codec
 from crossflow.tasks.pipeline import load
 from crossflow.tasks.released import convert, expected, from_reference, restore
 from crossflow.tasks.released.convert import from_file
 from crossflow.tasks.released.restore import to_file
+from crossflow.tasks.run import Run
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -293,6 +295,21 @@ def test_a_network_trained_here_is_written_under_the_original_keys(files, runs, 
     to_file(run, tmp_path / "x.safetensors", kind="dimr")
     state = {key: tensor for key, tensor in files("dimr")[2].items() if not key.startswith("open_clip")}
     assert_equal(load_file(tmp_path / "x.safetensors"), state)
+
+
+@pytest.mark.slow
+def test_a_converted_model_is_trained_on_and_written_back(files, runs, tmp_path):
+    converted = runs("dimr")
+    data = ["data.train=scenes", "data.num_train=8", "data.num_val=4"]
+    training = [f"train.start_from={converted}", "train.steps=1", "train.batch_size=4", "train.warmup_steps=0"]
+    run = Run(load_config(converted, [*data, *training, "loss.encoder=none", "train.lr=0.01"]), tmp_path / "run")
+    begun = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
+    assert_equal(begun, load_file(converted / "model.safetensors"))
+    run._trainer().run(None)
+    to_file(tmp_path / "run", tmp_path / "trained.safetensors", kind="dimr")
+    trained, file = load_file(tmp_path / "trained.safetensors"), files("dimr")[2]
+    assert trained.keys() == {key for key in file if not key.startswith("open_clip")}
+    assert not torch.equal(trained["stages.1.output_layer.2.weight"], file["stages.1.output_layer.2.weight"])
 
 
 def test_a_codecs_folder_is_a_codec(files, tmp_path):
