@@ -23,6 +23,10 @@ from crossflow.core.noise import item_noise
 from crossflow.tasks.base import Flow, Task, build_task, load_config
 
 WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
+KEPT = ("manifest.json", "objective.safetensors", "released.json")
+"""Files of a run that a pipeline does not change: how it was made, the learned parts of its losses, and what released
+file it was.
+"""
 OnStep = Callable[[int, int], None]
 
 
@@ -272,12 +276,10 @@ class Pipeline:
             save_file(state, part)
             os.replace(part, target / WEIGHTS[kind])
         self.task.save(target)
-        if (
-            self.folder is not None
-            and (self.folder / "manifest.json").is_file()
-            and self.folder.resolve() != target.resolve()
-        ):
-            shutil.copy(self.folder / "manifest.json", target / "manifest.json")
+        if self.folder is not None and self.folder.resolve() != target.resolve():
+            for name in KEPT:
+                if (self.folder / name).is_file():
+                    shutil.copy(self.folder / name, target / name)
         return target
 
 

@@ -160,7 +160,8 @@ def _build_autoencoder(config: ReferenceConfig, keys: Collection[str]) -> nn.Mod
     """diffusers' `AutoencoderKL` for the reference's own settings (`ddconfig`, `scale_factor`)."""
     from diffusers import AutoencoderKL
 
-    settings = _section(config, "ddconfig", "ch ch_mult in_channels out_ch num_res_blocks z_channels")
+    given = config if "ddconfig" in config else {"ddconfig": config}
+    settings = _section(given, "ddconfig", "ch ch_mult in_channels out_ch num_res_blocks z_channels")
     widths = tuple(settings["ch"] * factor for factor in settings["ch_mult"])
     if settings.get("attn_resolutions") or not settings.get("double_z", True) or len(widths) != NUM_LEVELS:
         raise UserError(

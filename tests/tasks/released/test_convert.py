@@ -211,6 +211,12 @@ def test_a_saved_pipeline_may_replace_the_file_it_was_loaded_from(runs, tmp_path
     assert_equal(load_file(run / "model.safetensors"), before)
 
 
+def test_a_saved_copy_of_a_run_goes_back_as_well(files, runs, tmp_path):
+    load(runs("dimr")).save(tmp_path / "copy")
+    to_file(tmp_path / "copy", tmp_path / "back.safetensors")
+    assert_equal(load_file(tmp_path / "back.safetensors"), files("dimr")[2])
+
+
 # -- where it is written
 
 

@@ -101,6 +101,18 @@ def test_stable_diffusions_autoencoder_equals_the_reference(recipe, recorded):
     torch.testing.assert_close(decoded, right["sd_vae.decoded"], **TOLERANCE)
 
 
+def test_settings_that_lack_something_are_told(recipe):
+    state, config = file_of(recipe, "autoencoder_kl"), small("autoencoder_kl")
+    assert from_reference("autoencoder_kl", state, config["ddconfig"]).channels == 4  # its section alone will do
+    without = {name: one for name, one in config["ddconfig"].items() if name != "ch_mult"}
+    with pytest.raises(UserError, match="lacks ch_mult"):
+        from_reference("autoencoder_kl", state, {"ddconfig": without})
+    with pytest.raises(UserError, match="lacks vq_model"):
+        from_reference("flowtitok", {}, {})
+    with pytest.raises(UserError, match="lacks dataset"):
+        from_reference("flowtitok", {}, {"vq_model": FLOWTITOK["vq_model"]})
+
+
 def test_autoencoder_takes_the_scale_of_crossflow_by_itself(recipe):
     codec = from_reference("autoencoder_kl", file_of(recipe, "autoencoder_kl"), small("autoencoder_kl"))
     assert codec.scale.flatten().tolist() == pytest.approx([0.2301] * 4)
