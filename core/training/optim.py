@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None, "the gradients are there already"
         for part in self.parts:
             part.step()

@@ -4,6 +4,7 @@ section 5.2).
 The text autoencoder is trained first and frozen (default) or further trained with the flow (`caption.joint`).
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from crossflow.core.objective import Objective
 from crossflow.core.source import Posterior, SourceEncoder
 from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
 from crossflow.tasks.caption.dataset import Captions, example
-from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig
+from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig, token_loss
 from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
 from crossflow.tasks.caption.inverted import SourceText, backwards, load_t2i
 from crossflow.tasks.common.cache.extract import Extractor, Options
@@ -52,7 +53,7 @@ from crossflow.tasks.common.trunks import Reconstructor
 from crossflow.tasks.pipeline import Pipeline
 
 TEXT_FOLDER = "text_autoencoder"
-JOINT = "extra_losses.autoencoder."
+JOINT = "extra_losses.0.autoencoder."
 """What the text autoencoder's weights are called among those of the objective, when it is trained with the flow."""
 T2I_FOLDER = "t2i"
 NO_PICTURES = (
@@ -71,6 +72,12 @@ class CaptionSettings(Section):
     joint: bool = False
     """Go on training the text autoencoder beside the flow."""
     captions: Captions = Captions()
+    conv_stem: bool = False
+    """Read the picture through a few convolutions before the source encoder's layers."""
+    reading: float = Field(0.0, ge=0)
+    """Weight of a further encoder loss: the cross-entropy of the caption as a copy of the text decoder, trained along,
+    reads it from z0. It tells the source what matters in a picture long before the flow does.
+    """
     t2i: str | None = None
     """Run directory of a t2i model: caption by running it backwards (CrossFlow-T2I); with train.steps=0 only a text
     decoder is learned.
@@ -95,6 +102,28 @@ class TextLoss(nn.Module):
         self.autoencoder.train(self.training)
         losses = self.autoencoder.loss(batch.alignment, batch.alignment != self.pad)
         return {"text": losses["loss"]}
+
+
+class ReadingLoss(nn.Module):
+    """weight x cross-entropy of the caption's tokens, read from z0; needs the ids that `batch.alignment` carries."""
+
+    def __init__(self, autoencoder: TextAutoencoder, weight: float) -> None:
+        super().__init__()
+        self.decoder = copy.deepcopy(autoencoder.decoder).requires_grad_(True)
+        self.pad, self.pad_weight = autoencoder.tokenizer.pad_token_id, autoencoder.config.pad_weight
+        self.weight = weight
+
+    def forward(self, batch: Batch, posterior: Posterior, z0: Tensor) -> Mapping[str, Tensor]:
+        ids = batch.alignment
+        assert ids is not None
+        return {"reading": self.weight * token_loss(self.decoder(z0), ids, ids != self.pad, self.pad_weight)}
+
+
+class ExtraLosses(nn.ModuleList):
+    """Several losses of a task as one."""
+
+    def forward(self, batch: Batch, posterior: Posterior, z0: Tensor) -> Mapping[str, Tensor]:
+        return {name: value for loss in self for name, value in loss(batch, posterior, z0).items()}
 
 
 class Adapter(Task[CaptionConfig]):
@@ -147,6 +176,11 @@ class Adapter(Task[CaptionConfig]):
             raise UserError(
                 "caption.joint goes with loss.encoder=contrastive or none; reconstruction "
                 "takes the place of the token ids."
+            )
+        if config.caption.reading and (loss == "reconstruction" or config.caption.t2i is not None):
+            raise UserError(
+                f"caption.reading = {config.caption.reading:g} trains a source encoder to be read as text, which goes "
+                "neither with loss.encoder=reconstruction nor with caption.t2i: set caption.reading=0."
             )
 
     # -- what is learned before the flow
@@ -255,7 +289,9 @@ class Adapter(Task[CaptionConfig]):
             return backwards(self.origin)
         config, shape = self.config, self.latent_shape
         gaussian = config.source.kind == "gaussian"
-        trunk = None if gaussian else build_trunk(config.source, shape[0], config.backbone.patch)
+        trunk = (
+            None if gaussian else build_trunk(config.source, shape[0], config.backbone.patch, config.caption.conv_stem)
+        )
         source = SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale)
         return CrossFlow(source, build_backbone(config.backbone, shape, grid_channels=shape[0] if gaussian else 0))
 
@@ -266,8 +302,15 @@ class Adapter(Task[CaptionConfig]):
             self.config,
             alignment_head=BagOfTokens(self.text.vocab_size, self._pad, math.prod(shape)),
             reconstructor=Reconstructor(shape[0], shape[0]),
-            extra_losses=TextLoss(self.text, self._pad) if self.config.caption.joint else None,
+            extra_losses=self._extra_losses(),
         )
+
+    def _extra_losses(self) -> "ExtraLosses":
+        settings = self.config.caption
+        losses: list[nn.Module] = [TextLoss(self.text, self._pad)] if settings.joint else []
+        if settings.reading and self.config.source.kind != "gaussian":  # such a source says nothing to read
+            losses.append(ReadingLoss(self.text, settings.reading))
+        return ExtraLosses(losses)
 
     # -- data
 

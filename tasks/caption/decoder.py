@@ -111,9 +111,7 @@ class TextAutoencoder(nn.Module):
         level = torch.rand(len(ids), generator=generator).to(ids.device) * self.config.noise
         z = posterior.sample(noise=noise[0]) + level.reshape(-1, *[1] * len(self.latent_shape)) * noise[1]
         logits = self.logits(z).float()
-        weight = torch.where(mask, 1.0, self.config.pad_weight)
-        losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").reshape(ids.shape)
-        reconstruction = (losses * weight).sum() / weight.sum()
+        reconstruction = token_loss(logits, ids, mask, self.config.pad_weight)
         kl = posterior.kl().mean()
         correct = (logits.argmax(-1) == ids) & mask
         return {
@@ -279,6 +277,13 @@ class TextAutoencoder(nn.Module):
         return detokenize(
             self.tokenizer, torch.where(ids == self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, ids)
         )
+
+
+def token_loss(logits: Tensor, ids: Tensor, mask: Tensor, pad_weight: float) -> Tensor:
+    """Cross-entropy of ids (B, N) under logits (B, N, V), a scalar; what mask (B, N) excludes weighs `pad_weight`."""
+    weight = torch.where(mask, 1.0, pad_weight)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").reshape(ids.shape)
+    return (losses * weight).sum() / weight.sum()
 
 
 def batch_rows(count: int, batch_size: int, seed: int, step: int) -> Tensor:

@@ -33,6 +33,9 @@ class TextAutoencoderConfig(Section):
     width: int = Field(128, ge=8)
     depth: int = Field(1, ge=1)
     """Layers of the encoder, and of the decoder."""
+    encoder_depth: int | None = Field(None, ge=0)
+    """Layers of the encoder alone, if not `depth`; 0: every token for itself, so that like captions have like latents.
+    """
     heads: int = Field(4, ge=1)
     code_size: int = Field(160, ge=1)
     """Layout code: about how many numbers describe a caption (the nearest that the latent's shape allows). Fewer are
@@ -61,7 +64,7 @@ def text_transformer(vocab_size: int, config: TextAutoencoderConfig) -> TextTran
         vocab_size=vocab_size,
         max_length=config.max_length,
         width=config.width,
-        depth=config.depth,
+        depth=config.depth if config.encoder_depth is None else config.encoder_depth,
         heads=config.heads,
     )
 

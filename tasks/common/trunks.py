@@ -1,9 +1,56 @@
 """Trunks of source encoders that read pictures. B batch, C channels, H W height width, p patch, D width."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossflow.core.errors import UserError
 from crossflow.core.layers import TransformerLayer, patchify, sincos_2d, unpatchify
+
+
+class ConvStem(nn.Module):
+    """A small residual network in place of the linear patch embedding: (B, C, H, W) -> (B, H/p * W/p, D).
+
+    It knows edges and colours after a few hundred steps, which a linear map of patches takes thousands for. p is a
+    power of two, D / 2 a multiple of 8.
+    """
+
+    def __init__(self, in_channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        if patch < 2 or patch & (patch - 1):
+            raise UserError(f"A convolutional stem halves the picture, so patch must be 2, 4, 8, ..., not {patch}.")
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for number in range(patch.bit_length() - 1, 0, -1):
+            wide = max(16, width // 2**number)
+            layers += [nn.Conv2d(channels, wide, 4, stride=2, padding=1), nn.GroupNorm(8, wide), nn.GELU()]
+            layers += [ResidualBlock(wide)]
+            channels = wide
+        self.layers = nn.Sequential(*layers, ResidualBlock(channels))
+        self.project = nn.Linear(channels, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Convolutions in bfloat16 are slow on the CPU, and channels last fast.
+        with torch.autocast(x.device.type, enabled=x.device.type != "cpu"):
+            features = self.layers(x.contiguous(memory_format=torch.channels_last))
+        return self.project(features.flatten(2).transpose(1, 2))
+
+
+class ResidualBlock(nn.Module):
+    """x + two 3 x 3 convolutions, each with a group norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(8, channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(8, channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x + self.body(x))
 
 
 class PatchTrunk(nn.Module):
@@ -11,7 +58,8 @@ class PatchTrunk(nn.Module):
 
     A depthwise convolution in front of every layer sees neighbouring patches, so that pictures of any size (multiples
     of the patch) are read alike; with `positions` the layers also know where a patch lies. The mean begins with a
-    deviation of about `mean_std` sqrt(width), the log-variance at `log_var`.
+    deviation of about `mean_std` sqrt(width), the log-variance at `log_var`. conv_stem: patches are read by a
+    `ConvStem`.
     """
 
     def __init__(
@@ -25,10 +73,11 @@ class PatchTrunk(nn.Module):
         positions: bool = True,
         mean_std: float = 0.02,
         log_var: float = 0.0,
+        conv_stem: bool = False,
     ) -> None:
         super().__init__()
         self.patch, self.positions, self.out_channels = patch, positions, out_channels
-        self.embed = nn.Linear(in_channels * patch**2, width)
+        self.embed = ConvStem(in_channels, width, patch) if conv_stem else nn.Linear(in_channels * patch**2, width)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(depth))
         self.layers = nn.ModuleList(TransformerLayer(width, max(1, width // 32)) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -42,7 +91,8 @@ class PatchTrunk(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         height, width = features.shape[-2:]
         grid = (height // self.patch, width // self.patch)
-        x = self.embed(patchify(features, self.patch))  # (B, H/p * W/p, D)
+        patches = features if isinstance(self.embed, ConvStem) else patchify(features, self.patch)
+        x = self.embed(patches)  # (B, H/p * W/p, D)
         if self.positions:
             x = x + sincos_2d(*grid, x.shape[-1], x.device).to(x.dtype)
         for conv, layer in zip(self.convs, self.layers, strict=True):
