@@ -792,19 +792,21 @@ def cache(
         splits=splits,
         sizes=sizes,
         storage=storage,
-        device=str(find_device(device)),
+        device=str(find_device(device or caching.own_device())),
         num=num,
         settings=Settings(shard_items, batch_size, workers, config.data.max_bad),
     )
+    # Processes of a launcher share the work without waiting for each other; the first one speaks for all.
+    tell = say if os.environ.get("RANK", "0") == "0" else _say_nothing
     expected = builder.estimate()
     counts = ", ".join(f"{len(reader)} {split}" for split, reader in builder.readers.items())
     parts = ", ".join(builder.extractor.describe()["parts"])
-    say(
+    tell(
         f"{counts} items, {parts}: about {size_in_words(expected.num_bytes)} "
         f"({size_in_words(expected.bytes_per_item)} per item) in {output}; {size_in_words(expected.free)} are free."
     )
     if expected.finished:
-        say(f"Going on: {size_in_words(expected.finished)} are there already.")
+        tell(f"Going on: {size_in_words(expected.finished)} are there already.")
     expected.require(output)
     if dry_run:
         return
@@ -812,14 +814,17 @@ def cache(
         summary = builder.run(on_step)
     for id, reason in list(summary.bad.items())[:20]:
         click.echo(f"skipped {id}: {reason}", err=True)
-    say(
+    tell(
         f"{'Cached' if summary.complete else 'So far cached'} {summary.num_items} items "
         f"({summary.new_items} new, {len(summary.bad)} skipped"
         f"{', listed in the .json files there' if len(summary.bad) > 20 else ''}), "
         f"{size_in_words(summary.num_bytes)} in {output}."
     )
     if summary.complete and any("moments" in part for part in builder.extractor.describe()["parts"]):
-        say(f"Train from it: crossflow train --config {recipe} --data cache:{output} {' '.join(overrides)}".rstrip())
+        tell(f"Train from it: crossflow train --config {recipe} --data cache:{output} {' '.join(overrides)}".rstrip())
+
+
+def _say_nothing(text: str = "") -> None: ...
 
 
 def _verify_cache(folder: Path, data: str | None) -> None:

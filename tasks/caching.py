@@ -1,5 +1,6 @@
 """`crossflow cache`: a recipe and a data set -> a feature cache, or what it would take; data beside their cache."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def _readers(
         if reader.split not in readers:
             readers[reader.split], limits[reader.split] = reader, (limit, config.seed)
     return readers, limits
+
+
+def own_device() -> str | None:
+    """The GPU of this process when a launcher started several on a machine; none otherwise."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return None
 
 
 def differences(folder: Path, spec: str, on_progress: Callable[[int, int], None] | None = None) -> list[str]:

@@ -116,12 +116,13 @@ class Adapter(Task[T2IConfig]):
 
     def extractor(self, options: Options) -> Extractor:
         aligned = self._aligned_with
+        looks_at_padding = aligned == "tokens" or self.config.source.trunk == "released"
         return Extractor(
             options,
             codec=self.codec,
             text=self.text.frozen,
             pooled=aligned == "vector",
-            keep_padding=aligned == "tokens" or self.config.source.trunk == "released",  # both look at padded positions
+            keep_padding=looks_at_padding and self.config.text.padding == "features",
             pixels=aligned == "image" and not self._needs_tower,
             tower=self.tower if self._needs_tower and options.images else None,
         )

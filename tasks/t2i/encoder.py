@@ -52,6 +52,10 @@ class TextSettings(Section):
     """Token that fills up short prompts for a frozen encoder; none: its tokenizer's own. The released FlowTok models
     were trained on features padded with 0, as open_clip does, and read the padding.
     """
+    padding: Literal["features", "zero"] = "features"
+    """What a model sees of a frozen encoder at padded positions: its features there, as released, or zero. Only
+    source.trunk = released and FlowTok look; with zero their feature caches store no padding.
+    """
     feature_width: int | None = Field(None, ge=1)
     """Width of the frozen encoder's features, checked when it is loaded; lets the model be built without it."""
     head: Literal["queries", "flatten", "adaptor", "tokens"] = "queries"
@@ -121,6 +125,8 @@ class TextSide:
     def features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self.frozen is not None:
             features, mask = self.frozen(texts)
+            if self.settings.padding == "zero":
+                features = features * mask[..., None]
             return features.cpu(), mask.cpu()
         return tokenize(self.tokenizer, texts, self.settings.max_length)
 

@@ -118,8 +118,12 @@ class Extractor:
     @functools.cached_property
     def has_spread(self) -> bool:
         """Whether moments are a mean and a log-variance, or a mean alone."""
+        if self.codec is None:
+            return False
         size = min(self.options.sizes)
-        return self.codec is not None and self.codec.encode_moments(torch.zeros(1, 3, size, size)).log_var is not None
+        return (
+            self.codec.encode_moments(torch.zeros(1, 3, size, size, device=self.codec.scale.device)).log_var is not None
+        )
 
     def num_tokens(self, captions: Sequence[str]) -> int:
         """Rows of token features that captions take."""

@@ -36,6 +36,7 @@ def cached(folder: Path, overrides: list[str], data: Path, **options) -> str:
         ("loss.encoder_target=image",),
         ("source.kind=gaussian",),
         ("source.trunk=released", "text.head=flatten", "source.width=16", "source.heads=2"),
+        ("source.trunk=released", "text.head=flatten", "text.padding=zero"),
     ],
 )
 def test_batches_are_those_without_a_cache(recipe, pictures, tmp_path: Path, more: tuple[str, ...]):
@@ -107,6 +108,16 @@ def test_a_cache_of_other_networks_is_refused(recipe, pictures, tmp_path: Path, 
     task = opened(recipe(*change.pop("more", ()), **change), spec)
     with pytest.raises(UserError, match=complaint):
         task.accept(task.dataset("train"))
+
+
+def test_padding_is_cached_only_for_models_that_look_at_it(recipe, pictures, tmp_path: Path):
+    released = ("source.trunk=released", "text.head=flatten")
+    tokens = {}
+    for name, more in {"small": (), "released": released, "zero": (*released, "text.padding=zero")}.items():
+        spec = cached(tmp_path / name, recipe(*more), pictures)
+        reader = opened(recipe(*more), spec).dataset("train").reader
+        tokens[name] = len(reader.cache.shard(0)["text"])
+    assert tokens["small"] == tokens["zero"] < tokens["released"] == 16 * 7  # captions of the first five items
 
 
 def test_embeddings_of_the_image_tower_are_cached_and_bound_to_its_weights(frozen, recipe, pictures, tmp_path: Path):
