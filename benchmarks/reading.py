@@ -37,12 +37,10 @@ Batch = tuple[Posterior, Tensor, Tensor]
 T = TypeVar("T")
 
 
-class _Network:
-    """What a cache records of a network; features are taken over, so none is run."""
+class _Codec:
+    """What a cache records of a codec; features are taken over, so its network is not run."""
 
-    kind, family, checksum, factor = "autoencoder_kl", "clip", "0" * 64, 8
-    width, max_length = CLIP_WIDTH, NUM_TOKENS
-    scale, layer, template, clean, pad_id = 1.0, None, None, False, None
+    kind, checksum, factor, scale = "autoencoder_kl", "0" * 64, 8, torch.ones(1)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         return 4, size // 8, size // 8
@@ -50,25 +48,32 @@ class _Network:
     def encode_moments(self, images: Tensor) -> Posterior:
         return Posterior(images, images)
 
-    def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return torch.zeros(0), torch.ones(len(captions), NUM_TOKENS)
+
+class _Text:
+    """What a cache records of a text encoder."""
+
+    family, checksum, width, max_length = "clip", "0" * 64, CLIP_WIDTH, NUM_TOKENS
+    scale, layer, template, clean, pad_id = 1.0, None, None, False, None
 
 
 @dataclass(frozen=True)
 class Content:
     """What the files hold. tokens: of a caption on average, start and end included, with this standard deviation;
-    everything: also the moments at 512 px and the T5 features that the released script puts into the same file.
+    everything: also the moments at 512 px and the T5 features that the released script puts into the same file;
+    keep_padding: the cache is for a model that looks at the features of padding.
     """
 
     name: str
     tokens: float
     deviation: float
     everything: bool = False
+    keep_padding: bool = False
 
 
 CONTENTS = (
     Content("clip, long prompts", 40, 15),
     Content("clip, captions", 14, 4),  # as those of COCO and Flickr8k
+    Content("clip, padding kept", 40, 15, keep_padding=True),
     Content("all, long prompts", 40, 15, everything=True),
 )
 NUM_ROWS = len(CONTENTS) * len(MEMORY)
@@ -110,10 +115,11 @@ def _unpickled(file: Path) -> dict[str, Any]:
         return pickle.Unpickler(stream).load().item()
 
 
-def write_cache(folder: Path, released: Path) -> None:
+def write_cache(folder: Path, released: Path, keep_padding: bool = False) -> None:
     """The same samples as a cache, taken over from the files."""
-    network: Any = _Network()
-    extractor = Extractor(Options((256,)), codec=network, text=network)
+    codec: Any = _Codec()
+    text: Any = _Text()
+    extractor = Extractor(Options((256,)), codec=codec, text=text, keep_padding=keep_padding)
     Builder(folder, {"all": open_reader(f"npy:{released}", "all")}, extractor, Settings()).run()
 
 
@@ -145,7 +151,7 @@ def reading(
         number = count // 4 if content.everything else count
         released, cache = folder / f"released-{place}", folder / f"cache-{place}"
         write_released(released, number, content)
-        write_cache(cache, released)
+        write_cache(cache, released, content.keep_padding)
         sizes = [sum(path.stat().st_size for path in kind.iterdir()) / number for kind in (released, cache)]
         for memory in MEMORY:
             rows.append(
