@@ -57,6 +57,8 @@ class SourceConfig(Section):
     """Attention heads of the released trunk."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Of the released trunk."""
+    frozen: bool = False
+    """Leave the encoder as train.start_from gave it (second of two stages, CrossFlow Table 3)."""
 
 
 class StageConfig(Section):
@@ -125,6 +127,8 @@ class TimeConfig(Section):
 
 
 class LossConfig(Section):
+    flow_weight: float = Field(1.0, ge=0)
+    """Of the flow loss; 0: the source encoder alone is trained, and no flow is computed (first of two stages)."""
     kl: str = "standard"
     """Form of the regulariser: standard | released | variance."""
     kl_weight: float = Field(1e-4, ge=0)

@@ -52,6 +52,11 @@ class Objective(nn.Module):
         self.crosses = config.source.kind != "gaussian"
         # A Gaussian source says nothing of the condition, and a point has nothing to regularise.
         self.encoder_loss = config.loss.encoder if self.crosses else "none"
+        if config.loss.flow_weight == 0 and self.encoder_loss == "none":
+            raise UserError(
+                "loss.flow_weight=0 trains the source encoder alone, by its encoder loss: set loss.encoder to contrastive, "
+                "sigmoid or reconstruction, and source.kind to another than gaussian."
+            )
         self.alignment_head = alignment_head if self.encoder_loss in ("contrastive", "sigmoid") else None
         self.reconstructor = reconstructor if self.encoder_loss == "reconstruction" else None
         if self.encoder_loss in ("contrastive", "sigmoid"):
@@ -103,13 +108,11 @@ class Objective(nn.Module):
             target, weight = rotate_targets(target, weight, unconditional)
         else:  # the condition is dropped and the target stays, also where one sample alone was drawn
             unconditional = noise.drop < self.drop
-        t = shift_time(self.time_law(noise.time, self.time.mean, self.time.std), self.time.shift)
-        point = self.path(z0, target, t)
-        condition = self.model.encode_condition(batch.condition)
-        velocities = self.model.velocities(point.z_t, t, unconditional, condition)
-        coefficients = self._coefficients(len(velocities))
-        parts = {"flow": losses.multi_resolution_loss(velocities, point.velocity, coefficients, weight).mean()}
-        loss = parts["flow"]
+        parts: dict[str, Tensor] = {}
+        loss = z0.new_zeros(())
+        if self.settings.flow_weight > 0:
+            parts["flow"] = self._flow_loss(batch, z0, target, weight, unconditional, noise)
+            loss = self.settings.flow_weight * parts["flow"]
         if self.crosses and self.model.source_encoder.kind == "variational":
             kl = posterior.kl(self.settings.kl)
             parts["kl"] = kl.sum() if self.settings.kl_reduction == "sum" else kl.mean()
@@ -123,3 +126,14 @@ class Objective(nn.Module):
                 parts[name] = value
                 loss = loss + value
         return {"loss": loss, **parts}
+
+    def _flow_loss(
+        self, batch: Batch, z0: Tensor, target: Tensor, weight: Tensor | None, unconditional: Tensor, noise: Noise
+    ) -> Tensor:
+        """L_FM at the noise's times, a scalar."""
+        t = shift_time(self.time_law(noise.time, self.time.mean, self.time.std), self.time.shift)
+        point = self.path(z0, target, t)
+        condition = self.model.encode_condition(batch.condition)
+        velocities = self.model.velocities(point.z_t, t, unconditional, condition)
+        coefficients = self._coefficients(len(velocities))
+        return losses.multi_resolution_loss(velocities, point.velocity, coefficients, weight).mean()

@@ -119,6 +119,13 @@ class Run:
         other = config.train.start_from
         if other is not None and not (resume is not None and checkpoints(folder / "checkpoints")):
             self.progress.note(start_from(other, self.objective).told(other))
+        if config.source.frozen:
+            if other is None:
+                raise UserError(
+                    "source.frozen=true would keep a source encoder that has learned nothing: set train.start_from to "
+                    "the run whose encoder it is."
+                )
+            self.model.source_encoder.requires_grad_(False)
 
     def _prepare(self) -> None:
         """Everything that comes before the flow: learned once by the main process, read by all from the run

@@ -317,3 +317,19 @@ def test_regulariser_is_averaged_or_summed_over_the_batch(make: Callable[..., Ob
     parts, summed = mean(batch(), noise()), total(batch(), noise())
     torch.testing.assert_close(summed["kl"], B * parts["kl"])
     torch.testing.assert_close(summed["loss"] - summed["flow"], B * (parts["loss"] - parts["flow"]))
+
+
+def test_without_the_flow_loss_the_source_encoder_alone_is_trained(make: Callable[..., Objective]) -> None:
+    objective = make(settings={"loss": {"encoder": "contrastive", "flow_weight": 0}})
+    parts = objective(batch(), noise())
+    assert set(parts) == {"loss", "kl", "encoder"}
+    parts["loss"].backward()
+    reached = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
+    assert {name for name, _ in objective.named_parameters() if ".backbone." not in name} == reached
+    with pytest.raises(UserError, match="flow_weight=0"):
+        make(encoder="none", settings={"loss": {"encoder": "none", "flow_weight": 0}})
+
+
+def test_the_flow_loss_is_weighted(make: Callable[..., Objective]) -> None:
+    parts = make(settings={"loss": {"encoder": "none", "kl_weight": 0, "flow_weight": 0.5}})(batch(), noise())
+    assert parts["loss"].item() == pytest.approx(parts["flow"].item() / 2)

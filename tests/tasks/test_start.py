@@ -59,3 +59,16 @@ def test_impossible_starts_are_told(begun, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
         start_from(tmp_path, run.objective)
+
+
+def test_a_frozen_source_encoder_stays_as_it_was_given(begun, blind_judge, tmp_path: Path) -> None:
+    first = begun()
+    save_file(first.model.state_dict(), tmp_path / "run" / "model.safetensors")
+    second = begun(f"train.start_from={tmp_path / 'run'}", "source.frozen=true", "seed=5", name="second")
+    second.train()
+    before, after = first.model.state_dict(), load_file(tmp_path / "second" / "model.safetensors")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("source_encoder.")} <= same
+    assert any(name.startswith("backbone.") and name not in same for name in before)
+    with pytest.raises(UserError, match="learned nothing"):
+        begun("source.frozen=true", name="third")
