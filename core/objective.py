@@ -54,8 +54,8 @@ class Objective(nn.Module):
         self.encoder_loss = config.loss.encoder if self.crosses else "none"
         if config.loss.flow_weight == 0 and self.encoder_loss == "none":
             raise UserError(
-                "loss.flow_weight=0 trains the source encoder alone, by its encoder loss: set loss.encoder to contrastive, "
-                "sigmoid or reconstruction, and source.kind to another than gaussian."
+                "loss.flow_weight=0 trains the source encoder alone, by its encoder loss: set loss.encoder to "
+                "contrastive, sigmoid or reconstruction, and source.kind to another than gaussian."
             )
         self.alignment_head = alignment_head if self.encoder_loss in ("contrastive", "sigmoid") else None
         self.reconstructor = reconstructor if self.encoder_loss == "reconstruction" else None
