@@ -117,9 +117,17 @@ class Shard:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.arrays: dict[str, np.ndarray] = {}
             self.dtypes: dict[str, torch.dtype] = {}
+            self._places: dict[str, tuple[int, int]] = {}  # name -> bytes of a row, where the first begins
             self._read()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"The shard {path} cannot be read ({error}); check the cache with --verify.") from error
+
+    def will_need(self, name: str, begin: int, end: int) -> None:
+        """Asks the system to read rows begin ... end - 1 of a tensor from the disk, without waiting for it."""
+        row, start = self._places[name]
+        first = (start + begin * row) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin and hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED, first, start + end * row - first)
 
     def _read(self) -> None:
         length = int.from_bytes(self._map[:8], "little")
@@ -136,6 +144,7 @@ class Shard:
                 raise ValueError(f"its tensor {name} lies outside of it")
             self.arrays[name] = whole[begin:end].view(dtype[1]).reshape(shape)
             self.dtypes[name] = dtype[0]
+            self._places[name] = (dtype[0].itemsize * math.prod(shape[1:]), 8 + length + begin)
 
     def __getitem__(self, name: str) -> Tensor:
         with warnings.catch_warnings():

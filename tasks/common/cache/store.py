@@ -7,6 +7,8 @@ import bisect
 import hashlib
 import itertools
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +56,11 @@ class Cache:
         self.features: dict[str, Any] = self.plan["features"]
         self.records: list[dict[str, Any]] = manifest["shards"]
         self._shards: dict[int, Shard] = {}
+        self._seen: dict[int, bytearray] = {}  # shard -> which of its items were read
+        self._fits_memory = sum(record["bytes"] for record in self.records) < _memory() / 2
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}
+        return self.__dict__ | {"_shards": {}, "_seen": {}}
 
     @property
     def splits(self) -> list[str]:
@@ -85,6 +89,25 @@ class Cache:
         return tuple(shard.text("captions", row) for row in shard.captions(entry.row))
 
     # -- features, gathered
+
+    def fetch(self, entries: Sequence[Entry], which: Sequence[int], size: int) -> None:
+        """Asks the system for all that a batch needs at once, instead of waiting for each piece when it is copied.
+
+        Not for what was read before and is likely to be in memory still: asking costs a fifth of copying.
+        """
+        fixed = [name for name in self.features["parts"] if name.endswith(f"_{size}")]
+        for one, number in zip(entries, which, strict=True):
+            seen = self._seen.get(one.shard)
+            if seen is None:
+                seen = self._seen[one.shard] = bytearray(self.records[one.shard]["num_items"])
+            if seen[one.row] and self._fits_memory:
+                continue
+            seen[one.row] = True
+            shard = self.shard(one.shard)
+            for name in fixed:
+                shard.will_need(name, one.row, one.row + 1)
+            if "text" in shard:
+                shard.will_need("text", *shard.span("text", shard.captions(one.row)[number]))
 
     def moments(self, entries: Sequence[Entry], size: int) -> Posterior:
         """Posterior over raw latents (B, *latent) of pictures of `size` pixels, in the type they are stored in; scaling
@@ -202,6 +225,14 @@ class Rows:
             raise IndexError(f"item {index} of {len(self)} in the cache")
         place = bisect.bisect_right(self.starts, index) - 1
         return Entry(self.cache, self.numbers[place], index - self.starts[place])
+
+
+def _memory() -> float:
+    """Bytes of this machine's memory; without end where that cannot be told."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -53,8 +53,9 @@ def gathered(examples: Sequence[Any], size: int) -> Gathered | None:
     """The cached features of examples; None when they are not from a cache."""
     if "entry" not in examples[0]:
         return None
-    entries = [one["entry"] for one in examples]
-    return Gathered(entries[0].cache, entries, [one["which"] for one in examples], size)
+    entries, which = [one["entry"] for one in examples], [one["which"] for one in examples]
+    entries[0].cache.fetch(entries, which, size)
+    return Gathered(entries[0].cache, entries, which, size)
 
 
 def cache_of(reader: Reader) -> Cache | None:
