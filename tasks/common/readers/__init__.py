@@ -6,7 +6,7 @@ from pathlib import Path
 
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.registry import Registry
-from crossflow.tasks.common.readers.base import SPLITS, BadItem, FileReader, Item, Reader, existing
+from crossflow.tasks.common.readers.base import SPLITS, BadItem, FileReader, Item, Reader, existing, split_location
 from crossflow.tasks.common.readers.cache import CacheReader
 from crossflow.tasks.common.readers.coco import CocoReader
 from crossflow.tasks.common.readers.folder import FolderReader
@@ -41,7 +41,8 @@ def open_reader(
     Args:
         spec: `PREFIX:PLACE` (`coco:DIR`), `scenes`, `skimage`, or the bare path of data that can be recognised.
             `@train`, `@val`, `@test` or `@all` behind it takes that split whichever one is asked for:
-            `folder:Set5@all` validates on all of a small set.
+            `folder:Set5@all` validates on all of a small set. Settings of the format come behind a question mark,
+            before that: `kitti:DIR?crop=eigen&cap=none@test`.
         split: train, val, test, or all.
         image_size: side in pixels at which scenes are rendered (default 64); files keep their own size.
         limit: at most that many items; of files a choice keyed by `seed`, spread over the split.
@@ -79,11 +80,11 @@ def located(spec: str, folder: Path, *, here_first: bool = True) -> str:
     if prefix in READERS.names() and (not colon or _is_embedded(prefix)):
         return spec
     before = f"{prefix}:" if prefix in READERS.names() else ""
-    location = location if before else place
+    location, settings = split_location(location if before else place)
     there = existing(str(folder / location)) if location else None
     if there is None or (here_first and existing(location) is not None):
         return spec
-    return f"{before}{there}{split}"
+    return f"{before}{there}{'?' if settings else ''}{settings}{split}"
 
 
 def require(reader: Reader, fields: Collection[str], task: str) -> Reader:
@@ -110,7 +111,7 @@ def _listed(fields: Collection[str]) -> str:
 
 
 def _is_embedded(prefix: str) -> bool:
-    return not issubclass(READERS.get(prefix), FileReader | CacheReader)
+    return READERS.get(prefix).embedded
 
 
 def _recognise(spec: str, asked: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
+from crossflow.tasks.common.readers.options import Option, parse_options
 
 if TYPE_CHECKING:
     from crossflow.tasks.common.scenes import Scene
@@ -69,6 +70,8 @@ class Reader(ABC):
     layout: ClassVar[str]  # what a location must look like, for messages: "a folder with ..."
     offers: ClassVar[frozenset[str]]  # the fields that data of this format can have
     together: ClassVar[int] = 1  # how many items it pays to `load` in one call
+    embedded: ClassVar[bool] = False  # comes with the package, so that nothing stands behind the prefix
+    options: ClassVar[Mapping[str, Option]] = {}  # settings that may stand behind the place: `DIR?crop=eigen`
 
     spec: str
     split: str
@@ -155,9 +158,11 @@ class FileReader(Reader):
         self.spec, self.split = f"{self.prefix}:{location}", split
         if not location:
             raise UserError(f"{self.spec!r} names no place: write {self.prefix}:PATH with {self.layout}.")
-        path = existing(location)
+        place, settings = split_location(location)
+        self.option = parse_options(settings, self.options, self.spec)
+        path = existing(place)
         if path is None:
-            raise UserError(f"{self.spec!r}: there is no {location!r}. Expected {self.layout}.")
+            raise UserError(f"{self.spec!r}: there is no {place!r}. Expected {self.layout}.")
         try:
             listing = self.listing(path, split)
         except OSError as error:
@@ -184,20 +189,51 @@ class FileReader(Reader):
         self.ids = [record.id for record in records]
 
     def __getitem__(self, index: int) -> Item:
-        # Imported here: listing formats and reading captions need no image library.
-        from crossflow.tasks.common.images import load_depth_png, load_image
-
         record = self.records[index]
         if record.problem:
             raise BadItem(record.id, record.problem)
         try:
-            image = load_image(inside(self.root, record.image, self.allowed))
-            depth = load_depth_png(inside(self.root, record.depth, self.allowed)) if record.depth else None
+            image, depth = self.read(record)
+        except UserError:  # what is wrong with all of them, such as a library that is not installed
+            raise
         except (ValueError, OSError) as error:
             raise BadItem(record.id, str(error)) from error
         if depth is not None and depth.shape != image.shape[:2]:
             raise BadItem(record.id, f"depth is {_size(depth)}, the image {_size(image)} pixels (height x width)")
         return Item(record.id, image, record.captions, depth)
+
+    def read(self, record: Record) -> tuple[np.ndarray, np.ndarray | None]:
+        """The picture uint8 (H, W, 3) and, if there is one, the depth float32 (H, W) metres, 0 = no measurement.
+
+        Raises ValueError or OSError with the reason when they cannot be had.
+        """
+        # Imported here: listing formats and reading captions need no image library.
+        from crossflow.tasks.common.images import load_depth_png, load_image
+
+        image = load_image(self.path(record.image))
+        return image, load_depth_png(self.path(record.depth)) if record.depth else None
+
+    def path(self, name: str) -> Path:
+        """The file that a record names; raises ValueError when there is none, or when it lies outside the data."""
+        return inside(self.root, name, self.allowed)
+
+    def number(self, option: str) -> float | None:
+        """The value of a setting that is a number; None: `none`."""
+        value = self.option[option]
+        return None if value in ("none", "") else float(value)
+
+    def place(self, option: str, root: Path) -> Path | None:
+        """The file or folder that a setting names, relative to `root` or to where we are; None when it is not given.
+
+        Raises UserError when there is nothing.
+        """
+        given = self.option[option]
+        if not given:
+            return None
+        found = existing(str(root / Path(given).expanduser())) or existing(given)
+        if found is None:
+            raise UserError(f"{self.spec!r}: {option} names {given!r}, but there is no such file or folder.")
+        return found
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self.records[index].captions
@@ -221,6 +257,13 @@ class FileReader(Reader):
     def fingerprint(self) -> str:
         """All names, captions and sizes; of up to 256 items, spread evenly, also 64 KiB of either end of the files."""
         digest = hashlib.blake2b(digest_size=16)
+        settings = {
+            name: value
+            for name, value in self.option.items()
+            if value != self.options[name].default and not self.options[name].is_place
+        }
+        if settings:
+            digest.update(json.dumps(settings, sort_keys=True).encode())
         stride = -(-len(self.records) // 256)
         for number, record in enumerate(self.records):
             row = [record.id, record.image, record.captions, record.depth, record.problem]
@@ -251,6 +294,28 @@ def existing(location: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):  # a name that is too long, the home of an unknown user, a NUL
         return None
+
+
+def split_location(location: str) -> tuple[str, str]:
+    """(place, settings) of `PLACE?SETTINGS`; a path that exists with its question mark is a place."""
+    if existing(location) is not None:
+        return location, ""
+    place, _, settings = location.partition("?")
+    return place, settings
+
+
+def refuse_split(spec: str, split: str, there: Collection[str], why: str = "") -> None:
+    """Raises UserError unless data with the splits `there` have the one that is asked for."""
+    if split == "all" or split in there:
+        return
+    has = f"has {', '.join(there)} but" if there else "has"
+    take = f" Write '{spec}@{list(there)[-1]}' to use that split instead." if there else ""
+    raise UserError(f"{spec!r} {has} nothing for {split!r}{f' ({why})' if why else ''}.{take}")
+
+
+def with_links(path: Path) -> tuple[Path, ...]:
+    """`path` and the folders in it, each of which may be a link to where its files are kept."""
+    return (path, *(child for child in sorted(path.iterdir()) if child.is_dir()))
 
 
 def inside(root: Path, name: str, allowed: Collection[Path]) -> Path:

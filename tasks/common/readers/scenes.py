@@ -19,6 +19,7 @@ class ScenesReader(Reader):
 
     prefix = "scenes"
     layout = "nothing behind it: the scenes are made on the fly"
+    embedded = True
     offers = frozenset(("image", "captions", "depth", "scene"))
     together = 32
 

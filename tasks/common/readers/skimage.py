@@ -55,6 +55,7 @@ class SkimageReader(Reader):
 
     prefix = "skimage"
     layout = "nothing behind it: the photographs lie in the installed scikit-image"
+    embedded = True
     offers = frozenset(("image", "depth"))
 
     def __init__(
