@@ -8,7 +8,7 @@ items into batches, inputs into sources, latents into outputs, and scores output
 import importlib
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -218,15 +218,19 @@ class Task(ABC, Generic[C]):
     # -- scoring
 
     @abstractmethod
+    def case(self, item: Item) -> Case | None:
+        """What is scored on an item of an evaluation split; None when nothing can be."""
+
     def cases(self, examples: Examples, limit: int) -> list[Case]:
-        """What is scored on the items of an evaluation split."""
+        """What is scored on the first items of an evaluation split, all in memory."""
+        return [case for item in examples.items(limit) if (case := self.case(item)) is not None]
 
     @abstractmethod
     def metric(self, thorough: bool = False) -> TaskMetric:
         """The task's metric; thorough: with numbers that take long or need more than Python, where they can be had."""
 
     @abstractmethod
-    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+    def baseline(self, train: Examples, cases: Iterable[Case]) -> dict[str, float]:
         """Scores of the trivial baseline on the same cases; empty when the metric itself carries its control."""
 
     @abstractmethod

@@ -7,7 +7,7 @@ The text autoencoder is trained first and frozen (default) or further trained wi
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -364,14 +364,17 @@ class Adapter(Task[CaptionConfig]):
     def cases(self, examples: Examples, limit: int) -> list[Case]:
         if "image" not in examples.reader.fields:
             raise UserError(NO_PICTURES)
-        return [Case(item.id, item.image, item, item) for item in examples.items(limit)]
+        return super().cases(examples, limit)
+
+    def case(self, item: Item) -> Case:
+        return Case(item.id, item.image, item, item)
 
     def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.caption.metric import JAVA_METRICS, CaptionMetric
 
         return CaptionMetric(java=JAVA_METRICS if thorough else ())
 
-    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+    def baseline(self, train: Examples, cases: Iterable[Case]) -> dict[str, float]:
         """The one caption that fits the training items best (by CIDEr), given to every picture."""
         from crossflow.tasks.caption.metric import best_single_caption
 

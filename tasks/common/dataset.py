@@ -89,12 +89,13 @@ class Examples(Generic[T]):
         start, left = 0, len(self) if limit is None else limit
         while start < len(self) and left > 0:
             stop = min(start + min(left, max(16, self.reader.together)), len(self))
-            for item in self._items_at(range(start, stop)):
+            for item in self.items_at(range(start, stop)):
                 left -= 1
                 yield item
             start = stop
 
-    def _items_at(self, indices: Sequence[int]) -> Iterator[Item]:
+    def items_at(self, indices: Sequence[int]) -> Iterator[Item]:
+        """The good items at these indices, loaded together; bad ones are left out and counted."""
         missing = [index for index in indices if index not in self._cached and index not in self._unreadable]
         fresh = dict(zip(missing, self.reader.load(missing), strict=True))
         for index in indices:

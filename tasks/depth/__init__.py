@@ -4,7 +4,7 @@ An image variational encoder maps 3 x H x W to 1 x H x W; the flow leads from th
 default.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,12 +171,9 @@ class Adapter(Task[DepthConfig]):
 
     # -- scoring
 
-    def cases(self, examples: Examples, limit: int) -> list[Case]:
-        cases = []
-        for item in examples.items(limit):
-            image, depth = square(item, self.config.data.image_size)
-            cases.append(Case(item.id, image, np.where(self._scorable(depth), depth, 0), item))
-        return cases
+    def case(self, item: Item) -> Case:
+        image, depth = square(item, self.config.data.image_size)
+        return Case(item.id, image, np.where(self._scorable(depth), depth, 0), item)
 
     def _scorable(self, depth: np.ndarray) -> np.ndarray:
         return (depth >= self.config.depth.near) & (depth <= self.config.depth.far)
@@ -189,7 +186,7 @@ class Adapter(Task[DepthConfig]):
             alignment=settings.alignment, crop=settings.crop, min_depth=settings.near, max_depth=settings.far
         )
 
-    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+    def baseline(self, train: Examples, cases: Iterable[Case]) -> dict[str, float]:
         """The per-pixel median of the training depth maps, the same for every picture."""
         depths = [square(item, self.config.data.image_size)[1] for item in train.items(1000)]
         stack = np.stack([np.where(self._scorable(depth), depth, np.nan) for depth in depths])

@@ -4,7 +4,7 @@ The enlarged picture is itself the source z0; the flow adds what it lacks. Any s
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,12 +169,7 @@ class Adapter(Task[SrConfig]):
         return 11 + 2 * self.config.sr.scale
 
     def cases(self, examples: Examples, limit: int) -> list[Case]:
-        scale, cases = self.config.sr.scale, []
-        for item in examples.items(limit):
-            assert item.image is not None
-            sharp = to_multiple(item.image, scale)
-            if min(sharp.shape[:2]) >= self._smallest:
-                cases.append(Case(item.id, reduce(sharp, scale), sharp, item))
+        cases = super().cases(examples, limit)
         if not cases:
             raise UserError(
                 f"No picture of {examples.reader.spec} is at least {self._smallest} "
@@ -182,12 +177,18 @@ class Adapter(Task[SrConfig]):
             )
         return cases
 
+    def case(self, item: Item) -> Case | None:
+        assert item.image is not None
+        scale = self.config.sr.scale
+        sharp = to_multiple(item.image, scale)
+        return Case(item.id, reduce(sharp, scale), sharp, item) if min(sharp.shape[:2]) >= self._smallest else None
+
     def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.sr.metric import SrMetric
 
         return SrMetric(scale=self.config.sr.scale)
 
-    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+    def baseline(self, train: Examples, cases: Iterable[Case]) -> dict[str, float]:
         """Bicubic enlargement."""
         metric = self.metric()
         for case in cases:

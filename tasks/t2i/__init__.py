@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -283,14 +283,17 @@ class Adapter(Task[T2IConfig]):
             split = examples.reader.split
             found = scene_cases(limit, key("prompts", split, self.config.seed))
             return [Case(f"{split}/{id}", prompt.text, prompt) for id, prompt in found]
-        return [Case(item.id, item.captions[0], item.captions[0], item) for item in examples.items(limit)]
+        return super().cases(examples, limit)
+
+    def case(self, item: Item) -> Case:
+        return Case(item.id, item.captions[0], item.captions[0], item)
 
     def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.t2i.metric import T2IMetric
 
         return T2IMetric(clip=self.config.t2i.clip, seed=self.config.seed)
 
-    def baseline(self, train: Examples, cases: Sequence[Case]) -> dict[str, float]:
+    def baseline(self, train: Examples, cases: Iterable[Case]) -> dict[str, float]:
         return {}  # the metric carries its own control, the same pictures judged by shuffled prompts
 
     def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
