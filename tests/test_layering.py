@@ -17,7 +17,7 @@ HEIGHT = {"configs": 0, "core": 1, "tasks": 2, "benchmarks": 3}
 TOP = 4  # cli, __main__ and the root's public names
 # Slow or optional libraries: imported where they are used, so that a command asks only for what it needs.
 HEAVY = {
-    *("datasets", "diffusers", "evaluate", "gradio", "imageio_ffmpeg", "kornia", "matplotlib", "pycocoevalcap"),
+    *("datasets", "diffusers", "evaluate", "gradio", "h5py", "imageio_ffmpeg", "kornia", "matplotlib", "pycocoevalcap"),
     *("scipy", "skimage", "timm", "torch_fidelity", "torchdiffeq", "torchmetrics", "torchvision", "transformers"),
 }
 

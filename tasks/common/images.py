@@ -39,7 +39,9 @@ _OPENING = threading.Lock()  # the filter that silences Pillow's size warning is
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def load_image(source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def load_image(
+    source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS, upright: bool = True
+) -> np.ndarray:
     """Read a picture as uint8 (H, W, 3) RGB.
 
     The EXIF rotation is applied (an unreadable EXIF block means upright), transparency is laid over white, grey is
@@ -49,6 +51,7 @@ def load_image(source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_P
     Args:
         source: path, encoded bytes, or an open binary file.
         max_pixels: largest H * W that is decoded; a small file can claim a picture that fills the memory.
+        upright: apply the EXIF rotation; without, pixels stay as they lie in the file.
 
     Raises:
         ValueError: the picture cannot be read; the text is the reason, ready for a list of bad items.
@@ -61,7 +64,7 @@ def load_image(source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_P
             raise
         except Exception as error:  # Pillow's decoders raise almost any type on damaged data
             raise ValueError(f"the picture cannot be decoded: {error or type(error).__name__}") from error
-    if orientation in UPRIGHT:
+    if upright and orientation in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[orientation])
     return np.array(rgb)
 

@@ -10,12 +10,16 @@ from crossflow.tasks.common.readers.base import SPLITS, BadItem, FileReader, Ite
 from crossflow.tasks.common.readers.cache import CacheReader
 from crossflow.tasks.common.readers.coco import CocoReader
 from crossflow.tasks.common.readers.folder import FolderReader
+from crossflow.tasks.common.readers.hypersim import HypersimReader
 from crossflow.tasks.common.readers.jsonl import JsonlReader
+from crossflow.tasks.common.readers.kitti import KittiReader
 from crossflow.tasks.common.readers.npy import NpyReader
+from crossflow.tasks.common.readers.nyu import NyuReader
 from crossflow.tasks.common.readers.pairs import PairsReader
 from crossflow.tasks.common.readers.prompts import PromptsReader
 from crossflow.tasks.common.readers.scenes import ScenesReader
 from crossflow.tasks.common.readers.skimage import SkimageReader
+from crossflow.tasks.common.readers.zero_shot import DiodeReader, Eth3dReader, ScannetReader, VirtualKittiReader
 
 __all__ = ["READERS", "BadItem", "FileReader", "Item", "Reader", "located", "open_reader", "require"]
 
@@ -31,6 +35,13 @@ READERS.register("folder")(FolderReader)
 READERS.register("cache")(CacheReader)
 READERS.register("npy")(NpyReader)
 READERS.register("prompts")(PromptsReader)
+READERS.register("nyu")(NyuReader)
+READERS.register("kitti")(KittiReader)
+READERS.register("hypersim")(HypersimReader)
+READERS.register("vkitti")(VirtualKittiReader)
+READERS.register("eth3d")(Eth3dReader)
+READERS.register("scannet")(ScannetReader)
+READERS.register("diode")(DiodeReader)
 
 
 def open_reader(

@@ -308,8 +308,9 @@ def refuse_split(spec: str, split: str, there: Collection[str], why: str = "") -
     """Raises UserError unless data with the splits `there` have the one that is asked for."""
     if split == "all" or split in there:
         return
-    has = f"has {', '.join(there)} but" if there else "has"
-    take = f" Write '{spec}@{list(there)[-1]}' to use that split instead." if there else ""
+    names = [name for name in SPLITS if name in there]
+    has = f"has {', '.join(names)} but" if names else "has"
+    take = f" Write '{spec}@{names[-1]}' to use that split instead." if names else ""
     raise UserError(f"{spec!r} {has} nothing for {split!r}{f' ({why})' if why else ''}.{take}")
 
 
