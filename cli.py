@@ -222,6 +222,8 @@ class Use:
     """Fields of SampleConfig that were given."""
     seed: int
     output: Path | None
+    moved: Sequence[str] = ()
+    """Settings of the run that were replaced by --set."""
 
     def metadata(self, **more: Any) -> dict[str, str]:
         """What every file that is written says of how it was made; all of it text."""
@@ -263,7 +265,7 @@ def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
         guide = others.pop("guide_with")
         if guide is not None:
             pipe.guide_with(load(guide, device=device, overrides=moved))
-        function(Use(checkpoint, pipe, settings, seed, output), **others)
+        function(Use(checkpoint, pipe, settings, seed, output, moved), **others)
 
     decorated: Callable[..., None] = run
     for option in reversed(
@@ -461,25 +463,83 @@ def _write_grid(pictures: Sequence[Any], names: Sequence[str], path: Path) -> Pa
     return save_png(sheet(list(pictures), list(names), columns=columns, cell=cell), path)
 
 
+def _recall(context: click.Context, _: click.Parameter, value: str | None) -> Any:
+    """The options of the evaluation that is repeated become the defaults of all others."""
+    if value is None:
+        return None
+    from crossflow.benchmarks.manifest import options_of, read_evaluation
+
+    before = read_evaluation(value)
+    context.default_map = options_of(before.manifest)
+    return before
+
+
 @command.command()
 @uses_checkpoint
-@click.option("--data", help="Data to score on. Default: the run's own.")
-@click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test", "all"]))
-@click.option("--num", default=1000, show_default=True, type=click.IntRange(1), help="Items to score at most.")
+@click.option(
+    "--protocol", "protocol_name", help="A name (crossflow list protocols) or a YAML file. Default: the task's own rules."
+)
+@click.option("--data", help="Data to score on. Default: the run's own, or those embedded for the protocol.")
+@click.option("--split", type=click.Choice(["train", "val", "test", "all"]), help="Default: test, or the protocol's.")
+@click.option("--num", type=click.IntRange(1), help="Items to score at most. Default: 1000, or all of the protocol.")
+@click.option(
+    "--network",
+    "networks",
+    multiple=True,
+    metavar="ROLE=SOURCE",
+    help="Another network that measures, such as clip=FOLDER, features=inception=FILE, features=timm:resnet50.",
+)
+@click.option(
+    "--statistics",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Statistics of the real pictures, as crossflow statistics writes them.",
+)
+@click.option(
+    "--repeat",
+    is_eager=True,
+    callback=_recall,
+    metavar="MANIFEST",
+    help="Measure again what this metrics.json says, and tell whether the numbers are the same.",
+)
 def evaluate(
     use: Use,
+    protocol_name: str | None,
     data: str | None,
-    split: str,
-    num: int,
+    split: str | None,
+    num: int | None,
+    networks: Sequence[str],
+    statistics: Path | None,
+    repeat: Any,
 ) -> None:
-    """Score a run on held-out data: metrics.json with its manifest, and a page of pictures.
+    """Score a run on held-out data: metrics.json with its manifest, one row per item, and a page of pictures.
 
     \b
-      crossflow evaluate --checkpoint runs/sr_small --data folder:~/Set5@all --steps 1
+      crossflow evaluate --checkpoint runs/sr_small --protocol set5-x4 --data folder:~/Set5@all --steps 1
+      crossflow evaluate --checkpoint runs/t2i --protocol coco-fid30k --data coco:~/coco --guidance 7
+      crossflow evaluate --checkpoint runs/t2i --protocol coco-fid30k --data coco:~/coco --num 5000 \\
+        --network features=timm:resnet50 --network clip=~/clip-vit-large-patch14
+      crossflow evaluate --repeat runs/sr_small/evaluation/NAME/metrics.json
+
+    A protocol fixes the split, the preparation of pictures and how each number is computed; the manifest tells all of
+    it and the rest. Noise follows from the seed and the item's id, so neither batch_size=N nor the number of processes
+    (torchrun, accelerate launch) changes the result. A killed evaluation goes on when the command is given again.
     """
     from crossflow.benchmarks.evaluate import evaluate as run
+    from crossflow.benchmarks.manifest import expect_repeated
+    from crossflow.benchmarks.protocol import load_protocol, protocol_of, roles
 
-    pipe = use.pipe
+    pipe, protocol, settings, folder = use.pipe, None, use.settings, use.output
+    if protocol_name is not None:
+        protocol = load_protocol(protocol_name)
+    elif repeat is not None and repeat.manifest.get("protocol"):
+        protocol = protocol_of(repeat.manifest["protocol"])
+    if networks:
+        if protocol is None:
+            raise UserError("--network replaces a network of a protocol; say which one by --protocol.")
+        protocol = protocol.using(roles(networks))
+    if repeat is not None:
+        settings = {**repeat.manifest["sample"], **settings}
+        folder = folder or repeat.path.parent / "repeated"
     with _bar("scoring") as on_step:
         report = run(
             pipe,
@@ -487,16 +547,80 @@ def evaluate(
             split=split,
             num=num,
             seed=use.seed,
-            settings=use.settings,
-            folder=use.output,
+            settings=settings,
+            folder=folder,
             progress=lambda what, done, total: on_step(done, total),
+            protocol=protocol,
+            statistics=statistics,
+            moved=use.moved,
         )
     if report is None:  # the first of several processes writes and tells
         return
-    _show_scores(report.scores.values, report.scores.intervals, report.baseline, pipe.task.headline)
+    headline = pipe.task.headline if protocol is None else protocol.headline
+    _show_scores(report.scores.values, report.scores.intervals, report.baseline, headline)
     for note in report.scores.notes:
         say(f"note: {note}")
     say(f"Wrote {report.folder / 'metrics.json'} and the pictures beside it ({report.folder / 'index.html'}).")
+    if repeat is not None:
+        say(expect_repeated(repeat, report.scores.values, report.manifest))
+
+
+@command.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+def compare(first: Path, second: Path) -> None:
+    """Two evaluations side by side: their numbers, and everything in which they differ.
+
+    FIRST and SECOND are metrics.json files, or the folders that hold them.
+
+    \b
+      crossflow compare runs/a/evaluation/set5-x4-Set5-all-euler1 runs/b/evaluation/set5-x4-Set5-all-euler1
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from crossflow.benchmarks.manifest import differences, read_evaluation, score_rows
+
+    one, other = read_evaluation(first), read_evaluation(second)
+    table = Table("score", "first", "second", "difference", "")
+    for name, a, b, word in score_rows(one, other):
+        table.add_row(name, f"{a:.5g}", f"{b:.5g}", f"{b - a:+.3g}", word)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    found = differences(one.manifest, other.manifest)
+    for meaning, lines in found.items():
+        say(f"{meaning}:")
+        for line in lines:
+            say(f"  {line}")
+    if not found:
+        say("Nothing that decides the numbers differs.")
+
+
+@command.command()
+@click.option("--protocol", "protocol_name", required=True, help="One with a distance, such as coco-fid30k.")
+@click.option("--data", required=True, help="The real pictures.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="The .safetensors file to write.")
+@click.option("--network", "networks", multiple=True, metavar="features=SOURCE", help="Another feature network.")
+@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
+def statistics(
+    protocol_name: str, data: str, output: Path, networks: Sequence[str], device: str | None
+) -> None:
+    """Statistics of real pictures for the distances of a protocol, to be carried to another machine.
+
+    They are kept in the user's cache by the data's fingerprint, the protocol's preparation and the network's checksum,
+    and are computed once; `crossflow evaluate --statistics FILE` takes them without the pictures of the split.
+
+    \b
+      crossflow statistics --protocol coco-fid30k --data coco:~/coco --output coco_val_256.safetensors
+    """
+    from crossflow.benchmarks.distribution import statistics_of
+    from crossflow.benchmarks.protocol import load_protocol, roles
+    from crossflow.tasks.pipeline import find_device
+
+    protocol = load_protocol(protocol_name).using(roles(networks))
+    with _bar("real pictures") as on_step:
+        found = statistics_of(protocol, data, find_device(device), lambda what, done, total: on_step(done, total))
+    found.save(output)
+    say(f"{found.count} pictures, {found.about['network']}. Wrote {output}.")
 
 
 def _given(pipe: "Pipeline", text: str | None) -> Any:
@@ -899,7 +1023,36 @@ def convert(source: Path, target: Path, kind: str | None, reference: Path | None
 
 @command.group()
 def benchmark() -> None:
-    """Measure: speed."""
+    """Measure and compare: quality beside the papers' numbers, speed on this machine."""
+
+
+@benchmark.command()
+@click.option(
+    "--runs",
+    "given",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Run directory, folder of runs or evaluations, or JSON file; may be given several times.",
+)
+@click.option("--output", type=click.Path(path_type=Path), default=Path("quality"), show_default=True)
+@click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="[DIR]...")
+def quality(given: Sequence[Path], output: Path, more: Sequence[Path]) -> None:
+    """One page: what was measured beside the papers' tables, what makes rows incomparable, and what each task costs.
+
+    \b
+      crossflow benchmark quality --runs runs
+      crossflow benchmark quality --runs runs/sr_tiny runs/depth_tiny --output page
+
+    It reads what `crossflow evaluate` has written; a run that was never evaluated is shown with the scores of the end
+    of its training. Writes quality.md, with its pictures beside it, and quality.html, which holds everything.
+    """
+    from crossflow.benchmarks.quality import quality as compare
+
+    markdown, html, problems = compare([*given, *more], output)
+    for problem in problems:
+        click.echo(f"not read: {problem}", err=True)
+    say(f"Wrote {html} and {markdown}.")
 
 
 @benchmark.command()
@@ -941,9 +1094,9 @@ def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None) -> 
 
 
 @command.command(name="list")
-@click.argument("what", type=click.Choice(["tasks", "configs", "datasets", "solvers", "backbones"]))
+@click.argument("what", type=click.Choice(["tasks", "configs", "datasets", "protocols", "solvers", "backbones"]))
 def list_(what: str) -> None:
-    """Names that can be used: tasks, configs, datasets, solvers, backbones."""
+    """Names that can be used: tasks, configs, datasets, protocols, solvers, backbones."""
     from rich.console import Console
     from rich.table import Table
 
@@ -969,6 +1122,11 @@ def _names(what: str) -> list[tuple[str, ...]]:
             (name, READERS.get(name).layout, "has " + ", ".join(sorted(READERS.get(name).offers)))
             for name in READERS.names()
         ]
+    if what == "protocols":
+        from crossflow.benchmarks.protocol import load_protocol, protocols
+
+        known = [(name, load_protocol(name)) for name in protocols()]
+        return [(name, one.task, one.title, one.layout or f"embedded: {one.data}") for name, one in known]
     if what == "solvers":
         from crossflow.core.solvers import SOLVERS
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from crossflow.benchmarks.paper import FILE, Paper, paper
-from crossflow.core.config import build
+from crossflow.core.config import RECIPES, build, read
 from crossflow.core.errors import UserError
 from crossflow.tasks import task_names
 
@@ -96,3 +96,14 @@ def test_unknown_names_are_told_with_the_known_ones() -> None:
         paper().table("ablation-los")
     with pytest.raises(UserError, match="autoguidance"):
         paper().table("ablation-guidance").row("auto")
+
+
+def test_protocols_of_the_same_name_are_of_the_same_task_and_items() -> None:
+    """Those of configs/protocols, by which runs are evaluated, and those of the papers."""
+    ours = {path.stem: read(path) for path in (RECIPES / "protocols").glob("*.yaml")}
+    both = set(ours) & set(paper().protocols)
+    assert {"coco-fid30k", "geneval", "karpathy", "kitti-eigen", "nyu", "imagenet-64-256", "set5-x4"} <= both
+    for name in both:
+        theirs = paper().protocols[name]
+        assert ours[name]["task"] == theirs.task
+        assert theirs.items in (None, ours[name].get("num_items")), name
