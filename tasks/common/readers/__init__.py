@@ -9,9 +9,11 @@ from crossflow.core.registry import Registry
 from crossflow.tasks.common.readers.base import SPLITS, BadItem, FileReader, Item, Reader, existing, split_location
 from crossflow.tasks.common.readers.cache import CacheReader
 from crossflow.tasks.common.readers.coco import CocoReader
+from crossflow.tasks.common.readers.flickr import FlickrReader
 from crossflow.tasks.common.readers.folder import FolderReader
 from crossflow.tasks.common.readers.hypersim import HypersimReader
 from crossflow.tasks.common.readers.jsonl import JsonlReader
+from crossflow.tasks.common.readers.karpathy import KarpathyReader
 from crossflow.tasks.common.readers.kitti import KittiReader
 from crossflow.tasks.common.readers.npy import NpyReader
 from crossflow.tasks.common.readers.nyu import NyuReader
@@ -35,6 +37,8 @@ READERS.register("folder")(FolderReader)
 READERS.register("cache")(CacheReader)
 READERS.register("npy")(NpyReader)
 READERS.register("prompts")(PromptsReader)
+READERS.register("karpathy")(KarpathyReader)
+READERS.register("flickr")(FlickrReader)
 READERS.register("nyu")(NyuReader)
 READERS.register("kitti")(KittiReader)
 READERS.register("hypersim")(HypersimReader)

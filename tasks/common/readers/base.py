@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.readers.options import Option, parse_options
+from crossflow.tasks.common.readers.options import Options, parse_options
 
 if TYPE_CHECKING:
     from crossflow.tasks.common.scenes import Scene
@@ -71,7 +71,7 @@ class Reader(ABC):
     offers: ClassVar[frozenset[str]]  # the fields that data of this format can have
     together: ClassVar[int] = 1  # how many items it pays to `load` in one call
     embedded: ClassVar[bool] = False  # comes with the package, so that nothing stands behind the prefix
-    options: ClassVar[Mapping[str, Option]] = {}  # settings that may stand behind the place: `DIR?crop=eigen`
+    options: ClassVar[Options] = {}  # settings that may stand behind the place: `DIR?crop=eigen`
 
     spec: str
     split: str

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 from crossflow.core.errors import UserError
 from crossflow.tasks.common.readers.base import (
@@ -20,6 +21,7 @@ from crossflow.tasks.common.readers.base import (
     json_file,
     split_word,
 )
+from crossflow.tasks.common.readers.options import Option, Options
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +37,13 @@ class CocoReader(FileReader):
         "(likewise for val and test)"
     )
     offers = frozenset(("image", "captions"))
+    options: ClassVar[Options] = {
+        "year": Option("2014 or 2017, where both are there", "newest", ("newest", "2014", "2017"))
+    }
 
     def listing(self, path: Path, split: str) -> Listing:
-        files = caption_files(path)
+        year = self.option["year"]
+        files = caption_files(path, None if year == "newest" else year)
         if not files:
             raise UserError(f"{self.spec!r} has no captions_SPLIT.json. Expected {self.layout}.")
         if split != "all" and split not in files:
@@ -62,8 +68,8 @@ class CocoReader(FileReader):
         return ", ".join(str(file.relative_to(path)) for file in files.values())
 
 
-def caption_files(folder: Path) -> dict[str, Path]:
-    """split -> captions file.
+def caption_files(folder: Path, wanted: str | None = None) -> dict[str, Path]:
+    """split -> captions file, of the year that is wanted.
 
     Where several years lie side by side, the newest that has training captions counts for all splits, because COCO's
     2017 splits were drawn anew from the images of 2014.
@@ -75,12 +81,16 @@ def caption_files(folder: Path) -> dict[str, Path]:
             if match:
                 word = split_word(match[1]) or match[1]
                 found.setdefault(match[2] or "", {}).setdefault(word, file)
+    if wanted is not None:
+        found = {year: files for year, files in found.items() if year == wanted}
     if not found:
         return {}
     year = max(found, key=lambda year: ("train" in found[year], year))
     if len(found) > 1:
         others = ", ".join(sorted(other or "no year" for other in found if other != year))
-        logger.warning("%s: reading the captions of %s, not those of %s.", folder, year or "no year", others)
+        logger.warning(
+            "%s: reading the captions of %s, not those of %s (?year=... chooses).", folder, year or "no year", others
+        )
     order = [*SPLIT_WORDS, *sorted(set(found[year]) - set(SPLIT_WORDS))]
     return {word: found[year][word] for word in order if word in found[year]}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.tasks.common.readers.base import FileReader, Listing, Record, with_links
-from crossflow.tasks.common.readers.options import Option
+from crossflow.tasks.common.readers.options import Option, Options
 
 CROPS = {  # top, bottom, left, right, as shares of height and width
     "none": (0.0, 1.0, 0.0, 1.0),
@@ -46,20 +46,20 @@ LIST = Option("text file with a picture and its depth on each line, instead of t
 
 
 class DepthReader(FileReader):
-    """Pictures with depth. A subclass gives `records`, and `read_pair` where depth is no PNG in millimetres."""
+    """Pictures with depth. A subclass gives `list_pairs`, and `read_pair` where depth is no PNG in millimetres."""
 
     offers = frozenset(("image", "depth"))
-    options: ClassVar[dict[str, Option]] = {"list": LIST, "cap": cap_option("none")}
+    options: ClassVar[Options] = {"list": LIST, "cap": cap_option("none")}
     bases: ClassVar[tuple[str, ...]] = ()  # folders below the place from which lists name files, besides the place
 
     def listing(self, path: Path, split: str) -> Listing:
         file = self.place("list", path if path.is_dir() else path.parent)
         if file is None:
-            return self.records(path, split)
+            return self.list_pairs(path, split)
         return Listing(path, listed_pairs(file, Bases(path, self.bases)), with_links(path))
 
     @abstractmethod
-    def records(self, path: Path, split: str) -> Listing:
+    def list_pairs(self, path: Path, split: str) -> Listing:
         """As `listing`, of data without a list of pairs."""
 
     def read(self, record: Record) -> tuple[np.ndarray, np.ndarray]:

@@ -8,12 +8,14 @@ import csv
 import logging
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.tasks.common.readers.base import Listing, Record, refuse_split, split_by_hash, split_word, with_links
 from crossflow.tasks.common.readers.depth import LIST, DepthReader, cap_option, open_hdf5
+from crossflow.tasks.common.readers.options import Options
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +26,8 @@ PICTURE = re.compile(r"scene_(cam_\d+)_final_preview")
 
 
 class HypersimReader(DepthReader):
-    """RGB (tonemap.jpg) + depth. Splits: those of the authors' table, if there, of which excluded frames are left out;
-    otherwise by a hash of the scenes. All cameras are taken as pinholes; the few with tilt or shift are not singled out.
+    """RGB (tonemap.jpg) + depth. Splits: those of the authors' table, if there, without the frames that it excludes;
+    otherwise by a hash of the scenes. All cameras are taken as pinholes; the few with tilt or shift are not told apart.
     """
 
     prefix = "hypersim"
@@ -33,9 +35,9 @@ class HypersimReader(DepthReader):
         f"a folder with {SPLITS_FILE} and ai_VVV_NNN/images/scene_cam_XX_final_preview/frame.IIII.tonemap.jpg and "
         "scene_cam_XX_geometry_hdf5/frame.IIII.depth_meters.hdf5"
     )
-    options = {"cap": cap_option("none"), "list": LIST}
+    options: ClassVar[Options] = {"cap": cap_option("none"), "list": LIST}
 
-    def records(self, path: Path, split: str) -> Listing:
+    def list_pairs(self, path: Path, split: str) -> Listing:
         table = path / SPLITS_FILE
         rows = _table(table) if table.is_file() else None
         records = self._of_table(path, rows, split) if rows is not None else self._of_folders(path, split)

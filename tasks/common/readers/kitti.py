@@ -1,4 +1,4 @@
-"""`kitti:DIR`: KITTI with the split lists of Eigen et al. (2014), raw pictures and annotated depth (Uhrig et al., 2017).
+"""`kitti:DIR`: KITTI with the split lists of Eigen et al. (2014), and annotated depth (Uhrig et al., 2017).
 
 Depth is sparse: 16-bit PNG, metres * 256, 0 where the laser measured nothing. `val` and `test` are scored inside the
 crop of Garg et al. (2016) and below 80 m.
@@ -6,6 +6,7 @@ crop of Garg et al. (2016) and below 80 m.
 
 import logging
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from crossflow.tasks.common.readers.depth import (
     list_lines,
     stem,
 )
-from crossflow.tasks.common.readers.options import Option
+from crossflow.tasks.common.readers.options import Option, Options
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,11 @@ class KittiReader(DepthReader):
 
     prefix = "kitti"
     layout = (
-        "a folder with the Eigen lists (eigen_train_files_with_gt.txt, eigen_test_files_with_gt.txt, or train_files.txt "
-        "and test_files.txt) beside the raw drives (DATE/DRIVE/image_02/data/N.png) and the annotated depth "
-        "(data_depth_annotated/train|val/DRIVE/proj_depth/groundtruth/image_02/N.png)"
+        "a folder with the Eigen lists (eigen_train_files_with_gt.txt, eigen_test_files_with_gt.txt, or "
+        "train_files.txt and test_files.txt) beside the raw drives (DATE/DRIVE/image_02/data/N.png) and the annotated "
+        "depth (data_depth_annotated/train|val/DRIVE/proj_depth/groundtruth/image_02/N.png)"
     )
-    options = {
+    options: ClassVar[Options] = {
         "crop": crop_option("garg", "eigen"),
         "cap": cap_option("80"),
         "benchmark": Option("cut all pictures to the depth benchmark's 352 x 1216, bottom centre", "no", ("yes", "no")),
@@ -56,9 +57,9 @@ class KittiReader(DepthReader):
         file = self.place("list", path)
         if file is not None:
             return Listing(path, self._frames(file, bases, ""), with_links(path))
-        return self.records(path, split)
+        return self.list_pairs(path, split)
 
-    def records(self, path: Path, split: str) -> Listing:
+    def list_pairs(self, path: Path, split: str) -> Listing:
         lists = list_files(path)
         if not lists:
             raise UserError(f"{self.spec!r} has no lists of the Eigen split. Expected {self.layout}.")

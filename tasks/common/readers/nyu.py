@@ -7,7 +7,7 @@ The file is HDF5: images (1449, 3, 640, 480) and depths in metres (1449, 640, 48
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from crossflow.tasks.common.readers.depth import (
     open_hdf5,
     stem,
 )
-from crossflow.tasks.common.readers.options import Option
+from crossflow.tasks.common.readers.options import Option, Options
 
 LABELLED = "nyu_depth_v2_labeled.mat"
 LISTS = {split: f"nyudepthv2_{split}_files_with_gt.txt" for split in ("train", "test")}
@@ -39,7 +39,7 @@ class NyuReader(DepthReader):
         f"{LABELLED} with splits.mat beside it, or a folder with train/ and test/ of rgb_N.jpg and sync_depth_N.png, "
         f"or one with {LISTS['train']} and {LISTS['test']}"
     )
-    options = {
+    options: ClassVar[Options] = {
         "crop": crop_option("nyu"),
         "cap": cap_option("10"),
         "depth": Option("which of the two depth maps", "raw", ("raw", "filled")),
@@ -48,7 +48,7 @@ class NyuReader(DepthReader):
     }
     bases = ("sync", "official_splits/test", "official_splits/train", "nyu_depth_v2/sync", "test", "train")
 
-    def records(self, path: Path, split: str) -> Listing:
+    def list_pairs(self, path: Path, split: str) -> Listing:
         file = path if path.is_file() else path / LABELLED
         if file.is_file():
             return self._labelled(file, split)

@@ -22,7 +22,10 @@ class Option:
         return f"{kind}: {self.meaning}" + (f" (default {self.default})" if self.default else "")
 
 
-def parse_options(text: str, options: Mapping[str, Option], spec: str) -> dict[str, str]:
+Options = Mapping[str, Option]
+
+
+def parse_options(text: str, options: Options, spec: str) -> dict[str, str]:
     """The value of every option: those of `text` (`a=1&b=2`), and the defaults of the others.
 
     Raises UserError for unknown names, values that are none of the choices, and text in another form.
@@ -32,7 +35,9 @@ def parse_options(text: str, options: Mapping[str, Option], spec: str) -> dict[s
         name, equals, value = part.partition("=")
         if name not in options:
             if not options:
-                raise UserError(f"{spec!r}: there is no such place, and {name!r} behind the '?' is no setting it takes.")
+                raise UserError(
+                    f"{spec!r}: there is no such place, and {name!r} behind the '?' is no setting it takes."
+                )
             raise unknown_name(f"setting (behind the '?' of {spec!r})", name, options)
         if not equals or not value:
             raise UserError(f"{spec!r}: the setting {name!r} has no value; write {name}={options[name].describe()}.")

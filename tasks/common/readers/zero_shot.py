@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from crossflow.tasks.common.readers.base import (
     with_links,
 )
 from crossflow.tasks.common.readers.depth import LIST, DepthReader, cap_option, read_npy_array, stem
-from crossflow.tasks.common.readers.options import Option
+from crossflow.tasks.common.readers.options import Option, Options
 
 
 class VirtualKittiReader(DepthReader):
@@ -26,11 +27,11 @@ class VirtualKittiReader(DepthReader):
 
     prefix = "vkitti"
     layout = "a folder with SceneNN/VARIATION/frames/rgb/Camera_0/rgb_N.jpg and .../depth/Camera_0/depth_N.png"
-    options = {"cap": cap_option("80"), "list": LIST}
+    options: ClassVar[Options] = {"cap": cap_option("80"), "list": LIST}
     units_per_metre = 100.0
     sky = 655.35  # metres
 
-    def records(self, path: Path, split: str) -> Listing:
+    def list_pairs(self, path: Path, split: str) -> Listing:
         scenes = {child.name: child for child in sorted(path.glob("Scene[0-9][0-9]")) if child.is_dir()}
         if not scenes:
             raise UserError(f"{self.spec!r} has no scenes (Scene01, ...). Expected {self.layout}.")
@@ -61,9 +62,9 @@ class Eth3dReader(DepthReader):
 
     prefix = "eth3d"
     layout = "a folder with SCENE/images/dslr_images/NAME.JPG and SCENE/ground_truth_depth/dslr_images/NAME.JPG"
-    options = {"cap": cap_option("none"), "list": LIST}
+    options: ClassVar[Options] = {"cap": cap_option("none"), "list": LIST}
 
-    def records(self, path: Path, split: str) -> Listing:
+    def list_pairs(self, path: Path, split: str) -> Listing:
         refuse_split(self.spec, split, ("test",), "it is scored, never trained on")
         records = []
         for folder in sorted(path.glob("*/images/dslr_images")):
@@ -101,13 +102,13 @@ class ScannetReader(DepthReader):
         "a folder with scannetv2_train.txt, scannetv2_val.txt or scannetv2_test.txt (a scene per line) and "
         "scans/SCENE/color/N.jpg and scans/SCENE/depth/N.png (scans/ may also be named scans_test/ or left out)"
     )
-    options = {
+    options: ClassVar[Options] = {
         "every": Option("take each so-many-th frame of a scene", "1", number=True),
         "cap": cap_option("none"),
         "list": LIST,
     }
 
-    def records(self, path: Path, split: str) -> Listing:
+    def list_pairs(self, path: Path, split: str) -> Listing:
         lists = {name: path / f"scannetv2_{name}.txt" for name in ("train", "val", "test")}
         lists = {name: file for name, file in lists.items() if file.is_file()}
         scenes = {
@@ -165,13 +166,13 @@ class DiodeReader(DepthReader):
     layout = (
         "a folder with train/ or val/ of indoors|outdoor/SCENE/SCAN/NAME.png, NAME_depth.npy and NAME_depth_mask.npy"
     )
-    options = {
+    options: ClassVar[Options] = {
         "part": Option("which scenes", "both", ("both", "indoors", "outdoor")),
         "cap": cap_option("none"),
         "list": LIST,
     }
 
-    def records(self, path: Path, split: str) -> Listing:
+    def list_pairs(self, path: Path, split: str) -> Listing:
         folders = split_folders(path)
         if not folders:
             raise UserError(f"{self.spec!r} has neither train/ nor val/. Expected {self.layout}.")

@@ -114,7 +114,7 @@ def test_nyu_labelled_file(tmp_path, rng):
 
 def test_nyu_says_what_is_missing(tmp_path, rng, monkeypatch):
     labelled_file(tmp_path, rng, total=4)
-    with pytest.raises(UserError, match="795 pictures for training and 654.*@test"):
+    with pytest.raises(UserError, match=r"795 pictures for training and 654.*@test"):
         open_reader(f"nyu:{tmp_path}", "val")
     (tmp_path / "splits.mat").rename(tmp_path / "elsewhere.mat")
     with pytest.raises(UserError, match=r"put splits\.mat.*@all"):
@@ -295,7 +295,7 @@ def test_hypersim_without_the_table_keeps_scenes_together(tmp_path, caplog):
     assert len(reasons(open_reader(f"hypersim:{tmp_path}", "all"))) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ the others
+# ---------------------------------------------------------------------------------------------------------- the others
 
 
 def test_virtual_kitti(tmp_path):
@@ -332,7 +332,7 @@ def test_eth3d(tmp_path, rng):
     assert reader[0].image.shape == (H, W, 3)
     truth.write_bytes(metres.tobytes()[:-4])
     assert f"{H * W - 1} values" in reasons(reader)["courtyard/DSC_0286"]
-    with pytest.raises(UserError, match="never trained on.*@test"):
+    with pytest.raises(UserError, match=r"never trained on.*@test"):
         open_reader(f"eth3d:{tmp_path}", "train")
 
 
@@ -370,5 +370,5 @@ def test_diode(tmp_path, rng):
     assert len(indoors) == 1
     np.save(f"{stem}_depth.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert "allow_pickle" in next(iter(reasons(reader).values()))
-    with pytest.raises(UserError, match="nothing for 'test'.*tables are of val.*@val"):
+    with pytest.raises(UserError, match=r"nothing for 'test'.*tables are of val.*@val"):
         open_reader(f"diode:{tmp_path}", "test")
