@@ -477,7 +477,7 @@ def _recall(context: click.Context, _: click.Parameter, value: str | None) -> An
 @command.command()
 @uses_checkpoint
 @click.option(
-    "--protocol", "protocol_name", help="A name (crossflow list protocols) or a YAML file. Default: the task's own rules."
+    "--protocol", "protocol_name", help="A name (crossflow list protocols) or a YAML file. Default: the task's rules."
 )
 @click.option("--data", help="Data to score on. Default: the run's own, or those embedded for the protocol.")
 @click.option("--split", type=click.Choice(["train", "val", "test", "all"]), help="Default: test, or the protocol's.")
@@ -601,9 +601,7 @@ def compare(first: Path, second: Path) -> None:
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The .safetensors file to write.")
 @click.option("--network", "networks", multiple=True, metavar="features=SOURCE", help="Another feature network.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
-def statistics(
-    protocol_name: str, data: str, output: Path, networks: Sequence[str], device: str | None
-) -> None:
+def statistics(protocol_name: str, data: str, output: Path, networks: Sequence[str], device: str | None) -> None:
     """Statistics of real pictures for the distances of a protocol, to be carried to another machine.
 
     They are kept in the user's cache by the data's fingerprint, the protocol's preparation and the network's checksum,

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from crossflow.core import distributed
 from crossflow.core.config import GuidanceConfig, LossConfig, SampleConfig
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import training_noise
@@ -16,6 +15,8 @@ from crossflow.tasks.base import Case, Task, Tile
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.images import sheet
 from crossflow.tasks.pipeline import Pipeline
+
+T = TypeVar("T")
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
@@ -49,29 +50,6 @@ def score(
     parts = list(batches(cases, chosen.batch_size))
     made = ((part, _run(pipe, part, seed, chosen)) for part in parts)
     return _scored(pipe, len(cases), made, num_tiles, thorough, progress)
-
-
-def score_shared(
-    pipe: Pipeline,
-    cases: Sequence[Case],
-    *,
-    seed: int = 0,
-    settings: SampleConfig | None = None,
-    num_tiles: int = 16,
-    thorough: bool = False,
-    progress: Progress | None = None,
-) -> Scores | None:
-    """As `score`, with the batches shared by all processes; the first one scores, the others get None.
-
-    Every process must call it. The batches are those of one process, so the scores are, too.
-    """
-    chosen = settings or pipe.settings
-    made = distributed.shared(list(batches(cases, chosen.batch_size)), lambda part: _run(pipe, part, seed, chosen))
-    if distributed.is_main():
-        return _scored(pipe, len(cases), made, num_tiles, thorough, progress)
-    for _ in made:  # does its share
-        pass
-    return None
 
 
 def _run(pipe: Pipeline, part: Sequence[Case], seed: int, settings: SampleConfig) -> list[Any]:
@@ -122,7 +100,7 @@ def laid_out(pages: Sequence[Sequence[Tile]], cell: int) -> np.ndarray:
     return sheet([tile.image for tile in tiles], [tile.text for tile in tiles], columns=columns, cell=cell)
 
 
-def batches(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:
+def batches(cases: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(cases), size):
         yield cases[start : start + size]
 

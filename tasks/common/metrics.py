@@ -61,6 +61,11 @@ class TaskMetric(ABC):
                 self.rows.append(dict(row))
                 self._ids.add(row["id"])
 
+    def replace(self, rows: Iterable[Row]) -> None:
+        """Take over these rows instead of those that are here."""
+        self.rows, self._ids = [], set()
+        self.extend(rows)
+
     def compute(self) -> dict[str, float]:
         """The mean of every number over the items where it is defined, and "num_items".
 

@@ -4,6 +4,8 @@ PSNR = 10 log10(255^2 / mean (a - b)^2). SSIM as Wang et al. (2004): an 11 x 11 
 and 0.03, only windows that lie inside the picture. Luma is MATLAB's, rounded to whole numbers as there.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from crossflow.core.errors import UserError
@@ -23,16 +25,25 @@ class SrMetric(TaskMetric):
     Args:
         scale: how many times the input was enlarged.
         shave: pixels left out at every side; None means `scale`, the custom of the published tables.
+        lpips: a perceptual distance of two pictures, uint8 (H, W, 3); gives the number "lpips".
     """
 
     names = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 
-    def __init__(self, scale: int = 4, shave: int | None = None) -> None:
+    def __init__(
+        self,
+        scale: int = 4,
+        shave: int | None = None,
+        lpips: Callable[[np.ndarray, np.ndarray], float] | None = None,
+    ) -> None:
         super().__init__()
         if scale < 1 or (shave is not None and shave < 0):
             raise UserError(f"scale must be at least 1 and shave at least 0, got scale {scale} and shave {shave}.")
         self.scale = scale
         self.shave = scale if shave is None else shave
+        self._lpips = lpips
+        if lpips is not None:
+            self.names = (*self.names, "lpips")
 
     def score(self, output: np.ndarray, truth: np.ndarray) -> Row:
         for name, picture in (("output", output), ("truth", truth)):
@@ -51,7 +62,13 @@ class SrMetric(TaskMetric):
         inside = (slice(self.shave, height - self.shave), slice(self.shave, width - self.shave))
         a, b = output[inside], truth[inside]
         y_a, y_b = (np.floor(rgb_to_y(picture) + 0.5) for picture in (a, b))
-        return {"psnr_y": psnr(y_a, y_b), "ssim_y": ssim(y_a, y_b), "psnr_rgb": psnr(a, b), "ssim_rgb": ssim(a, b)}
+        row: Row = {
+            "psnr_y": psnr(y_a, y_b),
+            "ssim_y": ssim(y_a, y_b),
+            "psnr_rgb": psnr(a, b),
+            "ssim_rgb": ssim(a, b),
+        }
+        return row if self._lpips is None else row | {"lpips": self._lpips(a, b)}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

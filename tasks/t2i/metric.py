@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from crossflow.core.errors import UserError
 from crossflow.tasks.common.metrics import Row, TaskMetric, bootstrap_interval, mean_metric, percentile_interval
@@ -57,18 +58,18 @@ class T2IMetric(TaskMetric):
     every verdict can be read and repeated; "clip_score" when there is a CLIP model.
 
     Args:
-        clip: hub id or folder of a CLIP model of transformers; None: no CLIP score.
+        clip: hub id or folder of a CLIP model of transformers, or the model opened; None: no CLIP score.
         seed: of the shuffled control.
         judge: finds the solids of pictures; None: the recogniser of the user's cache, trained at the first need.
     """
 
     names = (*PROMPT_KINDS, "overall", "clip_score")
 
-    def __init__(self, *, clip: str | None = None, seed: int = 0, judge: Judge | None = None) -> None:
+    def __init__(self, *, clip: "str | ClipScorer | None" = None, seed: int = 0, judge: Judge | None = None) -> None:
         super().__init__()
         self.seed = seed
         self._judge = judge
-        self._clip = clip_scorer(clip) if clip is not None else None
+        self._clip = ClipScorer(clip) if isinstance(clip, str) else clip
 
     def score(self, output: np.ndarray, truth: Prompt | str) -> Row:
         """The row of one picture, without its id."""
@@ -112,6 +113,8 @@ class T2IMetric(TaskMetric):
             parts = [values[prefix + kind] for kind in PROMPT_KINDS if prefix + kind in values]
             if parts:
                 values[f"{prefix}overall"] = math.fsum(parts) / len(parts)
+        if self._judge is None and any("kind" in row for row in self.rows):
+            self._judge = load_recogniser()  # all rows were scored before, by another process
         if isinstance(self._judge, Recogniser):
             values |= {f"judge_{name}": self._judge.report[name] for name in ("shape", "colour", "count", "relation")}
         self._take_notes(verdicts, shuffled, bool(columns))
@@ -219,36 +222,57 @@ def _resampled_overall(groups: Sequence[Sequence[int]], num_resamples: int, seed
     return [float(value) for value in np.mean(means, axis=0)]
 
 
-def clip_scorer(source: str) -> Callable[[np.ndarray, str], float]:
-    """A function (picture uint8 (H, W, 3), text) -> CLIP score in [0, 100], by a CLIP model of transformers.
+class ClipScorer:
+    """A frozen CLIP model of transformers: `scorer(picture, text)` is the CLIP score in [0, 100].
 
     Args:
         source: hub id or folder with the model, its tokenizer and its image processor.
+        device: where it runs.
 
     Raises:
         UserError: the model cannot be had, is incomplete, or is not a CLIP model.
     """
-    import torch
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-    from crossflow.tasks.common.frozen import load_frozen, load_public
+    def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-    files = "config.json, model.safetensors, preprocessor_config.json and the tokenizer's files of a CLIP model"
-    model = load_frozen(CLIPModel.from_pretrained, source, files=files)
-    if model.config.model_type != "clip":
-        raise UserError(f"{source!r} is a {model.config.model_type} model; the CLIP score needs a CLIP model.")
-    tokenizer = load_public(AutoTokenizer.from_pretrained, source, files=files)
-    processor = load_public(CLIPImageProcessor.from_pretrained, source, files=files)
-    longest = model.config.text_config.max_position_embeddings
+        from crossflow.tasks.common.frozen import load_frozen, load_public, weights_checksum
+
+        files = "config.json, model.safetensors, preprocessor_config.json and the tokenizer's files of a CLIP model"
+        self.model = load_frozen(CLIPModel.from_pretrained, source, files=files)
+        if self.model.config.model_type != "clip":
+            raise UserError(f"{source!r} is a {self.model.config.model_type} model; the CLIP score needs a CLIP model.")
+        self.tokenizer = load_public(AutoTokenizer.from_pretrained, source, files=files)
+        self.processor = load_public(CLIPImageProcessor.from_pretrained, source, files=files)
+        self.longest = self.model.config.text_config.max_position_embeddings
+        self.checksum = weights_checksum(self.model)
+        self.device = torch.device(device)
+        self.model.to(self.device)
 
     @torch.no_grad()
-    def score(picture: np.ndarray, text: str) -> float:
-        words = tokenizer([text], truncation=True, max_length=longest, return_tensors="pt")
-        pixels = processor(images=[picture], return_tensors="pt", input_data_format="channels_last")
-        output = model(
-            input_ids=words["input_ids"], attention_mask=words["attention_mask"], pixel_values=pixels["pixel_values"]
-        )
+    def __call__(self, picture: np.ndarray, text: str) -> float:
+        words, pixels = self._words([text]), self._pixels([picture])
+        output = self.model(**words, pixel_values=pixels)
         cosine = torch.nn.functional.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
         return max(0.0, 100 * float(cosine))
 
-    return score
+    @torch.no_grad()
+    def similarities(self, pictures: Sequence[np.ndarray], texts: Sequence[str], per: int = 1) -> np.ndarray:
+        """Cosines (pictures, texts / per) with the mean direction of each `per` texts that follow each other."""
+        output = self.model(**self._words(texts), pixel_values=self._pixels(pictures))
+        images, words = (
+            torch.nn.functional.normalize(one.float(), dim=-1) for one in (output.image_embeds, output.text_embeds)
+        )
+        means = torch.nn.functional.normalize(words.unflatten(0, (-1, per)).mean(dim=1), dim=-1)
+        return (images @ means.T).cpu().numpy()
+
+    def _words(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        words = self.tokenizer(
+            list(texts), truncation=True, max_length=self.longest, padding=len(texts) > 1, return_tensors="pt"
+        )
+        return {name: words[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def _pixels(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        found = self.processor(images=list(pictures), return_tensors="pt", input_data_format="channels_last")
+        pixels: torch.Tensor = found["pixel_values"].to(self.device)
+        return pixels

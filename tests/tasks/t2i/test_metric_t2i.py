@@ -7,7 +7,7 @@ import pytest
 
 from crossflow.core.errors import UserError
 from crossflow.tasks.common.scenes import PROMPT_KINDS, Prompt, Requirement, geneval_prompts
-from crossflow.tasks.t2i.metric import T2IMetric, clip_scorer, derangement, fulfils, scene_cases, wilson_interval
+from crossflow.tasks.t2i.metric import ClipScorer, T2IMetric, derangement, fulfils, scene_cases, wilson_interval
 from crossflow.tasks.t2i.recogniser import Detection
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
@@ -229,7 +229,7 @@ def test_clip_score_is_the_models_cosine(clip_folder):
     pictures = generator.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     model = transformers.CLIPModel.from_pretrained(clip_folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(clip_folder)
-    score = clip_scorer(clip_folder)
+    score = ClipScorer(clip_folder)
     mean, std = (torch.tensor(v)[:, None, None] for v in (
         [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711],
     ))  # fmt: skip

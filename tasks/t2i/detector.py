@@ -1,0 +1,144 @@
+"""Detectors and a colour namer for GenEval, by transformers alone, tested on known pictures before they judge any.
+
+A detector whose weights did not load answers with nothing, and every score would be zero without a complaint: so it
+must find a cat, a person and a cup in three photographs that scikit-image brings along.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from crossflow.core.errors import UserError
+from crossflow.tasks.common.frozen import load_frozen, load_public, weights_checksum
+from crossflow.tasks.t2i.geneval import COLOURS, MIN_SCORE, Detect, Found, NameColours
+from crossflow.tasks.t2i.metric import ClipScorer
+
+FILES = "config.json, model.safetensors and preprocessor_config.json of a Mask2Former or DETR model trained on COCO"
+GREY = 153  # what GenEval paints over the surroundings of an object before its colour is named
+KNOWN = {"chelsea": "cat", "astronaut": "person", "coffee": "cup"}
+LOWEST = 0.05  # objects with lower scores are of no use to any rule
+
+
+class Detector:
+    """Objects in a picture by an instance segmentation (Mask2Former) or detection (DETR) model of transformers.
+
+    Raises:
+        UserError: the model cannot be had, is of another kind, or fails its test on known pictures.
+    """
+
+    def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+        from transformers import AutoModelForUniversalSegmentation as Segmentation
+
+        config = load_public(AutoConfig.from_pretrained, source, files=FILES)
+        kind = (config.architectures or [""])[0]
+        self.has_masks = kind.endswith("ForUniversalSegmentation")
+        if not self.has_masks and not kind.endswith("ForObjectDetection"):
+            raise UserError(f"{source!r} is a {kind or config.model_type}; GenEval needs {FILES}.")
+        loader = Segmentation if self.has_masks else AutoModelForObjectDetection
+        self.model = load_frozen(loader.from_pretrained, source, files=FILES)
+        self.processor = load_public(AutoImageProcessor.from_pretrained, source, files=FILES)
+        self.checksum = weights_checksum(self.model)
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        expect_sight(source, self)
+
+    @torch.no_grad()
+    def __call__(self, picture: np.ndarray) -> list[Found]:
+        inputs = self.processor(images=[picture], return_tensors="pt", input_data_format="channels_last")
+        outputs = self.model(**inputs.to(self.device))
+        names, sizes = self.model.config.id2label, [picture.shape[:2]]
+        if not self.has_masks:
+            (found,) = self.processor.post_process_object_detection(outputs, threshold=LOWEST, target_sizes=sizes)
+            rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+            return [Found(names[label], score, tuple(box)) for label, score, box in rows]
+        (found,) = self.processor.post_process_instance_segmentation(
+            outputs, threshold=LOWEST, target_sizes=sizes, return_binary_maps=True
+        )
+        return _with_masks(found, names)
+
+
+def _with_masks(found: Any, names: dict[int, str]) -> list[Found]:
+    """Objects of a post-processed segmentation; a mask without a pixel is no object."""
+    maps = found["segmentation"]
+    objects = []
+    for mask, one in zip([] if maps is None else maps, found["segments_info"], strict=False):
+        inside = mask.cpu().numpy() > 0
+        rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+        if len(rows):
+            box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+            objects.append(Found(names[one["label_id"]], float(one["score"]), box, inside))
+    return objects
+
+
+def expect_sight(source: str, detect: Detect) -> None:
+    """Raises UserError unless the detector finds what is in at least two of three known photographs."""
+    from skimage import data
+
+    told, right = [], 0
+    for picture, name in KNOWN.items():
+        found = {one.name for one in detect(np.ascontiguousarray(getattr(data, picture)())) if one.score > MIN_SCORE}
+        right += name in found
+        told.append(f"{name}: {', '.join(sorted(found)) or 'nothing'}")
+    if right < 2:
+        raise UserError(
+            f"The detector {source!r} does not see: in photographs of a cat, a person and a cup it found ("
+            f"{'; '.join(told)}). Its weights are not the trained ones, or its labels are not COCO's."
+        )
+
+
+class ColourNamer:
+    """The colour of each object by a CLIP model: the box with grey around the object, against three phrases a colour.
+
+    Raises:
+        UserError: the model does not name plain colours.
+    """
+
+    def __init__(self, clip: ClipScorer) -> None:
+        self.clip = clip
+        expect_colours(self)
+
+    def __call__(self, picture: np.ndarray, objects: Sequence[Found]) -> list[str]:
+        return [self._colour(cut_out(picture, one), one.name) for one in objects]
+
+    def _colour(self, patch: np.ndarray, name: str) -> str:
+        phrases = [
+            phrase
+            for colour in COLOURS
+            for phrase in (
+                f"a photo of a {colour} {name}",
+                f"a photo of a {colour}-colored {name}",
+                f"a photo of a {colour} object",
+            )
+        ]
+        return COLOURS[int(self.clip.similarities([patch], phrases, per=3)[0].argmax())]
+
+
+def cut_out(picture: np.ndarray, one: Found) -> np.ndarray:
+    """The object's box, grey where its mask says that it is not; at least a pixel wide and high."""
+    height, width = picture.shape[:2]
+    left, top = (max(0, min(int(side), limit - 1)) for side, limit in zip(one.box[:2], (width, height), strict=True))
+    right, bottom = (
+        min(limit, max(int(np.ceil(side)), low + 1))
+        for side, low, limit in zip(one.box[2:], (left, top), (width, height), strict=True)
+    )
+    seen = picture if one.mask is None else np.where(one.mask[..., None], picture, np.uint8(GREY))
+    return np.ascontiguousarray(seen[top:bottom, left:right])
+
+
+PLAIN = {"red": (220, 20, 20), "green": (20, 160, 30), "blue": (20, 40, 220), "yellow": (250, 230, 20)}
+
+
+def expect_colours(name_colours: NameColours) -> None:
+    """Raises UserError unless at least three of four plain discs are named rightly."""
+    rows, columns = np.mgrid[:224, :224]
+    disc = (rows - 112) ** 2 + (columns - 112) ** 2 < 90**2
+    named = {}
+    for colour, rgb in PLAIN.items():
+        picture = np.where(disc[..., None], np.array(rgb, np.uint8), np.uint8(255))
+        (named[colour],) = name_colours(picture, [Found("ball", 1.0, (22.0, 22.0, 202.0, 202.0), disc)])
+    if sum(colour == said for colour, said in named.items()) < 3:
+        told = ", ".join(f"{colour} as {said}" for colour, said in named.items())
+        raise UserError(f"The CLIP model does not name plain colours: it took {told}. Its weights are not trained.")

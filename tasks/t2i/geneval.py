@@ -1,0 +1,196 @@
+"""GenEval (Ghosh et al., NeurIPS 2023): does a picture show the objects, counts, colours and places it was asked for?
+
+A prompt's metadata lists what must be there (`include`: class, count, perhaps a colour, perhaps a place relative to
+another entry) and what must not (`exclude`). A detector finds objects, a colour namer names their colours. Boxes are
+(left, top, right, bottom) in pixels.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossflow.core.errors import UserError
+from crossflow.tasks.common.metrics import Row, TaskMetric, mean_metric
+from crossflow.tasks.common.readers.base import json_lines
+from crossflow.tasks.t2i.metric import wilson_interval
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+MIN_SCORE, MIN_SCORE_TO_COUNT = 0.3, 0.9
+MOST_OF_A_CLASS = 16
+APART = 0.1  # of the sum of two boxes' sizes: nearer centres stand in no relation
+
+
+@dataclass(frozen=True)
+class Found:
+    """A detected object: class name, score in [0, 1], box, and where it is, boolean (H, W) or None for all the box."""
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]
+    mask: np.ndarray | None = None
+
+
+Detect = Callable[[np.ndarray], list[Found]]
+NameColours = Callable[[np.ndarray, Sequence[Found]], list[str]]
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """GenEval's evaluation_metadata.jsonl: one {"tag", "include", "exclude", "prompt"} in each line.
+
+    Raises UserError that says what to put where, or names the line that is wrong.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"There is no file {path}. Give --data with GenEval's evaluation_metadata.jsonl, which lies in the folder "
+            "`prompts` of its repository (553 lines)."
+        )
+    prompts = []
+    for number, line in json_lines(path):
+        problem = line if isinstance(line, str) else _problem(line)
+        if problem:
+            raise UserError(f"{path}, line {number}: {problem}.")
+        assert isinstance(line, dict)
+        prompts.append(line)
+    if not prompts:
+        raise UserError(f"{path} holds no prompts.")
+    return prompts
+
+
+def _problem(line: Mapping[str, Any]) -> str:
+    if not isinstance(line.get("prompt"), str) or line.get("tag") not in TAGS:
+        return f"a line needs a text `prompt` and a `tag` among {', '.join(TAGS)}"
+    include = line.get("include")
+    if not isinstance(include, list) or not include:
+        return "`include` must list at least one object"
+    for number, wanted in enumerate([*include, *line.get("exclude", [])]):
+        if not isinstance(wanted, dict) or not isinstance(wanted.get("class"), str):
+            return "each object needs a `class`"
+        if not isinstance(wanted.get("count"), int) or wanted["count"] < 1:
+            return f"the count of {wanted['class']} must be a whole number from 1"
+        place = wanted.get("position")
+        if place is not None and not (
+            isinstance(place, list) and len(place) == 2 and isinstance(place[1], int) and 0 <= place[1] < number
+        ):
+            return f"the position of {wanted['class']} must be [relation, number of an earlier object]"
+    return ""
+
+
+def judge(
+    prompt: Mapping[str, Any], found: Sequence[Found], name_colours: Callable[[Sequence[Found]], list[str]]
+) -> tuple[bool, str]:
+    """(whether the picture is right, the first reason why not)."""
+    threshold = MIN_SCORE_TO_COUNT if prompt["tag"] == "counting" else MIN_SCORE
+    kept = sorted((one for one in found if one.score > threshold), key=lambda one: -one.score)
+    of_class = {
+        name: [one for one in kept if one.name == name][:MOST_OF_A_CLASS] for name in {one.name for one in kept}
+    }
+    groups: list[list[Found] | None] = []
+    reasons = []
+    for wanted in prompt["include"]:
+        name, count = wanted["class"], wanted["count"]
+        group, reason = of_class.get(name, [])[:count], ""
+        if len(group) < count:
+            reason = f"{len(group)} of {count} {name}"
+        if not reason and "color" in wanted:
+            right = name_colours(group).count(wanted["color"])
+            if right < count:
+                reason = f"{right} of {count} {wanted['color']} {name}"
+        if not reason and wanted.get("position") is not None:
+            reason = _misplaced(wanted, group, groups)
+        groups.append(None if reason else group)
+        reasons += [reason] if reason else []
+    for unwanted in prompt.get("exclude", []):
+        there = len(of_class.get(unwanted["class"], []))
+        if there >= unwanted["count"]:
+            reasons.append(f"{there} {unwanted['class']}, which is {unwanted['count']} or more")
+    return not reasons, reasons[0] if reasons else ""
+
+
+def _misplaced(wanted: Mapping[str, Any], group: Sequence[Found], groups: Sequence[list[Found] | None]) -> str:
+    """Why not every one of the group stands so to every one of the other; nothing when they do."""
+    relation, number = wanted["position"]
+    other = groups[number]
+    if other is None:
+        return f"nothing that {wanted['class']} could be {relation}"
+    for one in group:
+        for target in other:
+            if relation not in relations(one.box, target.box):
+                return f"{wanted['class']} is not {relation} {target.name}"
+    return ""
+
+
+def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
+    """How `box` stands to `other`: among "left of", "right of", "above", "below"; none when they nearly coincide."""
+    offset = []
+    for low, high in ((0, 2), (1, 3)):
+        distance = (box[low] + box[high] - other[low] - other[high]) / 2
+        slack = APART * (box[high] - box[low] + other[high] - other[low])
+        offset.append(math.copysign(max(abs(distance) - slack, 0.0), distance))
+    length = math.hypot(*offset)
+    if max(map(abs, offset)) < 1e-3:
+        return set()
+    x, y = (value / length for value in offset)
+    words = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {word for word, is_so in words.items() if is_so}
+
+
+class GenEvalMetric(TaskMetric):
+    """The share of right pictures of each kind, and "overall", their mean, for prompts as `read_prompts` gives them.
+
+    Rows keep the verdict, its reason and what was found, so that each can be read and judged again.
+
+    Args:
+        detect: picture uint8 (H, W, 3) -> objects.
+        name_colours: (picture, objects) -> a colour of COLOURS for each.
+    """
+
+    names = (*TAGS, "overall")
+
+    def __init__(self, detect: Detect, name_colours: NameColours) -> None:
+        super().__init__()
+        self.detect, self.name_colours = detect, name_colours
+
+    def score(self, output: np.ndarray, truth: Mapping[str, Any]) -> Row:
+        if output.ndim != 3 or output.shape[2] != 3 or output.dtype != np.uint8:
+            raise ValueError(f"a picture must be uint8 (H, W, 3), got {output.dtype} {output.shape}")
+        found = self.detect(output)
+        correct, reason = judge(truth, found, lambda ones: self.name_colours(output, ones))
+        listed = [[one.name, round(one.score, 4), [round(side, 1) for side in one.box]] for one in found]
+        return {
+            "prompt": truth["prompt"],
+            "tag": truth["tag"],
+            "correct": int(correct),
+            "reason": reason,
+            "found": [one for one in listed if one[1] > MIN_SCORE],
+        }
+
+    def compute(self) -> dict[str, float]:
+        self._require_rows()
+        self.notes = []
+        tags = [tag for tag in TAGS if any(row["tag"] == tag for row in self.rows)]
+        values = mean_metric(
+            {tag: [row["correct"] if row["tag"] == tag else None for row in self.rows] for tag in tags}
+        )
+        values["overall"] = math.fsum(values[tag] for tag in tags) / len(tags)
+        if len(tags) < len(TAGS):
+            self.notes.append(f"overall is the mean without {', '.join(tag for tag in TAGS if tag not in tags)}")
+        empty = sum(not row["found"] for row in self.rows)
+        if empty > len(self.rows) / 2:
+            self.notes.append(f"the detector found nothing at all in {empty} of {len(self.rows)} pictures")
+        return {**values, "num_items": float(len(self.rows))}
+
+    def intervals(
+        self, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
+    ) -> dict[str, tuple[float, float]]:
+        """Wilson's interval of every kind."""
+        found = {}
+        for tag in TAGS:
+            verdicts = [row["correct"] for row in self.rows if row["tag"] == tag]
+            if verdicts:
+                found[tag] = wilson_interval(sum(verdicts), len(verdicts), level)
+        return found
