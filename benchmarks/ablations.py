@@ -1,0 +1,432 @@
+"""Ablations: groups of variants, each group one file (configs/ablations/*.yaml), trained and evaluated run by run.
+
+A group becomes a list of jobs, each one command of crossflow: trainings (shared by variants that name the same one),
+then evaluations, for every seed. Each job is a process of its own, so that one that crashes, runs out of memory or is
+killed ends neither the others nor the group; its log and the reason are kept, and the group goes on where it was when
+it is started again: a job is done when the file it writes last is there.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from crossflow.core.config import RECIPES, Section, build, merge, parse_overrides, read
+from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.training.tracking import duration
+from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks.run import Run, write_atomically
+
+FOLDER = RECIPES / "ablations"
+PLAN, FAILURES, LOCK = "ablation.json", "failures.json", ".lock"
+Tell = Callable[[str], None]
+HEARTBEAT = 30.0
+"""Seconds between two words about a job that goes on."""
+
+
+class Part(Section):
+    """Settings and sampling that are laid on those of a group or variant."""
+
+    settings: dict[str, Any] = Field({})
+    """Of the training, as in a recipe."""
+    sample: dict[str, Any] = Field({})
+    """Of the evaluation: fields of `sample`."""
+
+
+class Stage(Section):
+    """A training beside a variant's own; variants with the same label share it."""
+
+    label: str
+    share: float = Field(gt=0, le=1)
+    """Of the steps of a run."""
+    settings: dict[str, Any] = Field({})
+    """Laid on those of the group (`first`) or of the variant (`weak`)."""
+
+
+class Variant(Part):
+    about: str = ""
+    paper: str | None = None
+    """The row of the group's table in paper.yaml."""
+    train: str | None = None
+    """Label of its training; variants with the same label share one. None: its own name."""
+    by_task: dict[str, Part] = Field({})
+    first: Stage | None = None
+    """Trained before, whose weights it starts from."""
+    weak: Stage | None = None
+    """Trained less, by which its sampling is guided."""
+    against: str | None = None
+    """The variant it is compared with; None: the group's reference."""
+    optional: bool = False
+    """Needs weights that may not be at hand; without them it is skipped."""
+
+
+class Group(Part):
+    name: str
+    title: str
+    about: str
+    table: str | None = None
+    """Of paper.yaml; None: no paper has such a table."""
+    tasks: tuple[str, ...] = ("t2i", "caption", "depth", "sr")
+    train: str | None = None
+    """Label of the training that all variants share, when they differ in their sampling alone."""
+    by_task: dict[str, Part] = Field({})
+    reference: str
+    variants: dict[str, Variant]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Group":
+        for name in (self.reference, *(variant.against for variant in self.variants.values())):
+            if name is not None and name not in self.variants:
+                raise ValueError(f"{self.name} compares with {name!r}, which is no variant of it")
+        return self
+
+
+def groups() -> dict[str, Path]:
+    """The shipped groups by name, with their files."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def load_group(source: str) -> Group:
+    """A shipped group, or one in a file of the user's. Raises UserError."""
+    path = Path(source)
+    if path.suffix not in {".yaml", ".yml"}:
+        if source not in groups():
+            raise unknown_name("ablation", source, groups())
+        path = groups()[source]
+    return build(Group, {"name": path.stem, **read(path)})
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one group is run at."""
+
+    task: str
+    recipe: str
+    data: str | None = None
+    steps: int | None = None
+    """Of each run; None: those of the recipe."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_items: int = 240
+    """Items of an evaluation."""
+    split: str = "test"
+    only: tuple[str, ...] = ()
+    """Variants; none: all."""
+    overrides: tuple[str, ...] = ()
+    """KEY=VALUE for all runs, VARIANT:KEY=VALUE for those of one variant."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command. It is done when `mark` is there."""
+
+    kind: Literal["train", "evaluate"]
+    name: str
+    variants: tuple[str, ...]
+    """Those that need it."""
+    seed: int
+    command: tuple[str, ...]
+    """Arguments of crossflow."""
+    mark: Path
+    overrides: tuple[str, ...] = ()
+    """The key=value among them."""
+    after: tuple[str, ...] = ()
+    """Names of the jobs whose results it needs."""
+
+    @property
+    def done(self) -> bool:
+        return self.mark.is_file()
+
+
+class Plan:
+    """A group at a budget, as jobs in `folder`."""
+
+    def __init__(self, group: Group, budget: Budget, folder: Path) -> None:
+        """Raises UserError for a task, variant or setting that cannot be."""
+        if budget.task not in group.tasks:
+            raise UserError(f"The ablation {group.name} is for {', '.join(group.tasks)}, not for {budget.task}.")
+        if unknown := [name for name in budget.only if name not in group.variants]:
+            raise unknown_name(f"variant of {group.name}", unknown[0], group.variants)
+        if not budget.seeds:
+            raise UserError("An ablation needs at least one seed.")
+        self.group, self.budget, self.folder = group, budget, folder.absolute()
+        self.steps = budget.steps or load_config(budget.recipe, task=budget.task).train.steps
+        self._jobs: dict[str, Job] = {}
+        wanted = [name for name in group.variants if not budget.only or name in budget.only]
+        for seed in budget.seeds:
+            for name in wanted:
+                self._add(name, group.variants[name], seed)
+        self.jobs = list(self._jobs.values())
+
+    @property
+    def variants(self) -> list[str]:
+        """Those that are run, in the group's order."""
+        return [name for name in self.group.variants if not self.budget.only or name in self.budget.only]
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """A variant's settings on top of the recipe's, without seed and steps."""
+        variant, task = self.group.variants[name], self.budget.task
+        parts = [self.group, self.group.by_task.get(task, Part()), variant, variant.by_task.get(task, Part())]
+        found: dict[str, Any] = {}
+        for part in parts:
+            found = merge(found, part.settings)
+        return merge(found, parse_overrides(self._given(name)))
+
+    def sample(self, name: str) -> dict[str, Any]:
+        """What a variant's evaluation samples with, where it differs from the recipe."""
+        variant, task = self.group.variants[name], self.budget.task
+        parts = [self.group, self.group.by_task.get(task, Part()), variant, variant.by_task.get(task, Part())]
+        return {key: value for part in parts for key, value in part.sample.items()}
+
+    def label(self, name: str) -> str:
+        """Of a variant's training."""
+        return self.group.variants[name].train or self.group.train or name
+
+    def run_folder(self, label: str, seed: int) -> Path:
+        return self.folder / "runs" / f"{label}-seed{seed}"
+
+    def evaluation(self, name: str, seed: int) -> Path:
+        return self.folder / "evaluations" / f"{name}-seed{seed}"
+
+    def _given(self, name: str) -> list[str]:
+        """The overrides that are meant for a variant."""
+        found = []
+        for override in self.budget.overrides:
+            key, colon, _ = override.partition("=")[0].partition(":")
+            if not colon:
+                found.append(override)
+            elif key not in self.group.variants:
+                raise unknown_name(f"variant of {self.group.name}", key, self.group.variants)
+            elif key == name:
+                found.append(override.partition(":")[2])
+        return found
+
+    def _add(self, name: str, variant: Variant, seed: int) -> None:
+        settings = self.settings(name)
+        before: tuple[str, ...] = ()
+        if variant.first is not None:
+            common = merge(self.group.settings, self.group.by_task.get(self.budget.task, Part()).settings)
+            given = parse_overrides(self._given(name))
+            first = self._train(variant.first, merge(merge(common, given), variant.first.settings), name, seed)
+            start = str(self.run_folder(variant.first.label, seed))
+            settings, before = merge(settings, {"train": {"start_from": start}}), (first,)
+        trained = self._train(Stage(label=self.label(name), share=1), settings, name, seed, before)
+        needs, guide = [trained], []
+        if variant.weak is not None:
+            needs.append(self._train(variant.weak, merge(settings, variant.weak.settings), name, seed))
+            guide = ["--guide-with", str(self.run_folder(variant.weak.label, seed))]
+        target = self.evaluation(name, seed)
+        command = ["evaluate", "--checkpoint", str(self.run_folder(self.label(name), seed)), "--output", str(target)]
+        command += ["--split", self.budget.split, "--num", str(self.budget.num_items), *guide]
+        command += written(self.sample(name))
+        mark, job = target / "metrics.json", f"evaluate {name}-seed{seed}"
+        self._jobs[job] = Job("evaluate", job, (name,), seed, tuple(command), mark, after=tuple(needs))
+
+    def _train(
+        self, stage: Stage, settings: Mapping[str, Any], variant: str, seed: int, after: tuple[str, ...] = ()
+    ) -> str:
+        """Adds a training, unless it is there; returns its job's name."""
+        folder, name = self.run_folder(stage.label, seed), f"train {stage.label}-seed{seed}"
+        steps = max(1, round(stage.share * self.steps))
+        command = ["train", "--config", self.budget.recipe, "--output", str(folder), "--resume", "auto"]
+        command += ["--data", self.budget.data] if self.budget.data is not None else []
+        overrides = written(merge(self._pace(steps), merge(settings, {"seed": seed, "train": {"steps": steps}})))
+        command += overrides
+        known = self._jobs.get(name)
+        if known is not None and known.command != tuple(command):
+            raise UserError(
+                f"The variants {known.variants[0]} and {variant} of {self.group.name} share the training "
+                f"{stage.label!r}, but want different settings of it."
+            )
+        users = (*(known.variants if known is not None else ()), variant)
+        mark = folder / "scores.json"
+        self._jobs[name] = Job("train", name, users, seed, tuple(command), mark, tuple(overrides), after)
+        return name
+
+    def _pace(self, steps: int) -> dict[str, Any]:
+        """What follows from the number of steps: checkpoints to go on from, and no scores on the way."""
+        recipe = load_config(self.budget.recipe, task=self.budget.task)
+        train: dict[str, Any] = {"warmup_steps": min(recipe.train.warmup_steps, steps // 10)}
+        train |= {"save_every": max(1, steps // 4), "log_every": max(1, steps // 20), "keep": 1}
+        return {
+            "train": train | {"eval_every": 0, "sample_every": 0},
+            "data": {"num_val": min(60, recipe.data.num_val)},
+        }
+
+
+def planned(group: Group, budget: Budget, folder: Path, minutes: float | None, tell: Tell) -> Plan:
+    """The plan of a group; `minutes` become steps by measuring, once: a folder that was begun keeps its own."""
+    plan = Plan(group, budget, folder)
+    if minutes is None:
+        return plan
+    steps = known_steps(folder)
+    if steps is None:
+        tell("Measuring how long the steps of each variant take.")
+        with tempfile.TemporaryDirectory(prefix="crossflow-ablation-") as scratch:
+            steps = steps_for(plan, minutes, Path(scratch))
+    tell(f"{steps} steps for every run.")
+    return Plan(group, replace(budget, steps=steps), folder)
+
+
+def written(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested settings as key=value arguments."""
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            arguments += written(value, f"{prefix}{name}.")
+        else:
+            arguments.append(f"{prefix}{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return arguments
+
+
+def steps_for(plan: Plan, minutes: float, scratch: Path) -> int:
+    """Steps that the slowest training of a plan takes in `minutes` on this machine, by a few steps of each."""
+    slowest = 0.0
+    seen: set[str] = set()
+    for job in plan.jobs:
+        label = job.name.rpartition("-seed")[0]
+        if job.kind != "train" or label in seen or job.after:  # one that starts from another is as fast without
+            continue
+        seen.add(label)
+        quick = task_class(plan.budget.task).quick
+        given = [f"data.train={plan.budget.data}"] if plan.budget.data is not None else []
+        try:
+            config = load_config(plan.budget.recipe, [*given, *job.overrides, *quick], plan.budget.task)
+            report = Run(config, scratch / label).dry_run()
+        except UserError:
+            if all(plan.group.variants[name].optional for name in job.variants):
+                continue
+            raise
+        slowest = max(slowest, report.seconds_per_step)
+    if not slowest:
+        raise UserError(f"No run of {plan.group.name} can be measured here; give --steps instead of --minutes.")
+    return max(1, round(60 * minutes / slowest))
+
+
+Execute = Callable[[Job, Path, Tell], int]
+"""(job, log file, tell) -> exit status; what the command prints goes to the log."""
+
+
+def run(plan: Plan, tell: Tell, execute: Execute | None = None, after_each: Callable[[], None] | None = None) -> None:
+    """Does every job that is not done, in order; one that fails is told and left, with those that need it.
+
+    after_each: called when a job has ended. Raises UserError when the folder holds another plan, or when a job of it
+    is still going on.
+    """
+    with _alone(plan) as lock:
+        failures: dict[str, str] = {}
+        pending = [job for job in plan.jobs if not job.done]
+        tell(f"{len(plan.jobs) - len(pending)} of {len(plan.jobs)} jobs are done; results in {plan.folder}.")
+        begun = time.monotonic()
+        for number, job in enumerate(pending):
+            spent = time.monotonic() - begun
+            left = f", about {duration(spent / number * (len(pending) - number))} left" if number else ""
+            missing = [name for name in job.after if name in failures]
+            if missing:
+                failures[job.name] = f"needs what failed: {missing[0]}"
+            else:
+                tell(f"[{number + 1}/{len(pending)}] {job.name}{left}")
+                log = plan.folder / "logs" / f"{job.name.replace(' ', '-')}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                status = (execute or Processes(lock))(job, log, tell)
+                if not job.done:
+                    failures[job.name] = reason(status, log)
+            if job.name in failures:
+                tell(f"{job.name}: {failures[job.name]}")
+            write_atomically(plan.folder / FAILURES, json.dumps(failures, indent=1))
+            if after_each is not None:
+                after_each()
+        write_atomically(plan.folder / FAILURES, json.dumps(failures, indent=1))
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Runs a job as `python -m crossflow ...`. `lock`: a file that is locked for as long as the process lives, also
+    when the one that started it was killed.
+    """
+
+    lock: int
+
+    def __call__(self, job: Job, log: Path, tell: Tell) -> int:
+        command = [sys.executable, "-m", "crossflow", *job.command]
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=(self.lock,))
+            while True:
+                try:
+                    return process.wait(HEARTBEAT)
+                except subprocess.TimeoutExpired:
+                    tell(f"  {_last_line(log)}")
+                except BaseException:  # Ctrl-C reaches it as well: it writes a checkpoint and ends
+                    process.terminate()
+                    process.wait()
+                    raise
+
+
+def reason(status: int, log: Path) -> str:
+    """Why a job did not do what it should, in words."""
+    last = _last_line(log)
+    if status < 0:
+        return f"killed by signal {-status}{' (out of memory?)' if status == -9 else ''}; last words: {last}"
+    if status == 2:
+        return last
+    return f"ended with status {status}: {last}; see {log.parent.name}/{log.name}"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    return lines[-1].strip()[-600:] if lines else "nothing was said"
+
+
+@contextmanager
+def _alone(plan: Plan) -> Iterator[int]:
+    """Keeps two processes out of one folder, and one folder from holding two plans; gives the lock."""
+    import fcntl
+
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    _keep_plan(plan)
+    with (plan.folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"Something of this ablation is still going on in {plan.folder} (perhaps a run whose parent was "
+                "killed). Wait for its end, or end it; then start again."
+            ) from error
+        yield file.fileno()
+
+
+def _keep_plan(plan: Plan) -> None:
+    """Writes what the folder's runs have in common; raises UserError when the folder has another. More seeds, and other
+    variants, may come later.
+    """
+    budget = plan.budget
+    now = {"group": plan.group.name, "task": budget.task, "recipe": budget.recipe, "data": budget.data}
+    now |= {"steps": plan.steps, "num_items": budget.num_items, "split": budget.split}
+    now |= {"overrides": list(budget.overrides), "seeds": list(budget.seeds), "only": list(budget.only)}
+    path = plan.folder / PLAN
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        free = ("seeds", "only")
+        different = [name for name in now if name not in free and before.get(name) != now[name]]
+        if different:
+            told = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in different)
+            raise UserError(f"{plan.folder} holds an ablation with other settings: {told}. Choose another --output.")
+    write_atomically(path, json.dumps(now, indent=1))
+
+
+def known_steps(folder: Path) -> int | None:
+    """Steps of the runs that a folder's ablation was begun with."""
+    path = folder / PLAN
+    return int(json.loads(path.read_text(encoding="utf-8"))["steps"]) if path.is_file() else None
+
+
+def failures_in(folder: Path) -> dict[str, str]:
+    path = folder / FAILURES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
