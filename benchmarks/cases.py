@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from crossflow.benchmarks.protocol import Protocol
 from crossflow.core.errors import UserError
 from crossflow.tasks.base import Case, Task
 from crossflow.tasks.common.dataset import Examples
+from crossflow.tasks.common.images import center_crop_resize
 from crossflow.tasks.common.metrics import TaskMetric
-from crossflow.tasks.common.readers import Item
+from crossflow.tasks.common.readers import READERS, Item
+from crossflow.tasks.common.readers.base import SPLITS
 
 KITTI_HEIGHT, KITTI_WIDTH = 352, 1216
 
@@ -124,9 +126,25 @@ def plan(
     if protocol.text.prompts == "scenes":
         found = _by_task(task, spec, split, limit)
         return Plan(found.cases, lambda: task.metric(True), found.examples)
-    examples = task.dataset(split, spec, limit=limit)
+    examples = task.dataset(split, with_options(spec, protocol.reader), limit=limit)
     builders = {"depth": _depth, "sr": _sr, "t2i": _text, "caption": _caption}
     return builders[task.name](task, protocol, examples, networks)
+
+
+def with_options(spec: str, wanted: Mapping[str, str]) -> str:
+    """The spec with those of the wanted settings that its format knows and that it does not set itself."""
+    prefix, colon, _ = spec.partition(":")
+    if not colon or prefix not in READERS.names():
+        return spec
+    place, at, split = spec.rpartition("@")
+    place, at, split = (place, at, split) if split in SPLITS else (spec, "", "")
+    place, _, given = place.partition("?")
+    names = {one.partition("=")[0] for one in given.split("&")}
+    known = READERS.get(prefix).options
+    added = [f"{name}={value}" for name, value in wanted.items() if name in known and name not in names]
+    if not added:
+        return spec
+    return f"{place}?{'&'.join([*filter(None, [given]), *added])}{at}{split}"
 
 
 def _by_task(task: Task, spec: str | None, split: str, num: int) -> Plan:
@@ -197,8 +215,7 @@ def _sr(task: Task, protocol: Protocol, examples: Examples, networks: Any) -> Pl
         if rules.crop is not None:
             if min(item.image.shape[:2]) < rules.crop:
                 return None
-            top, left = ((side - rules.crop) // 2 for side in item.image.shape[:2])
-            sharp = item.image[top : top + rules.crop, left : left + rules.crop]
+            sharp = center_crop_resize(item.image, rules.crop)
         if min(sharp.shape[:2]) < 11 + 2 * shave:
             return None
         return Case(item.id, reduce(sharp, scale), sharp, item)

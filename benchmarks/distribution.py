@@ -146,7 +146,7 @@ def described(protocol: Protocol, examples: Examples, network: FeatureNetwork) -
         "spec": examples.reader.spec,
         "split": examples.reader.split,
         "side": rules.size or protocol.sr.crop,
-        "cut": "square" if rules.size else "centre",
+        "smaller": "enlarged" if rules.size else "left out",
         "network": network.words,
         "weights": network.checksum,
     }
@@ -157,14 +157,12 @@ def real_picture(protocol: Protocol, image: np.ndarray | None) -> np.ndarray | N
     rules, crop = protocol.distribution, protocol.sr.crop
     assert rules is not None
     assert image is not None
-    if rules.size is not None:
-        return center_crop_resize(image, rules.size)
-    if crop is None:
+    side = rules.size or crop
+    if side is None:
         return image
-    if min(image.shape[:2]) < crop:
+    if rules.size is None and min(image.shape[:2]) < side:
         return None
-    top, left = ((side - crop) // 2 for side in image.shape[:2])
-    return image[top : top + crop, left : left + crop]
+    return center_crop_resize(image, side)
 
 
 def cache_folder() -> Path:

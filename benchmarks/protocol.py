@@ -36,7 +36,8 @@ class SrRules(Section):
     scale: int = Field(4, ge=2)
     """The run must enlarge by this factor."""
     crop: int | None = None
-    """Centre square that is taken of every picture, in pixels; smaller pictures are left out. None: the whole."""
+    """The centre square of every picture is resized to so many pixels; smaller pictures are left out. None: the whole.
+    """
     shave: int | None = None
     """Pixels left out at every side; none: the scale."""
 
@@ -76,6 +77,8 @@ class Protocol(Section):
     """Items of the complete protocol; a score on fewer or more is marked as partial."""
     choose: int | None = None
     """So many of the split's items are taken, by a hash of their ids; none: all."""
+    reader: dict[str, str] = Field(default_factory=dict)
+    """Settings of the data format (behind the ? of --data), where it has them and --data does not say otherwise."""
     headline: tuple[str, ...] = ()
     """The numbers that tables show."""
     networks: dict[str, str] = Field(default_factory=dict)

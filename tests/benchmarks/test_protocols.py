@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from crossflow.benchmarks.cases import bottom_centre, plan
+from crossflow.benchmarks.cases import bottom_centre, plan, with_options
 from crossflow.benchmarks.protocol import load_protocol, protocols
 from crossflow.cli import main
 from crossflow.core.errors import UserError
@@ -62,6 +63,15 @@ def test_kittis_cut_is_at_the_bottom_in_the_middle() -> None:
     assert cut.shape == (352, 1216)
     assert cut[-1, 0] == picture[-1, 13]
     assert bottom_centre(picture[:100, :100], 352, 1216).shape == (100, 100)
+
+
+def test_a_benchmark_reader_leaves_crop_and_cap_to_the_protocol() -> None:
+    wanted = load_protocol("kitti-affine").reader
+    assert with_options("kitti:data/kitti", wanted) == "kitti:data/kitti?crop=none&cap=none"
+    assert with_options("kitti:k?cap=50@test", wanted) == "kitti:k?cap=50&crop=none@test"
+    assert with_options("eth3d:e", wanted) == "eth3d:e?cap=none"
+    for other in ("pairs:rooms@all", "folder:a", "rooms"):
+        assert with_options(other, wanted) == other
 
 
 @pytest.fixture
@@ -127,8 +137,9 @@ def test_pictures_are_cut_and_reduced_as_imagenet_64_256_says(tiny_run, tmp_path
     work = plan(task, load_protocol("imagenet-64-256"), f"folder:{folder}@all", "all", 9, 0, None)
     ((number, case),) = work.cases.at(range(2))
     assert number == 0
-    np.testing.assert_array_equal(case.truth, picture[22:278, 3:259])
-    np.testing.assert_array_equal(case.input, imresize_matlab(picture[22:278, 3:259], 0.25))
+    square = np.array(Image.fromarray(picture[19:281]).resize((256, 256), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(case.truth, square)
+    np.testing.assert_array_equal(case.input, imresize_matlab(square, 0.25))
     assert work.cases.bad == {"b.png": "too small to be scored"}
 
 
