@@ -29,7 +29,8 @@ from crossflow.tasks.common.readers import Item, open_reader, require
 
 KEPT = 10_000
 """Features of real pictures that are kept for KID; FID needs none of them."""
-NAMES = {"fid": ("FID", "frechet_distance"), "kid": ("KID", "kernel_distance"), "is": ("IS", "class_score")}
+OTHERS = {"fid": "frechet_distance", "kid": "kernel_distance", "is": "class_score"}
+"""What the numbers are called when another network than Inception measured them."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -196,7 +197,7 @@ def distances(
     found: dict[str, float] = {}
     notes = []
     for number in numbers:
-        name = NAMES[number][0 if is_inception else 1]
+        name = number if is_inception else OTHERS[number]
         if number == "fid":
             found[name] = frechet_distance(drawn, real)
         elif number == "kid":

@@ -28,7 +28,7 @@ class SrMetric(TaskMetric):
         lpips: a perceptual distance of two pictures, uint8 (H, W, 3); gives the number "lpips".
     """
 
-    names = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
+    names: tuple[str, ...] = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 
     def __init__(
         self,

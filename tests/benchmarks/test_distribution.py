@@ -68,7 +68,7 @@ def test_names_tell_whether_inception_measured():
     batches = [{"features": features(40, 0), "logits": features(40, 2)}]
     real = statistics(features(40, 1))
     numbers = ("fid", "kid", "is")
-    assert set(distances(numbers, batches, real, True)[0]) == {"FID", "KID", "IS"}
+    assert set(distances(numbers, batches, real, True)[0]) == {"fid", "kid", "is"}
     others, notes = distances(numbers, batches, real, False)
     assert set(others) == {"frechet_distance", "kernel_distance", "class_score"}
     assert notes == []
@@ -151,7 +151,7 @@ def test_a_protocol_with_a_distance_runs_offline_and_its_statistics_are_carried(
     options = {"spec": spec, "protocol": protocol}
     one = evaluate(pipe, folder=tmp_path / "one", settings={"batch_size": 1}, **options)
     assert {"frechet_distance", "kernel_distance", "class_score", "psnr_rgb"} <= set(one.scores.values)
-    assert "FID" not in one.scores.values
+    assert "fid" not in one.scores.values
     assert one.scores.values["num_items"] == 5
     assert one.manifest["bad_items"] == {"0.png": "too small to be scored"}
     assert len(one.manifest["networks"]["features"]) == 64

@@ -14,7 +14,7 @@ from crossflow.core.errors import UserError
 from crossflow.tasks.common.images import save_depth_png, save_png
 
 NAMES = (
-    "b100-x4", "coco-fid30k", "diode-affine", "eth3d-affine", "geneval", "imagenet-64-256", "karpathy", "kitti-affine",
+    "b100-x4", "coco-fid10k", "coco-fid30k", "diode-affine", "eth3d-affine", "geneval", "imagenet-64-256", "karpathy", "kitti-affine",
     "kitti-eigen", "mjhq-30k", "nyu", "nyu-affine", "scannet-affine", "scenes-geneval", "set14-x4", "set5-x4",
     "urban100-x4",
 )  # fmt: skip
