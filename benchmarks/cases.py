@@ -125,6 +125,8 @@ def plan(
     limit = min(num, protocol.choose) if protocol.choose is not None else num
     if protocol.text.prompts == "scenes":
         found = _by_task(task, spec, split, limit)
+        if not isinstance(found.cases, ReadyCases):
+            raise UserError(f"The protocol {protocol.name} asks about embedded scenes; {spec} holds none.")
         return Plan(found.cases, lambda: task.metric(True), found.examples)
     examples = task.dataset(split, with_options(spec, protocol.reader), limit=limit)
     builders = {"depth": _depth, "sr": _sr, "t2i": _text, "caption": _caption}

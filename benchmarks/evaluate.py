@@ -250,7 +250,7 @@ def _write(target: Path, scores: Scores, baseline: Mapping[str, float], full: Ma
 
 def _label(pipe: Pipeline, cases: Cases, chosen: SampleConfig, seed: int, protocol: Protocol | None) -> str:
     """The name of an evaluation's folder, so that one with other settings does not take the place of this one."""
-    place = cases.spec.rstrip("/").rpartition("/")[2].replace(":", "-")
+    place = cases.spec.partition("?")[0].rstrip("/").rpartition("/")[2].replace(":", "-")
     place = place if protocol is None else f"{protocol.name}-{place}"
     usual = {"solver": chosen.solver, "steps": chosen.steps, "batch_size": chosen.batch_size}
     recipe = {**pipe.settings.model_dump(mode="json"), **usual}

@@ -68,7 +68,9 @@ def checksums(pipe: Pipeline) -> dict[str, str]:
     for path in sorted(pipe.folder.rglob("*")):
         name = path.relative_to(pipe.folder)
         hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and not hidden and name.parts[0] not in folders | unused and path.suffix in SUFFIXES:
+        if not path.is_file() or hidden or name.parts[0] in folders | unused or path.suffix not in SUFFIXES:
+            continue
+        if not any((folder / "items.jsonl").is_file() for folder in path.parents):  # an evaluation that lies in the run
             with path.open("rb") as file:
                 found[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

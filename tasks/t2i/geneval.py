@@ -160,13 +160,13 @@ class GenEvalMetric(TaskMetric):
             raise ValueError(f"a picture must be uint8 (H, W, 3), got {output.dtype} {output.shape}")
         found = self.detect(output)
         correct, reason = judge(truth, found, lambda ones: self.name_colours(output, ones))
-        listed = [[one.name, round(one.score, 4), [round(side, 1) for side in one.box]] for one in found]
+        kept = (one for one in found if one.score > MIN_SCORE)
         return {
             "prompt": truth["prompt"],
             "tag": truth["tag"],
             "correct": int(correct),
             "reason": reason,
-            "found": [one for one in listed if one[1] > MIN_SCORE],
+            "found": [[one.name, round(one.score, 4), [round(side, 1) for side in one.box]] for one in kept],
         }
 
     def compute(self) -> dict[str, float]:
