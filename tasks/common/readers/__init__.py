@@ -11,6 +11,7 @@ from crossflow.tasks.common.readers.cache import CacheReader
 from crossflow.tasks.common.readers.coco import CocoReader
 from crossflow.tasks.common.readers.flickr import FlickrReader
 from crossflow.tasks.common.readers.folder import FolderReader
+from crossflow.tasks.common.readers.hf import HfReader
 from crossflow.tasks.common.readers.hypersim import HypersimReader
 from crossflow.tasks.common.readers.jsonl import JsonlReader
 from crossflow.tasks.common.readers.karpathy import KarpathyReader
@@ -18,9 +19,18 @@ from crossflow.tasks.common.readers.kitti import KittiReader
 from crossflow.tasks.common.readers.npy import NpyReader
 from crossflow.tasks.common.readers.nyu import NyuReader
 from crossflow.tasks.common.readers.pairs import PairsReader
+from crossflow.tasks.common.readers.picture_sets import (
+    B100Reader,
+    Div2kReader,
+    ImagenetReader,
+    Set5Reader,
+    Set14Reader,
+    Urban100Reader,
+)
 from crossflow.tasks.common.readers.prompts import PromptsReader
 from crossflow.tasks.common.readers.scenes import ScenesReader
 from crossflow.tasks.common.readers.skimage import SkimageReader
+from crossflow.tasks.common.readers.wds import WdsReader
 from crossflow.tasks.common.readers.zero_shot import DiodeReader, Eth3dReader, ScannetReader, VirtualKittiReader
 
 __all__ = ["READERS", "BadItem", "FileReader", "Item", "Reader", "located", "open_reader", "require"]
@@ -46,6 +56,14 @@ READERS.register("vkitti")(VirtualKittiReader)
 READERS.register("eth3d")(Eth3dReader)
 READERS.register("scannet")(ScannetReader)
 READERS.register("diode")(DiodeReader)
+READERS.register("imagenet")(ImagenetReader)
+READERS.register("div2k")(Div2kReader)
+READERS.register("set5")(Set5Reader)
+READERS.register("set14")(Set14Reader)
+READERS.register("b100")(B100Reader)
+READERS.register("urban100")(Urban100Reader)
+READERS.register("wds")(WdsReader)
+READERS.register("hf")(HfReader)
 
 
 def open_reader(

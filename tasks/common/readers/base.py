@@ -296,6 +296,11 @@ def existing(location: str) -> Path | None:
         return None
 
 
+def user_cache() -> Path:
+    """Where what can be made again is kept between runs: ``$XDG_CACHE_HOME/crossflow`` or ``~/.cache/crossflow``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossflow"
+
+
 def split_location(location: str) -> tuple[str, str]:
     """(place, settings) of `PLACE?SETTINGS`; a path that exists with its question mark is a place."""
     if existing(location) is not None:
