@@ -1034,8 +1034,10 @@ def convert(source: Path, target: Path, kind: str | None, reference: Path | None
 )
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Seeds 0, 1, ... of each variant.")
 @click.option("--only", multiple=True, help="A variant to run; may be given several times. Default: all.")
-@click.option("--num", default=240, show_default=True, type=click.IntRange(1), help="Items of each evaluation.")
-@click.option("--split", default="test", show_default=True, type=click.Choice(["val", "test", "all"]))
+@click.option("--protocol", help="By which runs are evaluated (crossflow list protocols). Default: the task's rules.")
+@click.option("--eval-data", help="What they are evaluated on. Default: the recipe's data, or the protocol's.")
+@click.option("--num", type=click.IntRange(1), help="Items of each evaluation. Default: 240, or all of the protocol.")
+@click.option("--split", type=click.Choice(["val", "test", "all"]), help="Default: test, or the protocol's.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of runs and results. Default: ablations/GROUP.")
 @click.option("--dry-run", is_flag=True, help="List the commands, and which of them are done; nothing is run.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE | VARIANT:KEY=VALUE]...")
@@ -1046,7 +1048,9 @@ def ablate(
     recipe: str | None,
     minutes: float | None,
     seeds: int,
-    num: int,
+    num: int | None,
+    split: str | None,
+    protocol: str | None,
     output: Path | None,
     dry_run: bool,
     **given: Any,
@@ -1076,8 +1080,16 @@ def ablate(
     named = ablations.load_group(group)
     folder = output or Path("ablations") / (named.name if task == "t2i" else f"{named.name}-{task}")
     given["overrides"] = tuple(given["overrides"])
+    if protocol is None:
+        num, split = num or 240, split or "test"
     budget = ablations.Budget(
-        task=task, recipe=recipe or f"{task}_tiny", seeds=tuple(range(seeds)), num_items=num, **given
+        task=task,
+        recipe=recipe or f"{task}_tiny",
+        seeds=tuple(range(seeds)),
+        num_items=num,
+        split=split,
+        protocol=protocol,
+        **given,
     )
     plan = ablations.planned(named, budget, folder, minutes, say)
     if dry_run:
@@ -1176,6 +1188,61 @@ def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None) -> 
         say(f"Wrote {output}.")
 
 
+@command.group()
+def data() -> None:
+    """Look at data before anything is trained on them."""
+
+
+@data.command(name="check")
+@click.argument("spec", metavar="SPEC")
+@click.option(
+    "--split",
+    "splits",
+    multiple=True,
+    type=click.Choice(["train", "val", "test", "all"]),
+    help="May be given several times. Default: those of train, val and test that the data have.",
+)
+@click.option("--num", type=click.IntRange(1), help="Items of each split at most, spread over it. Default: all.")
+@click.option("--shown", default=24, show_default=True, type=click.IntRange(0), help="Pictures on the contact sheet.")
+@click.option("--max-bad", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Share that may be bad.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("outputs/data"), show_default=True, help="Folder."
+)
+def check_data(spec: str, splits: Sequence[str], num: int | None, shown: int, max_bad: float, output: Path) -> None:
+    """Read every item of a data set: counts, sizes, what is bad and why, a contact sheet.
+
+    \b
+      crossflow data check coco:~/flickr8k
+      crossflow data check kitti:~/kitti --split test
+      crossflow data check "wds:shards/{00000..00009}.tar" --num 1000
+
+    Writes SPLIT.json, SPLIT.png (the sheet) and SPLIT_bad.tsv (the bad items with reasons) into --output. The exit
+    status is 2 when more than --max-bad of the items of a split are bad, at which a training would stop too.
+    """
+    from crossflow.tasks.common.inspect import inspect, open_splits, shared_ids, write
+
+    readers, refused = open_splits(spec, splits, limit=num), []
+    for split, reader in readers.items():
+        with _bar(f"reading {split}") as on_step:
+            found = inspect(reader, num_shown=shown, on_progress=on_step)
+        files = write(found, output)
+        say(f"{found.spec} ({split}): {found.good} of {found.total} items are good; has {', '.join(found.fields)}.")
+        for name, value in found.numbers.items():
+            say(f"  {name:18}{value}")
+        say(f"  {'fingerprint':18}{found.fingerprint}")
+        for id, reason in list(found.bad.items())[:20]:
+            click.echo(f"bad {id}: {reason}", err=True)
+        if len(found.bad) > 20:
+            click.echo(f"and {len(found.bad) - 20} more in {output / f'{split}_bad.tsv'}", err=True)
+        say(f"  Wrote {', '.join(map(str, files))}.")
+        if len(found.bad) > max_bad * found.total:
+            refused.append(f"{len(found.bad)} of the {found.total} items of {split}")
+    for (one, other), ids in shared_ids(readers).items():
+        say(f"note: {len(ids)} items are in both {one} and {other}, such as {ids[0]}.")
+    if refused:
+        raise UserError(f"{spec!r}: {' and '.join(refused)} are bad, and at most {max_bad:.0%} may be (--max-bad).")
+
+
 @command.command(name="list")
 @click.argument("what", type=click.Choice(["tasks", "configs", "datasets", "protocols", "solvers", "backbones"]))
 def list_(what: str) -> None:
@@ -1202,7 +1269,16 @@ def _names(what: str) -> list[tuple[str, ...]]:
         from crossflow.tasks.common.readers import READERS
 
         return [
-            (name, READERS.get(name).layout, "has " + ", ".join(sorted(READERS.get(name).offers)))
+            (
+                name,
+                "; ".join(
+                    [
+                        READERS.get(name).layout,
+                        *(f"?{key}={option.describe()}" for key, option in READERS.get(name).options.items()),
+                    ]
+                ),
+                "has " + ", ".join(sorted(READERS.get(name).offers)),
+            )
             for name in READERS.names()
         ]
     if what == "protocols":

@@ -216,8 +216,12 @@ class Check:
     bad: dict[str, str] = field(default_factory=dict)  # id -> reason
 
 
-def check(reader: Reader, on_progress: Callable[[int, int], None] | None = None) -> Check:
-    """Read every item. `on_progress(done, total)` is called now and then."""
+def check(
+    reader: Reader,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_item: Callable[[Item], None] | None = None,
+) -> Check:
+    """Read every item. `on_progress(done, total)` is called now and then, `on_item` with each good one."""
     bad: dict[str, str] = {}
     num_captions = 0
     stride = max(16, reader.together)
@@ -228,6 +232,8 @@ def check(reader: Reader, on_progress: Callable[[int, int], None] | None = None)
                 bad[item.id] = item.reason
             else:
                 num_captions += len(item.captions)
+                if on_item is not None:
+                    on_item(item)
         if on_progress is not None:
             on_progress(indices.stop, len(reader))
     return Check(len(reader), len(reader) - len(bad), num_captions, bad)
