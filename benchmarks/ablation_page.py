@@ -16,6 +16,7 @@ from crossflow.benchmarks.ablations import Plan, failures_in
 from crossflow.benchmarks.measured import Measured, find, train_seconds
 from crossflow.benchmarks.page import Block, Bullets, Cell, Grid, Heading, Link, Picture, Text
 from crossflow.benchmarks.paper import Table, paper
+from crossflow.benchmarks.protocol import load_protocol
 from crossflow.benchmarks.quality import strip
 from crossflow.core.training.tracking import duration
 from crossflow.tasks.base import task_class
@@ -144,8 +145,9 @@ def write(plan: Plan) -> tuple[Path, Path]:
 
 
 def _headline(plan: Plan, found: Sequence[Result]) -> list[str]:
-    """The task's own first scores, as far as any run has them."""
-    have, usual = {name for result in found for name in result.scores}, task_class(plan.budget.task).headline
+    """The first scores of the protocol, or else of the task, as far as any run has them."""
+    have, protocol = {name for result in found for name in result.scores}, plan.budget.protocol
+    usual = load_protocol(protocol).headline if protocol is not None else task_class(plan.budget.task).headline
     return [name for name in usual if name in have or not have] or sorted(have)[:4]
 
 
@@ -168,13 +170,20 @@ def _how(plan: Plan) -> list[Block]:
     changed = f" Settings of all runs: {' '.join(budget.overrides)}." if budget.overrides else ""
     return [
         Text(
-            f"Ours: recipe {budget.recipe} on {data}, {plan.steps} steps a run, seeds {seeds}; scored on at most "
-            f"{budget.num_items} items of the {budget.split} split, the same items and noise for all.{changed} "
+            f"Ours: recipe {budget.recipe} on {data}, {plan.steps} steps a run, seeds {seeds}; scored {_scored(plan)}, "
+            f"the same items and noise for all.{changed} "
             "± is half of the 95 % interval of the mean over seeds (Student), which says nothing of other data or "
             "sizes."
         ),
         Text(_numbers_differ(plan)),
     ]
+
+
+def _scored(plan: Plan) -> str:
+    budget = plan.budget
+    number = f"on at most {budget.num_items} items" if budget.num_items is not None else "on all items"
+    rules = f" by the protocol {budget.protocol}" if budget.protocol else f" of the {budget.split} split"
+    return f"{number}{rules}{f' ({budget.eval_data})' if budget.eval_data else ''}"
 
 
 def _table(plan: Plan) -> Table | None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from crossflow.benchmarks.protocol import load_protocol
 from crossflow.core.config import RECIPES, Section, build, merge, parse_overrides, read
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.training.tracking import duration
@@ -114,9 +115,14 @@ class Budget:
     steps: int | None = None
     """Of each run; None: those of the recipe."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    num_items: int = 240
-    """Items of an evaluation."""
-    split: str = "test"
+    num_items: int | None = 240
+    """Items of an evaluation; None: all that the protocol says."""
+    split: str | None = "test"
+    """Of the evaluation; None: the protocol's."""
+    protocol: str | None = None
+    """By which runs are evaluated; None: the task's own rules."""
+    eval_data: str | None = None
+    """What they are evaluated on; None: the recipe's data, or those embedded for the protocol."""
     only: tuple[str, ...] = ()
     """Variants; none: all."""
     overrides: tuple[str, ...] = ()
@@ -154,6 +160,8 @@ class Plan:
             raise UserError(f"The ablation {group.name} is for {', '.join(group.tasks)}, not for {budget.task}.")
         if unknown := [name for name in budget.only if name not in group.variants]:
             raise unknown_name(f"variant of {group.name}", unknown[0], group.variants)
+        if budget.protocol is not None:
+            load_protocol(budget.protocol)  # a wrong name is better told before the trainings than after
         if not budget.seeds:
             raise UserError("An ablation needs at least one seed.")
         self.group, self.budget, self.folder = group, budget, folder.absolute()
@@ -224,8 +232,11 @@ class Plan:
             guide = ["--guide-with", str(self.run_folder(variant.weak.label, seed))]
         target = self.evaluation(name, seed)
         command = ["evaluate", "--checkpoint", str(self.run_folder(self.label(name), seed)), "--output", str(target)]
-        command += ["--split", self.budget.split, "--num", str(self.budget.num_items), *guide]
-        command += written(self.sample(name))
+        budget = self.budget
+        said = {"--protocol": budget.protocol, "--data": budget.eval_data, "--split": budget.split}
+        said |= {"--num": None if budget.num_items is None else str(budget.num_items)}
+        command += [word for option, value in said.items() if value is not None for word in (option, value)]
+        command += [*guide, *written(self.sample(name))]
         mark, job = target / "metrics.json", f"evaluate {name}-seed{seed}"
         self._jobs[job] = Job("evaluate", job, (name,), seed, tuple(command), mark, after=tuple(needs))
 
@@ -314,7 +325,7 @@ Execute = Callable[[Job, Path, Tell], int]
 """(job, log file, tell) -> exit status; what the command prints goes to the log."""
 
 
-def run(plan: Plan, tell: Tell, execute: Execute | None = None, after_each: Callable[[], None] | None = None) -> None:
+def run(plan: Plan, tell: Tell, execute: Execute | None = None, after_each: Callable[[], object] | None = None) -> None:
     """Does every job that is not done, in order; one that fails is told and left, with those that need it.
 
     after_each: called when a job has ended. Raises UserError when the folder holds another plan, or when a job of it
@@ -407,8 +418,9 @@ def _keep_plan(plan: Plan) -> None:
     variants, may come later.
     """
     budget = plan.budget
-    now = {"group": plan.group.name, "task": budget.task, "recipe": budget.recipe, "data": budget.data}
+    now: dict[str, Any] = {"group": plan.group.name, "task": budget.task, "recipe": budget.recipe, "data": budget.data}
     now |= {"steps": plan.steps, "num_items": budget.num_items, "split": budget.split}
+    now |= {"protocol": budget.protocol, "eval_data": budget.eval_data}
     now |= {"overrides": list(budget.overrides), "seeds": list(budget.seeds), "only": list(budget.only)}
     path = plan.folder / PLAN
     if path.is_file():

@@ -50,7 +50,9 @@ def _overview(rows: Sequence[Measured], folder: Path) -> list[Block]:
     header = ["task", "run", "measured on", "score", "trivial baseline", "parameters (flow + encoders)"]
     header += ["training", "evaluations per item", "seconds per item"]
     ordered = sorted(rows, key=lambda row: (row.task, row.name))
-    grid = [[row.task, _linked(row, folder), _measured_on(row), *_headline(row), *_costs(row)] for row in ordered]
+    grid: list[list[Cell]] = [
+        [row.task, _linked(row, folder), _measured_on(row), *_headline(row), *_costs(row)] for row in ordered
+    ]
     said = [
         "Training is the time of the training steps on the machine of the run; seconds per item those of the "
         "evaluation, with the scoring; guidance evaluates the network twice. "

@@ -120,6 +120,16 @@ def test_settings_can_be_given_for_all_or_for_one_variant(tmp_path: Path) -> Non
         plan("text", tmp_path, overrides=("t55:train.lr=1",))
 
 
+def test_runs_can_be_evaluated_by_a_protocol(tmp_path: Path) -> None:
+    budget = Budget("t2i", "t2i_tiny", protocol="coco-fid10k", eval_data="coco:x", num_items=None, split=None, steps=3)
+    command = Plan(load_group("loss"), budget, tmp_path).jobs[1].command
+    assert command[command.index("--protocol") + 1] == "coco-fid10k"
+    assert command[command.index("--data") + 1] == "coco:x"
+    assert not {"--num", "--split"} & set(command)
+    with pytest.raises(UserError, match="coco-fid10k"):
+        plan("loss", tmp_path, protocol="coco-fid10")
+
+
 def test_arguments_are_read_back_as_they_were() -> None:
     settings = {"a": {"b": 1e-5, "c": "no", "d": None, "e": [0.1, 2]}, "f": True}
     assert parse_overrides(written(settings)) == settings
@@ -277,7 +287,7 @@ def tiny(settings: list[str]) -> tuple[str, ...]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "task"),
-    [*((name, "t2i") for name in GROUPS), ("encoder", "caption"), ("encoder", "depth"), ("encoder", "sr")],
+    [*((name, "t2i") for name in GROUPS), *(("encoder", task) for task in ("caption", "depth", "sr"))],
 )
 def test_every_group_runs(name: str, task: str, tmp_path: Path, tiny_settings, blind_judge) -> None:
     """In this process, so that the judge can be replaced; two steps, one seed."""

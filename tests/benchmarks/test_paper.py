@@ -13,7 +13,7 @@ KNOWN = {
     ("t2i-flow", "CrossFlow"): {"FID": 10.13, "CLIP": 0.29},
     ("t2i-coco", "CrossFlow (sin-cos path)"): {"FID": 8.95, "GenEval": 0.57},
     ("t2i-coco", "LDM v3 (512 px)"): {"GenEval": 0.68},
-    ("t2i-flowtok", "FlowTok-H"): {"FID": 9.67, "MJHQ": 7.15, "images_per_second": 18.2},
+    ("t2i-flowtok", "FlowTok-H"): {"COCO FID": 9.67, "MJHQ FID": 7.15, "images_per_second": 18.2},
     ("ablation-encoder", "encoder + noise"): {"FID-10K": 59.91, "CLIP": 0.21},
     ("ablation-loss", "text-text contrastive"): {"FID-10K": 34.67, "CLIP": 0.24},
     ("ablation-guidance", "autoguidance"): {"FID-10K": 26.36, "CLIP": 0.25},
