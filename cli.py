@@ -1249,10 +1249,11 @@ def list_(what: str) -> None:
     """Names that can be used: tasks, configs, datasets, protocols, solvers, backbones."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False)
     for row in _names(what):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it is: brackets are no markup
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -1271,7 +1272,7 @@ def _names(what: str) -> list[tuple[str, ...]]:
         return [
             (
                 name,
-                "; ".join(
+                "\n".join(
                     [
                         READERS.get(name).layout,
                         *(f"?{key}={option.describe()}" for key, option in READERS.get(name).options.items()),
