@@ -206,7 +206,7 @@ def _sr(task: Task, protocol: Protocol, examples: Examples, networks: Any) -> Pl
     from crossflow.tasks.sr.metric import SrMetric
 
     rules, scale = protocol.sr, protocol.sr.scale
-    own = task.config.sr.scale  # type: ignore[attr-defined]
+    own = task.config.sr.scale
     if own != scale:
         raise UserError(f"The protocol {protocol.name} enlarges {scale} times, this run {own} times (sr.scale).")
     shave = scale if rules.shave is None else rules.shave
@@ -236,6 +236,8 @@ def _geneval(protocol: Protocol, spec: str, num: int, networks: Any) -> Plan:
 
     path = Path(spec.removeprefix("geneval:")).expanduser()
     prompts = read_prompts(path)
+    wanted = [one["class"] for prompt in prompts for one in [*prompt["include"], *prompt.get("exclude", [])]]
+    networks.detector.expect(wanted)
     cases = [
         Case(f"{number:05d}/{k}", prompt["prompt"], prompt)
         for number, prompt in enumerate(prompts)

@@ -231,7 +231,7 @@ def frechet_distance(drawn: Statistics, real: Statistics) -> float:
         setattr(metric, f"{prefix}_features_cov_sum", torch.from_numpy(one.products))
         setattr(metric, f"{prefix}_features_num_samples", torch.tensor(one.count))
     metric.orig_dtype = torch.float64
-    metric._update_called = True
+    metric._update_count = 1  # or it warns that nothing came
     return float(metric.compute())
 
 

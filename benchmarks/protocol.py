@@ -98,7 +98,7 @@ class Protocol(Section):
 
 def protocols() -> dict[str, Path]:
     """Shipped protocols by name, with their files; those that start with _ are only extended by others."""
-    return {path.stem: path for path in sorted(FOLDER.glob("[!_]*.yaml"))}
+    return {path.stem: path for path in sorted(FOLDER.glob("[!_]*.yaml"), key=lambda path: path.stem)}
 
 
 def load_protocol(source: str | Path) -> Protocol:

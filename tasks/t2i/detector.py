@@ -4,7 +4,7 @@ A detector whose weights did not load answers with nothing, and every score woul
 must find a cat, a person and a cup in three photographs that scikit-image brings along.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,11 @@ from crossflow.tasks.t2i.metric import ClipScorer
 FILES = "config.json, model.safetensors and preprocessor_config.json of a Mask2Former or DETR model trained on COCO"
 GREY = 153  # what GenEval paints over the surroundings of an object before its colour is named
 KNOWN = {"chelsea": "cat", "astronaut": "person", "coffee": "cup"}
+AS_GENEVAL = {  # what models call the classes of COCO -> what GenEval's prompts call them
+    **{"mouse": "computer mouse", "keyboard": "computer keyboard", "remote": "tv remote"},
+    **{"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"},
+    **{"pottedplant": "potted plant", "diningtable": "dining table", "hair dryer": "hair drier"},
+}
 LOWEST = 0.05  # objects with lower scores are of no use to any rule
 
 
@@ -43,13 +48,24 @@ class Detector:
         self.checksum = weights_checksum(self.model)
         self.device = torch.device(device)
         self.model.to(self.device)
+        self.source = source
+        self.labels = {number: AS_GENEVAL.get(name, name) for number, name in self.model.config.id2label.items()}
         expect_sight(source, self)
+
+    def expect(self, classes: Iterable[str]) -> None:
+        """Raises UserError when it could never find some of these, whose prompts would all count as wrong."""
+        unknown = sorted(set(classes) - set(self.labels.values()))
+        if unknown:
+            raise UserError(
+                f"The detector {self.source!r} has no class for {', '.join(unknown)}, which the prompts ask for. Its "
+                f"classes: {', '.join(sorted(set(self.labels.values()))[:100])}."
+            )
 
     @torch.no_grad()
     def __call__(self, picture: np.ndarray) -> list[Found]:
         inputs = self.processor(images=[picture], return_tensors="pt", input_data_format="channels_last")
         outputs = self.model(**inputs.to(self.device))
-        names, sizes = self.model.config.id2label, [picture.shape[:2]]
+        names, sizes = self.labels, [picture.shape[:2]]
         if not self.has_masks:
             (found,) = self.processor.post_process_object_detection(outputs, threshold=LOWEST, target_sizes=sizes)
             rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)

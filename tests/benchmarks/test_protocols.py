@@ -14,9 +14,9 @@ from crossflow.core.errors import UserError
 from crossflow.tasks.common.images import save_depth_png, save_png
 
 NAMES = (
-    "b100-x4", "coco-fid10k", "coco-fid30k", "diode-affine", "eth3d-affine", "geneval", "imagenet-64-256", "karpathy", "kitti-affine",
-    "kitti-eigen", "mjhq-30k", "nyu", "nyu-affine", "scannet-affine", "scenes-geneval", "set14-x4", "set5-x4",
-    "urban100-x4",
+    "b100-x4", "coco-fid10k", "coco-fid30k", "diode-affine", "eth3d-affine", "geneval", "imagenet-64-256", "karpathy",
+    "kitti-affine", "kitti-eigen", "mjhq-30k", "nyu", "nyu-affine", "scannet-affine", "scenes-geneval", "set14-x4",
+    "set5-x4", "urban100-x4",
 )  # fmt: skip
 
 
@@ -153,13 +153,15 @@ def test_each_prompt_of_geneval_is_drawn_four_times_with_noise_of_its_own(tiny_r
     line = '{"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}\n'
     path.write_text(line * 2)
     task = load(tiny_run("t2i")).task
-    eyes = SimpleNamespace(detector=lambda picture: [], colours=lambda picture, ones: [])
+    asked: list[str] = []
+    eyes = SimpleNamespace(detector=SimpleNamespace(expect=asked.extend), colours=None)
     work = plan(task, load_protocol("geneval"), str(path), "test", 10**9, 0, eyes)
     cases = list(work.cases)
     assert [case.id for case in cases] == [f"0000{n}/{k}" for n in range(2) for k in range(4)]
     noise = item_noise(0, [case.id for case in cases], (3,))
     assert len({tuple(row.tolist()) for row in noise}) == 8
     assert len(work.cases.fingerprint()) == 32
+    assert asked == ["cat", "cat"]
 
 
 @pytest.mark.skipif("CROSSFLOW_TEST_DATA" not in os.environ, reason="needs the real pictures")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.t2i.detector import Detector, cut_out, expect_colours, expect_sight
+from crossflow.tasks.t2i.detector import AS_GENEVAL, Detector, cut_out, expect_colours, expect_sight
 from crossflow.tasks.t2i.geneval import Found, GenEvalMetric, judge, read_prompts, relations
 
 PICTURE = np.zeros((100, 100, 3), np.uint8)
@@ -127,6 +127,15 @@ def test_a_detector_with_random_weights_is_refused_by_what_it_sees(tmp_path):
         Detector(str(tmp_path))
     with pytest.raises(UserError, match="nothing-here"):
         Detector(str(tmp_path / "nothing-here"))
+
+
+def test_classes_are_called_as_in_the_prompts_and_unknown_ones_refused():
+    detector = object.__new__(Detector)
+    detector.source = "tiny"
+    detector.labels = {number: AS_GENEVAL.get(name, name) for number, name in enumerate(("cat", "mouse", "sofa"))}
+    detector.expect(["cat", "computer mouse", "couch"])
+    with pytest.raises(UserError, match="no class for tv remote, zebra"):
+        detector.expect(["cat", "zebra", "tv remote"])
 
 
 def test_objects_are_cut_out_of_their_surroundings():
