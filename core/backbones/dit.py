@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size(4, 128, 4),
-    "mini": Size(6, 192, 6),
+    "mini": Size(6, 192, 3),
     "small": Size(8, 256, 8),
     "S": Size(12, 384, 6),
     "B": Size(12, 768, 12),
