@@ -1070,19 +1070,19 @@ def ablate(
     checkpoint: give the command again, and it goes on. The page (ablation.html, ablation.md, results.json) is written
     anew after every run, with the paper's numbers beside ours and what has not been run.
     """
-    from crossflow.benchmarks import ablation_page, ablations
+    from crossflow.benchmarks import ablation_page, ablation_plan, ablations
 
     if listed or group is None:
         _list_ablations()
         return
     if given["steps"] is not None and minutes is not None:
         raise UserError("Give --steps or --minutes, not both.")
-    named = ablations.load_group(group)
+    named = ablation_plan.load_group(group)
     folder = output or Path("ablations") / (named.name if task == "t2i" else f"{named.name}-{task}")
     given["overrides"] = tuple(given["overrides"])
     if protocol is None:
         num, split = num or 240, split or "test"
-    budget = ablations.Budget(
+    budget = ablation_plan.Budget(
         task=task,
         recipe=recipe or f"{task}_tiny",
         seeds=tuple(range(seeds)),
@@ -1091,7 +1091,7 @@ def ablate(
         protocol=protocol,
         **given,
     )
-    plan = ablations.planned(named, budget, folder, minutes, say)
+    plan = ablations.planned(named, budget, folder, minutes, say, measure=not dry_run)
     if dry_run:
         for job in plan.jobs:
             say(f"{'done' if job.done else 'to do'}  crossflow {shlex.join(job.command)}")
@@ -1104,11 +1104,11 @@ def ablate(
 
 
 def _list_ablations() -> None:
-    from crossflow.benchmarks import ablations
+    from crossflow.benchmarks.ablation_plan import groups, load_group
     from crossflow.benchmarks.paper import paper
 
-    for name in ablations.groups():
-        group = ablations.load_group(name)
+    for name in groups():
+        group = load_group(name)
         where = paper().table(group.table).where.partition(";")[0] if group.table is not None else "in no paper"
         say(f"{name}: {group.title} ({where}); tasks {', '.join(group.tasks)}")
         say(f"    {group.about}")

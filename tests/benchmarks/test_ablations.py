@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from crossflow.benchmarks import ablation_page, ablations
-from crossflow.benchmarks.ablations import Budget, Group, Job, Plan, groups, load_group, reason, run, written
+from crossflow.benchmarks import ablation_page, ablation_results, ablations
+from crossflow.benchmarks.ablation_plan import Budget, Group, Job, Plan, groups, load_group, written
+from crossflow.benchmarks.ablations import reason, run
 from crossflow.benchmarks.paper import paper
 from crossflow.cli import main
 from crossflow.core.config import build, parse_overrides
@@ -120,6 +121,26 @@ def test_settings_can_be_given_for_all_or_for_one_variant(tmp_path: Path) -> Non
         plan("text", tmp_path, overrides=("t55:train.lr=1",))
 
 
+def test_how_runs_are_sampled_can_be_given(tmp_path: Path) -> None:
+    made = plan("encoder", tmp_path, overrides=("sample.guidance=3", "noisy:sample.steps=5"))
+    assert made.sample("variational") == {"guidance": 3}
+    assert made.sample("noisy") == {"guidance": 3, "steps": 5}
+
+
+def test_listing_the_commands_measures_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    budget = Budget("t2i", "t2i_tiny")
+    made = ablations.planned(load_group("encoder"), budget, tmp_path / "new", 3, said.append, measure=False)
+    assert made.steps == load_config("t2i_tiny").train.steps
+    assert "when the runs begin" in said[0]
+
+
+def test_a_launcher_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without a launcher"):
+        run(plan("encoder", tmp_path), lambda text: None)
+
+
 def test_runs_can_be_evaluated_by_a_protocol(tmp_path: Path) -> None:
     budget = Budget("t2i", "t2i_tiny", protocol="coco-fid10k", eval_data="coco:x", num_items=None, split=None, steps=3)
     command = Plan(load_group("loss"), budget, tmp_path).jobs[1].command
@@ -185,7 +206,7 @@ def test_what_needs_weights_that_are_not_there_is_skipped(tmp_path: Path, preten
     made = plan("text", tmp_path, seeds=(0,), only=("trained", "clip"))
     execute, _ = pretend(fail="clip")
     run(made, lambda text: None, execute)
-    found = {result.name: result for result in ablation_page.results(made)}
+    found = {result.name: result for result in ablation_results.results(made)}
     assert found["clip"].missing[0].startswith("skipped: error")
     assert found["t5"].missing[0] == "not run"
     assert found["trained"].scores["overall"].mean == 0.5
@@ -220,10 +241,10 @@ def test_reasons_are_in_words(tmp_path: Path) -> None:
 
 
 def test_intervals_are_students() -> None:
-    estimate = ablation_page.Estimate.of([1.0, 2.0, 3.0])
+    estimate = ablation_results.Estimate.of([1.0, 2.0, 3.0])
     assert estimate.mean == 2.0
     assert estimate.half == pytest.approx(2.4841, abs=1e-3)
-    assert ablation_page.Estimate.of([1.0]).half is None
+    assert ablation_results.Estimate.of([1.0]).half is None
 
 
 def test_the_page_has_the_papers_numbers_ours_and_what_was_not_run(tmp_path: Path, pretend) -> None:
@@ -249,17 +270,17 @@ def test_an_order_that_is_not_the_papers_is_said(tmp_path: Path, pretend, monkey
     monkeypatch.setitem(SCORES, "variational", 0.05)
     made, (execute, _) = plan("encoder", tmp_path, seeds=(0, 1)), pretend()
     run(made, lambda text: None, execute)
-    said = "\n".join(ablation_page.orders(made, ablation_page.results(made)))
+    said = "\n".join(ablation_results.orders(made, ablation_results.results(made)))
     assert "variational is better than noisy in the paper (FID-10K 40.78 and 59.91); not reproduced: the other" in said
     one = plan("encoder", tmp_path, seeds=(0,))
-    assert "decides nothing" in "\n".join(ablation_page.orders(one, ablation_page.results(one)))
+    assert "decides nothing" in "\n".join(ablation_results.orders(one, ablation_results.results(one)))
 
 
 @pytest.mark.parametrize(
     ("score", "way"), [("abs_rel", "lower"), ("psnr_y", "higher"), ("rmse_log", "lower"), ("CIDEr", "higher")]
 )
 def test_which_way_is_better_is_known(score: str, way: str) -> None:
-    assert ablation_page.better(score) == way
+    assert ablation_results.better(score) == way
 
 
 # -- the command
@@ -301,7 +322,7 @@ def test_every_group_runs(name: str, task: str, tmp_path: Path, tiny_settings, b
     ablation_page.write(made)
     left = {variant for job in made.jobs if not job.done for variant in job.variants}
     assert left == {variant for variant in made.variants if made.group.variants[variant].optional}
-    for result in ablation_page.results(made):
+    for result in ablation_results.results(made):
         assert result.missing or (result.scores and result.train_seconds is not None)
 
 
