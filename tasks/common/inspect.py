@@ -61,8 +61,8 @@ class _Seen:
         if item.depth is not None:
             measured = item.depth[item.depth > 0]
             if measured.size:
-                spread = np.percentile(measured, (0, 50, 100))
-                self.depths.append((*map(float, spread), measured.size / item.depth.size))
+                near, middle, far = (float(one) for one in np.percentile(measured, (0, 50, 100)))
+                self.depths.append((near, middle, far, measured.size / item.depth.size))
             else:
                 self.depths.append((np.nan, np.nan, np.nan, 0.0))
         if item.id in self.shown and item.image is not None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.readers import BadItem, Reader, open_reader
+from crossflow.tasks.common.readers import BadItem, Reader, located, open_reader
 
 
 def picture(path: Path) -> Path:
@@ -198,3 +198,11 @@ def test_coco_of_both_years_lets_choose(tmp_path, caplog):
     caplog.clear()
     assert open_reader(f"coco:{tmp_path}?year=2014", "val").ids == ["2014"]
     assert not caplog.text
+
+
+def test_data_with_settings_are_found_from_where_a_run_was_started(tmp_path):
+    karpathy(tmp_path / "started/coco", COCO)
+    assert located("karpathy:coco?incomplete=skip@val", tmp_path / "started") == (
+        f"karpathy:{tmp_path}/started/coco?incomplete=skip@val"
+    )
+    assert located("karpathy:coco?incomplete=skip", tmp_path) == "karpathy:coco?incomplete=skip"
