@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import tarfile
+import time
 from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -67,7 +68,11 @@ class WdsReader(Reader):
         self.caption = parse_options(settings, self.options, self.spec)["caption"]
         self.shards = shard_files(place, self.spec)
         indices, self.damaged = [], {}
+        told = time.monotonic()
         for number, shard in enumerate(self.shards):
+            if time.monotonic() - told > 15:
+                told = time.monotonic()
+                logger.warning("%s: indexing shard %d of %d, once.", self.spec, number + 1, len(self.shards))
             index, damage = shard_index(shard)
             if damage:
                 self.damaged[number] = damage

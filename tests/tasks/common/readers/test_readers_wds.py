@@ -195,3 +195,10 @@ def test_what_else_is_in_a_shard_is_no_sample(tmp_path):
     reader = open_reader(f"wds:{tmp_path}/data@all", "train")
     assert reader.ids[:] == ["0/000000000"]
     assert np.array_equal(reader.rows["shard"], [0])
+
+
+def test_a_shard_that_is_no_tar_file_is_said_to_be_damaged(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/0.tar").write_bytes(b"<html>not found</html>" * 100)
+    reader = open_reader(f"wds:{tmp_path}/data", "all")
+    assert "damaged behind 0 samples" in reader.problems["0/(truncated)"]
