@@ -33,6 +33,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size(3, 64, 2),
+    "mini": Size(5, 128, 4),
     # The five sizes of Fig. 3, whose smallest serves the ablations; the papers give the widths of the largest alone.
     "S": Size(19, 512, 8),  # 70M
     "M": Size(25, 640, 10),  # 144M
