@@ -73,7 +73,7 @@ def test_unknown_format_names_near_and_all_formats():
 
 @pytest.mark.parametrize("spec", ["scene", "", "/no/such/place", "x" * 5000, "~nobody-of-that-name/x", "a\0b"])
 def test_what_is_neither_format_nor_path_is_refused_with_the_formats(spec):
-    with pytest.raises(UserError, match="Known: .*cache, coco, .*folder"):
+    with pytest.raises(UserError, match=r"Known: .*cache, coco, .*folder"):
         open_reader(spec, "train")
 
 
