@@ -1,4 +1,5 @@
-"""How fast things are on this machine: rendering of scenes, training steps of recipes, reading of cached features.
+"""How fast things are on this machine: rendering of scenes, training steps of recipes, reading of cached features,
+sampling from the papers' models.
 
 Medians of several rounds.
 """
@@ -12,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from crossflow.benchmarks import reading
+from crossflow.benchmarks import generation, reading
 from crossflow.tasks.base import load_config, task_class
 from crossflow.tasks.run import Run, environment
 
@@ -89,18 +90,29 @@ def training(
     return rows
 
 
-PARTS = ("scenes", "training", "cache")
+PARTS = ("scenes", "training", "cache", "sampling")
+USUAL = PARTS[:3]
+"""Without being asked for; models of a billion parameters are too much for many machines."""
 
 
 def speed(
     recipes: Sequence[str],
     folder: Path,
     *,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = USUAL,
+    sampled: Sequence[str] = generation.RECIPES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The `PARTS` asked for, with the machine they were measured on. progress(done, total) after each measurement."""
-    numbers = {"scenes": len(SIZES) * len(PROCESSES), "training": len(recipes), "cache": reading.NUM_ROWS}
+    """The `PARTS` asked for, with the machine they were measured on. progress(done, total) after each measurement.
+
+    recipes: whose training steps, sampled: whose sampling is timed.
+    """
+    numbers = {
+        "scenes": len(SIZES) * len(PROCESSES),
+        "training": len(recipes),
+        "cache": reading.NUM_ROWS,
+        "sampling": 2 * len(sampled),
+    }
     counted, total = itertools.count(1), sum(numbers[part] for part in parts)
 
     def done() -> None:
@@ -110,5 +122,6 @@ def speed(
         "scenes": lambda: scenes(done=done),
         "training": lambda: training(recipes, folder, done=done),
         "cache": lambda: reading.reading(folder / "reading", done=done),
+        "sampling": lambda: generation.generation(sampled, done=done),
     }
     return {**{part: measure[part]() for part in PARTS if part in parts}, **environment()}

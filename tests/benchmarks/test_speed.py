@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from crossflow.benchmarks import reading
+from crossflow.benchmarks.generation import PARTS, generation
 from crossflow.benchmarks.speed import render_scenes, training
 from crossflow.cli import main
+from crossflow.core.errors import UserError
 
 
 def test_scenes_are_rendered_and_counted() -> None:
@@ -19,6 +22,29 @@ def test_training_steps_are_timed_and_nothing_is_kept(tiny_settings, tmp_path: P
     assert row["seconds_per_step"] > 0
     assert row["batch_size"] == 4
     assert not list(tmp_path.glob("*/checkpoints/step_*"))
+
+
+SMALL = ["text.feature_width=64", "source.width=64", "source.hidden=32", "source.heads=2", "source.depth=1"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "small"),
+    [
+        ("t2i_256_clip_dimr", ["backbone.size=tiny", "data.image_size=32"]),
+        ("flowtok_b", ["backbone.width=32", "backbone.depth=1", "backbone.heads=2", "data.image_size=32"]),
+    ],
+)
+def test_sampling_is_timed_part_by_part(recipe: str, small: list[str]) -> None:
+    (row,) = generation([recipe], [*SMALL, *small], batch_size=2, compiled=[False])
+    seconds = [row[f"{part}_seconds"] for part in PARTS]
+    assert all(one > 0 for one in seconds)
+    assert row["images_per_second"] == pytest.approx(2 / sum(seconds), rel=0.05)
+    assert (row["batch_size"], row["device"], row["compiled"]) == (2, "cpu", False)
+
+
+def test_sampling_of_other_recipes_is_refused() -> None:
+    with pytest.raises(UserError, match="frozen text encoder"):
+        generation(["sr_tiny"])
 
 
 def test_a_cache_and_released_files_give_the_same_batches(tmp_path: Path) -> None:
