@@ -113,7 +113,9 @@ def _is_zip(path: Path) -> bool:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    # Junk stops torch's reader at a KeyError, whose text is a bare number.
+    told = "" if isinstance(error, KeyError) else str(error).strip()
+    reason = told.splitlines()[0][:160] if told else type(error).__name__
     return UserError(
         f"{path} ({path.stat().st_size / 2**20:.1f} MiB) is cut off or damaged and cannot be read ({reason}). Compare "
         "its size with the one it was published with, and download it again."
