@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
@@ -127,6 +127,25 @@ class Reader(ABC):
     def recognise(cls, path: Path) -> str:
         """What makes the existing `path` look like this format ("frames.json"), or "" when nothing does."""
         return ""
+
+
+class LazyIds(Sequence[str]):
+    """The ids of items, each made when it is asked for: large data have millions. A subclass gives length and `one`."""
+
+    @abstractmethod
+    def one(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self.one(place) for place in range(*index.indices(len(self)))]
+        return self.one(index)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.one(index) for index in range(len(self)))
 
 
 @dataclass(frozen=True, slots=True)

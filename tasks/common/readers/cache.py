@@ -1,11 +1,11 @@
 """`cache:DIR`: features that `crossflow cache` computed. Items have captions and features instead of pictures."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.readers.base import Item, Reader, chosen, existing
+from crossflow.tasks.common.readers.base import Item, LazyIds, Reader, chosen, existing
 
 if TYPE_CHECKING:
     from crossflow.tasks.common.cache.store import Cache, Rows
@@ -51,7 +51,7 @@ class CacheReader(Reader):
         return "cache.json" if path.is_dir() and (path / "cache.json").is_file() else ""
 
 
-class _Ids(Sequence[str]):
+class _Ids(LazyIds):
     """The ids of a cache's items, read when they are asked for: a large cache has millions."""
 
     def __init__(self, cache: "Cache", rows: "Rows", places: Sequence[int] | None = None) -> None:
@@ -61,14 +61,5 @@ class _Ids(Sequence[str]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def one(self, index: int) -> str:
         return self.cache.id(self.rows[self.places[index]])
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))

@@ -13,10 +13,10 @@ import logging
 import re
 import tarfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, overload
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from crossflow.tasks.common.readers.base import (
     IMAGE_SUFFIXES,
     BadItem,
     Item,
+    LazyIds,
     Reader,
     chosen,
     clean_captions,
@@ -195,7 +196,7 @@ class WdsReader(Reader):
         return next((file.name for file in sorted(path.glob("*.tar"))), "") if path.is_dir() else ""
 
 
-class _Ids(Sequence[str]):
+class _Ids(LazyIds):
     """SHARD/KEY of each row, made when asked for: there are millions."""
 
     def __init__(self, names: Sequence[str], rows: np.ndarray) -> None:
@@ -204,18 +205,9 @@ class _Ids(Sequence[str]):
     def __len__(self) -> int:
         return len(self.keys)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def one(self, index: int) -> str:
         key = self.keys[index].decode("utf-8", "replace")
         return f"{self.names[self.shards[index]]}/{key or '(truncated)'}"
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
 
 
 def shard_files(place: str, spec: str) -> list[Path]:
