@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from crossflow.core.backbones import build_backbone
@@ -53,6 +54,10 @@ TOWER_FILE = "image_tower.json"
 class T2ISettings(Section):
     clip: str | None = None
     """Hub id or folder of a CLIP model for the CLIP score; none: pictures of other data than scenes are not scored."""
+    first_caption: float = Field(0.0, ge=0, le=1)
+    """Chance that training takes an item's first caption, and otherwise one of all. In scenes the first is short, as
+    prompts are, and often leaves the colours open.
+    """
 
 
 class T2IConfig(Config):
@@ -203,7 +208,7 @@ class Adapter(Task[T2IConfig]):
     # -- data
 
     def transform(self, item: Item, generator: np.random.Generator) -> Example:
-        return example(item, self.config.data.image_size, generator)
+        return example(item, self.config.data.image_size, generator, self.config.t2i.first_caption)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         texts = [one["caption"] for one in examples]

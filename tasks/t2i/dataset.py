@@ -8,13 +8,14 @@ from crossflow.tasks.common.images import center_crop_resize, to_tensor
 from crossflow.tasks.common.readers import Item
 
 
-def example(item: Item, size: int, generator: np.random.Generator) -> dict[str, Any]:
+def example(item: Item, size: int, generator: np.random.Generator, first_caption: float = 0.0) -> dict[str, Any]:
     """{"id", "image" float32 (3, size, size) in [-1, 1], "caption", "which" of them, "seed" of its latent's sample};
     all chance from `generator`. An item of a cache gives "entry", where its features lie, instead of "image".
+    first_caption: the chance that the first caption is taken before one is drawn from all.
     """
-    which = (
-        int(generator.integers(len(item.captions))) if len(item.captions) > 1 else 0
-    )  # a choice of one takes nothing
+    which = 0
+    if len(item.captions) > 1 and not (first_caption and generator.random() < first_caption):
+        which = int(generator.integers(len(item.captions)))
     one = {"id": item.id, "caption": item.captions[which], "which": which, "seed": int(generator.integers(2**62))}
     if item.image is None:
         return one | {"entry": item.features}
