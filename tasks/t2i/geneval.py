@@ -125,16 +125,20 @@ def _misplaced(wanted: Mapping[str, Any], group: Sequence[Found], groups: Sequen
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
-    """How `box` stands to `other`: among "left of", "right of", "above", "below"; none when they nearly coincide."""
-    offset = []
+    """How `box` stands to `other`: among "left of", "right of", "above", "below"; none when they nearly coincide.
+
+    A relation holds when the distance of the centres along its axis, less the slack, is more than half of the whole
+    distance of the centres.
+    """
+    offset, beyond = [], []
     for low, high in ((0, 2), (1, 3)):
         distance = (box[low] + box[high] - other[low] - other[high]) / 2
         slack = APART * (box[high] - box[low] + other[high] - other[low])
-        offset.append(math.copysign(max(abs(distance) - slack, 0.0), distance))
-    length = math.hypot(*offset)
-    if max(map(abs, offset)) < 1e-3:
+        offset.append(distance)
+        beyond.append(math.copysign(max(abs(distance) - slack, 0.0), distance))
+    if max(map(abs, beyond)) < 1e-3:
         return set()
-    x, y = (value / length for value in offset)
+    x, y = (value / math.hypot(*offset) for value in beyond)
     words = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return {word for word, is_so in words.items() if is_so}
 

@@ -71,7 +71,9 @@ def test_relations_of_boxes():
     assert relations((0, 0, 20, 20), box) == {"left of", "above"}
     assert relations(box, box) == set()
     assert relations((43, 40, 63, 60), box) == set(), "within a tenth of the sizes"
-    assert relations((45, 40, 65, 60), box) == {"right of"}
+    assert relations((45, 40, 65, 60), box) == set(), "beyond the slack by less than half of the distance"
+    assert relations((49, 40, 69, 60), box) == {"right of"}
+    assert relations((326, 138, 436, 262), (20, 8, 158, 39)) == {"right of"}, "so far right that it is not below"
 
 
 def test_the_score_is_the_mean_of_the_kinds():
