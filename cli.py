@@ -901,10 +901,10 @@ def cache(
     missing = [name for name, value in given.items() if value is None]
     if recipe is None or data is None or output is None:
         raise UserError(f"A cache needs {' and '.join(missing)}; see crossflow cache --help.")
+    from crossflow.core.files import size_in_words
     from crossflow.tasks import caching
     from crossflow.tasks.base import load_config
     from crossflow.tasks.common.cache.build import Settings
-    from crossflow.tasks.common.cache.shards import size_in_words
     from crossflow.tasks.pipeline import find_device
 
     config = load_config(recipe, overrides)
@@ -951,8 +951,8 @@ def _say_nothing(text: str = "") -> None: ...
 
 
 def _verify_cache(folder: Path, data: str | None) -> None:
+    from crossflow.core.files import size_in_words
     from crossflow.tasks import caching
-    from crossflow.tasks.common.cache.shards import size_in_words
     from crossflow.tasks.common.cache.verify import verify
 
     with _bar("verifying") as on_step:
@@ -1178,7 +1178,7 @@ def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None) -> 
     import tempfile
 
     from crossflow.benchmarks import speed as measures
-    from crossflow.tasks.run import write_atomically
+    from crossflow.core.files import write_atomically
 
     with tempfile.TemporaryDirectory(prefix="crossflow-speed-") as folder, _bar("measuring") as on_step:
         found = measures.speed(

@@ -21,8 +21,9 @@ from crossflow.benchmarks.ablation_results import (
 from crossflow.benchmarks.page import Block, Bullets, Cell, Grid, Heading, Link, Picture, Text
 from crossflow.benchmarks.paper import Table, paper
 from crossflow.benchmarks.quality import strip
+from crossflow.core.files import write_atomically
 from crossflow.core.training.tracking import duration
-from crossflow.tasks.run import environment, write_atomically
+from crossflow.tasks.run import environment
 
 
 def write(plan: Plan) -> tuple[Path, Path]:

@@ -17,9 +17,10 @@ from typing import Any
 from crossflow.benchmarks.ablation_plan import Budget, Group, Job, Plan
 from crossflow.core import distributed
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_atomically
 from crossflow.core.training.tracking import duration
 from crossflow.tasks.base import load_config, task_class
-from crossflow.tasks.run import Run, write_atomically
+from crossflow.tasks.run import Run
 
 PLAN, FAILURES, LOCK = "ablation.json", "failures.json", ".lock"
 Tell = Callable[[str], None]

@@ -23,6 +23,7 @@ from crossflow.benchmarks.networks import FeatureNetwork, feature_network
 from crossflow.benchmarks.protocol import Protocol
 from crossflow.core import distributed
 from crossflow.core.errors import UserError
+from crossflow.core.files import user_cache
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.images import center_crop_resize
 from crossflow.tasks.common.readers import Item, open_reader, require
@@ -167,7 +168,7 @@ def real_picture(protocol: Protocol, image: np.ndarray | None) -> np.ndarray | N
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossflow" / "statistics"
+    return user_cache() / "statistics"
 
 
 def distances(

@@ -21,9 +21,9 @@ from crossflow.benchmarks.report import write_page
 from crossflow.core import distributed
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_atomically
 from crossflow.tasks.common.metrics import TaskMetric
 from crossflow.tasks.pipeline import Pipeline
-from crossflow.tasks.run import write_atomically
 from crossflow.tasks.scoring import Progress, Scores, batches, seen_in_training
 
 NUM_TILES = 24

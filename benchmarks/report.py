@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from crossflow.benchmarks.page import document, png
+from crossflow.core.files import write_atomically
 from crossflow.tasks.base import Tile
 from crossflow.tasks.common.images import save_png
-from crossflow.tasks.run import write_atomically
 from crossflow.tasks.scoring import laid_out
 
 

@@ -19,6 +19,7 @@ import torch
 from crossflow.core import distributed
 from crossflow.core.config import Config, dump
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_atomically
 from crossflow.core.noise import keyed_generator
 from crossflow.core.solvers import SOLVERS
 from crossflow.core.training.state import checkpoints
@@ -300,16 +301,6 @@ def new_folder(root: Path, name: str) -> Path:
     return folder
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file under a temporary name, then renames it: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 PACKAGES = ("crossflow-toolkit", "torch", "accelerate", "transformers", "diffusers", "numpy")
 
 
@@ -355,4 +346,4 @@ def manifest(config: Config, data: Examples) -> dict[str, Any]:
     }
 
 
-__all__ = ["DryRun", "Outcome", "Run", "environment", "manifest", "new_folder", "train", "write_atomically"]
+__all__ = ["DryRun", "Outcome", "Run", "environment", "manifest", "new_folder", "train"]

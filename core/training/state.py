@@ -5,7 +5,6 @@
 renamed. Nothing in it is a pickle.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import is_full, size_in_words, sync, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,6 @@ STATE = "state.json"
 TEMPORARY = ".tmp-"
 # What the json files, the folder and the file system's own bookkeeping may need beside the tensors.
 _MARGIN = 2**20
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class CorruptCheckpoint(UserError):
@@ -51,9 +49,9 @@ class NoSpace(UserError):
 
     def __init__(self, root: Path, step: int, needed: int, free: int) -> None:
         super().__init__(
-            f"There is no space for the checkpoint of step {step} in {root}: it needs {_bytes(needed)}, "
-            f"{_bytes(free)} are free. Earlier checkpoints are untouched. Free some space or choose another --output "
-            "(lower train.keep to hold fewer checkpoints), then continue with --resume auto."
+            f"There is no space for the checkpoint of step {step} in {root}: it needs {size_in_words(needed)}, "
+            f"{size_in_words(free)} are free. Earlier checkpoints are untouched. Free some space or choose another "
+            "--output (lower train.keep to hold fewer checkpoints), then continue with --resume auto."
         )
         self.needed = needed
         self.free = free
@@ -104,13 +102,13 @@ def write_checkpoint(
             for name, digest in zip(files, digests, strict=True):
                 files[name]["sha256"] = digest
         _write_json(temporary / MANIFEST, {"format": FORMAT, "step": step, "files": files})
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if final.exists():  # written by a continuation that was given up
             given_up = root / f"{TEMPORARY}old-{final.name}"
             shutil.rmtree(given_up, ignore_errors=True)
             final.rename(given_up)
         temporary.rename(final)
-        _sync_folder(root)
+        sync_folder(root)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error):
@@ -141,7 +139,7 @@ def publish(checkpoint: Path, names: tuple[str, ...], folder: Path) -> None:
                 os.link(source, temporary)
             except OSError:
                 shutil.copyfile(source, temporary)
-                _sync(temporary)
+                sync(temporary)
             temporary.replace(target)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -149,7 +147,7 @@ def publish(checkpoint: Path, names: tuple[str, ...], folder: Path) -> None:
                 needed, free = source.stat().st_size, shutil.disk_usage(folder).free
                 raise NoSpace(folder, int(checkpoint.name[5:]), needed, free) from error
             raise
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def verify(path: Path) -> None:
@@ -263,13 +261,6 @@ def remove_temporaries(root: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether the error says that the disk (or the quota) is full."""
-    if isinstance(error, OSError):
-        return error.errno in _FULL
-    return isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in _FULL)
-
-
 def _remove(path: Path) -> None:
     """Removes a checkpoint so that a crash in between does not leave half of one under a checkpoint's name."""
     doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
@@ -286,37 +277,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         seen.add(tensor.untyped_storage().data_ptr())
         independent[name] = tensor.detach().contiguous().clone() if shared else tensor.detach().contiguous()
     save_file(independent, path)
-    _sync(path)
+    sync(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable (folders cannot be opened on Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} bytes"

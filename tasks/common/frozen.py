@@ -7,7 +7,6 @@ and the checksum tells two runs whether they used the same network.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,4 @@ def _not_available(source: str, files: str, error: Exception) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` so that a reader finds either the old file or the whole new one."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True))

@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from crossflow.core.files import write_atomically
 
 MAX_PIXELS = 100_000_000  # a 10,000 x 10,000 picture: 300 MB once decoded
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # none that starts another program
@@ -348,19 +349,7 @@ def save_depth_png(
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file, in a folder that is made when missing, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files, a picture is to be shared like any other
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, content)
     return path
 
 

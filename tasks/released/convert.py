@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from crossflow.core.config import Config, build, dump, merge, parse_overrides
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_atomically
 from crossflow.core.model import CrossFlow
 from crossflow.tasks import released
 from crossflow.tasks.base import build_task, task_class
@@ -41,7 +42,7 @@ from crossflow.tasks.released.folders import (
 from crossflow.tasks.released.kinds import Kind, kind_named
 from crossflow.tasks.released.known import Known, identify, read_config
 from crossflow.tasks.released.rules import Entry, check, entries, expected_shapes
-from crossflow.tasks.run import environment, write_atomically
+from crossflow.tasks.run import environment
 from crossflow.tasks.t2i.encoder import FROZEN_FILE
 
 

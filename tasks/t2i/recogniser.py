@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossflow.core.files import user_cache
 from crossflow.tasks.common.scenes import (
     COLOURS,
     FRONT_MARGIN,
@@ -120,7 +121,7 @@ def load_recogniser(
         progress: called with (steps done, steps) while training.
     """
     training = training or Training()
-    path = (cache or _cache_folder()) / f"recogniser-v{VERSION}-{_content_key(training)}.safetensors"
+    path = (cache or user_cache()) / f"recogniser-v{VERSION}-{_content_key(training)}.safetensors"
     if path.exists():
         try:
             return _load(path, training)
@@ -333,10 +334,6 @@ def _nearest(centre: tuple[float, float], detections: Sequence[Detection]) -> De
 
 
 # ---- cache
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossflow"
 
 
 def _content_key(training: Training) -> str:

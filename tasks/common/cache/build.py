@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import size_in_words
 from crossflow.tasks.common.cache import shards
 from crossflow.tasks.common.cache.extract import STORAGE, Extractor, Features
 from crossflow.tasks.common.cache.keys import KEY_BYTES, item_key
@@ -57,8 +58,8 @@ class Estimate:
         """Raises UserError when the disk has less room."""
         if self.free < self.num_bytes - self.finished:
             raise UserError(
-                f"The cache will take about {shards.size_in_words(self.num_bytes - self.finished)}, and "
-                f"{shards.size_in_words(self.free)} are free where {folder} lies. Make room, choose another --output, "
+                f"The cache will take about {size_in_words(self.num_bytes - self.finished)}, and "
+                f"{size_in_words(self.free)} are free where {folder} lies. Make room, choose another --output, "
                 "or cache fewer items (--num) or sizes (--resolution)."
             )
 

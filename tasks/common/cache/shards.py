@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from crossflow.core.errors import UserError
-from crossflow.core.training.state import is_full
+from crossflow.core.files import is_full, size_in_words, write_atomically
 
 DTYPES = {  # numpy has no bfloat16; its bits are kept in integers
     "F32": (torch.float32, np.float32),
@@ -68,16 +67,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, A
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that it is there whole or not at all, also after a loss of power. UserError on a full disk."""
-    temporary = path.with_name(f".{path.name}.part{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        write_atomically(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if is_full(error):
             free = shutil.disk_usage(path.parent).free
             raise UserError(
@@ -85,22 +77,6 @@ def write_bytes(path: Path, content: bytes) -> None:
                 "What is finished is kept; make room and give the same command again to go on."
             ) from error
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def size_in_words(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number:.0f} bytes"
 
 
 class Shard:

@@ -77,6 +77,7 @@ class Reader(ABC):
     split: str
     fields: frozenset[str]  # what these data have, a subset of FIELDS
     ids: Sequence[str]  # unique and stable; may contain "/"
+    needs: frozenset[str] = frozenset()  # the fields that every good item must have, see `having`
 
     @abstractmethod
     def __init__(
@@ -121,7 +122,9 @@ class Reader(ABC):
     def having(self, fields: Collection[str]) -> "Reader":
         """These data for a task that needs all of `fields`, which are among `self.fields`."""
         assert self.fields.issuperset(fields)
-        return self
+        reader = copy.copy(self)
+        reader.needs = frozenset(fields)
+        return reader
 
     @classmethod
     def recognise(cls, path: Path) -> str:
@@ -313,11 +316,6 @@ def existing(location: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):  # a name that is too long, the home of an unknown user, a NUL
         return None
-
-
-def user_cache() -> Path:
-    """Where what can be made again is kept between runs: ``$XDG_CACHE_HOME/crossflow`` or ``~/.cache/crossflow``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossflow"
 
 
 def split_location(location: str) -> tuple[str, str]:

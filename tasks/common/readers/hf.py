@@ -4,12 +4,11 @@ pictures, and what `save_to_disk` wrote. Local folders need no network.
 Columns are found by their types and names, or said: `hf:NAME?image=img&caption=text`.
 """
 
-import copy
 import hashlib
 import io
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,7 +61,7 @@ class HfReader(Reader):
     def __init__(
         self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0
     ) -> None:
-        self.spec, self.split, self.needs = f"{self.prefix}:{location}", split, frozenset[str]()
+        self.spec, self.split = f"{self.prefix}:{location}", split
         self.place, settings = split_location(location)
         self.option = parse_options(settings, self.options, self.spec)
         if not self.place:
@@ -240,12 +239,6 @@ class HfReader(Reader):
         if metres.ndim != 2:
             raise ValueError(f"depth has the shape {metres.shape}, not (height, width)")
         return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
-
-    def having(self, fields: Collection[str]) -> "HfReader":
-        assert self.fields.issuperset(fields)
-        reader = copy.copy(self)
-        reader.needs = frozenset(fields)
-        return reader
 
     def fingerprint(self) -> str:
         """Of the settings, all names, and the content of up to 256 rows."""

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import user_cache
 from crossflow.tasks.common.readers.base import (
     IMAGE_SUFFIXES,
     FileReader,
@@ -20,7 +21,6 @@ from crossflow.tasks.common.readers.base import (
     inside,
     refuse_split,
     split_folders,
-    user_cache,
     with_links,
 )
 from crossflow.tasks.common.readers.options import Option, Options

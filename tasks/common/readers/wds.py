@@ -6,14 +6,13 @@ processes and workers without repeating or dropping a sample; and resumed exactl
 About 60 bytes of memory per sample.
 """
 
-import copy
 import hashlib
 import json
 import logging
 import re
 import tarfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
@@ -21,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import user_cache
 from crossflow.tasks.common.readers.base import (
     IMAGE_SUFFIXES,
     BadItem,
@@ -33,7 +33,6 @@ from crossflow.tasks.common.readers.base import (
     split_by_hash,
     split_location,
     split_word,
-    user_cache,
 )
 from crossflow.tasks.common.readers.jsonl import CAPTION_KEYS
 from crossflow.tasks.common.readers.options import Option, Options, parse_options
@@ -64,7 +63,7 @@ class WdsReader(Reader):
     def __init__(
         self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0
     ) -> None:
-        self.spec, self.split, self.needs = f"{self.prefix}:{location}", split, frozenset[str]()
+        self.spec, self.split = f"{self.prefix}:{location}", split
         place, settings = split_location(location)
         self.caption = parse_options(settings, self.options, self.spec)["caption"]
         self.shards = shard_files(place, self.spec)
@@ -172,12 +171,6 @@ class WdsReader(Reader):
             self.ids[index]: self._problem(self.rows[index])
             for index in np.flatnonzero(self.rows["image_size"] == 0).tolist()
         }
-
-    def having(self, fields: Collection[str]) -> "WdsReader":
-        assert self.fields.issuperset(fields)
-        reader = copy.copy(self)
-        reader.needs = frozenset(fields)
-        return reader
 
     def fingerprint(self) -> str:
         """Of the samples' names, places and sizes, and the ends of up to 256 shards."""

@@ -165,14 +165,6 @@ def test_cache_key_follows_training_and_world(monkeypatch):
     assert key != module._content_key(SHORT)
 
 
-def test_cache_folder_is_the_users(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module._cache_folder() == tmp_path / "crossflow"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert module._cache_folder() == tmp_path / ".cache" / "crossflow"
-
-
 @pytest.fixture(scope="module")
 def judge():
     return load_recogniser()

@@ -18,7 +18,7 @@ from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.tasks import caching
 from crossflow.tasks.base import load_config
-from crossflow.tasks.common.cache import build, shards
+from crossflow.tasks.common.cache import build
 from crossflow.tasks.common.cache.build import Builder, Estimate, Settings
 from crossflow.tasks.common.cache.keys import item_key
 from crossflow.tasks.common.cache.shards import Shard, pack_texts, write_shard
@@ -260,7 +260,7 @@ def test_a_kill_at_any_write_changes_nothing_in_the_end(builder, monkeypatch, af
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(shards.os, "replace", killing)
+            patch.setattr(os, "replace", killing)
             with pytest.raises(Killed):
                 builder(f"killed {deadly}").run()
         builder(f"killed {deadly}").run()
