@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def sincos_1d(positions: Tensor, width: int) -> Tensor:
 
 def sincos_tokens(num_tokens: int, width: int, device: torch.device | None = None) -> Tensor:
     """Fixed positions of a sequence: (num_tokens, width) float32, width even."""
-    return _sincos_tokens(num_tokens, width, device or torch.get_default_device()).clone()
+    return _table(_sincos_tokens, (num_tokens, width), device)
 
 
 def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -103,20 +104,30 @@ def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = N
 
     The first half of dim codes the column, the second the row; dim must be a multiple of 4 (the layout of MAE and DiT).
     """
-    return _sincos_2d(height, width, dim, device or torch.get_default_device()).clone()
+    return _table(_sincos_2d, (height, width, dim), device)
 
 
-# Kept, because a table is asked for in every evaluation of the network and made on the CPU. Nobody may change these.
-@functools.lru_cache(maxsize=32)
 def _sincos_tokens(num_tokens: int, width: int, device: torch.device) -> Tensor:
     return sincos_1d(torch.arange(num_tokens, device="cpu"), width).float().to(device)
 
 
-@functools.lru_cache(maxsize=32)
 def _sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"), indexing="ij")
     table = torch.cat([sincos_1d(columns.flatten(), dim // 2), sincos_1d(rows.flatten(), dim // 2)], dim=1)
     return table.float().to(device)
+
+
+def _table(make: Callable[..., Tensor], sizes: tuple[int, ...], device: torch.device | None) -> Tensor:
+    """What `make` gives for these sizes and device (None: the default one); the caller's own."""
+    device = device or torch.get_default_device()
+    # A compiler sees through a cache, and warns of it: it gets the function.
+    return make(*sizes, device) if torch.compiler.is_compiling() else _kept(make, sizes, device).clone()
+
+
+# Kept, because a table is asked for in every evaluation of the network and made on the CPU. Nobody may change these.
+@functools.lru_cache(maxsize=64)
+def _kept(make: Callable[..., Tensor], sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return make(*sizes, device)
 
 
 class TimestepEmbedding(nn.Module):

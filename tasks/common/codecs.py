@@ -124,7 +124,7 @@ class Codec(nn.Module):
         """
         count, total, squares = 0, torch.zeros(self.channels).double(), torch.zeros(self.channels).double()
         for images in batches:
-            raw = self.encode_moments(images).mean.double().cpu().movedim(self.channel_axis, 0).flatten(1)
+            raw = self.encode_moments(images).mean.cpu().double().movedim(self.channel_axis, 0).flatten(1)
             count += raw.shape[1]
             total += raw.sum(1)
             squares += raw.square().sum(1)

@@ -70,6 +70,17 @@ def test_who_changes_a_sincos_table_changes_his_own() -> None:
     assert torch.equal(sincos_tokens(3, 4), sincos_1d(torch.arange(3), 4).float())
 
 
+@pytest.mark.filterwarnings("error")
+def test_sincos_tables_are_compiled_without_a_warning_or_a_break() -> None:
+    def both(x: torch.Tensor) -> torch.Tensor:
+        return sincos_2d(x.shape[0], x.shape[1], 4, x.device) + sincos_tokens(x.shape[0] * x.shape[1], 4, x.device)
+
+    compiled = torch.compile(both, backend="eager", fullgraph=True)
+    for height, width in ((2, 3), (3, 4), (5, 6)):  # the sizes become symbols with the second call
+        x = torch.zeros(height, width)
+        torch.testing.assert_close(compiled(x), both(x), rtol=0, atol=1e-6)
+
+
 def test_timestep_embedding_is_cosine_first_and_scaled() -> None:
     embedding = TimestepEmbedding(4, scale=1.0, num_frequencies=3)
     seen = []

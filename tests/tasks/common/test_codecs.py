@@ -1,6 +1,7 @@
 """Codecs: what is decoded is what was encoded, scales survive saving, and a network is known by its weights."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,13 @@ def test_fitted_scale_gives_unit_variance_per_image_channel():
     torch.testing.assert_close(z.var((0, 2, 3)), torch.ones(12), atol=1e-3, rtol=0)
     torch.testing.assert_close(codec.decode(z), x, atol=1e-5, rtol=0)
     assert abs(PixelCodec().fit_scale([x]).encode(x).mode().var().item() - 1) < 1e-3
+
+
+def test_a_scale_is_fitted_in_float64_on_the_cpu_alone(monkeypatch):
+    x, codec = pictures(8), PixelCodec()
+    there = SimpleNamespace(mean=SimpleNamespace(cpu=lambda: x))  # on a device without float64 no tensor becomes double
+    monkeypatch.setattr(codec, "encode_moments", lambda images: there)
+    assert torch.allclose(codec.fit_scale([x]).scale, PixelCodec().fit_scale([x]).scale)
 
 
 def test_kl_codec_scales_samples_like_diffusers(kl_folder):
