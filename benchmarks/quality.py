@@ -258,11 +258,13 @@ def _strips(rows: Sequence[Measured]) -> list[Block]:
 
 
 def strip(path: Path, height: int = STRIP_HEIGHT) -> bytes:
-    """The top of a sheet of samples as PNG."""
+    """The top of a sheet of samples as PNG: so many pixels, and on to the next row of one colour, so that no line of
+    text is cut through.
+    """
     with Image.open(path) as opened:
-        sheet = opened.convert("RGB")
-    cut = sheet.crop((0, 0, sheet.width, min(sheet.height, height)))
-    return page.png(np.asarray(cut))
+        sheet = np.asarray(opened.convert("RGB"))
+    blank = np.flatnonzero((sheet[height:] == sheet[height:, :1]).all(axis=(1, 2)))
+    return page.png(sheet[: height + int(blank[0])] if len(blank) else sheet)
 
 
 # -- words

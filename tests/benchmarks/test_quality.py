@@ -1,5 +1,6 @@
 """The page of quality: rows land in their tables, differences are said, and nothing that is missing is made up."""
 
+import io
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from crossflow.benchmarks import page
 from crossflow.benchmarks.measured import evaluations, find
 from crossflow.benchmarks.paper import paper
-from crossflow.benchmarks.quality import differences, places, score_of
+from crossflow.benchmarks.quality import differences, places, score_of, strip
 from crossflow.cli import main
 from crossflow.core.errors import UserError
 
@@ -134,6 +135,16 @@ def test_the_page_shows_ours_beside_the_papers_with_links_and_pictures(evaluated
     assert html.count("data:image/png;base64,") == text.count("](quality_pictures/")
     assert all((output / name).is_file() for name in (f"quality_pictures/{p}.png" for p in ("strip_0", "sr-set5")))
     assert "http" not in html
+
+
+def test_a_strip_of_samples_ends_below_the_line_of_text_that_it_reaches(tmp_path: Path) -> None:
+    sheet = np.full((40, 30, 3), 255, np.uint8)
+    sheet[2:10, 4:20] = 0  # a picture
+    sheet[12:17, 5:25:3] = 0  # a line of text below it
+    path = tmp_path / "sheet.png"
+    Image.fromarray(sheet).save(path)
+    heights = [np.asarray(Image.open(io.BytesIO(strip(path, cut)))).shape[0] for cut in (14, 11, 100)]
+    assert heights == [17, 11, 40]
 
 
 def test_a_file_of_results_counts_too(tmp_path: Path) -> None:
