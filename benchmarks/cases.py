@@ -1,5 +1,6 @@
 """What an evaluation scores, made when it is needed: of a large set only one batch is in memory at a time."""
 
+import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -120,6 +121,7 @@ def plan(
         raise UserError(
             f"The protocol {protocol.name} needs its data: give --data with {protocol.layout}. {protocol.title}."
         )
+    task = _of_protocol(task)
     if protocol.text.prompts == "geneval":
         return _geneval(protocol, spec, num, networks)
     limit = min(num, protocol.choose) if protocol.choose is not None else num
@@ -131,6 +133,13 @@ def plan(
     examples = task.dataset(split, with_options(spec, protocol.reader), limit=limit)
     builders = {"depth": _depth, "sr": _sr, "t2i": _text, "caption": _caption}
     return builders[task.name](task, protocol, examples, networks)
+
+
+def _of_protocol(task: Task) -> Task:
+    """The task with the seed 0: which items and prompts a protocol takes must not depend on the run's own seed."""
+    copied = copy.copy(task)
+    copied.config = task.config.model_copy(update={"seed": 0})
+    return copied
 
 
 def with_options(spec: str, wanted: Mapping[str, str]) -> str:

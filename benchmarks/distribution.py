@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crossflow.benchmarks.cases import with_options
 from crossflow.benchmarks.networks import FeatureNetwork, feature_network
 from crossflow.benchmarks.protocol import Protocol
 from crossflow.core import distributed
@@ -130,6 +131,7 @@ def statistics_of(protocol: Protocol, spec: str, device: torch.device, progress:
     if protocol.distribution is None:
         raise UserError(f"The protocol {protocol.name} has no distance, so it needs no statistics of real pictures.")
     whole = protocol.distribution.reference == "split"
+    spec = with_options(spec, protocol.reader)
     reader = open_reader(spec, protocol.split, limit=None if whole else protocol.choose)
     examples = Examples(require(reader, {"image"}, protocol.task), _unused, seed=0, cache=False)
     return reference(protocol, examples, feature_network(protocol.networks["features"]).to(device), progress)

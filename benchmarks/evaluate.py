@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crossflow.benchmarks import distribution, manifest
-from crossflow.benchmarks.cases import Cases, Plan, plan
+from crossflow.benchmarks.cases import Cases, Plan, plan, with_options
 from crossflow.benchmarks.ledger import Ledger, Part
 from crossflow.benchmarks.networks import Networks
 from crossflow.benchmarks.protocol import Protocol
@@ -111,7 +111,7 @@ def _real(
     assert work.examples is not None
     examples = work.examples
     if protocol.distribution.reference == "split" and protocol.choose is not None:
-        examples = pipe.task.dataset(split, spec or protocol.data)
+        examples = pipe.task.dataset(split, with_options(examples.reader.spec, protocol.reader))
         examples.cache_bytes = 0
     return distribution.reference(protocol, examples, networks.features, progress)
 

@@ -70,6 +70,8 @@ def test_a_benchmark_reader_leaves_crop_and_cap_to_the_protocol() -> None:
     assert with_options("kitti:data/kitti", wanted) == "kitti:data/kitti?crop=none&cap=none"
     assert with_options("kitti:k?cap=50@test", wanted) == "kitti:k?cap=50&crop=none@test"
     assert with_options("eth3d:e", wanted) == "eth3d:e?cap=none"
+    coco = load_protocol("coco-fid30k").reader
+    assert with_options("coco:c", coco) == with_options(with_options("coco:c", coco), coco) == "coco:c?year=2014"
     for other in ("pairs:rooms@all", "folder:a", "rooms"):
         assert with_options(other, wanted) == other
 
@@ -162,6 +164,23 @@ def test_each_prompt_of_geneval_is_drawn_four_times_with_noise_of_its_own(tiny_r
     assert len({tuple(row.tolist()) for row in noise}) == 8
     assert len(work.cases.fingerprint()) == 32
     assert asked == ["cat", "cat"]
+
+
+def test_what_is_scored_does_not_depend_on_the_seed_of_the_run(tiny_run, rooms: str, tmp_path: Path) -> None:
+    from crossflow.tasks.base import build_task
+    from crossflow.tasks.pipeline import load
+
+    (tmp_path / "two.yaml").write_text("extends: nyu\nchoose: 2")
+    for name, protocol, spec in (("t2i", "scenes-geneval", None), ("depth", tmp_path / "two.yaml", rooms)):
+        config = load(tiny_run(name)).task.config
+        chosen = [
+            plan(
+                build_task(config.model_copy(update={"seed": seed})), load_protocol(protocol), spec, "test", 12, 0, None
+            )
+            for seed in range(4)
+        ]
+        told = {tuple((case.id, str(case.input) if name == "t2i" else "") for case in one.cases) for one in chosen}
+        assert len(told) == 1
 
 
 @pytest.mark.skipif("CROSSFLOW_TEST_DATA" not in os.environ, reason="needs the real pictures")

@@ -38,7 +38,7 @@ class CocoReader(FileReader):
     )
     offers = frozenset(("image", "captions"))
     options: ClassVar[Options] = {
-        "year": Option("2014 or 2017, where both are there", "newest", ("newest", "2014", "2017"))
+        "year": Option("2014 or 2017, of files that are named by year", "newest", ("newest", "2014", "2017"))
     }
 
     def listing(self, path: Path, split: str) -> Listing:
@@ -69,7 +69,7 @@ class CocoReader(FileReader):
 
 
 def caption_files(folder: Path, wanted: str | None = None) -> dict[str, Path]:
-    """split -> captions file, of the year that is wanted.
+    """split -> captions file, of the year that is wanted, or of no year.
 
     Where several years lie side by side, the newest that has training captions counts for all splits, because COCO's
     2017 splits were drawn anew from the images of 2014.
@@ -82,7 +82,7 @@ def caption_files(folder: Path, wanted: str | None = None) -> dict[str, Path]:
                 word = split_word(match[1]) or match[1]
                 found.setdefault(match[2] or "", {}).setdefault(word, file)
     if wanted is not None:
-        found = {year: files for year, files in found.items() if year == wanted}
+        found = {year: files for year, files in found.items() if year in (wanted, "")}
     if not found:
         return {}
     year = max(found, key=lambda year: ("train" in found[year], year))

@@ -198,6 +198,13 @@ def test_coco_of_both_years_lets_choose(tmp_path, caplog):
     caplog.clear()
     assert open_reader(f"coco:{tmp_path}?year=2014", "val").ids == ["2014"]
     assert not caplog.text
+    for file in (tmp_path / "annotations").glob("*2014.json"):
+        file.unlink()
+    with pytest.raises(UserError, match="no captions_SPLIT"):
+        open_reader(f"coco:{tmp_path}?year=2014", "val")
+    for file in (tmp_path / "annotations").glob("*2017.json"):
+        file.rename(file.with_name(file.name.replace("2017", "")))
+    assert open_reader(f"coco:{tmp_path}?year=2014", "val").ids == ["2017"], "files that say no year"
 
 
 def test_data_with_settings_are_found_from_where_a_run_was_started(tmp_path):
