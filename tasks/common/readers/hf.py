@@ -32,7 +32,7 @@ from crossflow.tasks.common.readers.options import Option, Options, parse_option
 
 logger = logging.getLogger(__name__)
 
-CAPTIONS = (*CAPTION_KEYS, "sentences", "sentence", "sentences_raw", "description", "alt_text")
+CAPTIONS = (*CAPTION_KEYS, "txt", "sentences", "sentence", "sentences_raw", "description", "alt_text")
 DEPTHS = ("depth", "depth_map", "depth_image")
 
 
@@ -272,13 +272,22 @@ class _Rows:
 
 
 def _encoded(value: Any) -> bytes:
-    """The bytes of a picture that was left encoded: {"bytes", "path"}."""
+    """The bytes of a picture that was left encoded: {"bytes", "path"}.
+
+    The library names pictures inside of archives and on the hub by chained addresses: zip://a.png::/data/train.zip.
+    """
     if not isinstance(value, Mapping):
         raise ValueError("has no picture" if value is None else f"its picture is {type(value).__name__}, not encoded")
     if value.get("bytes"):
         return value["bytes"]
     if value.get("path"):
-        return Path(value["path"]).read_bytes()
+        import fsspec
+
+        try:
+            with fsspec.open(value["path"], "rb") as file:
+                return file.read()
+        except Exception as error:  # a file system raises what its library does
+            raise ValueError(f"{value['path']} cannot be read: {error}") from error
     raise ValueError("has no picture")
 
 

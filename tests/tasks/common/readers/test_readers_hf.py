@@ -1,7 +1,10 @@
 """Data sets of the library `datasets`, all in local folders: no network is needed or used."""
 
 import io
+import json
 import pickle
+import tarfile
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -123,6 +126,30 @@ def test_depth_as_millimetres_and_as_metres(tmp_path):
     np.testing.assert_allclose(reader[0].depth, units / 1000)
     np.testing.assert_allclose(reader[1].depth, units / 100)
     np.testing.assert_allclose(open_reader(f"hf:{tmp_path}/own?units=256", "all")[0].depth, units / 256)
+
+
+@pytest.mark.parametrize("stream", ["", "?stream=2"])
+def test_pictures_inside_of_archives(tmp_path, stream):
+    """A folder of pictures with their captions, zipped, and a tar of webdataset, as both lie on the hub."""
+    (tmp_path / "zipped").mkdir()
+    with zipfile.ZipFile(tmp_path / "zipped/train.zip", "w") as archive:
+        lines = [json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}) for number in range(3)]
+        archive.writestr("metadata.jsonl", "\n".join(lines))
+        for number in range(3):
+            archive.writestr(f"{number}.png", png(number))
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards/train-0000.tar", "w") as shard:
+        for number in range(3):
+            for name, content in ((f"{number}.png", png(number)), (f"{number}.txt", f"picture {number}".encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    for kind in ("zipped", "shards"):
+        reader = require(open_reader(f"hf:{tmp_path}/{kind}{stream}", "all"), {"image", "captions"}, "t2i")
+        assert len(reader) == (2 if stream else 3)
+        assert tuple(reader[1].image[0, 0]) == (1, 90, 30)
+        assert reader[1].captions == ("picture 1",)
+        assert len(reader.fingerprint()) == 32
 
 
 def test_bad_rows_are_bad_items(tmp_path):
