@@ -341,7 +341,11 @@ def test_unknown_and_absent_encoders_say_what_to_do(tmp_path, monkeypatch):
     ("text", "cleaned"),
     [
         ("  A Photo of a Cat ", "a photo of a cat"),
-        ("see https://example.com/cat.html now", "see now"),
+        ("see https://example.com/cat now", "see now"),
+        ("see https://example.com/cat.html now", "see html now"),  # what is left of it after the address
+        ("visit www.foo.de today", "visit www. foo. de today"),
+        ("dramatic lighting.concept art, 8k", "dramatic art, 8k"),
+        ("a lamp \u2e40 free shipping", "a lamp"),
         ("<b>bold</b> cat &amp; dog", "bold cat dog"),
         ("“curly” — dash", '"curly" - dash'),
         ("red-car-in-the-street-photo.jpg", ""),
