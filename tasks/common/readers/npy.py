@@ -201,7 +201,7 @@ def read_pickled(file: BinaryIO, path: Path) -> Any:
     """
     machine = _Machine(path)
     try:
-        for opcode, argument, _ in pickletools.genops(file):
+        for opcode, argument, _ in pickletools.genops(file.read()):  # a length that is claimed is not allocated
             if opcode.name == "STOP":
                 return {key: _plain(value) for key, value in machine.top_dictionary().items()}
             machine.follow(opcode.name, argument)
@@ -285,8 +285,8 @@ class _Machine:
         return SYMBOLS[wanted]
 
     def _callable(self, what: Any) -> Symbol:
-        if what not in (RECONSTRUCT, DTYPE) or not isinstance(what, Symbol):
-            raise self._refused(f"a call of {str(what)[:80]!r}")
+        if not isinstance(what, Symbol) or what not in (RECONSTRUCT, DTYPE):
+            raise self._refused(f"a call of {what if isinstance(what, Symbol) else type(what).__name__!r}")
         return what
 
     def _refused(self, what: str) -> UserError:
@@ -303,8 +303,9 @@ def _expect(value: Any, kind: type) -> Any:
     return value
 
 
-def _dictionary(items: list[Any]) -> dict[Any, Any]:
-    return dict(zip(items[::2], items[1::2], strict=True))
+def _dictionary(items: list[Any]) -> dict[str, Any]:
+    """Names and values in turn. No other keys: hashing tuples that hold one another twice, sixty deep, has no end."""
+    return {_expect(key, str): value for key, value in zip(items[::2], items[1::2], strict=True)}
 
 
 def _plain(value: Any) -> Any:
@@ -331,6 +332,6 @@ def _number_type(made: Any) -> np.dtype:
     """dtype('f4') with the state (version, byte order, ...)."""
     name = made.arguments[0] if isinstance(made, Made) and made.what == DTYPE and made.arguments else None
     if not isinstance(name, str) or not NUMBERS.fullmatch(name):
-        raise ValueError(f"an array of {name}, not of numbers")
+        raise ValueError(f"an array of {name[:80] if isinstance(name, str) else type(name).__name__}, not of numbers")
     kind = np.dtype(name)
     return kind.newbyteorder(">") if made.state[1:2] == (">",) else kind

@@ -130,6 +130,26 @@ def test_programs_written_by_hand_are_refused_or_damaged(tmp_path: Path, program
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy"]
 
 
+NESTED = b")\x94" + b"".join(b"h%c\x86\x94" % i for i in range(60))  # tuples of twice the one before: 2^60 in all
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x04}X\x01\x00\x00\x00x\x8e" + (2**60).to_bytes(8, "little") + b"abcs.",  # so many bytes
+        b"\x80\x04}\x8d" + (2**60).to_bytes(8, "little") + b"abcK\x01s.",  # a name so long
+        b"\x80\x04}" + NESTED + b"K\x01s.",  # to be hashed
+        b"\x80\x04" + NESTED + b")R.",  # to be put into words
+        b"\x80\x04}X\x01\x00\x00\x00xcnumpy._core.multiarray\n_reconstruct\n)R(K\x01K\x01\x85cnumpy\ndtype\n"
+        + NESTED
+        + b"\x85R\x89C\x00tbs.",
+    ],
+)
+def test_a_pickle_that_claims_or_would_take_too_much_is_turned_away(tmp_path: Path, program: bytes):
+    with pytest.raises(ValueError, match=r"is refused|is damaged|bytes|not of numbers"):
+        read_npy(raw(tmp_path / "a.npy", program))
+
+
 def test_damaged_files_are_bad_items_whatever_was_cut_or_flipped(tmp_path: Path):
     good = save(tmp_path / "a.npy", sample()).read_bytes()
     rng = np.random.default_rng(0)
