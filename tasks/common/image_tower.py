@@ -7,6 +7,7 @@ on random weights trains without complaint, so its checksum is logged and an unt
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -148,8 +149,17 @@ def _timm_network(name: str, source: str, allow_random: bool) -> tuple[nn.Module
 
 
 def _untrained(network: nn.Module) -> bool:
-    """Whether every LayerNorm is as it starts, weight 1 and bias 0: training moves each of them."""
-    norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm) and module.elementwise_affine]
-    return bool(norms) and all(
-        bool((norm.weight == 1).all()) and (norm.bias is None or bool((norm.bias == 0).all())) for norm in norms
-    )
+    """Whether every norm is as it starts: weight 1 and bias 0, or, of one that keeps statistics, mean 0 and variance 1.
+    Training moves each of them.
+    """
+    kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    starts = [start for norm in network.modules() if isinstance(norm, kinds) for start in _at_start(norm)]
+    return bool(starts) and all(starts)
+
+
+def _at_start(norm: Any) -> Iterator[bool]:
+    """Whether its statistics are as they start; of norms without any, whether its parameters are (if it has some)."""
+    if getattr(norm, "running_mean", None) is not None:
+        yield bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
+    elif norm.weight is not None:
+        yield bool((norm.weight == 1).all()) and (norm.bias is None or bool((norm.bias == 0).all()))

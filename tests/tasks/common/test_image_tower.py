@@ -6,9 +6,10 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.image_tower import ImageTower, TowerSettings
+from crossflow.tasks.common.image_tower import ImageTower, TowerSettings, _untrained
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 GRID = {"image_size": 16, "patch_size": 8}
@@ -87,6 +88,15 @@ def test_a_tower_that_was_never_trained_is_refused_unless_asked_for(tower, kind)
     with pytest.raises(UserError, match="was never trained"):
         ImageTower.load(TowerSettings(source=folder))
     assert ImageTower.load(TowerSettings(source=folder, allow_random=True))(pictures()).shape == (3, 16)
+
+
+def test_convolutional_towers_are_known_by_the_statistics_of_their_norms():
+    tower = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    nn.init.zeros_(tower[3].weight)  # as residual networks begin
+    assert _untrained(tower.eval())
+    tower.train()(pictures())
+    assert not _untrained(tower)
+    assert _untrained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))
 
 
 def test_a_tower_without_weights_is_refused_unless_asked_for(tower):
