@@ -104,9 +104,18 @@ def settings(kind: str, config: ReferenceConfig, keys: Collection[str]) -> dict[
 
 
 def empty(kind: str, config: ReferenceConfig, keys: Collection[str]) -> nn.Module:
-    """The network on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return kind_named(kind).build(config, keys)
+    """The network on the meta device: shapes without memory. Raises UserError for settings that make no network."""
+    known = kind_named(kind)
+    try:
+        with torch.device("meta"):
+            return known.build(config, keys)
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"No {kind!r} network can be made with this config; one of its settings is not what the reference's code "
+            f"takes ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+        ) from error
 
 
 def expected(kind: str, config: ReferenceConfig, keys: Collection[str]) -> dict[str, tuple[int, ...]]:

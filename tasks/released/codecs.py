@@ -77,7 +77,7 @@ def _section(config: ReferenceConfig, name: str, needed: str) -> Mapping[str, An
     if missing:
         raise UserError(
             f"The config of this released codec lacks {', '.join(missing)}. Give the reference's own settings, with "
-            f"{needed} under {name}."
+            f"{', '.join(needed.split())} under {name}."
         )
     assert isinstance(section, Mapping)
     return section

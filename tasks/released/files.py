@@ -76,11 +76,12 @@ def _read_safetensors(path: Path) -> Weights:
     try:
         file = safe_open(path, "pt")
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        _expect_numbers(path, {key: one.get_dtype() for key, one in slices.items() if one.get_dtype() not in _DTYPES})
         empty = {
             key: torch.empty(one.get_shape(), dtype=_DTYPES[one.get_dtype()], device="meta")
             for key, one in slices.items()
         }
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     return Weights(path, empty, file.get_tensor)
 
@@ -103,7 +104,19 @@ def _read_torch(path: Path) -> Weights:
         what = " of ".join([type(found).__name__, *([", ".join(kinds)] if kinds else [])])
         raise UserError(f"{path} holds {what}; a state dict, tensors by their names, is needed.")
     state = {str(key): value.detach() for key, value in found.items()}
+    odd = {key: value for key, value in state.items() if value.dtype not in _NAMES or value.layout != torch.strided}
+    _expect_numbers(path, {key: f"{value.layout} {value.dtype}" for key, value in odd.items()})
     return Weights(path, {key: value.to("meta") for key, value in state.items()}, state.__getitem__)
+
+
+def _expect_numbers(path: Path, odd: Mapping[str, str]) -> None:
+    """Raises UserError when some tensors, `odd` by name with what they are, cannot be kept as they are."""
+    if odd:
+        key, kind = next(iter(odd.items()))
+        raise UserError(
+            f"{path} holds {len(odd)} tensors of other types than {', '.join(_DTYPES)}, such as {key} ({kind}). Save "
+            "it as one of these."
+        )
 
 
 def _is_zip(path: Path) -> bool:

@@ -94,14 +94,15 @@ def dimr_settings(config: ReferenceConfig, keys: Collection[str]) -> dict[str, A
     kinds = [_setting(stage, "block_type") for stage in stages]
     if kinds != ["TransformerBlock"] + ["ConvNeXtBlock"] * (len(stages) - 1):
         raise UserError(
-            f"The stages {', '.join(kinds)} are not those of a released DiMR: one Transformer, then ConvNeXt."
+            f"The stages ({', '.join(kinds) or 'none'}) are not those of a released DiMR: one Transformer, then ConvNeXt."
         )
     for stage in stages:
         _refuse(stage, kernel_size=7, final_kernel_size=3, pe_type="APE", norm_type="TDRMSN")
     last = stages[-1]
     size = _setting(last, "max_height") * _setting(last, "input_feature_ratio") * _setting(last, "image_input_ratio")
-    coefficients = config.get("loss_coeffs", ())
-    return _crossflow(config, keys, size) | {
+    settings = _crossflow(config, keys, size)
+    settings["loss"] |= {"coefficients": tuple(config.get("loss_coeffs", ()))}
+    return settings | {
         "backbone": {
             "name": "dimr",
             "stages": [
@@ -116,7 +117,6 @@ def dimr_settings(config: ReferenceConfig, keys: Collection[str]) -> dict[str, A
                 for stage in stages
             ],
         },
-        "loss": {**_crossflow(config, keys, size)["loss"], "coefficients": tuple(coefficients)},
     }
 
 

@@ -201,5 +201,6 @@ def read_config(path: Path) -> tuple[str | None, ReferenceConfig]:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds {type(found).__name__}; the settings of a reference network are a mapping.")
     if isinstance(found.get("config"), dict):
-        return found.get("kind"), found["config"]
+        said = found.get("kind")
+        return said if said is None else str(said), found["config"]
     return None, found

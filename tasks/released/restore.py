@@ -90,9 +90,16 @@ def _origin(folder: Path, kind: str | None) -> dict[str, Any]:
                 "the released kinds, say which with --kind."
             )
         return {"kind": kind}
-    origin: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if kind not in (None, origin["kind"]):
-        raise UserError(f"{folder} holds {origin['name']}, of the kind {origin['kind']!r}, not {kind!r}.")
+    try:
+        origin: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = str(origin["kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged and does not say any more what the folder was converted from. Convert the original "
+            "file again; or remove this one, and say with --kind which of the released kinds the network is."
+        ) from error
+    if kind not in (None, found):
+        raise UserError(f"{folder} holds {origin.get('name', 'a network')}, of the kind {found!r}, not {kind!r}.")
     return origin
 
 

@@ -87,9 +87,11 @@ def check(
         for key, (shape, _) in shapes.items()
         if key in state and state[key].shape != shape
     ]
+    there = [key for key in shapes if key in state]
+    wrong += [f"{key} is of {state[key].dtype}" for key in there if not state[key].is_floating_point()]
     unused = [key for key in state if key not in shapes]
     unknown = [key for key in unused if not any(re.fullmatch(pattern, key) for pattern in dropped)]
-    found = [("missing", missing), ("of another shape", wrong), ("unknown", unknown)]
+    found = [("missing", missing), ("of another shape or type", wrong), ("unknown", unknown)]
     if any(keys for _, keys in found):
         told = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in found if keys)
         raise UserError(

@@ -291,6 +291,16 @@ def test_folders_that_were_not_converted_need_their_kind(files, runs, tiny_run, 
         to_file(runs("dimr"), tmp_path / "x.pth", kind="dit")
 
 
+@pytest.mark.parametrize("record", ["{", "[]", "{}"])
+def test_a_damaged_record_of_the_origin_is_told(runs, tmp_path, record):
+    import shutil
+
+    run = shutil.copytree(runs("dimr"), tmp_path / "run")
+    (run / "released.json").write_text(record)
+    with pytest.raises(UserError, match="is damaged and does not say"):
+        to_file(run, tmp_path / "x.pth")
+
+
 def test_a_network_trained_here_is_written_under_the_original_keys(files, runs, tmp_path):
     """A run on a released network that did not come from a file: its kind is said, its generator is written."""
     import shutil

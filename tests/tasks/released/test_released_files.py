@@ -97,6 +97,45 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensor: tensor.long(), r"1 of another shape or type: .* is of torch\.int64"),
+        (lambda tensor: tensor.to(torch.complex64), r"1 tensors of other types than .*complex64"),
+        (lambda tensor: tensor.to_sparse(), r"1 tensors of other types than .*sparse"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_told(files, tmp_path, change, told):
+    _, config, state = files("dimr")
+    key = "context_encoder.linear.weight"
+    torch.save({**state, key: change(state[key])}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=told):
+        from_file(tmp_path / "odd.pth", tmp_path / "run", config=config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stage_configs": 5},
+        {"stage_configs": []},
+        {"stage_configs": [1, 2]},
+        {"textVAE": 3},
+        {"clip_dim": [768]},
+        {"loss_coeffs": 7},
+    ],
+)
+def test_settings_of_the_wrong_kind_are_told(configs, change):
+    with pytest.raises(UserError, match=r"config|released DiMR|textVAE"):
+        expected("dimr", configs["dimr"] | change, ())
+
+
+def test_a_settings_file_of_a_strange_kind_is_told(files, configs, tmp_path):
+    (tmp_path / "strange.json").write_text(json.dumps({"kind": ["dimr"], "config": configs["dimr"]}))
+    with pytest.raises(UserError, match="Known: "):
+        from_file(files("dimr")[0], tmp_path / "run", config=tmp_path / "strange.json")
+
+
 def test_cut_off_and_other_files_are_told(files, tmp_path):
     path, _, state = files("flowtok")
     whole = path.read_bytes()
