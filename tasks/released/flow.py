@@ -94,7 +94,8 @@ def dimr_settings(config: ReferenceConfig, keys: Collection[str]) -> dict[str, A
     kinds = [_setting(stage, "block_type") for stage in stages]
     if kinds != ["TransformerBlock"] + ["ConvNeXtBlock"] * (len(stages) - 1):
         raise UserError(
-            f"The stages ({', '.join(kinds) or 'none'}) are not those of a released DiMR: one Transformer, then ConvNeXt."
+            f"The stages ({', '.join(kinds) or 'none'}) are not those of a released DiMR: one Transformer, then "
+            "ConvNeXt."
         )
     for stage in stages:
         _refuse(stage, kernel_size=7, final_kernel_size=3, pe_type="APE", norm_type="TDRMSN")
