@@ -21,6 +21,7 @@ import click
 
 from crossflow import __version__
 from crossflow.core.errors import UserError
+from crossflow.core.files import is_full
 from crossflow.tasks import task_names
 
 if TYPE_CHECKING:
@@ -1298,11 +1299,12 @@ def _names(what: str) -> list[tuple[str, ...]]:
         from crossflow.core.solvers import SOLVERS
 
         return [(name, ((SOLVERS.get(name) or _adaptive).__doc__ or "").splitlines()[0]) for name in SOLVERS.names()]
-    from crossflow.core.backbones import dit
+    from crossflow.core.backbones import size_tables
 
     return [
-        ("dit", f"size {name}: depth {size.depth}, width {size.width}, {size.heads} heads")
-        for name, size in dit.SIZES.items()
+        (backbone, f"size {name}: depth {size.depth}, width {size.width}, {size.heads} heads")
+        for backbone, sizes in size_tables().items()
+        for name, size in sizes.items()
     ]
 
 
@@ -1323,9 +1325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(f"error: {error}", err=True)
         return 2
     except OSError as error:
-        if error.filename is None:
+        if is_full(error):
+            click.echo("error: The disk is full. Make room, or choose another --output.", err=True)
+        elif error.filename is not None:
+            click.echo(f"error: {error.filename}: {error.strerror}.", err=True)
+        else:
             raise
-        click.echo(f"error: {error.filename}: {error.strerror}.", err=True)
         return 2
     except click.ClickException as error:
         error.show()

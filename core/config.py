@@ -7,13 +7,16 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.source import SourceKind
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+PathTime = Annotated[float, Field(ge=0, le=1)]
 
 RECIPES = Path(__file__).parent.parent / "configs"
 
@@ -101,6 +104,13 @@ class BackboneConfig(Section):
     stages: tuple[StageConfig, ...] = ()
     """dimr: the stages one by one, coarse to fine, instead of a row of the size table."""
 
+    @field_validator("conv")
+    @classmethod
+    def _odd(cls, conv: int) -> int:
+        if conv and conv % 2 == 0:
+            raise ValueError("a kernel that keeps the grid's size is odd")
+        return conv
+
     @property
     def grain(self) -> int:
         """Height and width of a grid latent are multiples of this: the patch, and what the first stage shrinks by."""
@@ -161,7 +171,7 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: matrices by their orthogonalised momentum, which small models learn from in far fewer steps."""
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: float = Field(0.03, ge=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -200,14 +210,21 @@ class SampleConfig(Section):
     """Steps of a fixed-step solver."""
     guidance: float = 1.0
     """w of v_uncond + w (v_cond - v_uncond); 1: none."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times between which guidance acts."""
+    guidance_interval: tuple[PathTime, PathTime] = (0.0, 1.0)
+    """Times between which guidance acts, the earlier one first."""
     zero_init: int = Field(0, ge=0)
     """First steps whose velocity is set to zero."""
     time_grid: Literal["uniform", "released"] = "uniform"
     mode: bool = False
     """Start from the mean of the source posterior instead of a sample."""
     batch_size: int = Field(64, ge=1)
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _in_order(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if interval[0] > interval[1]:
+            raise ValueError("the earlier time comes first")
+        return interval
 
 
 class Config(Section):

@@ -230,14 +230,14 @@ class Pipeline:
         return (*shape[:1], *grid.shape[-2:]) if grid is not None and len(shape) == 3 else shape
 
     def generate(self, source: Source, z0: Tensor, settings: SampleConfig, on_step: OnStep | None = None) -> Tensor:
-        """z0 (B, *latent) -> z1 on this pipeline's device."""
+        """z0 (B, *latent) -> z1 on this pipeline's device. Raises UserError when there are NaNs in it."""
         if settings.guidance != 1 and self.weak is None and self.task.config.guidance.drop == 0:
             raise UserError(
                 f"guidance = {settings.guidance:g} needs a model that was trained without its source now and then, and "
                 "this run has guidance.drop = 0. Use guidance 1, a weaker run to guide with, or guidance.drop=0.1."
             )
         condition = source.condition.to(self.device) if source.condition is not None else None
-        return sampling.generate(
+        z1 = sampling.generate(
             self.model,
             z0.to(self.device),
             condition=condition,
@@ -250,6 +250,13 @@ class Pipeline:
             weak=self.weak,
             on_step=on_step,
         )
+        if z1.isnan().any():
+            raise UserError(
+                f"There are NaNs in what was sampled (guidance = {settings.guidance:g}, {settings.solver}, "
+                f"{settings.steps} steps): numbers on the way became too large. Give smaller ones, of guidance or of "
+                "an arithmetic's strength; if that does not help, the weights are damaged."
+            )
+        return z1
 
     def guide_with(self, other: "Pipeline") -> "Pipeline":
         """Guides by the model of another run, trained less or smaller, on the same latents. Returns self."""

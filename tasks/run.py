@@ -29,7 +29,7 @@ from crossflow.tasks.base import Case, Task, Tile, build_task, load_config
 from crossflow.tasks.common.dataset import Examples
 from crossflow.tasks.common.images import save_png
 from crossflow.tasks.common.readers import located
-from crossflow.tasks.pipeline import Pipeline
+from crossflow.tasks.pipeline import WEIGHTS, Pipeline
 from crossflow.tasks.provenance import MANIFEST, changed, describe, expect_same
 from crossflow.tasks.scoring import Scores, held_out_loss, laid_out, score, seen_in_training, show
 from crossflow.tasks.start import start_from
@@ -140,7 +140,9 @@ class Run:
     def _begin_or_continue(self) -> str:
         prepared = self.folder / "config.yaml"
         resumable = bool(checkpoints(self.folder / "checkpoints"))
-        if prepared.exists() and self.resume is None:
+        # What was refused after its preparations, such as for its backbone's size, has none of these: it is begun anew.
+        begun = any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoints", *WEIGHTS.values()))
+        if begun and self.resume is None:
             raise UserError(
                 f"{self.folder} already holds a run{' with checkpoints' if resumable else ''}. "
                 "Continue it with --resume auto, or choose another --output."
@@ -224,12 +226,19 @@ class Run:
 
     def train(self) -> Outcome:
         """Trains, then scores the averaged weights on the validation split beside the trivial baseline."""
+        self._open_validation()
         trainer = self._trainer()
         result = trainer.run(self.resume)
         if result.status == "stopped" or not distributed.is_main():
             return Outcome(self.folder, result)
         with trainer.ema.applied():
             return self._scored(result)
+
+    def _open_validation(self) -> None:
+        """Before the training, so that data which cannot be scored are not found out after hours."""
+        self.validation  # noqa: B018
+        if distributed.is_main():
+            self.cases  # noqa: B018
 
     def _scored(self, result: TrainResult) -> Outcome:
         self.progress.note("Scoring the averaged weights on the validation split.")

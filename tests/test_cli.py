@@ -1,6 +1,8 @@
 """Every command on tiny runs, and what bad input is answered with: one paragraph, a non-zero status, nothing lost."""
 
+import errno
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from crossflow.cli import _bar, main
+from crossflow.core.backbones import BACKBONES
+from crossflow.core.config import recipes
+from crossflow.core.solvers import SOLVERS
+from crossflow.tasks.common.readers import READERS
 from crossflow.tasks.pipeline import load
 
 TASKS = ("t2i", "caption", "depth", "sr")
@@ -180,7 +186,9 @@ def test_latent_tools_say_how_they_were_told_to_work(tiny_run, tmp_path: Path, c
     with Image.open(tmp_path / "a" / "000.png") as picture:
         assert (picture.info["restandardise"], picture.info["mean"], picture.info["what"]) == ("true", "true", "k = 1")
     assert "'seed'" in refused(capsys, "sample", "--checkpoint", run, "--prompt", "a", "seed=3")
-    assert "plus, minus, or both" in refused(capsys, "arithmetic", "--checkpoint", run, "--base", "a")
+    argv = ["arithmetic", "--checkpoint", run, "--base", "a"]
+    assert "plus, minus, or both" in refused(capsys, *argv)
+    assert "NaNs" in refused(capsys, *argv, "--plus", "b", "--strength", "1e30", "--output", str(tmp_path / "n"))
 
 
 def test_long_work_shows_a_bar_and_short_work_none(monkeypatch) -> None:
@@ -282,8 +290,15 @@ def test_dry_run_says_what_a_run_takes_and_trains_nothing(tiny_settings, tmp_pat
 @pytest.mark.parametrize("what", ["tasks", "configs", "datasets", "solvers", "backbones"])
 def test_list_names_what_there_is(capsys, what: str) -> None:
     assert main(["list", what]) == 0
-    known = {"tasks": "t2i", "configs": "sr_tiny", "datasets": "scenes", "solvers": "dopri5", "backbones": "dit"}
-    assert known[what] in capsys.readouterr().out
+    known = {
+        "tasks": TASKS,
+        "configs": recipes(),
+        "datasets": READERS.names(),
+        "solvers": SOLVERS.names(),
+        "backbones": BACKBONES.names(),
+    }
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines if line[1:2].strip()} == set(known[what])  # the others go on with a row
 
 
 # What is refused.
@@ -343,6 +358,24 @@ def test_a_run_is_not_overwritten(capsys, tiny_run, tiny_settings) -> None:
         capsys, "train", "--task", "depth", "--output", str(folder), *tiny_settings("depth")
     )
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_refused_run_leaves_its_folder_to_the_corrected_one(capsys, tiny_settings, tmp_path: Path) -> None:
+    argv = ["train", "--task", "sr", "--output", str(tmp_path / "run"), *tiny_settings("sr")]
+    assert "'tiny'" in refused(capsys, *argv, "backbone.size=tinny")
+    assert main(argv) == 0
+    assert "--resume auto" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"), [("data.val=pairs:gone", "gone"), ("data.image_size=16", "none can be scored")]
+)
+def test_data_that_cannot_be_scored_are_refused_before_the_training(
+    capsys, tiny_settings, tmp_path: Path, override: str, said: str
+) -> None:
+    run = tmp_path / "run"
+    assert said in refused(capsys, "train", "--task", "sr", "--output", str(run), *tiny_settings("sr"), override)
+    assert not (run / "checkpoints").exists()
 
 
 def test_a_run_is_resumed_with_its_own_settings_only(capsys, tiny_run) -> None:
@@ -414,3 +447,14 @@ def test_an_evaluation_does_without_the_training_data(tiny_run, tmp_path: Path) 
 def test_an_unknown_solver_is_refused_with_near_names(capsys, tiny_run) -> None:
     error = refused(capsys, "sample", "--checkpoint", str(tiny_run("t2i")), "--prompt", "a cube", "--solver", "eulr")
     assert "'euler'" in error
+
+
+def test_a_full_disk_is_one_sentence(capsys, tiny_run, tmp_path: Path, monkeypatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write raises it, without a name
+
+    run = str(tiny_run("t2i"))
+    monkeypatch.setattr(os, "fsync", full)
+    argv = ["sample", "--checkpoint", run, "--prompt", "a cube", "--output", str(tmp_path / "out")]
+    assert "disk is full" in refused(capsys, *argv)
+    assert list((tmp_path / "out").iterdir()) == []

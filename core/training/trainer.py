@@ -439,6 +439,7 @@ class Trainer:
             state.remove_temporaries(self.run_dir)
             step = 0 if found is None else int(state.read_state(found)["step"])
             lines = self.metrics.truncate(step)
+            self.metrics.path.touch()  # from now on the folder holds a run
             if found is not None and found.parent == self.checkpoints:
                 state.publish(found, WEIGHTS, self.run_dir)  # it may have been interrupted before this
             return json.dumps({"path": str(found or ""), "lines": lines})

@@ -50,6 +50,8 @@ def load_codec(folder: str | Path, *, source: str | None = None, subfolder: str 
     checksum = settings.get("sha256")
     if settings.get("embedded"):
         options |= {"source": str(Path(folder) / WEIGHTS_FOLDER), "subfolder": ""}
+    elif source is not None and "source" not in options:
+        raise UserError(f"The {settings['kind']} codec in {folder} has no network; take codec.source={source} away.")
     elif source is not None and not _same_place(source, options["source"]):
         options |= {"source": source, "subfolder": subfolder}
     if checksum is not None:

@@ -37,6 +37,9 @@ from crossflow.tasks.depth.dataset import Augmentation, coloured, example, squar
 from crossflow.tasks.depth.decoder import DepthScale, DepthTarget
 from crossflow.tasks.depth.encoder import build_reconstructor, build_trunk
 
+FARTHEST_PNG = 65.535
+"""Metres."""
+
 
 class DepthSettings(Section):
     target: DepthTarget = "log"
@@ -163,8 +166,12 @@ class Adapter(Task[DepthConfig]):
         return [colour_depth(depth, near=float(near), far=float(far)) for depth in outputs]
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
-        """Millimetres as 16-bit PNG, metres as .npy, and a coloured picture."""
-        millimetres = save_depth_png(output, stem.with_name(f"{stem.name}_depth_mm.png"), metadata=metadata)
+        """Millimetres as 16-bit PNG, metres as .npy, and a coloured picture.
+
+        What is farther than 65.535 m, where 16 bits end, is 0 in the PNG, "not measured"; the .npy has it.
+        """
+        representable = np.where(output <= FARTHEST_PNG, output, 0)
+        millimetres = save_depth_png(representable, stem.with_name(f"{stem.name}_depth_mm.png"), metadata=metadata)
         metres = stem.with_name(f"{stem.name}_depth.npy")
         np.save(metres, output, allow_pickle=False)
         return [millimetres, metres, save_png(colour_depth(output), stem.with_name(f"{stem.name}_depth.png"), metadata)]

@@ -161,6 +161,10 @@ def test_an_unknown_key_lists_its_section() -> None:
         ("guidance.drop=1", "guidance.drop = 1"),
         ("sample.guidance=nan", "sample.guidance = 'nan'"),
         ("train=3", "train = 3"),
+        ("backbone.conv=2", "backbone.conv = 2"),
+        ("train.betas=[0.9, 1]", "train.betas.1 = 1"),
+        ("sample.guidance_interval=[0, 2]", "sample.guidance_interval.1 = 2"),
+        ("sample.guidance_interval=[0.9, 0.1]", "sample.guidance_interval = [0.9, 0.1]"),
     ],
 )
 def test_bad_values_name_the_field_and_what_came(override: str, name: str) -> None:

@@ -75,6 +75,12 @@ def test_fitted_scale_gives_unit_variance_per_image_channel():
     assert abs(PixelCodec().fit_scale([x]).encode(x).mode().var().item() - 1) < 1e-3
 
 
+def test_a_codec_without_a_network_takes_none(tmp_path):
+    PixelCodec().save(tmp_path)
+    with pytest.raises(UserError, match=r"pixel codec in .* has no network"):
+        load_codec(tmp_path, source="nowhere")
+
+
 def test_a_scale_is_fitted_in_float64_on_the_cpu_alone(monkeypatch):
     x, codec = pictures(8), PixelCodec()
     there = SimpleNamespace(mean=SimpleNamespace(cpu=lambda: x))  # on a device without float64 no tensor becomes double

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
+from crossflow.tasks.base import build_task, load_config
+from crossflow.tasks.common.images import load_depth_png
 from crossflow.tasks.common.readers import Item
 from crossflow.tasks.depth.dataset import Augmentation, coloured, example
 from crossflow.tasks.depth.decoder import DepthScale
@@ -81,3 +83,12 @@ def test_colour_factors_follow_from_the_key_and_leave_crops_as_they_were() -> No
         assert (b["colour"] - 1).abs().max() <= 0.3
         assert b["colour"].std() > 0
         assert torch.equal(b["colour"], again["colour"])
+
+
+def test_depth_beyond_16_bits_of_millimetres_is_written_too(tmp_path) -> None:
+    task = build_task(load_config("depth_tiny"))
+    depth = np.array([[0.5, 65.535], [65.54, 100.0]], np.float32)
+    millimetres, metres, picture = task.write_output(depth, tmp_path / "far", {})
+    np.testing.assert_allclose(load_depth_png(millimetres), [[0.5, 65.535], [0, 0]], atol=1e-6)
+    np.testing.assert_array_equal(np.load(metres), depth)
+    assert picture.is_file()
