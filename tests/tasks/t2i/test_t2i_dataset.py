@@ -17,7 +17,7 @@ def shares(first_caption: float, number: int = 2000) -> dict[str, float]:
     return {caption: taken[caption] / number for caption in ITEM.captions}
 
 
-@pytest.mark.parametrize("chance, share", [(0.0, 0.25), (0.5, 0.625), (1.0, 1.0)])
+@pytest.mark.parametrize(("chance", "share"), [(0.0, 0.25), (0.5, 0.625), (1.0, 1.0)])
 def test_the_first_caption_is_taken_by_its_chance_and_otherwise_like_any(chance: float, share: float) -> None:
     found = shares(chance)
     assert found["first"] == pytest.approx(share, abs=0.04)
