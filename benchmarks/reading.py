@@ -75,6 +75,7 @@ CONTENTS = (
     Content("clip, captions", 14, 4),  # as those of COCO and Flickr8k
     Content("clip, padding kept", 40, 15, keep_padding=True),
     Content("all, long prompts", 40, 15, everything=True),
+    Content("all, padding kept", 40, 15, everything=True, keep_padding=True),
 )
 NUM_ROWS = len(CONTENTS) * len(MEMORY)
 
