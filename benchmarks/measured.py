@@ -45,6 +45,8 @@ class Measured:
     cost: Cost = Cost()
     pictures: Path | None = None
     """A sheet of samples."""
+    run: Path | None = None
+    """Its run directory, where that is known."""
 
     @property
     def protocol(self) -> str | None:
@@ -145,6 +147,7 @@ def _read(path: Path) -> Measured:
         manifest=manifest,
         cost=_cost(run, manifest, scores, content.get("train_minutes")),
         pictures=next((picture for picture in pictures if picture.is_file()), None),
+        run=run,
     )
 
 
@@ -199,17 +202,31 @@ def parameters(run: Path) -> dict[str, int] | None:
 
 
 def train_seconds(run: Path) -> float | None:
-    """Time of the training steps alone, from metrics.jsonl: without validation, samples and what comes before."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return None
+    """Time of the training steps alone: without validation, samples and what comes before."""
     total, before = 0.0, 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        numbers = json.loads(line)
+    for numbers in _history(run):
         if numbers.get("kind") == "train" and numbers.get("seconds_per_step") is not None:
             total += numbers["seconds_per_step"] * (numbers["step"] - before)
             before = numbers["step"]
     return total if before else None
+
+
+def flow_losses(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, flow loss) of a run in training, on held-out items, and there with the sources of other items."""
+    found: dict[str, list[tuple[int, float]]] = {"training": [], "held out": [], "held out, shuffled sources": []}
+    named = {("train", "flow"): "training", ("val", "flow"): "held out"}
+    named[("val", "flow_shuffled")] = "held out, shuffled sources"
+    for numbers in _history(run):
+        for (kind, name), curve in named.items():
+            if numbers.get("kind") == kind and numbers.get(name) is not None:
+                found[curve].append((numbers["step"], numbers[name]))
+    return {name: curve for name, curve in found.items() if curve}
+
+
+def _history(run: Path) -> list[dict[str, Any]]:
+    """What the trainer wrote down on the way (metrics.jsonl); nothing where there is no such file."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def evaluations(sample: Mapping[str, Any] | None) -> int | None:

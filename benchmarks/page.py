@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,5 +168,20 @@ def bars(title: str, values: Sequence[tuple[str, float, bool]], error: Sequence[
     axes.set_yticks(range(len(values)), [name for name, *_ in values])
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawn(figure)
+
+
+def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+    """Lines of points (x, y) by name, y on a logarithmic scale, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 2.6))
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="o" if len(points) < 12 else None)
+    axes.set_yscale("log")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return drawn(figure)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from crossflow.benchmarks import page
-from crossflow.benchmarks.measured import Measured, find
+from crossflow.benchmarks.measured import Measured, find, flow_losses
 from crossflow.benchmarks.page import Block, Bullets, Cell, Grid, Heading, Link, Picture, Text
 from crossflow.benchmarks.paper import Metric, Paper, Protocol, Table, paper
 from crossflow.core.errors import UserError
@@ -35,7 +35,7 @@ def quality(places: Sequence[Path], folder: Path) -> tuple[Path, Path, list[str]
             f"give the run or the folder it wrote to.{''.join(f' {problem}.' for problem in problems)}"
         )
     numbers = paper()
-    blocks = [*_overview(rows, folder), *_tables(rows, numbers, folder), *_strips(rows)]
+    blocks = [*_overview(rows, folder), *_tables(rows, numbers, folder), *_training(rows), *_strips(rows)]
     if problems:
         blocks += [Heading("Not read"), Bullets(problems)]
     markdown, html = page.write(folder, "quality", "Quality", blocks)
@@ -255,6 +255,18 @@ def _strips(rows: Sequence[Measured]) -> list[Block]:
             blocks += [Text(f"{row.task}, {row.name}"), Picture(f"strip_{number}", strip(row.pictures), alt)]
     without = [row.name for row in rows if row.pictures is None]
     return [*blocks, Text(f"No pictures beside the scores of {', '.join(without)}.")] if without else blocks
+
+
+def _training(rows: Sequence[Measured]) -> list[Block]:
+    """The flow loss of every run whose folder is there."""
+    runs = {row.run.resolve(): row.task for row in rows if row.run is not None}
+    drawn = [(run, task, flow_losses(run)) for run, task in runs.items()]
+    plots = [
+        Picture(f"training_{number}", page.curves(f"{task}: {run.name}", losses), f"flow loss of {run.name}")
+        for number, (run, task, losses) in enumerate(drawn)
+        if losses
+    ]
+    return [Heading("Training"), Text("Flow loss by optimizer step, logarithmic."), *plots] if plots else []
 
 
 def strip(path: Path, height: int = STRIP_HEIGHT) -> bytes:

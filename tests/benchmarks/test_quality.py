@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from crossflow.benchmarks import page
-from crossflow.benchmarks.measured import evaluations, find
+from crossflow.benchmarks.measured import evaluations, find, flow_losses
 from crossflow.benchmarks.paper import paper
-from crossflow.benchmarks.quality import differences, places, score_of, strip
+from crossflow.benchmarks.quality import differences, places, quality, score_of, strip
 from crossflow.cli import main
 from crossflow.core.errors import UserError
 
@@ -34,8 +34,8 @@ def evaluated(tmp_path: Path):
         (run / "config.yaml").write_text(f"task: {about['task']}\n")
         weights = {"backbone.w": torch.zeros(3000, 1000), "source_encoder.w": torch.zeros(500, 1000)}
         save_file(weights, run / "model.safetensors")
-        lines = [{"kind": "train", "step": s, "seconds_per_step": 0.5} for s in (100, 200)]
-        lines.append({"kind": "val", "step": 200, "flow": 1.0})
+        lines = [{"kind": "train", "step": s, "flow": 300.0 / s, "seconds_per_step": 0.5} for s in (100, 200)]
+        lines.append({"kind": "val", "step": 200, "flow": 1.0, "flow_shuffled": 2.0})
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "metrics.json").write_text(json.dumps({"scores": scores, "manifest": about}))
         Image.fromarray(np.full((500, 80, 3), 9, np.uint8)).save(folder / "pictures.png")
@@ -135,6 +135,18 @@ def test_the_page_shows_ours_beside_the_papers_with_links_and_pictures(evaluated
     assert html.count("data:image/png;base64,") == text.count("](quality_pictures/")
     assert all((output / name).is_file() for name in (f"quality_pictures/{p}.png" for p in ("strip_0", "sr-set5")))
     assert "http" not in html
+
+
+def test_the_page_shows_how_the_loss_of_a_run_fell(evaluated, tmp_path: Path) -> None:
+    runs = [evaluated(name, {"psnr_y": 30.0}, manifest("sr", "set5:x")) for name in ("one", "two")]
+    assert flow_losses(runs[0]) == {
+        "training": [(100, 3.0), (200, 1.5)],
+        "held out": [(200, 1.0)],
+        "held out, shuffled sources": [(200, 2.0)],
+    }
+    markdown, _, _ = quality(runs, tmp_path / "page")
+    assert all(f"quality_pictures/training_{number}.png" in markdown.read_text() for number in (0, 1))
+    assert (tmp_path / "page" / "quality_pictures" / "training_1.png").is_file()
 
 
 def test_a_strip_of_samples_ends_below_the_line_of_text_that_it_reaches(tmp_path: Path) -> None:
