@@ -13,6 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -221,7 +222,9 @@ def center_crop_resize(
     return image[rows[:, None], columns[None, :]]
 
 
-def imresize_matlab(image: np.ndarray, scale: float, *, border: Literal["mirror", "repeat"] = "mirror") -> np.ndarray:
+def imresize_matlab(
+    image: np.ndarray, scale: float | Fraction, *, border: Literal["mirror", "repeat"] = "mirror"
+) -> np.ndarray:
     """MATLAB's `imresize(image, scale)`: bicubic, antialiased when shrinking, as all published SR tables use it.
 
     Output sides are ceil(scale * side). Output pixel i (from 1) looks at u = i / scale + (1 - 1 / scale) / 2; its
@@ -231,7 +234,7 @@ def imresize_matlab(image: np.ndarray, scale: float, *, border: Literal["mirror"
     Args:
         image: (H, W) or (H, W, C). uint8 is rounded and clipped to uint8 after each of the two passes, as MATLAB does;
             floating point is computed and returned in float64, without clipping.
-        scale: output side / input side, > 0.
+        scale: output side / input side, > 0; of a fraction the output sides are exact.
         border: what lies beyond the picture: `mirror` (edge pixel included) as in today's MATLAB, or the edge pixel
             repeated as in the older MATLAB that made, for instance, the SelfExSR files.
     """
@@ -255,11 +258,12 @@ def imresize_matlab(image: np.ndarray, scale: float, *, border: Literal["mirror"
     return np.ascontiguousarray(result.astype(np.uint8 if image.dtype == np.uint8 else np.float64))
 
 
-def _matlab_weights(length: int, scale: float, border: str) -> tuple[np.ndarray, np.ndarray]:
+def _matlab_weights(length: int, scale: float | Fraction, border: str) -> tuple[np.ndarray, np.ndarray]:
     """Weights and input positions of each output pixel along one side, both (output length, taps)."""
+    count, scale = math.ceil(length * scale), float(scale)
     stretch = min(scale, 1.0)
     support = 4.0 / stretch
-    position = np.arange(1, math.ceil(length * scale) + 1) / scale + 0.5 * (1 - 1 / scale)  # counted from 1
+    position = np.arange(1, count + 1) / scale + 0.5 * (1 - 1 / scale)  # counted from 1
     first = np.floor(position - support / 2)
     indices = first[:, None] + np.arange(math.ceil(support) + 2)
     weights = stretch * _keys_kernel(stretch * (position[:, None] - indices))

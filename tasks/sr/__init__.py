@@ -6,12 +6,13 @@ The enlarged picture is itself the source z0; the flow adds what it lacks. Any s
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from crossflow.core.backbones import build_backbone
@@ -33,16 +34,29 @@ from crossflow.tasks.sr.dataset import enlarge, example, reduce, to_multiple
 from crossflow.tasks.sr.decoder import decode, pictures
 from crossflow.tasks.sr.encoder import build_trunk
 
+LARGEST_DENOMINATOR = 10  # crops and tiles are multiples of the scale's numerator
+
 
 class SrSettings(Section):
-    scale: int = Field(4, ge=2, le=16)
-    """Factor between the low and the high resolution."""
+    scale: int | float = Field(4, gt=1, le=16)
+    """Factor between the low and the high resolution: whole, or a ratio of small numbers such as 1.5."""
     crop: int | None = Field(None, ge=8)
     """Side of the training crops in pixels of the high resolution; none: data.image_size."""
     tile: int = Field(128, ge=8)
     """Side of the tiles a large picture is cut into, in pixels of the high resolution."""
     overlap: int = Field(16, ge=0)
     """Pixels that neighbouring tiles share at least."""
+
+    @model_validator(mode="after")
+    def _is_a_ratio(self) -> "SrSettings":
+        if abs(self.ratio - Fraction(self.scale)) > 1e-3:
+            raise ValueError(f"scale = {self.scale} is no ratio of small numbers; {float(self.ratio):.6g} is near")
+        return self
+
+    @property
+    def ratio(self) -> Fraction:
+        """The scale in lowest terms."""
+        return Fraction(self.scale).limit_denominator(LARGEST_DENOMINATOR)
 
 
 class SrConfig(Config):
@@ -61,17 +75,19 @@ class Adapter(Task[SrConfig]):
 
     def __init__(self, config: SrConfig) -> None:
         super().__init__(config)
-        scale, patch = config.sr.scale, config.backbone.grain
+        self.scale, patch = config.sr.ratio, config.backbone.grain
+        unit = self.scale.numerator
+        said = f"{unit} (sr.scale = {self.scale})" if self.scale.denominator > 1 else f"sr.scale = {unit}"
         self.crop = config.sr.crop or config.data.image_size
-        if self.crop % scale or self.crop % patch:
+        if self.crop % unit or self.crop % patch:
             raise UserError(
                 f"The training crop of {self.crop} pixels (sr.crop, or data.image_size) must be a multiple of "
-                f"sr.scale = {scale} and of the backbone's patches of {patch}."
+                f"{said} and of the backbone's patches of {patch}."
             )
-        self.grain = math.lcm(scale, patch)
+        self.grain = math.lcm(unit, patch)
         if config.sr.tile % self.grain or config.sr.tile - config.sr.overlap < self.grain:
             raise UserError(
-                f"sr.tile = {config.sr.tile} must be a multiple of sr.scale = {scale} and of the backbone's patches of "
+                f"sr.tile = {config.sr.tile} must be a multiple of {said} and of the backbone's patches of "
                 f"{patch}, and larger than sr.overlap = {config.sr.overlap} by {self.grain} at least."
             )
 
@@ -111,7 +127,7 @@ class Adapter(Task[SrConfig]):
     # -- data
 
     def transform(self, item: Item, generator: np.random.Generator) -> Example:
-        return example(item, self.crop, self.config.sr.scale, generator)
+        return example(item, self.crop, self.scale, generator)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         source = self._source(torch.stack([one["bicubic"] for one in examples]))
@@ -147,7 +163,7 @@ class Adapter(Task[SrConfig]):
 
     def pieces(self, value: np.ndarray) -> Pieces:
         """Tiles of the enlarged picture."""
-        return self._cut(enlarge(value, self.config.sr.scale))
+        return self._cut(enlarge(value, self.scale))
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         tiles = self._cut(self.read_input(value))
@@ -166,7 +182,7 @@ class Adapter(Task[SrConfig]):
     @property
     def _smallest(self) -> int:
         """Side below which nothing is left for SSIM's 11 x 11 window inside the shaved border."""
-        return 11 + 2 * self.config.sr.scale
+        return 11 + 2 * math.ceil(self.scale)
 
     def cases(self, examples: Examples, limit: int) -> list[Case]:
         cases = super().cases(examples, limit)
@@ -179,25 +195,24 @@ class Adapter(Task[SrConfig]):
 
     def case(self, item: Item) -> Case | None:
         assert item.image is not None
-        scale = self.config.sr.scale
-        sharp = to_multiple(item.image, scale)
-        return Case(item.id, reduce(sharp, scale), sharp, item) if min(sharp.shape[:2]) >= self._smallest else None
+        sharp = to_multiple(item.image, self.scale)
+        return Case(item.id, reduce(sharp, self.scale), sharp, item) if min(sharp.shape[:2]) >= self._smallest else None
 
     def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.sr.metric import SrMetric
 
-        return SrMetric(scale=self.config.sr.scale)
+        return SrMetric(scale=self.scale.numerator, shave=math.ceil(self.scale))
 
     def baseline(self, train: Examples, cases: Iterable[Case]) -> dict[str, float]:
         """Bicubic enlargement."""
         metric = self.metric()
         for case in cases:
-            metric.add(case.id, enlarge(case.input, self.config.sr.scale), case.truth)
+            metric.add(case.id, enlarge(case.input, self.scale), case.truth)
         return metric.compute()
 
     def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
         return [
-            Tile(enlarge(case.input, self.config.sr.scale), "bicubic"),
+            Tile(enlarge(case.input, self.scale), "bicubic"),
             Tile(output, "output"),
             Tile(case.truth, "truth"),
         ]

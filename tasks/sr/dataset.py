@@ -1,7 +1,11 @@
 """Super-resolution pairs: a picture and its antialiased bicubic reduction (MATLAB's imresize, as in all published
 tables).
+
+A scale is p / q in lowest terms: p pixels of the high resolution are q of the low one (q = 1 for whole numbers).
 """
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -10,26 +14,25 @@ from crossflow.tasks.common.images import imresize_matlab, to_tensor
 from crossflow.tasks.common.readers import Item
 
 
-def to_multiple(image: np.ndarray, scale: int) -> np.ndarray:
-    """The picture (H, W, 3) cut at the bottom and right to multiples of `scale` (the standard crop of Set5, B100,
-    ...).
-    """
-    height, width = (side - side % scale for side in image.shape[:2])
+def to_multiple(image: np.ndarray, scale: Fraction | int) -> np.ndarray:
+    """The picture (H, W, 3) cut at the bottom and right to multiples of p (the standard crop of Set5, B100, ...)."""
+    p = Fraction(scale).numerator
+    height, width = (side - side % p for side in image.shape[:2])
     return image[:height, :width]
 
 
-def reduce(image: np.ndarray, scale: int) -> np.ndarray:
-    """uint8 (H, W, 3), sides multiples of `scale` -> uint8 (H / scale, W / scale, 3)."""
-    return imresize_matlab(image, 1 / scale)
+def reduce(image: np.ndarray, scale: Fraction | int) -> np.ndarray:
+    """uint8 (H, W, 3), sides multiples of p -> uint8 (H / scale, W / scale, 3)."""
+    return imresize_matlab(image, 1 / Fraction(scale))
 
 
-def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
-    """uint8 (h, w, 3) -> uint8 (h scale, w scale, 3): the bicubic baseline, and the source of the flow."""
-    return imresize_matlab(image, scale)
+def enlarge(image: np.ndarray, scale: Fraction | int) -> np.ndarray:
+    """uint8 (h, w, 3) -> uint8 (h scale, w scale, 3), rounded up: the bicubic baseline, and the source of the flow."""
+    return imresize_matlab(image, Fraction(scale))
 
 
 def random_pair(
-    image: np.ndarray, size: int, scale: int, generator: np.random.Generator
+    image: np.ndarray, size: int, scale: Fraction | int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random `size` x `size` crop of a picture, flipped and turned, and its bicubic version; both uint8 (size, size,
     3).
@@ -40,8 +43,9 @@ def random_pair(
     missing = [max(0, size - side) for side in image.shape[:2]]
     if any(missing):
         image = np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="symmetric")
-    margin = 3 * scale
-    top, left = (scale * int(generator.integers(0, (side - size) // scale + 1)) for side in image.shape[:2])
+    p, q = Fraction(scale).as_integer_ratio()
+    margin = p * math.ceil(3 / q)  # three pixels of the low resolution, or a little more
+    top, left = (p * int(generator.integers(0, (side - size) // p + 1)) for side in image.shape[:2])
     up, before = min(margin, top), min(margin, left)
     window = to_multiple(image[top - up : top + size + margin, left - before : left + size + margin], scale)
     bicubic = enlarge(reduce(window, scale), scale)
@@ -52,7 +56,7 @@ def random_pair(
     return np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1])
 
 
-def example(item: Item, size: int, scale: int, generator: np.random.Generator) -> dict[str, Any]:
+def example(item: Item, size: int, scale: Fraction | int, generator: np.random.Generator) -> dict[str, Any]:
     """{"id", "sharp", "bicubic"}: float32 (3, size, size) in [-1, 1]."""
     assert item.image is not None
     sharp, bicubic = random_pair(item.image, size, scale, generator)

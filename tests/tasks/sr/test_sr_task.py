@@ -1,8 +1,13 @@
 """Super-resolution pairs: the source is the bicubic baseline, at the right place."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
+from crossflow.core.errors import UserError
+from crossflow.tasks.base import load_config
+from crossflow.tasks.sr import Adapter
 from crossflow.tasks.sr.dataset import enlarge, random_pair, reduce, to_multiple
 
 
@@ -11,22 +16,23 @@ def smooth(height: int, width: int) -> np.ndarray:
     return np.stack([127 + 100 * np.sin(x + y), 127 + 100 * np.cos(y), 127 + 100 * np.sin(2 * x)], 2).astype(np.uint8)
 
 
-@pytest.mark.parametrize("scale", [2, 3, 4])
-def test_a_crop_is_the_picture_and_its_bicubic_version(scale: int) -> None:
+@pytest.mark.parametrize("scale", [2, 3, 4, Fraction(3, 2), Fraction(5, 2), Fraction(7, 3)])
+def test_a_crop_is_the_picture_and_its_bicubic_version(scale: Fraction | int) -> None:
     image = smooth(97, 120)
     whole = enlarge(reduce(to_multiple(image, scale), scale), scale)
-    found = 0
+    found, unit = 0, Fraction(scale).numerator
+    size = 12 * unit if unit < 5 else 6 * unit
     for seed in range(12):
-        sharp, bicubic = random_pair(image, 12 * scale, scale, np.random.default_rng(seed))
-        assert sharp.shape == bicubic.shape == (12 * scale, 12 * scale, 3)
+        sharp, bicubic = random_pair(image, size, scale, np.random.default_rng(seed))
+        assert sharp.shape == bicubic.shape == (size, size, 3)
         for turned in _turns(sharp, bicubic):
             place = _find(image, turned[0])
             if place is None:
                 continue
             found += 1
-            same = whole[place[0] : place[0] + 12 * scale, place[1] : place[1] + 12 * scale]
+            same = whole[place[0] : place[0] + size, place[1] : place[1] + size]
             if same.shape == turned[1].shape and place[0] > 0 and place[1] > 0:
-                inside = slice(scale, -scale)
+                inside = slice(unit, -unit)
                 assert np.abs(same[inside, inside].astype(int) - turned[1][inside, inside]).max() <= 3
             break
     assert found == 12
@@ -53,3 +59,31 @@ def _find(image: np.ndarray, piece: np.ndarray) -> tuple[int, int] | None:
 def test_pictures_smaller_than_the_crop_still_give_one(shape: tuple[int, int]) -> None:
     sharp, bicubic = random_pair(smooth(*shape), 32, 4, np.random.default_rng(0))
     assert sharp.shape == bicubic.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "ratio"),
+    [("2", Fraction(2)), ("1.5", Fraction(3, 2)), ("2.3333", Fraction(7, 3)), ("1.1", Fraction(11, 10))],
+)
+def test_scales_are_whole_or_ratios(given: str, ratio: Fraction) -> None:
+    settings = [
+        f"sr.scale={given}",
+        f"sr.crop={16 * ratio.numerator}",
+        f"sr.tile={16 * ratio.numerator}",
+        "sr.overlap=0",
+    ]
+    task = Adapter(load_config("sr_tiny", settings))
+    assert task.scale == ratio
+    low = smooth(31, 20)
+    assert enlarge(low, ratio).shape == (-(-31 * ratio // 1), -(-20 * ratio // 1), 3)
+    high = to_multiple(smooth(97, 120), ratio)
+    assert enlarge(reduce(high, ratio), ratio).shape == high.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [(["sr.scale=2.37"], "is near"), (["sr.scale=1"], "scale"), (["sr.scale=1.5", "sr.crop=32"], "multiple of 3")],
+)
+def test_scales_that_cannot_be_are_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Adapter(load_config("sr_tiny", settings))
