@@ -1,6 +1,7 @@
 """Distances between the distributions of features of drawn and of real pictures: FID, KID, IS by torchmetrics.
 
-Statistics are sums over features, so pictures pass one batch at a time. With another network than Inception the same
+Statistics are sums over features, and pictures pass one batch at a time. Rank 0 computes alone (sync_on_compute=False):
+torchmetrics would wait for the other ranks, which have left by then. With another network than Inception the same
 numbers are called frechet_distance, kernel_distance and class_score, since they are not FID, KID and IS.
 References: Heusel et al. 2017 (FID); Binkowski et al. 2018 (KID); Salimans et al. 2016 (IS).
 
@@ -228,7 +229,7 @@ def frechet_distance(drawn: Statistics, real: Statistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 sqrt(C1 C2)) by torchmetrics, in float64."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_passing(len(real.total)))
+    metric = FrechetInceptionDistance(feature=_passing(len(real.total)), sync_on_compute=False)
     for prefix, one in (("real", real), ("fake", drawn)):
         setattr(metric, f"{prefix}_features_sum", torch.from_numpy(one.total))
         setattr(metric, f"{prefix}_features_cov_sum", torch.from_numpy(one.products))
@@ -246,7 +247,7 @@ def kernel_distance(drawn: Statistics, real: Statistics, seed: int) -> float:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(feature=_passing(len(real.total)), subset_size=size)
+        metric = KernelInceptionDistance(feature=_passing(len(real.total)), subset_size=size, sync_on_compute=False)
         metric.update(torch.from_numpy(real.features()), real=True)
         metric.update(torch.from_numpy(drawn.features()), real=False)
         return float(metric.compute()[0])
@@ -259,6 +260,6 @@ def class_score(logits: torch.Tensor, seed: int) -> float:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
-        metric = InceptionScore(feature=_passing(logits.shape[1]))
+        metric = InceptionScore(feature=_passing(logits.shape[1]), sync_on_compute=False)
         metric.update(logits)
         return float(metric.compute()[0])

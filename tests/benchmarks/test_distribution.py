@@ -83,6 +83,13 @@ def test_names_tell_whether_inception_measured():
         distances(("fid",), [{"features": features(9, 0)[:, :3]}], real, True)
 
 
+def test_one_of_several_processes_computes_alone(monkeypatch):
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    batches = [{"features": features(40, 0), "logits": features(40, 2)}]
+    values, _ = distances(("fid", "kid", "is"), batches, statistics(features(40, 1)), True)
+    assert set(values) == {"fid", "kid", "is"}
+
+
 def test_statistics_are_kept_whole(tmp_path: Path):
     one = statistics(features(30, 0))
     one.about = {"network": "tiny", "weights": "x"}
