@@ -519,7 +519,7 @@ def evaluate(
       crossflow evaluate --checkpoint runs/sr_small --protocol set5-x4 --data folder:~/Set5@all --steps 1
       crossflow evaluate --checkpoint runs/t2i --protocol coco-fid30k --data coco:~/coco --guidance 7
       crossflow evaluate --checkpoint runs/t2i --protocol coco-fid30k --data coco:~/coco --num 5000 \\
-        --network features=timm:resnet50 --network clip=~/clip-vit-large-patch14
+        --network features=timm:resnet50 --network clip=~/clip-vit-base-patch32
       crossflow evaluate --repeat runs/sr_small/evaluation/NAME/metrics.json
 
     A protocol fixes the split, the preparation of pictures and how each number is computed; the manifest tells all of
