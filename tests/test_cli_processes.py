@@ -43,15 +43,17 @@ def test_an_evaluation_is_shared_and_is_that_of_one_process(tiny_run, tmp_path: 
 
 
 def test_distances_by_two_processes_are_those_of_one(tiny_run, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
     for number in range(9):
         noise = np.random.default_rng(number).integers(0, 255, (40, 44, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+        Image.fromarray(noise).save(tmp_path / "data" / f"{number}.png")
     rules = tmp_path / "mini.yaml"
     rules.write_text(
         "extends: imagenet-64-256\nsplit: all\nnetworks: {features: timm:test_resnet@random}\nsr: {crop: 32}\n"
         "distribution: {numbers: [fid, kid, is]}\n"
     )
-    argv = ["evaluate", "--checkpoint", str(tiny_run("sr")), "--protocol", str(rules), "--data", f"folder:{tmp_path}"]
+    data = f"folder:{tmp_path / 'data'}"
+    argv = ["evaluate", "--checkpoint", str(tiny_run("sr")), "--protocol", str(rules), "--data", data]
     in_processes(2, *argv, "batch_size=2", "--output", str(tmp_path / "two"))
     assert main([*argv, "batch_size=4", "--output", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["scores"] for name in ("one", "two"))
