@@ -16,6 +16,7 @@ from crossflow.tasks.common.readers.hypersim import HypersimReader
 from crossflow.tasks.common.readers.jsonl import JsonlReader
 from crossflow.tasks.common.readers.karpathy import KarpathyReader
 from crossflow.tasks.common.readers.kitti import KittiReader
+from crossflow.tasks.common.readers.mjhq import MjhqReader
 from crossflow.tasks.common.readers.npy import NpyReader
 from crossflow.tasks.common.readers.nyu import NyuReader
 from crossflow.tasks.common.readers.pairs import PairsReader
@@ -49,6 +50,7 @@ READERS.register("npy")(NpyReader)
 READERS.register("prompts")(PromptsReader)
 READERS.register("karpathy")(KarpathyReader)
 READERS.register("flickr")(FlickrReader)
+READERS.register("mjhq")(MjhqReader)
 READERS.register("nyu")(NyuReader)
 READERS.register("kitti")(KittiReader)
 READERS.register("hypersim")(HypersimReader)

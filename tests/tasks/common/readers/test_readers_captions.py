@@ -213,3 +213,36 @@ def test_data_with_settings_are_found_from_where_a_run_was_started(tmp_path):
         f"karpathy:{tmp_path}/started/coco?incomplete=skip@val"
     )
     assert located("karpathy:coco?incomplete=skip", tmp_path) == "karpathy:coco?incomplete=skip"
+
+
+def mjhq(folder: Path) -> Path:
+    about = {f"id{n}": {"category": ("animals", "food")[n % 2], "prompt": f"a  thing {n}"} for n in range(4)}
+    for id, one in about.items():
+        picture(folder / "mjhq30k_imgs" / one["category"] / f"{id}.jpg")
+    about |= {
+        "idle": {"category": "food", "prompt": " "},
+        "bare": {"prompt": "x"},
+        "away": {"category": "..", "prompt": "x"},
+    }
+    picture(folder / "away.jpg")
+    (folder / "meta_data.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_mjhq_is_read_as_it_is_published(tmp_path):
+    reader = open_reader(f"mjhq:{mjhq(tmp_path)}", "all")
+    assert reader.ids[:4] == ["id0", "id1", "id2", "id3"]
+    assert (reader[3].captions, reader[3].image.shape) == (("a thing 3",), (4, 6, 3))
+    reasons = bad(reader)
+    assert set(reasons) == {"idle", "bare", "away"}
+    said = {"idle": "no prompt", "bare": "no category", "away": "leaves the data folder"}
+    assert all(words in reasons[id] for id, words in said.items())
+    assert open_reader(str(tmp_path), "all").ids == reader.ids
+
+
+def test_mjhq_without_its_list_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"no meta_data\.json"):
+        open_reader(f"mjhq:{tmp_path}", "all")
+    (tmp_path / "meta_data.json").write_text("[]")
+    with pytest.raises(UserError, match="not in the form of MJHQ-30K"):
+        open_reader(f"mjhq:{tmp_path}", "all")
