@@ -45,7 +45,7 @@ def _how(plan: Plan) -> list[Block]:
     return [
         Text(
             f"Ours: recipe {budget.recipe} on {data}, {plan.steps} steps a run, seeds {seeds}; scored {_scored(plan)}, "
-            f"for each seed the same items and noise for all variants.{changed} "
+            f"the same items and noise for all.{changed} "
             "± is half of the 95 % interval of the mean over seeds (Student), which says nothing of other data or "
             "sizes."
         ),

@@ -112,6 +112,7 @@ def plan(
 
     Raises UserError when data or run do not fit the protocol.
     """
+    task = _with_seed_0(task)
     if protocol is None:
         return _by_task(task, spec, split, num)
     if protocol.task != task.name:
@@ -121,7 +122,6 @@ def plan(
         raise UserError(
             f"The protocol {protocol.name} needs its data: give --data with {protocol.layout}. {protocol.title}."
         )
-    task = _of_protocol(task)
     if protocol.text.prompts == "geneval":
         return _geneval(protocol, spec, num, networks)
     limit = min(num, protocol.choose) if protocol.choose is not None else num
@@ -135,8 +135,8 @@ def plan(
     return builders[task.name](task, protocol, examples, networks)
 
 
-def _of_protocol(task: Task) -> Task:
-    """The task with the seed 0: which items and prompts a protocol takes must not depend on the run's own seed."""
+def _with_seed_0(task: Task) -> Task:
+    """Which items and prompts are scored must not depend on the seed that a run was trained with."""
     copied = copy.copy(task)
     copied.config = task.config.model_copy(update={"seed": 0})
     return copied

@@ -171,12 +171,12 @@ def test_what_is_scored_does_not_depend_on_the_seed_of_the_run(tiny_run, rooms: 
     from crossflow.tasks.pipeline import load
 
     (tmp_path / "two.yaml").write_text("extends: nyu\nchoose: 2")
-    for name, protocol, spec in (("t2i", "scenes-geneval", None), ("depth", tmp_path / "two.yaml", rooms)):
+    ways = [("t2i", None, None), ("t2i", "scenes-geneval", None), ("depth", tmp_path / "two.yaml", rooms)]
+    for name, protocol, spec in ways:
+        rules = load_protocol(protocol) if protocol else None
         config = load(tiny_run(name)).task.config
         chosen = [
-            plan(
-                build_task(config.model_copy(update={"seed": seed})), load_protocol(protocol), spec, "test", 12, 0, None
-            )
+            plan(build_task(config.model_copy(update={"seed": seed})), rules, spec, "test", 12, 0, None)
             for seed in range(4)
         ]
         told = {tuple((case.id, str(case.input) if name == "t2i" else "") for case in one.cases) for one in chosen}
