@@ -66,6 +66,6 @@ def test_reading_is_measured_for_both_kinds_of_files_warm_and_cold(tmp_path: Pat
     monkeypatch.setattr(reading.reading, "__defaults__", (16, 1, lambda: None))
     assert main(["benchmark", "speed", "--part", "cache", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
-    assert [row["memory"] for row in found["cache"]] == ["warm", "cold"] * 4
+    assert [row["memory"] for row in found["cache"]] == ["warm", "cold"] * len(reading.CONTENTS)
     assert all(row["bytes_ratio"] < 0.5 and row["ratio"] > 0 for row in found["cache"])
     assert "scenes" not in found
