@@ -219,7 +219,7 @@ class HfReader(Reader):
 
         if "image" not in self.columns:
             return None
-        return load_image(_encoded(values[self.columns["image"]]))
+        return load_image(_encoded(values[self.columns["image"]], self.place))
 
     def _depth(self, values: Mapping[str, Any]) -> np.ndarray | None:
         from PIL import Image
@@ -230,7 +230,7 @@ class HfReader(Reader):
         if value is None:
             return None
         if isinstance(value, Mapping):
-            content = _encoded(value)
+            content = _encoded(value, self.place)
             with Image.open(io.BytesIO(content), formats=("PNG", "TIFF")) as image:
                 value = np.array(image) if image.mode == "F" else None
             if value is None:
@@ -249,7 +249,7 @@ class HfReader(Reader):
             values = self.data[name][row]
             for column in self.columns.values():
                 value = values[column]
-                digest.update(_encoded(value) if isinstance(value, Mapping) else repr(value).encode())
+                digest.update(_encoded(value, self.place) if isinstance(value, Mapping) else repr(value).encode())
         return digest.hexdigest()
 
     @classmethod
@@ -271,10 +271,11 @@ class _Rows:
         return self.rows[key] if isinstance(key, int) else [row[key] for row in self.rows]
 
 
-def _encoded(value: Any) -> bytes:
+def _encoded(value: Any, place: str) -> bytes:
     """The bytes of a picture that was left encoded: {"bytes", "path"}.
 
     The library names pictures inside of archives and on the hub by chained addresses: zip://a.png::/data/train.zip.
+    What they lead to must be on the hub, in the library's cache, or below `place`: a row may name any file.
     """
     if not isinstance(value, Mapping):
         raise ValueError("has no picture" if value is None else f"its picture is {type(value).__name__}, not encoded")
@@ -283,12 +284,26 @@ def _encoded(value: Any) -> bytes:
     if value.get("path"):
         import fsspec
 
+        end = str(value["path"]).rpartition("::")[2]
+        if not end.startswith("hf://") and not _is_below(end, place):
+            raise ValueError(f"its picture {end!r} lies outside of the data; only files of the data are read")
         try:
             with fsspec.open(value["path"], "rb") as file:
                 return file.read()
         except Exception as error:  # a file system raises what its library does
             raise ValueError(f"{value['path']} cannot be read: {error}") from error
     raise ValueError("has no picture")
+
+
+def _is_below(file: str, place: str) -> bool:
+    """Whether a local file lies in the data's folder, or in a cache of the library."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = existing(place)
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    folders = [*map(Path, caches), *([folder if folder.is_dir() else folder.parent] if folder is not None else [])]
+    return any(Path(file).resolve().is_relative_to(Path(one).resolve()) for one in folders)
 
 
 def _texts(value: Any) -> Any:

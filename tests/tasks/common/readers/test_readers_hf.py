@@ -170,3 +170,16 @@ def test_what_cannot_be_opened_is_said_in_one_paragraph(tmp_path, saved):
     rows(3).map(lambda row: {"name": "same"}).save_to_disk(tmp_path / "same")
     with pytest.raises(UserError, match="unique"):
         open_reader(f"hf:{tmp_path}/same?id=name", "all")
+
+
+@pytest.mark.parametrize("address", ["{}", "file://{}", "zip://a.png::{}", "http://example.com/a.png"])
+def test_a_row_cannot_name_a_file_outside_of_the_data(tmp_path: Path, address: str) -> None:
+    from crossflow.tasks.common.readers.hf import _encoded
+
+    secret, data = tmp_path / "secret.png", tmp_path / "data"
+    data.mkdir()
+    secret.write_bytes(b"secret")
+    with pytest.raises(ValueError, match="outside of the data"):
+        _encoded({"bytes": None, "path": address.format(secret)}, str(data))
+    (data / "mine.png").write_bytes(b"mine")
+    assert _encoded({"bytes": None, "path": str(data / "mine.png")}, str(data)) == b"mine"
