@@ -156,7 +156,8 @@ def train(
         _show_scores(outcome.scores.values, outcome.scores.intervals, outcome.baseline, run.task.headline)
         for note in outcome.scores.notes:
             say(f"note: {note}")
-    given_input = '--prompt "a red cube"' if run.task.input_kind == "text" else "--input PICTURE"
+    prompt = '"a red cube"' if run.config.data.train == "scenes" else "TEXT"
+    given_input = f"--prompt {prompt}" if run.task.input_kind == "text" else "--input PICTURE"
     say(f"The run is in {folder}. Use it: crossflow sample --checkpoint {folder} {given_input}")
 
 

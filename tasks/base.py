@@ -101,6 +101,18 @@ class Task(ABC, Generic[C]):
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
 
+    def restore(self, folder: Path) -> None:
+        """`load`, with a UserError whatever is wrong with the files."""
+        try:
+            self.load(folder)
+        except UserError:
+            raise
+        except Exception as error:  # damaged JSON, tensors, tokenizers: each reader raises something else
+            raise UserError(
+                f"What the run in {folder} keeps beside its weights (tokenizer, codec, scales) cannot be read: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            ) from error
+
     def assume(self) -> None:
         """Instead of `load`: takes from the settings alone what shapes the model, so that `build_model` can count
         parameters without data and without the frozen networks.

@@ -45,15 +45,7 @@ def load(
         raise UserError(f"Unknown weights {weights!r}. Known: {', '.join(WEIGHTS)}.")
     task = build_task(config)
     task.run_folder = folder
-    try:
-        task.load(folder)
-    except UserError:
-        raise
-    except Exception as error:  # damaged JSON, tensors, tokenizers: each reader raises something else
-        raise UserError(
-            f"What the run in {folder} keeps beside its weights (tokenizer, codec, scales) cannot be read: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
+    task.restore(folder)
     kind = weights or ("ema" if (folder / WEIGHTS["ema"]).is_file() else "model")
     model = _load_model(task, folder / WEIGHTS[kind])
     return Pipeline(task, model, folder=folder, weights=kind, device=device)

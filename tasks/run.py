@@ -134,7 +134,7 @@ class Run:
         """
         distributed.on_main(self._begin_or_continue)  # alone: a slower process would take what it leaves for a run
         # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
-        self.task.load(self.folder)
+        self.task.restore(self.folder)
         self.task.accept(self.data)
 
     def _begin_or_continue(self) -> str:

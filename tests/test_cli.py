@@ -388,6 +388,15 @@ def test_a_batch_larger_than_the_data_trains(tiny_settings, tmp_path: Path) -> N
     assert main([*argv, "data.num_train=3", "train.batch_size=8"]) == 0
 
 
+@pytest.mark.parametrize("kept", ["tokenizer/tokenizer.json", "codec/codec.json"])
+def test_a_run_with_damaged_files_is_neither_used_nor_resumed(capsys, tiny_run, kept: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_run("t2i"), broken)
+    (broken / kept).write_bytes((broken / kept).read_bytes()[:40])
+    assert str(broken) in refused(capsys, "sample", "--checkpoint", str(broken), "--prompt", "a cube")
+    assert str(broken) in refused(capsys, "train", "--output", str(broken), "--resume", "auto")
+
+
 def test_checkpoints_of_another_task_or_damaged_ones_are_refused(capsys, tiny_run, tmp_path: Path, photo: Path) -> None:
     assert "text-to-image" in refused(capsys, "sample", "--checkpoint", str(tiny_run("t2i")), "--input", str(photo))
     assert "takes pictures" in refused(capsys, "sample", "--checkpoint", str(tiny_run("sr")), "--prompt", "a red cube")

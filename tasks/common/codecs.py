@@ -45,7 +45,7 @@ def load_codec(folder: str | Path, *, source: str | None = None, subfolder: str 
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
         raise UserError(f"{str(folder)!r} holds no codec: there is no {SETTINGS_FILE} in it.")
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = _read_settings(path)
     options = dict(settings["options"])
     checksum = settings.get("sha256")
     if settings.get("embedded"):
@@ -61,6 +61,16 @@ def load_codec(folder: str | Path, *, source: str | None = None, subfolder: str 
     if settings.get("embedded"):
         codec.source = None  # so that it is embedded again when saved elsewhere
     return codec
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return {name: settings[name] for name in ("kind", "options", "scale", "shift")} | settings
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged and does not describe a codec ({type(error).__name__}: {error}). Save the codec again."
+        ) from error
 
 
 def _same_place(source: str, recorded: str) -> bool:
@@ -333,11 +343,11 @@ class NetworkCodec(Codec):
     @classmethod
     def _as_saved(cls, path: Path, scale: Any, shift: Any) -> tuple[str, Any, Any]:
         """Subfolder, scale and shift of a codec saved with its weights, the latter two unless others are given."""
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if settings.get("kind") != cls.kind or not settings.get("embedded"):
+        settings = _read_settings(path)
+        if settings["kind"] != cls.kind or not settings.get("embedded"):
             having = "with" if settings.get("embedded") else "without"
             raise UserError(
-                f"{path.parent} holds a {settings.get('kind')} codec {having} its weights; a {cls.kind} codec with "
+                f"{path.parent} holds a {settings['kind']} codec {having} its weights; a {cls.kind} codec with "
                 "them is needed."
             )
         return (

@@ -5,9 +5,11 @@ the data and the recipe alone: a cache that was interrupted has the same bytes a
 (RANK and WORLD_SIZE, as launchers set them) share the shards of one folder without talking to each other.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from crossflow.tasks.common.readers import BadItem, Item, Reader
 
 OnProgress = Callable[[int, int], None]
 NUM_PROBED = 256  # items that the expected size is measured on
+ABANDONED = 3600  # seconds after which a file that is not yet under its name will never be
 NUM_COMPARED = 4  # items whose token features are compared with the recipe's encoder before they are taken over
 
 
@@ -255,9 +258,7 @@ class Builder:
         complete = len(records) == len(self.parts)
         if complete:
             self._write_manifest({"plan": self.plan, "complete": True, "shards": records})
-            if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # others may be writing
-                for path in self.folder.glob(".*.part*"):  # of writes that were killed
-                    path.unlink(missing_ok=True)
+            self._sweep()
         return Summary(
             sum(record["num_items"] for record in records),
             sum(record["bytes"] for record in records),
@@ -265,6 +266,13 @@ class Builder:
             self._bad(),
             complete,
         )
+
+    def _sweep(self) -> None:
+        """Removes what killed writes left; a younger file may be another process's that is being written."""
+        for path in self.folder.glob(".*.part*"):
+            with contextlib.suppress(FileNotFoundError):  # another process swept it
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
 
     def _write_manifest(self, content: Mapping[str, Any]) -> None:
         shards.write_bytes(self.folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False).encode())

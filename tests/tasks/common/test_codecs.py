@@ -220,3 +220,12 @@ def test_saved_settings_hold_no_half_written_file(tmp_path):
     PixelCodec(scale=2.0).save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["codec.json"]
     assert json.loads((tmp_path / "codec.json").read_text())["scale"] == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("content", ["", '{"kind": "pixel", "opt', "[]", "{}", '{"kind": "pixel", "options": {}}'])
+def test_damaged_settings_are_told(content, tmp_path):
+    (tmp_path / "codec.json").write_text(content)
+    with pytest.raises(UserError, match=r"codec\.json is damaged"):
+        load_codec(tmp_path)
+    with pytest.raises(UserError, match=r"codec\.json is damaged"):
+        build_codec("autoencoder_kl", source=str(tmp_path))

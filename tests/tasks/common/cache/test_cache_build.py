@@ -276,7 +276,7 @@ def test_whatever_a_kill_leaves_is_mended(builder, left: str, tmp_path: Path):
     content = json.loads((folder / "cache.json").read_text()) | {"complete": False}
     (folder / "cache.json").write_text(json.dumps(content))
     if left == "part":
-        (folder / ".train-00001.safetensors.part99").write_bytes(b"half")
+        abandoned(folder / ".train-00001.safetensors.part99")
         (folder / "train-00001.json").unlink()
     elif left == "no json":
         (folder / "train-00002.json").unlink()
@@ -285,9 +285,25 @@ def test_whatever_a_kill_leaves_is_mended(builder, left: str, tmp_path: Path):
     else:
         for path in folder.iterdir():
             path.unlink()
-        (folder / ".cache.json.part99").write_bytes(b"{")
+        abandoned(folder / ".cache.json.part99")
     builder("killed").run()
     assert digests(folder) == digests(tmp_path / "whole")
+
+
+def abandoned(path: Path) -> None:
+    """What a process that was killed yesterday left."""
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - 86400,) * 2)
+
+
+def test_what_another_process_is_writing_is_left_alone(builder, tmp_path: Path):
+    (tmp_path / "cache").mkdir()
+    young, old = tmp_path / "cache" / ".train-00001.safetensors.part98", tmp_path / "cache" / ".cache.json.part99"
+    young.write_bytes(b"half")
+    abandoned(old)
+    assert builder("cache").run().complete
+    assert young.exists()
+    assert not old.exists()
 
 
 def test_processes_share_the_shards(builder, monkeypatch, tmp_path: Path):
