@@ -296,10 +296,14 @@ def _encoded(value: Any, place: str) -> bytes:
 
 
 def _is_below(file: str, place: str) -> bool:
-    """Whether a local file lies in the data's folder, or in a cache of the library."""
+    """Whether an address is a local file in the data's folder, or in a cache of the library."""
     import datasets
+    from fsspec.implementations.local import LocalFileSystem
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    if "://" in file:
+        return False
+    file = LocalFileSystem._strip_protocol(file)  # what fsspec will open: without "file:", with "~" expanded
     folder = existing(place)
     caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
     folders = [*map(Path, caches), *([folder if folder.is_dir() else folder.parent] if folder is not None else [])]

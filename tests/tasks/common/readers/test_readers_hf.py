@@ -172,8 +172,10 @@ def test_what_cannot_be_opened_is_said_in_one_paragraph(tmp_path, saved):
         open_reader(f"hf:{tmp_path}/same?id=name", "all")
 
 
-@pytest.mark.parametrize("address", ["{}", "file://{}", "zip://a.png::{}", "http://example.com/a.png"])
-def test_a_row_cannot_name_a_file_outside_of_the_data(tmp_path: Path, address: str) -> None:
+@pytest.mark.parametrize(
+    "address", ["{}", "file://{}", "file:{}", "~/secret.png", "zip://a.png::{}", "http://example.com/a.png"]
+)
+def test_a_row_cannot_name_a_file_outside_of_the_data(monkeypatch, tmp_path: Path, address: str) -> None:
     from crossflow.tasks.common.readers.hf import _encoded
 
     secret, data = tmp_path / "secret.png", tmp_path / "data"
@@ -181,5 +183,10 @@ def test_a_row_cannot_name_a_file_outside_of_the_data(tmp_path: Path, address: s
     secret.write_bytes(b"secret")
     with pytest.raises(ValueError, match="outside of the data"):
         _encoded({"bytes": None, "path": address.format(secret)}, str(data))
+    monkeypatch.chdir(data)  # below it lies whatever is taken for a relative path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="outside of the data"):
+        _encoded({"bytes": None, "path": address.format(secret)}, ".")
     (data / "mine.png").write_bytes(b"mine")
     assert _encoded({"bytes": None, "path": str(data / "mine.png")}, str(data)) == b"mine"
+    assert _encoded({"bytes": None, "path": "mine.png"}, ".") == b"mine"
