@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossflow.tasks.pipeline import Pipeline, load
+    from crossflow.engine.sample import Pipeline, load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "Pipeline"]
 
-_HOME = {"load": "crossflow.tasks.pipeline", "Pipeline": "crossflow.tasks.pipeline"}  # public name -> its module
+_HOME = {"load": "crossflow.engine.sample", "Pipeline": "crossflow.engine.sample"}  # public name -> its module
 
 
 def __getattr__(name: str) -> Any:

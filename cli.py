@@ -25,7 +25,7 @@ from crossflow.core.files import is_full
 from crossflow.tasks import task_names
 
 if TYPE_CHECKING:
-    from crossflow.tasks.pipeline import Pipeline
+    from crossflow.engine.sample import Pipeline
 
 TASKS = task_names()
 
@@ -105,8 +105,8 @@ def train(
     import tempfile
 
     from crossflow.core import distributed
+    from crossflow.engine.train import Run, new_folder
     from crossflow.tasks.base import load_config, task_class
-    from crossflow.tasks.run import Run, new_folder
 
     distributed.device()  # joins the processes of a launcher, if there are several
     resumed = (
@@ -253,7 +253,7 @@ def uses_checkpoint(function: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         from crossflow.core import distributed
         from crossflow.core.config import parse_overrides
-        from crossflow.tasks.pipeline import load
+        from crossflow.engine.sample import load
 
         if distributed.announced():
             distributed.device()  # joins the processes of a launcher
@@ -332,8 +332,8 @@ def _inputs(
     pipe: "Pipeline", prompts: Sequence[str], prompt_file: Path | None, inputs: Sequence[Path]
 ) -> list[tuple[str, Any]]:
     """(name, input) of everything asked for; raises UserError when it does not fit the task."""
-    from crossflow.tasks.common.images import load_image
-    from crossflow.tasks.common.readers.base import IMAGE_SUFFIXES
+    from crossflow.data.images import load_image
+    from crossflow.data.reader import IMAGE_SUFFIXES
 
     if pipe.task.input_kind == "text":
         if inputs:
@@ -460,7 +460,7 @@ def _item_ids(asked: Sequence[tuple[str, Any]]) -> list[str]:
 
 
 def _write_grid(pictures: Sequence[Any], names: Sequence[str], path: Path) -> Path:
-    from crossflow.tasks.common.images import save_png, sheet
+    from crossflow.data.images import save_png, sheet
 
     cell, columns = min(512, max(128, pictures[0].shape[1])), len(pictures) if len(pictures) <= 6 else None
     return save_png(sheet(list(pictures), list(names), columns=columns, cell=cell), path)
@@ -470,7 +470,7 @@ def _recall(context: click.Context, _: click.Parameter, value: str | None) -> An
     """The options of the evaluation that is repeated become the defaults of all others."""
     if value is None:
         return None
-    from crossflow.benchmarks.manifest import options_of, read_evaluation
+    from crossflow.benchmarks.evaluation.manifest import options_of, read_evaluation
 
     before = read_evaluation(value)
     context.default_map = options_of(before.manifest)
@@ -527,9 +527,9 @@ def evaluate(
     it and the rest. Noise follows from the seed and the item's id, so neither batch_size=N nor the number of processes
     (torchrun, accelerate launch) changes the result. A killed evaluation goes on when the command is given again.
     """
-    from crossflow.benchmarks.evaluate import evaluate as run
-    from crossflow.benchmarks.manifest import expect_repeated
-    from crossflow.benchmarks.protocol import load_protocol, protocol_of, roles
+    from crossflow.benchmarks.evaluation.evaluate import evaluate as run
+    from crossflow.benchmarks.evaluation.manifest import expect_repeated
+    from crossflow.benchmarks.evaluation.protocol import load_protocol, protocol_of, roles
 
     pipe, protocol, settings, folder = use.pipe, None, use.settings, use.output
     if protocol_name is not None:
@@ -582,7 +582,7 @@ def compare(first: Path, second: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from crossflow.benchmarks.manifest import differences, read_evaluation, score_rows
+    from crossflow.benchmarks.evaluation.manifest import differences, read_evaluation, score_rows
 
     one, other = read_evaluation(first), read_evaluation(second)
     table = Table("score", "first", "second", "difference", "")
@@ -613,9 +613,9 @@ def statistics(protocol_name: str, data: str, output: Path, networks: Sequence[s
     \b
       crossflow statistics --protocol coco-fid30k --data coco:~/coco --output coco_val_256.safetensors
     """
-    from crossflow.benchmarks.distribution import statistics_of
-    from crossflow.benchmarks.protocol import load_protocol, roles
-    from crossflow.tasks.pipeline import find_device
+    from crossflow.benchmarks.evaluation.distances import statistics_of
+    from crossflow.benchmarks.evaluation.protocol import load_protocol, roles
+    from crossflow.engine.sample import find_device
 
     protocol = load_protocol(protocol_name).using(roles(networks))
     with _bar("real pictures") as on_step:
@@ -652,7 +652,7 @@ def _write_all(use: Use, results: Sequence[Any], names: Sequence[str], folder: P
 
 def _animate(use: Use, results: Sequence[Any], folder: Path, fps: float) -> None:
     """An animated GIF of results that are pictures, and an MP4 where that can be written."""
-    from crossflow.tasks.common import animation
+    from crossflow.engine import animation
 
     pictures = use.pipe.task.pictures(results)
     if not pictures:
@@ -706,7 +706,7 @@ def interpolate(
       crossflow interpolate --checkpoint runs/t2i_tiny --from "a red cube" --to "a blue sphere" --frames 16
       crossflow interpolate --checkpoint runs/depth_tiny --from one.jpg --to other.jpg --kind slerp
     """
-    from crossflow.tasks import latents
+    from crossflow.engine import latents
 
     pipe = use.pipe
     ends = _given(pipe, start), _given(pipe, end)
@@ -760,7 +760,7 @@ def arithmetic(
       --strength 1
       crossflow arithmetic --checkpoint runs/t2i_small --base "a red cube" --plus "a blue sphere" --restandardise
     """
-    from crossflow.tasks import latents
+    from crossflow.engine import latents
 
     pipe = use.pipe
     terms = {"plus": _given(pipe, plus), "minus": _given(pipe, minus)}
@@ -794,7 +794,7 @@ def invert(
     """Flow an output back to its source latent, and forward again; writes the latent and what came of it."""
     from safetensors.torch import save_file
 
-    from crossflow.tasks import latents
+    from crossflow.engine import latents
 
     pipe, given = use.pipe, {"solver": "heun", "steps": 50, **use.settings}
     if len(given) > 2:
@@ -904,10 +904,10 @@ def cache(
     if recipe is None or data is None or output is None:
         raise UserError(f"A cache needs {' and '.join(missing)}; see crossflow cache --help.")
     from crossflow.core.files import size_in_words
-    from crossflow.tasks import caching
+    from crossflow.data.cache.build import Settings
+    from crossflow.engine import cache as caching
+    from crossflow.engine.sample import find_device
     from crossflow.tasks.base import load_config
-    from crossflow.tasks.common.cache.build import Settings
-    from crossflow.tasks.pipeline import find_device
 
     config = load_config(recipe, overrides)
     builder = caching.builder(
@@ -954,8 +954,8 @@ def _say_nothing(text: str = "") -> None: ...
 
 def _verify_cache(folder: Path, data: str | None) -> None:
     from crossflow.core.files import size_in_words
-    from crossflow.tasks import caching
-    from crossflow.tasks.common.cache.verify import verify
+    from crossflow.data.cache.verify import verify
+    from crossflow.engine import cache as caching
 
     with _bar("verifying") as on_step:
         report = verify(folder, on_step)
@@ -1002,8 +1002,8 @@ def convert(source: Path, target: Path, kind: str | None, reference: Path | None
     copied: by hub id unless text.encoder and codec.source say another id or a folder, and they can be replaced later by
     --set. No code in a file is ever run, and it is read piece by piece, never into memory as a whole.
     """
-    from crossflow.tasks.released.convert import from_file
-    from crossflow.tasks.released.restore import to_file
+    from crossflow.released.convert import from_file
+    from crossflow.released.restore import to_file
 
     back = source.is_dir()
     if back and (reference is not None or overrides):
@@ -1072,7 +1072,9 @@ def ablate(
     checkpoint: give the command again, and it goes on. The page (ablation.html, ablation.md, results.json) is written
     anew after every run, with the paper's numbers beside ours and what has not been run.
     """
-    from crossflow.benchmarks import ablation_page, ablation_plan, ablations
+    from crossflow.benchmarks.ablation import page as ablation_page
+    from crossflow.benchmarks.ablation import plan as ablation_plan
+    from crossflow.benchmarks.ablation import run as ablations
 
     if listed or group is None:
         _list_ablations()
@@ -1106,8 +1108,8 @@ def ablate(
 
 
 def _list_ablations() -> None:
-    from crossflow.benchmarks.ablation_plan import groups, load_group
-    from crossflow.benchmarks.paper import paper
+    from crossflow.benchmarks.ablation.plan import groups, load_group
+    from crossflow.benchmarks.report.paper import paper
 
     for name in groups():
         group = load_group(name)
@@ -1144,7 +1146,7 @@ def quality(given: Sequence[Path], output: Path, more: Sequence[Path]) -> None:
     It reads what `crossflow evaluate` has written; a run that was never evaluated is shown with the scores of the end
     of its training. Writes quality.md, with its pictures beside it, and quality.html, which holds everything.
     """
-    from crossflow.benchmarks.quality import quality as compare
+    from crossflow.benchmarks.report.quality import quality as compare
 
     markdown, html, problems = compare([*given, *more], output)
     for problem in problems:
@@ -1179,7 +1181,7 @@ def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None) -> 
     """
     import tempfile
 
-    from crossflow.benchmarks import speed as measures
+    from crossflow.benchmarks.speed import measures
     from crossflow.core.files import write_atomically
 
     with tempfile.TemporaryDirectory(prefix="crossflow-speed-") as folder, _bar("measuring") as on_step:
@@ -1228,7 +1230,7 @@ def check_data(spec: str, splits: Sequence[str], num: int | None, shown: int, ma
     Writes SPLIT.json, SPLIT.png (the sheet) and SPLIT_bad.tsv (the bad items with reasons) into --output. The exit
     status is 2 when more than --max-bad of the items of a split are bad, at which a training would stop too.
     """
-    from crossflow.tasks.common.inspect import inspect, open_splits, shared_ids, write
+    from crossflow.data.check import inspect, open_splits, shared_ids, write
 
     readers, refused = open_splits(spec, splits, limit=num), []
     for split, reader in readers.items():
@@ -1276,7 +1278,7 @@ def _names(what: str) -> list[tuple[str, ...]]:
 
         return [(name, path.read_text().splitlines()[0].lstrip("# ")) for name, path in recipes().items()]
     if what == "datasets":
-        from crossflow.tasks.common.readers import READERS
+        from crossflow.data.readers import READERS
 
         return [
             (
@@ -1292,7 +1294,7 @@ def _names(what: str) -> list[tuple[str, ...]]:
             for name in READERS.names()
         ]
     if what == "protocols":
-        from crossflow.benchmarks.protocol import load_protocol, protocols
+        from crossflow.benchmarks.evaluation.protocol import load_protocol, protocols
 
         known = [(name, load_protocol(name)) for name in protocols()]
         return [(name, one.task, one.title, one.layout or f"embedded: {one.data}") for name, one in known]

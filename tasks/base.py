@@ -19,15 +19,15 @@ from torch import Tensor
 from crossflow.core.batch import Batch, Source
 from crossflow.core.config import Config, build, dump, merge, parse_overrides, read
 from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
+from crossflow.data.cache.extract import Extractor, Options
+from crossflow.data.cache.training import cache_of
+from crossflow.data.dataset import Examples
+from crossflow.data.readers import Item, Reader, open_reader, require
+from crossflow.engine.provenance import open_again
 from crossflow.tasks import task_names
-from crossflow.tasks.common.cache.extract import Extractor, Options
-from crossflow.tasks.common.cache.training import cache_of
-from crossflow.tasks.common.dataset import Examples
-from crossflow.tasks.common.metrics import TaskMetric
-from crossflow.tasks.common.readers import Item, Reader, open_reader, require
-from crossflow.tasks.provenance import open_again
 
 C = TypeVar("C", bound=Config)
 Example = Mapping[str, Any]

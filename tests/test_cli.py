@@ -18,8 +18,8 @@ from crossflow.cli import _bar, main
 from crossflow.core.backbones import BACKBONES
 from crossflow.core.config import recipes
 from crossflow.core.solvers import SOLVERS
-from crossflow.tasks.common.readers import READERS
-from crossflow.tasks.pipeline import load
+from crossflow.data.readers import READERS
+from crossflow.engine.sample import load
 
 TASKS = ("t2i", "caption", "depth", "sr")
 
@@ -172,7 +172,7 @@ def test_latent_tools_work_for_every_task(tiny_run, tmp_path: Path, photo: Path,
 def test_latent_tools_say_how_they_were_told_to_work(tiny_run, tmp_path: Path, capsys, monkeypatch) -> None:
     run = str(tiny_run("t2i"))
     argv = ["interpolate", "--checkpoint", run, "--from", "a red cube", "--to", "a ball", "--frames", "3", "--fps", "4"]
-    monkeypatch.setattr("crossflow.tasks.common.animation.can_write_mp4", lambda: False)
+    monkeypatch.setattr("crossflow.engine.animation.can_write_mp4", lambda: False)
     assert main([*argv, "--kind", "slerp", "--noise", "own", "--output", str(tmp_path / "i"), "steps=1"]) == 0
     assert "crossflow-toolkit[video]" in capsys.readouterr().out
     with Image.open(tmp_path / "i" / "001.png") as frame:

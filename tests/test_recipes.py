@@ -85,7 +85,7 @@ def test_image_heads_are_apart_from_the_generator(name):
 @pytest.mark.skipif(DATA is None, reason="needs the key lists of the released files")
 @pytest.mark.parametrize("name", FILES)
 def test_a_recipe_is_the_network_of_its_released_file(name):
-    from crossflow.tasks.released import from_reference
+    from crossflow.released import from_reference
 
     about = json.loads((Path(DATA) / f"golden/checkpoints/{FILES[name]}.json").read_text())
     state = {key: torch.empty(shape, device="meta") for key, shape in about["shapes"].items()}

@@ -24,7 +24,7 @@ from crossflow.core import distributed
 from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
 from crossflow.core.noise import key
-from crossflow.core.training import state
+from crossflow.core.training import checkpoint as state
 from crossflow.core.training.ema import EMA
 from crossflow.core.training.meter import Flags, Meter
 from crossflow.core.training.optim import build_optimizer, learning_rate

@@ -21,20 +21,15 @@ from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.config import Config, Section
 from crossflow.core.errors import UserError
+from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import key, keyed_generator
 from crossflow.core.objective import Objective
 from crossflow.core.source import Posterior, SourceEncoder
-from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
-from crossflow.tasks.caption.dataset import Captions, example
-from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig, token_loss
-from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
-from crossflow.tasks.caption.inverted import SourceText, backwards, load_t2i
-from crossflow.tasks.common.cache.extract import Extractor, Options
-from crossflow.tasks.common.cache.training import gathered
-from crossflow.tasks.common.codecs import Codec
-from crossflow.tasks.common.dataset import Examples
-from crossflow.tasks.common.image_latents import (
+from crossflow.data.cache.extract import Extractor, Options
+from crossflow.data.cache.training import gathered
+from crossflow.data.dataset import Examples
+from crossflow.data.image_latents import (
     FOLDER,
     CodecSettings,
     assumed_shape,
@@ -45,12 +40,17 @@ from crossflow.tasks.common.image_latents import (
     read_codec,
     unscaled_codec,
 )
-from crossflow.tasks.common.images import center_crop_resize, load_image, to_tensor
-from crossflow.tasks.common.metrics import TaskMetric
-from crossflow.tasks.common.readers import Item
-from crossflow.tasks.common.tokenizer import build_tokenizer
-from crossflow.tasks.common.trunks import Reconstructor
-from crossflow.tasks.pipeline import Pipeline
+from crossflow.data.images import center_crop_resize, load_image, to_tensor
+from crossflow.data.readers import Item
+from crossflow.engine.sample import Pipeline
+from crossflow.networks.codecs.codec import Codec
+from crossflow.networks.text.tokenizer import build_tokenizer
+from crossflow.networks.trunks import Reconstructor
+from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
+from crossflow.tasks.caption.dataset import Captions, example
+from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig, token_loss
+from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
+from crossflow.tasks.caption.inverted import SourceText, backwards, load_t2i
 
 TEXT_FOLDER = "text_autoencoder"
 JOINT = "extra_losses.0.autoencoder."

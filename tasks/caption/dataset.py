@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from crossflow.core.config import Section
-from crossflow.tasks.common.readers import Item
+from crossflow.data.readers import Item
 from crossflow.tasks.t2i.dataset import example as picture_and_caption
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from crossflow.core.config import SourceConfig
-from crossflow.tasks.common.trunks import PatchTrunk
+from crossflow.networks.trunks import PatchTrunk
 
 
 def build_trunk(config: SourceConfig, channels: int, patch: int, conv_stem: bool) -> nn.Module:

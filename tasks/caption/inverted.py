@@ -11,10 +11,10 @@ from crossflow.core.backbones.reversed import Reversed
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
 from crossflow.core.source import Posterior, SourceEncoder
+from crossflow.engine.sample import Pipeline, load
+from crossflow.networks.text.tokenizer import build_tokenizer
+from crossflow.networks.trunks import IdentityTrunk
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig
-from crossflow.tasks.common.tokenizer import build_tokenizer
-from crossflow.tasks.common.trunks import IdentityTrunk
-from crossflow.tasks.pipeline import Pipeline, load
 
 
 def load_t2i(source: str) -> Pipeline:

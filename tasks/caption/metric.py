@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.metrics import Row, TaskMetric, mean_metric, percentile_interval, resamples, run_metric
+from crossflow.data.scenes import object_f1, objects_of, parse_objects
 from crossflow.tasks.caption.ptb import tokenize
-from crossflow.tasks.common.metrics import Row, TaskMetric, mean_metric, percentile_interval, resamples, run_metric
-from crossflow.tasks.common.scenes import object_f1, objects_of, parse_objects
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 JAVA_METRICS = ("METEOR", "SPICE")

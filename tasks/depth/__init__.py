@@ -17,12 +17,12 @@ from torch import Tensor
 from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.config import Config, Section
+from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
-from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
-from crossflow.tasks.common.dataset import Examples
-from crossflow.tasks.common.images import (
+from crossflow.data.dataset import Examples
+from crossflow.data.images import (
     colour_depth,
     load_depth_png,
     load_image,
@@ -30,9 +30,9 @@ from crossflow.tasks.common.images import (
     save_png,
     to_tensor,
 )
-from crossflow.tasks.common.metrics import TaskMetric
-from crossflow.tasks.common.readers import Item
-from crossflow.tasks.common.sizes import by_shape, fit_shorter_side, fitted_sides
+from crossflow.data.readers import Item
+from crossflow.data.tiles import by_shape, fit_shorter_side, fitted_sides
+from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
 from crossflow.tasks.depth.dataset import Augmentation, coloured, example, square
 from crossflow.tasks.depth.decoder import DepthScale, DepthTarget
 from crossflow.tasks.depth.encoder import build_reconstructor, build_trunk

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from crossflow.core.config import Section
-from crossflow.tasks.common.images import center_crop_resize, to_tensor
-from crossflow.tasks.common.readers import Item
+from crossflow.data.images import center_crop_resize, to_tensor
+from crossflow.data.readers import Item
 
 
 class Augmentation(Section):

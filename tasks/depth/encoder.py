@@ -5,7 +5,7 @@ the RGB.
 from torch import nn
 
 from crossflow.core.config import SourceConfig
-from crossflow.tasks.common.trunks import PatchTrunk, Reconstructor
+from crossflow.networks.trunks import PatchTrunk, Reconstructor
 
 
 def build_trunk(config: SourceConfig, patch: int) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.tasks.common.metrics import Row, TaskMetric
+from crossflow.core.metrics import Row, TaskMetric
 
 Alignment = Literal["none", "median", "affine"]
 Space = Literal["depth", "disparity"]

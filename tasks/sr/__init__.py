@@ -19,17 +19,17 @@ from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.config import Config, Section, SourceConfig
 from crossflow.core.errors import UserError
+from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
+from crossflow.data.dataset import Examples
+from crossflow.data.images import load_image, save_png
+from crossflow.data.readers import Item
+from crossflow.data.tiles import Tiles
+from crossflow.networks.codecs.codec import PixelCodec, load_codec
+from crossflow.networks.trunks import Reconstructor
 from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
-from crossflow.tasks.common.codecs import PixelCodec, load_codec
-from crossflow.tasks.common.dataset import Examples
-from crossflow.tasks.common.images import load_image, save_png
-from crossflow.tasks.common.metrics import TaskMetric
-from crossflow.tasks.common.readers import Item
-from crossflow.tasks.common.sizes import Tiles
-from crossflow.tasks.common.trunks import Reconstructor
 from crossflow.tasks.sr.dataset import enlarge, example, reduce, to_multiple
 from crossflow.tasks.sr.decoder import decode, pictures
 from crossflow.tasks.sr.encoder import build_trunk

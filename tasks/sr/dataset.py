@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from crossflow.tasks.common.images import imresize_matlab, to_tensor
-from crossflow.tasks.common.readers import Item
+from crossflow.data.images import imresize_matlab, to_tensor
+from crossflow.data.readers import Item
 
 
 def to_multiple(image: np.ndarray, scale: Fraction | int) -> np.ndarray:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossflow.tasks.common.codecs import Codec
-from crossflow.tasks.common.images import to_tensor, to_uint8
+from crossflow.data.images import to_tensor, to_uint8
+from crossflow.networks.codecs.codec import Codec
 
 
 def decode(codec: Codec, z1: Tensor) -> list[np.ndarray]:

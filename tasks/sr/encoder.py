@@ -5,7 +5,7 @@ variational.
 from torch import nn
 
 from crossflow.core.source import SourceKind
-from crossflow.tasks.common.trunks import IdentityTrunk
+from crossflow.networks.trunks import IdentityTrunk
 
 
 def build_trunk(kind: SourceKind) -> nn.Module | None:

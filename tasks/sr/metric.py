@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.images import rgb_to_y
-from crossflow.tasks.common.metrics import Row, TaskMetric
+from crossflow.core.metrics import Row, TaskMetric
+from crossflow.data.images import rgb_to_y
 
 HIGHEST_PSNR = 100.0  # dB; of equal pictures it is infinite, which no mean survives
 SSIM_WINDOW = 11

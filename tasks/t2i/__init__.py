@@ -16,17 +16,15 @@ from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.config import Config, Section
 from crossflow.core.errors import UserError
+from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import key
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
-from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
-from crossflow.tasks.common.cache.extract import Extractor, Options
-from crossflow.tasks.common.cache.training import Gathered, gathered
-from crossflow.tasks.common.codecs import Codec
-from crossflow.tasks.common.dataset import Examples
-from crossflow.tasks.common.frozen import write_json
-from crossflow.tasks.common.image_latents import (
+from crossflow.data.cache.extract import Extractor, Options
+from crossflow.data.cache.training import Gathered, gathered
+from crossflow.data.dataset import Examples
+from crossflow.data.image_latents import (
     FOLDER,
     CodecSettings,
     assumed_shape,
@@ -37,12 +35,14 @@ from crossflow.tasks.common.image_latents import (
     read_codec,
     unscaled_codec,
 )
-from crossflow.tasks.common.image_tower import ImageTower, TowerSettings
-from crossflow.tasks.common.images import center_crop_resize, load_image, save_png, to_tensor
-from crossflow.tasks.common.metrics import TaskMetric
-from crossflow.tasks.common.readers import Item
-from crossflow.tasks.common.text_variational import Adaptor, ImageHead
-from crossflow.tasks.common.trunks import AlignmentHead
+from crossflow.data.images import center_crop_resize, load_image, save_png, to_tensor
+from crossflow.data.readers import Item
+from crossflow.networks.codecs.codec import Codec
+from crossflow.networks.frozen import write_json
+from crossflow.networks.image_tower import ImageTower, TowerSettings
+from crossflow.networks.text.variational import Adaptor, ImageHead
+from crossflow.networks.trunks import AlignmentHead
+from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
 from crossflow.tasks.t2i.dataset import example
 from crossflow.tasks.t2i.decoder import decode
 from crossflow.tasks.t2i.encoder import TextSettings, TextSide

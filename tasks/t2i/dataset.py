@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from crossflow.tasks.common.images import center_crop_resize, to_tensor
-from crossflow.tasks.common.readers import Item
+from crossflow.data.images import center_crop_resize, to_tensor
+from crossflow.data.readers import Item
 
 
 def example(item: Item, size: int, generator: np.random.Generator, first_caption: float = 0.0) -> dict[str, Any]:

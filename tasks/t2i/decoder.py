@@ -3,8 +3,8 @@
 import numpy as np
 from torch import Tensor
 
-from crossflow.tasks.common.codecs import Codec
-from crossflow.tasks.common.images import to_uint8
+from crossflow.data.images import to_uint8
+from crossflow.networks.codecs.codec import Codec
 
 
 def decode(codec: Codec, z1: Tensor, text_features: Tensor | None = None) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.frozen import load_frozen, load_public, weights_checksum
+from crossflow.networks.frozen import load_frozen, load_public, weights_checksum
 from crossflow.tasks.t2i.geneval import COLOURS, MIN_SCORE, Detect, Found, NameColours
 from crossflow.tasks.t2i.metric import ClipScorer
 

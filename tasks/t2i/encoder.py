@@ -19,10 +19,10 @@ from crossflow.core.config import Section, SourceConfig
 from crossflow.core.errors import UserError
 from crossflow.core.layers import patchify
 from crossflow.core.noise import keyed_generator
-from crossflow.tasks.common.frozen import write_json
-from crossflow.tasks.common.text import QueryHead, TextFeatures, TextTransformer, TextTrunk, smallest_patch
-from crossflow.tasks.common.text_variational import TextVariationalTrunk, token_head
-from crossflow.tasks.common.tokenizer import build_tokenizer, load_tokenizer, tokenize
+from crossflow.networks.frozen import write_json
+from crossflow.networks.text.encoders import QueryHead, TextFeatures, TextTransformer, TextTrunk, smallest_patch
+from crossflow.networks.text.tokenizer import build_tokenizer, load_tokenizer, tokenize
+from crossflow.networks.text.variational import TextVariationalTrunk, token_head
 
 FROZEN_FILE = "text_encoder.json"
 TOKENIZER = "tokenizer"

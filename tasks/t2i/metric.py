@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.metrics import Row, TaskMetric, bootstrap_interval, mean_metric, percentile_interval
-from crossflow.tasks.common.scenes import PROMPT_KINDS, Prompt, Requirement, geneval_prompts
+from crossflow.core.metrics import Row, TaskMetric, bootstrap_interval, mean_metric, percentile_interval
+from crossflow.data.scenes import PROMPT_KINDS, Prompt, Requirement, geneval_prompts
 from crossflow.tasks.t2i.recogniser import Detection, Recogniser, load_recogniser, stands
 
 Judge = Callable[[np.ndarray], list[tuple[Detection, ...]]]
@@ -236,7 +236,7 @@ class ClipScorer:
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-        from crossflow.tasks.common.frozen import load_frozen, load_public, weights_checksum
+        from crossflow.networks.frozen import load_frozen, load_public, weights_checksum
 
         files = "config.json, model.safetensors, preprocessor_config.json and the tokenizer's files of a CLIP model"
         self.model = load_frozen(CLIPModel.from_pretrained, source, files=files)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossflow.core.files import user_cache
-from crossflow.tasks.common.scenes import (
+from crossflow.data.scenes import (
     COLOURS,
     FRONT_MARGIN,
     LEFT_MARGIN,

@@ -8,9 +8,9 @@ import torch
 
 from crossflow.core.config import build, recipes
 from crossflow.core.noise import training_noise
+from crossflow.engine.sample import load
 from crossflow.tasks import task_names
 from crossflow.tasks.base import Task, build_task, load_config
-from crossflow.tasks.pipeline import load
 
 VARIANTS = [
     ("t2i", ["loss.encoder_target=image"]),

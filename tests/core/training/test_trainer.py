@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-from crossflow.core.training import prepare, state
+from crossflow.core.training import checkpoint as state
+from crossflow.core.training import prepare
 from crossflow.core.training.optim import learning_rate
 from crossflow.core.training.prepare import compile_blocks
 

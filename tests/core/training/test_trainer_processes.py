@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from safetensors.torch import load_file
 
-from crossflow.core.training import state
+from crossflow.core.training import checkpoint as state
 
 pytestmark = pytest.mark.slow
 

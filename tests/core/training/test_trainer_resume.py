@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-from crossflow.core.training import state
+from crossflow.core.training import checkpoint as state
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 11])

@@ -18,7 +18,7 @@ from crossflow.core.config import TrainConfig, build
 from crossflow.core.distributed import gather_with_grad, is_main, rank
 from crossflow.core.errors import UserError
 from crossflow.core.noise import Noise
-from crossflow.core.training import state
+from crossflow.core.training import checkpoint as state
 from crossflow.core.training.trainer import Trainer
 
 LATENT = (3,)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from crossflow.core.errors import UserError
+from crossflow.data.scenes import captions, make_scene
 from crossflow.tasks.caption import metric as module
 from crossflow.tasks.caption.metric import BLEU, CaptionMetric, best_single_caption
 from crossflow.tasks.caption.ptb import tokenize
-from crossflow.tasks.common.scenes import captions, make_scene
 
 PAIRS = [
     ("a dog runs on the beach", ("A dog is running on the beach.", "A brown dog runs.", "the dog plays in the sand")),

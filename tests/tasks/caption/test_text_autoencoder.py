@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
+from crossflow.networks.text.encoders import build_tokenizer
 from crossflow.tasks.caption.decoder import TextAutoencoder, batch_rows
 from crossflow.tasks.caption.layouts import Code, TextAutoencoderConfig, shares_of_tokens
-from crossflow.tasks.common.text import build_tokenizer
 
 COLOURS, SHAPES = ("red", "green", "blue", "grey"), ("cube", "sphere", "cone")
 
@@ -202,7 +202,7 @@ def test_user_errors(tokenizer):
 
 @pytest.mark.slow
 def test_scene_captions_survive():
-    from crossflow.tasks.common.scenes import captions, make_scene, scene_seed
+    from crossflow.data.scenes import captions, make_scene, scene_seed
 
     train, held_out = (
         [text for index in range(count) for text in captions(make_scene(scene_seed(split, index)))]

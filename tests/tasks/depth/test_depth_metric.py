@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.images import load_depth_png
+from crossflow.data.images import load_depth_png
 from crossflow.tasks.depth.metric import CROPS, DepthMetric
 
 NAMES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", "delta2", "delta3")

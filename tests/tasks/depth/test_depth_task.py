@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
+from crossflow.data.images import load_depth_png
+from crossflow.data.readers import Item
 from crossflow.tasks.base import build_task, load_config
-from crossflow.tasks.common.images import load_depth_png
-from crossflow.tasks.common.readers import Item
 from crossflow.tasks.depth.dataset import Augmentation, coloured, example
 from crossflow.tasks.depth.decoder import DepthScale
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.scenes import PROMPT_KINDS, Prompt, Requirement, geneval_prompts
+from crossflow.data.scenes import PROMPT_KINDS, Prompt, Requirement, geneval_prompts
 from crossflow.tasks.t2i.metric import ClipScorer, T2IMetric, derangement, fulfils, scene_cases, wilson_interval
 from crossflow.tasks.t2i.recogniser import Detection
 

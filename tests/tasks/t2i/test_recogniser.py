@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from crossflow.tasks.common.scenes import OPPOSITE, PROMPT_KINDS, RELATIONS, make_scene, render, scene_seed
+from crossflow.data.scenes import OPPOSITE, PROMPT_KINDS, RELATIONS, make_scene, render, scene_seed
 from crossflow.tasks.t2i import recogniser as module
 from crossflow.tasks.t2i.metric import T2IMetric
 from crossflow.tasks.t2i.recogniser import Detection, Training, accuracy, load_recogniser, stands
@@ -184,7 +184,7 @@ def test_judge_is_right_on_renders_it_has_not_seen(judge, size):
 @pytest.mark.slow
 def test_real_pictures_of_what_prompts_ask_score_nearly_one(judge):
     """Renders chosen to fulfil a prompt of each kind are judged right; judged by other prompts most are wrong."""
-    from crossflow.tasks.common.scenes import geneval_prompts
+    from crossflow.data.scenes import geneval_prompts
     from crossflow.tasks.t2i.metric import fulfils
 
     scenes = [make_scene(scene_seed("test", index)) for index in range(1500)]

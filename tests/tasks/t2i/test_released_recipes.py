@@ -10,10 +10,10 @@ from crossflow.cli import main
 from crossflow.core.config import build, merge, parse_overrides, read
 from crossflow.core.errors import UserError
 from crossflow.core.noise import training_noise
+from crossflow.engine.sample import load
+from crossflow.engine.train import Run
+from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.tasks.base import build_task, load_config, task_class
-from crossflow.tasks.common.tokenizer import build_tokenizer
-from crossflow.tasks.pipeline import load
-from crossflow.tasks.run import Run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = {"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 77}
@@ -25,7 +25,7 @@ def networks(tmp_path_factory):
     import diffusers
     import transformers
 
-    from crossflow.tasks.common.flowtitok import FlowTiTok, FlowTiTokConfig
+    from crossflow.networks.codecs.flowtitok import FlowTiTok, FlowTiTokConfig
 
     root = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from crossflow.tasks.common.readers import Item
+from crossflow.data.readers import Item
 from crossflow.tasks.t2i.dataset import example
 
 ITEM = Item(id="0", image=np.zeros((4, 4, 3), np.uint8), captions=("first", "second", "third", "fourth"))

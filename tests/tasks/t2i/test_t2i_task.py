@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from crossflow.cli import main
 from crossflow.core.errors import UserError
-from crossflow.tasks.common.tokenizer import build_tokenizer
-from crossflow.tasks.pipeline import load
+from crossflow.engine.sample import load
+from crossflow.networks.text.tokenizer import build_tokenizer
 
 SIZES = {
     "vocab_size": 400,

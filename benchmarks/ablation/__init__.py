@@ -1,0 +1,1 @@
+"""Which variant works: groups of runs and their comparison."""

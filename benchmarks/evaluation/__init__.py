@@ -1,0 +1,1 @@
+"""What a run scores under a protocol."""

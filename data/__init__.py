@@ -1,0 +1,1 @@
+"""Items, splits, readers, caches and the embedded scenes."""

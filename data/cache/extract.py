@@ -1,0 +1,249 @@
+"""What is cached of an item: moments of its picture, features of its captions, what the encoder loss aligns z0 with.
+
+A task makes an `Extractor` of its frozen networks, for `crossflow cache` and again in training, where its description
+must agree with that of the cache. B batch, N tokens, D width, S picture size in pixels.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from crossflow.core.errors import UserError
+from crossflow.core.source import Posterior
+from crossflow.data.images import center_crop_resize
+from crossflow.data.readers import BadItem, Item
+from crossflow.networks.codecs.codec import Codec
+from crossflow.networks.text.frozen import TextFeatures
+
+STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How features are made and kept: picture sizes in pixels, the type they are stored in, the device they are made
+    on; images: false for data that have none (a list of prompts).
+    """
+
+    sizes: tuple[int, ...]
+    storage: str = "float16"
+    device: str = "cpu"
+    images: bool = True
+
+
+class Tower(Protocol):
+    """A frozen image tower, known by a checksum."""
+
+    width: int
+    checksum: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) in [-1, 1] -> embeddings (B, width)."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What was computed for one item. Tensors of one row each; `text` one (n, D) per caption, without padding."""
+
+    fixed: Mapping[str, Tensor]
+    text: Sequence[Tensor] = ()
+    lengths: Sequence[int] = ()
+    """Tokens of each caption; fewer than the rows of `text` where padding is kept."""
+    pooled: Sequence[Tensor] = ()
+
+
+class Extractor:
+    """Items -> `Features`, by the frozen networks of a recipe.
+
+    codec: of the pictures, none for prompts alone; text: encoder of the captions, none where the model reads words;
+    pooled: keep one vector per caption too; keep_padding: for models that look at the features of padding;
+    pixels: keep the pictures (uint8) for an encoder loss that looks at them; tower: or the features of a frozen tower.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        codec: Codec | None = None,
+        text: TextFeatures | None = None,
+        pooled: bool = False,
+        keep_padding: bool = False,
+        pixels: bool = False,
+        tower: Tower | None = None,
+    ) -> None:
+        self.options = options
+        self.codec = codec if options.images else None
+        self.text, self.pooled, self.keep_padding = text, pooled, keep_padding
+        self.pixels = pixels and options.images
+        self.tower = tower if options.images else None
+        if self.codec is None and text is None:
+            raise UserError(
+                "There is nothing to cache: these data have no pictures, and the recipe has no frozen text encoder "
+                "(text.encoder). Give data with pictures, or a recipe that reads frozen text features."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides what the features are: {"networks": ..., "parts": ...}, of JSON types."""
+        networks: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
+        if self.codec is not None:
+            networks["codec"] = codec_identity(self.codec)
+            for size in self.options.sizes:
+                parts[f"moments_{size}"] = {"shape": list(self.codec.latent_shape(size)), "spread": self.has_spread}
+        if self.pixels:
+            parts |= {f"pixels_{size}": {"shape": [3, size, size]} for size in self.options.sizes}
+        if self.tower is not None:
+            networks["tower"] = {"sha256": self.tower.checksum}
+            parts |= {f"tower_{size}": {"shape": [self.tower.width]} for size in self.options.sizes}
+        if self.text is not None:
+            networks["text"] = text_identity(self.text)
+            parts["text"] = {
+                "width": self.text.width,
+                "max_length": self.text.max_length,
+                "padding": "kept" if self.keep_padding else "dropped",
+                "pooled": self.pooled,
+            }
+        return {"networks": networks, "parts": parts}
+
+    def to(self, device: str) -> "Extractor":
+        """Moves the networks."""
+        for network in (self.codec, self.text, self.tower):
+            if isinstance(network, torch.nn.Module):
+                network.to(device)
+        return self
+
+    @functools.cached_property
+    def has_spread(self) -> bool:
+        """Whether moments are a mean and a log-variance, or a mean alone."""
+        if self.codec is None:
+            return False
+        size = min(self.options.sizes)
+        return (
+            self.codec.encode_moments(torch.zeros(1, 3, size, size, device=self.codec.scale.device)).log_var is not None
+        )
+
+    def num_tokens(self, captions: Sequence[str]) -> int:
+        """Rows of token features that captions take."""
+        assert self.text is not None
+        return self.text.max_length * len(captions) if self.keep_padding else int(self.text.tokens(captions)[1].sum())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The reader's fields that are looked at."""
+        return frozenset({"captions"} | ({"image"} if self.codec is not None else set()))
+
+    @torch.no_grad()
+    def __call__(self, items: Sequence[Item]) -> list[Features | BadItem]:
+        """The features of items, computed together; an item whose features are unusable is returned as bad."""
+        from crossflow.data.cache.released import imported
+
+        made = [imported(self, item) for item in items]  # None: there are only a picture and captions
+        own = [item for item, one in zip(items, made, strict=True) if one is None]
+        fresh = iter(self._computed(own) if own else [])
+        return [one if one is not None else next(fresh) for one in made]
+
+    def _computed(self, items: Sequence[Item]) -> list[Features | BadItem]:
+        fixed = self.seen(items, with_moments=True)
+        texts = self._read(items)
+        return [checked(item, Features(row, *text)) for item, row, text in zip(items, fixed, texts, strict=True)]
+
+    def seen(self, items: Sequence[Item], with_moments: bool) -> list[dict[str, Tensor]]:
+        """What is computed from the pictures of items."""
+        fixed: list[dict[str, Tensor]] = [{} for _ in items]
+        if self.codec is not None and (with_moments or self.pixels or self.tower is not None):
+            for size in self.options.sizes:
+                self._see(items, size, fixed, with_moments)
+        return fixed
+
+    def _see(self, items: Sequence[Item], size: int, rows: Sequence[dict[str, Tensor]], with_moments: bool) -> None:
+        """Adds to `rows` what is seen at one size."""
+        assert self.codec is not None
+        pictures = [center_crop_resize(_picture(item), size) for item in items]
+        uint8 = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures])  # (B, 3, S, S)
+        images = from_uint8(uint8).to(self.options.device)
+        found: dict[str, Tensor] = {}
+        if with_moments:
+            found |= self.moments(self.codec.encode_moments(images), size)
+        if self.pixels:
+            found[f"pixels_{size}"] = uint8
+        if self.tower is not None:
+            found[f"tower_{size}"] = self.stored(self.tower(images))
+        for name, values in found.items():
+            for row, value in zip(rows, values, strict=True):
+                row[name] = value
+
+    def moments(self, raw: Posterior, size: int) -> dict[str, Tensor]:
+        """Raw moments (B, 1 or 2, *latent), mean and log-variance, as they are kept, by name."""
+        both = [raw.mean] if raw.log_var is None else [raw.mean, raw.log_var]
+        return {f"moments_{size}": self.stored(torch.stack(both, 1))}
+
+    def _read(self, items: Sequence[Item]) -> list[tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor]]]:
+        """(features, lengths, pooled) of the captions of each item."""
+        captions = [caption for item in items for caption in item.captions]
+        if self.text is None or not captions:
+            return [((), (), ())] * len(items)
+        features, mask = self.text(captions)
+        lengths = mask.sum(1).tolist()
+        tokens = list(self.stored(features))
+        if not self.keep_padding:
+            tokens = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        pooled = list(self.stored(self.text.pooled(captions))) if self.pooled else []
+        result: list[tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor]]] = []
+        start = 0
+        for item in items:
+            part = slice(start, start + len(item.captions))
+            result.append((tokens[part], lengths[part], pooled[part]))
+            start = part.stop
+        return result
+
+    def stored(self, values: Tensor) -> Tensor:
+        """Values in the type they are kept in, on the CPU. Raises UserError when that type cannot hold them."""
+        kept = values.detach().to(STORAGE[self.options.storage]).cpu()
+        if kept.isinf().any() and not values.isinf().any():
+            raise UserError(
+                f"Features of {values.abs().max().item():.3g} are too large for float16 (65504): "
+                "cache them with --precision bfloat16 or float32."
+            )
+        return kept
+
+
+def from_uint8(pictures: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], as pictures are read without a cache."""
+    return pictures.float() / 127.5 - 1
+
+
+def codec_identity(codec: Codec) -> dict[str, Any]:
+    """What decides raw moments: not the scale and shift, which are applied to them afterwards."""
+    return {
+        "kind": codec.kind,
+        "sha256": getattr(codec, "checksum", None),  # the pixel codec has no weights
+        "factor": codec.factor,
+    }
+
+
+def text_identity(text: TextFeatures) -> dict[str, Any]:
+    """What decides the features of a caption."""
+    return {
+        "family": text.family,
+        "sha256": text.checksum,
+        "scale": text.scale,
+        "layer": text.layer,
+        "template": text.template,
+        "clean": text.clean,
+        "pad_id": text.pad_id,  # decides features of padding, where those are kept
+    }
+
+
+def _picture(item: Item) -> Any:
+    assert item.image is not None
+    return item.image
+
+
+def checked(item: Item, features: Features) -> Features | BadItem:
+    values = [*features.fixed.values(), *features.text, *features.pooled]
+    if not all(value.isfinite().all() for value in values):
+        return BadItem(item.id, "its features are not finite")
+    return features

@@ -1,0 +1,178 @@
+"""Checks a cache from end to end: every shard's checksum, every entry, and, with the data at hand, every key."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossflow.data.cache import shards
+from crossflow.data.cache.extract import STORAGE
+from crossflow.data.cache.keys import KEY_BYTES, item_key
+from crossflow.data.cache.store import Cache
+from crossflow.data.readers import BadItem, Reader
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass
+class Report:
+    """What was checked, and what is wrong in words; good when nothing is."""
+
+    num_items: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(folder: Path, on_progress: OnProgress | None = None) -> Report:
+    """Reads every byte of a cache. Raises UserError when there is none in `folder`, or an unfinished one."""
+    cache, report = Cache(folder), Report()
+    total, seen = sum(record["bytes"] for record in cache.records), set[tuple[str, str]]()
+    for record in cache.records:
+        for problem in _shard_problems(folder, record, cache.features, seen):
+            report.problems.append(f"{record['file']}: {problem}")
+        report.num_items += record["num_items"]
+        report.num_bytes += record["bytes"]
+        if on_progress is not None:
+            on_progress(report.num_bytes, total)
+    report.problems += _split_problems(cache)
+    known = {record["file"] for record in cache.records}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in known:
+            report.problems.append(f"{path.name}: it is in the folder and not in the manifest")
+    return report
+
+
+def _shard_problems(
+    folder: Path, record: Mapping[str, Any], features: Mapping[str, Any], seen: set[tuple[str, str]]
+) -> Iterator[str]:
+    path = folder / record["file"]
+    if not path.is_file():
+        yield "it is missing"
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != record["sha256"]:
+        yield f"its SHA-256 is {found[:12]}…, recorded is {record['sha256'][:12]}…"
+        return
+    try:
+        beside = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        shard = shards.Shard(path)
+    except (OSError, ValueError) as error:  # a UserError is a ValueError
+        yield str(error)
+        return
+    if beside != record:
+        yield f"{path.with_suffix('.json').name} does not agree with the manifest"
+    yield from _entry_problems(shard, record, features, seen)
+
+
+def _entry_problems(
+    shard: shards.Shard, record: Mapping[str, Any], features: Mapping[str, Any], seen: set[tuple[str, str]]
+) -> Iterator[str]:
+    """What is wrong with the entries of a shard whose bytes are as they were written."""
+    items, captions = record["num_items"], record["num_captions"]
+    rows = {"ids": items, "items": items, "captions": captions}
+    if "text" in features["parts"]:
+        rows["text"] = captions
+    for name, number in rows.items():
+        end = captions if name == "items" else len(shard[name]) if name in shard else -1
+        if not _are_offsets(shard, name, number, end):
+            yield f"the offsets of {name} do not fit its {number} entries"
+            return
+    for name, tensor in _expected(record, features).items():
+        if name not in shard:
+            yield f"{name} is missing"
+        elif (tuple(shard[name].shape[1:]), shard[name].dtype, len(shard[name])) != (
+            tuple(tensor.shape[1:]),
+            tensor.dtype,
+            shard[name].shape[0] if name == "text" else tensor.shape[0],
+        ):
+            yield f"{name} is {shard[name].dtype} {tuple(shard[name].shape)}"
+        elif tensor.is_floating_point() and not shard[name].isfinite().all():
+            yield f"{name} has values that are not finite"
+    for row in range(items):
+        id = shard.text("ids", row)
+        if (record["split"], id) in seen:
+            yield f"the id {id!r} occurs twice"
+        seen.add((record["split"], id))
+    for row in range(captions):
+        shard.text("captions", row)
+
+
+def _are_offsets(shard: shards.Shard, name: str, number: int, end: int) -> bool:
+    found = shard.arrays.get(name + shards.OFFSETS)
+    if found is None or len(found) != number + 1 or found[0] != 0 or found[-1] != end:
+        return False
+    return bool((found[1:] >= found[:-1]).all())
+
+
+def _expected(record: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors without storage of the shapes and types that a shard must hold."""
+    items, captions, storage = record["num_items"], record["num_captions"], STORAGE[features["storage"]]
+
+    def like(*shape: int, dtype: torch.dtype = storage) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    found = {"keys": like(items, KEY_BYTES, dtype=torch.uint8)}
+    for name, part in features["parts"].items() if items else ():
+        if name.startswith("moments"):
+            found[name] = like(items, 2 if part["spread"] else 1, *part["shape"])
+        elif name == "text":
+            found["text"] = like(0, part["width"])
+            found["text.lengths"] = like(captions, dtype=torch.int32)
+            if part["pooled"] and captions:
+                found["text.pooled"] = like(captions, part["width"])
+        else:
+            found[name] = like(items, *part["shape"], dtype=torch.uint8 if name.startswith("pixels") else storage)
+    return found
+
+
+def _split_problems(cache: Cache) -> Iterator[str]:
+    """Items that are neither in the cache nor among its bad ones."""
+    for split, about in cache.plan["data"].items():
+        records = [record for record in cache.records if record["split"] == split]
+        there = sum(record["num_items"] + len(record["bad"]) for record in records)
+        if there != about["items"]:
+            yield f"split {split}: {there} of {about['items']} items are accounted for"
+
+
+def compare(folder: Path, readers: Mapping[str, Reader], on_progress: OnProgress | None = None) -> Report:
+    """Reads the data again and compares the key of every item with the cache's: whatever changed is listed."""
+    cache, report = Cache(folder), Report()
+    total = sum(map(len, readers.values()))
+    done = 0
+    for split, reader in readers.items():
+        keys = {
+            cache.id(entry): _key(cache, entry) for entry in map(cache.rows(split).__getitem__, _count(cache, split))
+        }
+        stride = max(16, reader.together)
+        for start in range(0, len(reader), stride):
+            for item in reader.load(range(start, min(start + stride, len(reader)))):
+                done += 1
+                if isinstance(item, BadItem):
+                    continue
+                cached = keys.pop(item.id, None)
+                if cached is None:
+                    report.problems.append(f"{item.id}: it is in the data and not in the cache")
+                elif cached != item_key(item, cache.features):
+                    report.problems.append(f"{item.id}: its picture or captions are not those that were cached")
+                report.num_items += 1
+            if on_progress is not None:
+                on_progress(done, total)
+        report.problems += [f"{id}: it is in the cache and not in the data any more" for id in keys]
+    return report
+
+
+def _count(cache: Cache, split: str) -> range:
+    return range(len(cache.rows(split)))
+
+
+def _key(cache: Cache, entry: Any) -> bytes:
+    return cache.shard(entry.shard)["keys"][entry.row].numpy().tobytes()
+
+
+__all__ = ["Report", "compare", "verify"]

@@ -1,0 +1,183 @@
+"""What is in a data set: counts, sizes, captions, depth, what is bad and why, and a sheet of its pictures.
+
+Every item is read once, none is kept: any data set fits.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossflow.core.errors import UserError
+from crossflow.data.dataset import check
+from crossflow.data.readers import Item, Reader, open_reader
+
+logger = logging.getLogger(__name__)
+
+CELL = 160  # side of a picture in the sheet, pixels
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One split. `numbers`: name -> value, ready for a table; `bad`: id -> reason; `sheet` uint8 (H, W, 3)."""
+
+    spec: str
+    split: str
+    total: int
+    good: int
+    fields: tuple[str, ...]
+    fingerprint: str
+    numbers: dict[str, str]
+    bad: dict[str, str]
+    sheet: np.ndarray | None = None
+
+    def describe(self) -> dict[str, Any]:
+        names = ("spec", "split", "total", "good", "fields", "fingerprint", "numbers", "bad")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class _Seen:
+    """What is gathered while the items go by."""
+
+    shown: set[str]
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    num_captions: Counter[int] = field(default_factory=Counter)
+    words: list[int] = field(default_factory=list)
+    depths: list[tuple[float, float, float, float]] = field(default_factory=list)  # nearest, median, farthest, measured
+    tiles: list[tuple[np.ndarray, str]] = field(default_factory=list)
+
+    def add(self, item: Item) -> None:
+        if item.image is not None:
+            self.sizes[item.image.shape[0], item.image.shape[1]] += 1
+        self.num_captions[len(item.captions)] += 1
+        self.words += [len(caption.split()) for caption in item.captions]
+        if item.depth is not None:
+            measured = item.depth[item.depth > 0]
+            if measured.size:
+                near, middle, far = (float(one) for one in np.percentile(measured, (0, 50, 100)))
+                self.depths.append((near, middle, far, measured.size / item.depth.size))
+            else:
+                self.depths.append((np.nan, np.nan, np.nan, 0.0))
+        if item.id in self.shown and item.image is not None:
+            self.tiles.append((_tile(item), item.captions[0] if item.captions else item.id))
+
+    def numbers(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.sizes:
+            for name, axis in (("height", 0), ("width", 1)):
+                found[name] = _spread(np.repeat([size[axis] for size in self.sizes], list(self.sizes.values())), "px")
+        if self.words:
+            each = ", ".join(f"{count} with {number}" for number, count in sorted(self.num_captions.items())[:5])
+            found["captions"] = f"{len(self.words)} ({each})"
+            found["words per caption"] = _spread(np.array(self.words))
+        if self.depths:
+            nearest, median, farthest, measured = np.array(self.depths).T
+            if measured.any():
+                found["depth"] = (
+                    f"{np.nanmin(nearest):.2f} to {np.nanmax(farthest):.2f} m, median {np.nanmedian(median):.2f} m"
+                )
+            found["measured pixels"] = f"{measured.mean():.1%} ({int((measured == 0).sum())} items without any)"
+        return found
+
+
+def inspect(
+    reader: Reader, *, num_shown: int = 24, on_progress: Callable[[int, int], None] | None = None
+) -> Inspection:
+    """Goes over all items of a reader; `num_shown` of them, spread evenly, make the sheet."""
+    places = np.unique(np.linspace(0, len(reader) - 1, min(num_shown, len(reader))).astype(int))
+    seen = _Seen({reader.ids[int(place)] for place in places} if num_shown else set())
+    report = check(reader, on_progress, seen.add)
+    return Inspection(
+        spec=reader.spec,
+        split=reader.split,
+        total=report.total,
+        good=report.good,
+        fields=tuple(sorted(reader.fields)),
+        fingerprint=reader.fingerprint(),
+        numbers=seen.numbers(),
+        bad=report.bad,
+        sheet=_sheet(seen.tiles, f"{reader.spec} ({reader.split})"),
+    )
+
+
+def open_splits(
+    spec: str, splits: Sequence[str] = (), *, image_size: int | None = None, limit: int | None = None
+) -> dict[str, Reader]:
+    """split -> reader: those that are asked for, or those of train, val and test that the data have.
+
+    Raises UserError when one that is asked for, or all of them, cannot be had.
+    """
+    readers, errors = {}, []
+    for split in splits or SPLITS:
+        try:
+            reader = open_reader(spec, split, image_size=image_size, limit=limit)
+            readers[reader.split] = reader  # `@all` behind the spec wins over what is asked for
+        except UserError as error:
+            errors.append(error)
+            if splits:
+                raise
+    if not readers:
+        raise errors[0]
+    return readers
+
+
+def shared_ids(readers: Mapping[str, Reader]) -> dict[tuple[str, str], list[str]]:
+    """(split, other split) -> the ids that are in both, of the pairs that share any."""
+    sets = {split: set(reader.ids) for split, reader in readers.items()}
+    pairs = [(one, other) for one in sets for other in sets if one < other]
+    return {pair: sorted(both) for pair in pairs if (both := sets[pair[0]] & sets[pair[1]])}
+
+
+def write(inspection: Inspection, folder: Path) -> list[Path]:
+    """SPLIT.json, the sheet as SPLIT.png, and bad items as SPLIT_bad.tsv; returns what was written."""
+    from crossflow.data.images import save_png, write_bytes
+
+    name = inspection.split
+    files = [write_bytes(folder / f"{name}.json", json.dumps(inspection.describe(), indent=1).encode() + b"\n")]
+    if inspection.sheet is not None:
+        files.append(save_png(inspection.sheet, folder / f"{name}.png", {"spec": inspection.spec, "split": name}))
+    bad = folder / f"{name}_bad.tsv"
+    if inspection.bad:
+        lines = ("\t".join(" ".join(text.split()) for text in pair) for pair in inspection.bad.items())
+        files.append(write_bytes(bad, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")))
+    else:
+        bad.unlink(missing_ok=True)  # of an earlier look at data that were mended since
+    return files
+
+
+def _tile(item: Item) -> np.ndarray:
+    """A small picture of an item, with its depth beside it; uint8 (h, w, 3)."""
+    from crossflow.data.images import center_crop_resize, colour_depth
+
+    assert item.image is not None
+    height, width = item.image.shape[:2]
+    ratio = min(1, CELL / max(height, width))
+    size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+    picture = center_crop_resize(item.image, size)
+    if item.depth is None:
+        return picture
+    near = center_crop_resize(item.depth, size, resample="nearest")
+    sides = [picture, colour_depth(near)]
+    return np.concatenate(sides, axis=1 if height > width else 0)  # stays near a square
+
+
+def _sheet(tiles: Sequence[tuple[np.ndarray, str]], title: str) -> np.ndarray | None:
+    from crossflow.data.images import sheet
+
+    if not tiles:
+        return None
+    pictures, captions = zip(*tiles, strict=True)
+    return sheet(pictures, captions, cell=CELL * 2 if any(len(one) > CELL for one in pictures) else CELL, title=title)
+
+
+def _spread(values: np.ndarray, unit: str = "") -> str:
+    low, middle, high = np.percentile(values, (0, 50, 100))
+    unit = f" {unit}" if unit else ""
+    return f"{low:g}{unit}" if low == high else f"{low:g} to {high:g}{unit}, median {middle:g}"

@@ -1,0 +1,239 @@
+"""Examples of a data set as training and evaluation take them, and the order in which training does.
+
+Which example comes when is a function of (seed, step), how it is augmented of (seed, epoch, index): a run that is
+resumed, or that has another number of processes, sees the same examples without saving any state.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from crossflow.core.errors import UserError
+from crossflow.core.noise import key, order
+from crossflow.data.readers import BadItem, Item, Reader
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CACHE_BYTES = 2**30
+NUM_LISTED = 10  # bad items named in an error or in the log
+
+
+class Examples(Generic[T]):
+    """`examples[epoch, index]` = transform(item, generator), for the items of a reader.
+
+    A bad item is skipped: the next good one stands in for it, the same one in every process. Decoded items stay in
+    memory while they fit, so that a small set is decoded once. Can be pickled and used by the workers of a DataLoader,
+    which ask for a whole batch at a time.
+
+    Args:
+        reader: the items, as `require` gives them.
+        transform: (item, numpy generator keyed by (seed, epoch, index)) -> example. It must not change the item's
+            arrays, and may raise BadItem for an item that it cannot use.
+        seed: of the augmentation.
+        cache: keep decoded items in memory.
+        cache_bytes: how much memory they may take, shared by the workers of a DataLoader.
+        max_bad: share of bad items in [0, 1] above which the data are refused.
+
+    Raises:
+        UserError: more than `max_bad` of all items are bad, or all of them; with the reasons of the first ten.
+            Raised as soon as it is known, which for files that cannot be decoded is when they have been asked for.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        transform: Callable[[Item, np.random.Generator], T],
+        *,
+        seed: int,
+        cache: bool = True,
+        cache_bytes: int = CACHE_BYTES,
+        max_bad: float = 0.05,
+    ) -> None:
+        self.reader, self.transform, self.seed, self.max_bad = reader, transform, seed, max_bad
+        self.cache_bytes = cache_bytes if cache else 0
+        self.bad: dict[str, str] = {}  # id -> reason, of the bad items met so far
+        self._cached: dict[int, Item] = {}
+        self._used_bytes = 0
+        self._unreadable: dict[int, BadItem] = {}
+        for id, reason in reader.problems.items():
+            self._note(BadItem(id, reason))
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, place: int | tuple[int, int]) -> T:
+        """The example at (epoch, index); an index alone is of epoch 0."""
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int | tuple[int, int]]) -> list[T]:
+        """Several examples. Their items are loaded together, which matters where a reader renders."""
+        wanted = [place if isinstance(place, tuple) else (0, place) for place in places]
+        total = len(self)
+        for _, index in wanted:
+            if not 0 <= index < total:
+                raise IndexError(f"index {index} of {total} examples")
+        loaded, chance = self._load(wanted), _Chance(self.seed)
+        return [self._example(epoch, index, loaded, chance) for epoch, index in wanted]
+
+    def first(self, count: int) -> list[T]:
+        """The examples of epoch 0 at the first `count` indices, loaded together."""
+        return self.__getitems__(list(range(min(count, len(self)))))
+
+    def items(self, limit: int | None = None) -> Iterator[Item]:
+        """The good items themselves, in the reader's order, at most `limit`; bad ones are left out and counted."""
+        start, left = 0, len(self) if limit is None else limit
+        while start < len(self) and left > 0:
+            stop = min(start + min(left, max(16, self.reader.together)), len(self))
+            for item in self.items_at(range(start, stop)):
+                left -= 1
+                yield item
+            start = stop
+
+    def items_at(self, indices: Sequence[int]) -> Iterator[Item]:
+        """The good items at these indices, loaded together; bad ones are left out and counted."""
+        missing = [index for index in indices if index not in self._cached and index not in self._unreadable]
+        fresh = dict(zip(missing, self.reader.load(missing), strict=True))
+        for index in indices:
+            item = fresh.get(index) or self._cached.get(index) or self._unreadable[index]
+            if isinstance(item, BadItem):
+                self._unreadable[index] = item
+                self._note(item)
+            else:
+                self._keep(index, item)
+                yield item
+
+    def captions(self, limit: int | None = None) -> Iterator[str]:
+        """Every caption of the first `limit` items, without decoding images where the reader can do without."""
+        for index in range(min(len(self), limit or len(self))):
+            yield from self.reader.captions(index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cached": {}, "_used_bytes": 0}
+
+    def _example(self, epoch: int, index: int, loaded: dict[int, Item | BadItem], chance: "_Chance") -> T:
+        total = len(self)
+        for distance in range(total):
+            candidate = (index + distance) % total
+            if candidate not in loaded:
+                loaded |= self._load([(epoch, candidate)])
+            item = loaded[candidate]
+            if isinstance(item, BadItem):
+                self._note(item)
+                continue
+            try:
+                return self.transform(item, chance.of(epoch, index))
+            except BadItem as bad:
+                self._note(bad)
+        raise UserError(f"{self.reader.spec!r}: not one item can be used.{self._listed()}")
+
+    def _load(self, wanted: Sequence[tuple[int, int]]) -> dict[int, Item | BadItem]:
+        """The items at the wanted (epoch, index), from memory where they are."""
+        indices = list(dict.fromkeys(index for _, index in wanted))
+        missing = [index for index in indices if index not in self._cached and index not in self._unreadable]
+        if missing:
+            missing += self._ahead(*wanted[-1], missing)
+        fresh = dict(zip(missing, self.reader.load(missing), strict=True))
+        for index, item in fresh.items():
+            if isinstance(item, BadItem):
+                self._unreadable[index] = item
+            else:
+                self._keep(index, item)
+        return {index: self._cached.get(index) or self._unreadable.get(index) or fresh[index] for index in indices}
+
+    def _ahead(self, epoch: int, index: int, missing: Sequence[int]) -> list[int]:
+        """What to load along with the missing ones: those that follow in the epoch, if there is room to keep them."""
+        room = self.reader.together - len(missing)
+        if room <= 0 or self._used_bytes >= self._budget():
+            return []
+        sequence = order(self.seed, epoch, len(self))
+        start = int(np.flatnonzero(sequence == index)[0]) + 1
+        known = {*self._cached, *self._unreadable, *missing}
+        return [other for other in sequence[start:].tolist() if other not in known][:room]
+
+    def _keep(self, index: int, item: Item) -> None:
+        if index in self._cached:
+            return
+        size = sum(array.nbytes for array in (item.image, item.depth) if array is not None)
+        size += 1000 + 2 * sum(map(len, item.captions))
+        if self._used_bytes + size <= self._budget():
+            self._cached[index] = item
+            self._used_bytes += size
+
+    def _budget(self) -> int:
+        from torch.utils.data import get_worker_info
+
+        worker = get_worker_info()
+        return self.cache_bytes // (worker.num_workers if worker else 1)
+
+    def _note(self, bad: BadItem) -> None:
+        if bad.id in self.bad:
+            return
+        self.bad[bad.id] = bad.reason
+        if len(self.bad) <= NUM_LISTED:
+            logger.warning("%s: skipping item %s", self.reader.spec, bad)
+        if len(self.bad) > self.max_bad * len(self) or len(self.bad) == len(self):
+            raise UserError(
+                f"{self.reader.spec!r} (split {self.reader.split!r}): {len(self.bad)} of {len(self)} items are bad so "
+                f"far, and at most {self.max_bad:.0%} may be. Mend or remove them, or raise the limit.{self._listed()}"
+            )
+
+    def _listed(self) -> str:
+        lines = [f"\n  {id}: {reason}" for id, reason in list(self.bad.items())[:NUM_LISTED]]
+        more = len(self.bad) - len(lines)
+        return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
+
+
+class _Chance:
+    """The generator of an example, keyed by (seed, epoch, index). One is set anew for each: making one takes longer
+    than reading an example from a feature cache.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.bits = np.random.Philox(key=0)
+        self.start = self.bits.state
+        self.generator = np.random.Generator(self.bits)
+
+    def of(self, epoch: int, index: int) -> np.random.Generator:
+        """Good until it is asked for the next."""
+        self.start["state"]["key"][0] = key("augment", self.seed, epoch, index)
+        self.bits.state = self.start
+        return self.generator
+
+
+@dataclass(frozen=True)
+class Check:
+    """What going over all items of a reader found: how many are good, and why the others are not."""
+
+    total: int
+    good: int
+    num_captions: int
+    bad: dict[str, str] = field(default_factory=dict)  # id -> reason
+
+
+def check(
+    reader: Reader,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_item: Callable[[Item], None] | None = None,
+) -> Check:
+    """Read every item. `on_progress(done, total)` is called now and then, `on_item` with each good one."""
+    bad: dict[str, str] = {}
+    num_captions = 0
+    stride = max(16, reader.together)
+    for start in range(0, len(reader), stride):
+        indices = range(start, min(start + stride, len(reader)))
+        for item in reader.load(indices):
+            if isinstance(item, BadItem):
+                bad[item.id] = item.reason
+            else:
+                num_captions += len(item.captions)
+                if on_item is not None:
+                    on_item(item)
+        if on_progress is not None:
+            on_progress(indices.stop, len(reader))
+    return Check(len(reader), len(reader) - len(bad), num_captions, bad)

@@ -1,0 +1,113 @@
+"""The image codec of a run and its settings, for the tasks whose pictures live in a latent space (t2i, caption)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from crossflow.core.config import Section
+from crossflow.core.errors import UserError
+from crossflow.core.noise import item_noise
+from crossflow.core.source import Posterior
+from crossflow.data.cache.training import Gathered, cache_of, pixel_pictures
+from crossflow.data.dataset import Examples
+from crossflow.networks.codecs.codec import Codec, build_codec, load_codec
+
+FOLDER = "codec"
+FLOWTITOK_SHAPE = (77, 16)
+NUM_FIRST = 512
+
+
+class CodecSettings(Section):
+    kind: Literal["pixel", "autoencoder_kl", "autoencoder_tiny", "flowtitok"] = "pixel"
+    """pixel: the picture itself, scaled to unit variance; or a frozen autoencoder of diffusers, or FlowTiTok."""
+    source: str | None = None
+    """Hub id or folder of the autoencoder, or folder of a converted codec."""
+    subfolder: str = ""
+    scale: float | None = None
+    """Factor on the autoencoder's latents (0.23010 and FlowTiTok's 1.0143 in the released models); none: its own."""
+    shift: float | None = None
+    factor: int = Field(1, ge=1)
+    """pixel: squares of factor x factor pixels become channels."""
+
+
+def open_codec(settings: CodecSettings, images: Iterable[Tensor]) -> Codec:
+    """The codec of a new run; the pixel codec measures its scale on images (B, 3, H, W)."""
+    if settings.kind == "pixel":
+        if settings.source is not None:
+            raise UserError(
+                "codec.source names an autoencoder, but codec.kind = pixel has none; set "
+                "codec.kind = autoencoder_kl, autoencoder_tiny or flowtitok."
+            )
+        return build_codec("pixel", factor=settings.factor).fit_scale(images)
+    if settings.source is None:
+        raise UserError(f"codec.kind = {settings.kind} needs codec.source, the hub id or folder of an autoencoder.")
+    given = {"scale": settings.scale, "shift": settings.shift, "subfolder": settings.subfolder}
+    return build_codec(
+        settings.kind,
+        source=settings.source,
+        **{name: value for name, value in given.items() if value not in (None, "")},
+    )
+
+
+def unscaled_codec(settings: CodecSettings) -> Codec:
+    """The codec of the settings before its scale is measured, for what does not depend on that: raw moments."""
+    return build_codec("pixel", factor=settings.factor) if settings.kind == "pixel" else open_codec(settings, ())
+
+
+def first_pictures(examples: Examples, config: Any) -> Iterator[Tensor]:
+    """Pictures (B, 3, H, W) that the pixel codec's scale is measured on; read when they are asked for."""
+    cache = cache_of(examples.reader)
+    if cache is None:
+        yield torch.stack([one["image"] for one in examples.first(NUM_FIRST)])
+    else:
+        entries = [one["entry"] for one in examples.first(NUM_FIRST)]
+        yield from pixel_pictures(cache, entries, config.data.image_size, config.codec.factor)
+
+
+def read_codec(folder: Path, settings: CodecSettings | None = None) -> Codec:
+    """The codec of a run. settings: of its configuration; when `source` there is no longer the recorded one, the
+    network is taken from the new place (and must be the same, where its checksum is known).
+    """
+    if settings is None or settings.source is None:
+        return load_codec(folder / FOLDER)
+    return load_codec(folder / FOLDER, source=settings.source, subfolder=settings.subfolder)
+
+
+def assumed_shape(settings: CodecSettings, image_size: int) -> tuple[int, ...]:
+    """The latent shape that the codec of these settings will have, known before it is loaded: that of the Stable
+    Diffusion autoencoders (also the tiny ones) and of FlowTiTok.
+    """
+    if settings.kind == "flowtitok":
+        return FLOWTITOK_SHAPE
+    channels, factor = (3 * settings.factor**2, settings.factor) if settings.kind == "pixel" else (4, 8)
+    return channels, image_size // factor, image_size // factor
+
+
+def encode(codec: Codec, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, *latent).
+
+    seeds: one per image; where the codec's posterior has a spread, a sample keyed by it is taken (a new one each
+    epoch), else the mean.
+    """
+    return draw(codec.encode(images), seeds)
+
+
+def latents(codec: Codec, examples: Sequence[Any], cached: Gathered | None) -> Tensor:
+    """The scaled latents (B, *latent) of training examples, sampled with their seeds: from their pictures, or from the
+    moments in a cache.
+    """
+    seeds = [one["seed"] for one in examples]
+    if cached is not None:
+        return draw(codec.scaled(cached.moments()), seeds)
+    return encode(codec, torch.stack([one["image"] for one in examples]), seeds)
+
+
+def draw(posterior: Posterior, seeds: Sequence[int] | None) -> Tensor:
+    """A sample keyed by one seed per row, or the mean; see `encode`."""
+    if seeds is None or posterior.log_var is None:
+        return posterior.mean
+    return posterior.sample(noise=item_noise(0, [str(seed) for seed in seeds], posterior.mean.shape[1:]))

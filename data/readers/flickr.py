@@ -1,0 +1,125 @@
+"""`flickr:DIR`: Flickr8k and Flickr30k as their authors publish them: a file of captions, lists of splits, pictures.
+
+Captions: NAME.jpg#0<tab>caption (Flickr8k.token.txt, results_20130124.token), or the table results.csv or captions.txt.
+A folder with dataset_flickr8k.json or dataset_flickr30k.json is one for `karpathy:DIR`.
+"""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from crossflow.core.errors import UserError
+from crossflow.data.reader import (
+    SPLIT_WORDS,
+    FileReader,
+    Listing,
+    Record,
+    clean_captions,
+    fullest_folder,
+    refuse_split,
+    with_links,
+)
+from crossflow.data.readers.karpathy import FOLDERS
+
+TOKEN_FILES = ("Flickr8k.token.txt", "results_20130124.token", "results.csv", "captions.txt")
+LISTS = ("Flickr_8k.{}Images.txt", "flickr30k_{}.txt", "{}.txt")
+TOKEN = re.compile(r"(?P<name>.+?)#\d+\t(?P<caption>.*)")
+
+
+class FlickrReader(FileReader):
+    """Pictures with five captions each. Without lists there are no splits: only `@all` can be had then."""
+
+    prefix = "flickr"
+    layout = (
+        "a folder with Flickr8k.token.txt or results_20130124.token (or results.csv, captions.txt), the lists "
+        "Flickr_8k.trainImages.txt, .devImages.txt, .testImages.txt (or train.txt, val.txt, test.txt), and the "
+        "pictures in Flicker8k_Dataset/, flickr30k-images/ or images/"
+    )
+    offers = frozenset(("image", "captions"))
+
+    def listing(self, path: Path, split: str) -> Listing:
+        file = next((path / name for name in TOKEN_FILES if (path / name).is_file()), None)
+        if file is None:
+            json = next((one.name for one in sorted(path.glob("dataset_*.json"))), "")
+            hint = f" For {json} write 'karpathy:{path}'." if json else ""
+            raise UserError(f"{self.spec!r} has none of {', '.join(TOKEN_FILES)}.{hint} Expected {self.layout}.")
+        captions, malformed = read_tokens(file)
+        lists = split_lists(path)
+        if not lists and split != "all":
+            raise UserError(
+                f"{self.spec!r} has no lists of its splits, and scores on others could not be compared. Put "
+                f"{LISTS[0].format('train')}, .dev and .test there (or train.txt, val.txt, test.txt), or write "
+                f"'{self.spec}@all'."
+            )
+        refuse_split(self.spec, split, lists)
+        names = list(captions) if split == "all" else _listed(lists[split])
+        places = [*(path / folder for folder in FOLDERS), path]
+        folder = fullest_folder(places, names)
+        records = [
+            Record(name, name, tuple(captions.get(name, ())), problem="" if captions.get(name) else "has no caption")
+            for name in names
+        ]
+        if split == "all":
+            records += malformed
+        return Listing(folder, records, with_links(folder))
+
+    @classmethod
+    def recognise(cls, path: Path) -> str:
+        return next((name for name in TOKEN_FILES[:2] if path.is_dir() and (path / name).is_file()), "")
+
+
+def read_tokens(file: Path) -> tuple[dict[str, list[str]], list[Record]]:
+    """(file name -> captions, lines that are none)."""
+    captions: dict[str, list[str]] = {}
+    malformed = []
+    try:
+        for number, name, caption in _rows(file):
+            cleaned = clean_captions(caption)
+            if not name or not cleaned:
+                malformed.append(
+                    Record(f"{file.name}:{number}", problem=f"line {number} of {file.name} has no caption")
+                )
+            else:
+                captions.setdefault(name, []).extend(cleaned)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{str(file)!r} cannot be read: {error}.") from error
+    if not captions:
+        raise UserError(f"{str(file)!r} has no line of the form NAME.jpg#0<tab>caption.")
+    return captions, malformed
+
+
+def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, file name, caption); both empty for a line of another form."""
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        if file.name in TOKEN_FILES[:2]:
+            for number, line in enumerate(opened, start=1):
+                match = TOKEN.fullmatch(line.strip())
+                if line.strip():
+                    yield number, match["name"] if match else "", match["caption"] if match else ""
+            return
+        delimiter = "|" if file.name == "results.csv" else ","  # NAME.jpg| 0| caption, and image,caption
+        rows = csv.reader(
+            opened, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
+        )
+        next(rows, None)  # the names of the columns
+        for number, row in enumerate(rows, start=2):
+            if row:
+                yield number, row[0].strip() if len(row) > 1 else "", row[-1] if len(row) > 1 else ""
+
+
+def split_lists(path: Path) -> dict[str, Path]:
+    """split -> list of file names."""
+    found = {}
+    for split, words in SPLIT_WORDS.items():
+        files = (path / pattern.format(word) for pattern in LISTS for word in words)
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None:
+            found[split] = file
+    return found
+
+
+def _listed(file: Path) -> list[str]:
+    """The file names of a list; the lists of Flickr30k name pictures without .jpg."""
+    names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [name if "." in name else f"{name}.jpg" for name in names]

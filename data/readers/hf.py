@@ -1,0 +1,319 @@
+"""`hf:NAME`: anything that the library `datasets` reads: data sets of the Hugging Face hub, folders of Parquet files or
+pictures, and what `save_to_disk` wrote. Local folders need no network.
+
+Columns are found by their types and names, or said: `hf:NAME?image=img&caption=text`.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from crossflow.core.errors import UserError
+from crossflow.data.reader import (
+    BadItem,
+    Item,
+    Reader,
+    chosen,
+    clean_captions,
+    existing,
+    refuse_split,
+    split_by_hash,
+    split_location,
+    split_word,
+)
+from crossflow.data.readers.jsonl import CAPTION_KEYS
+from crossflow.data.readers.options import Option, Options, parse_options
+
+logger = logging.getLogger(__name__)
+
+CAPTIONS = (*CAPTION_KEYS, "txt", "sentences", "sentence", "sentences_raw", "description", "alt_text")
+DEPTHS = ("depth", "depth_map", "depth_image")
+
+
+class HfReader(Reader):
+    """Pictures with captions or depth. Splits are those of the data set (`validation` is val), or by a hash of the
+    items' names where it has nothing but `train`.
+
+    `stream=N` takes the first N rows of a split without downloading the rest, and holds them (encoded) in memory: so
+    they are shuffled, divided and resumed like any other data.
+    """
+
+    prefix = "hf"
+    layout = "the name of a data set on the Hugging Face hub, or a folder that the library `datasets` reads"
+    offers = frozenset(("image", "captions", "depth"))
+    options: ClassVar[Options] = {
+        "config": Option("configuration of the data set"),
+        "revision": Option("branch, tag or commit of the data set"),
+        "image": Option("column of the pictures"),
+        "caption": Option("column of the captions"),
+        "depth": Option("column of the depth maps"),
+        "id": Option("column of the items' names; without, the row numbers"),
+        "units": Option("what one metre is in 16-bit depth", "1000", number=True),
+        "stream": Option("so many rows only, without downloading the rest", "none", number=True),
+    }
+
+    def __init__(
+        self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0
+    ) -> None:
+        self.spec, self.split = f"{self.prefix}:{location}", split
+        self.place, settings = split_location(location)
+        self.option = parse_options(settings, self.options, self.spec)
+        if not self.place:
+            raise UserError(f"{self.spec!r} names no data set: write hf:NAME with {self.layout}.")
+        parts = self._parts()
+        words = {split_word(name) or name: name for name in parts}
+        # What has nothing but one `train` is divided; a lone `test` is there to be scored as a whole.
+        self.hashed = len(parts) == 1 and split != "all" and not {"val", "test"} & set(words)
+        if not self.hashed:
+            refuse_split(self.spec, split, words)
+        names = list(parts) if split == "all" or self.hashed else [words[split]]
+        self.rows: list[tuple[str, int]] = []  # (split, row) of each item
+        self.data = {name: self._opened(name, parts[name]) for name in names}
+        self.columns = self._columns(next(iter(self.data.values())))
+        for name, data in self.data.items():
+            self.rows += [(name, row) for row in range(len(data))]
+        ids = self._all_ids()
+        if self.hashed:
+            members = split_by_hash(self.spec, ids, split)
+            kept = [index for index, id in enumerate(ids) if id in members]
+            self.rows, ids = [self.rows[index] for index in kept], [ids[index] for index in kept]
+        if limit is not None and limit < len(ids):
+            kept = chosen(ids, limit, seed)
+            self.rows, ids = [self.rows[index] for index in kept], [ids[index] for index in kept]
+        if not ids:
+            raise UserError(f"{self.spec!r} has no rows in its split {split!r}.")
+        self.ids: Sequence[str] = ids
+        fields = {"image": "image", "caption": "captions", "depth": "depth"}
+        self.fields = frozenset(fields[key] for key in self.columns)
+
+    # -- opening
+
+    def _parts(self) -> dict[str, Any]:
+        """split -> its rows, when they are on this machine; None when they are still to be had."""
+        import datasets
+
+        folder = existing(self.place)
+        streamed = self.option["stream"] != "none"
+        try:
+            if folder is not None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+                found = datasets.load_from_disk(str(folder))
+                return dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
+            given = self._given()
+            if streamed:
+                return dict(datasets.load_dataset(self.place, streaming=True, **given))
+            return dict.fromkeys(
+                datasets.get_dataset_split_names(self.place, given["name"], revision=given["revision"])
+            )
+        except UserError:
+            raise
+        except Exception as error:  # the library raises almost any type: no network, unknown name, wrong folder
+            raise self._failed(error) from error
+
+    def _given(self) -> dict[str, str | None]:
+        return {"name": self.option["config"] or None, "revision": self.option["revision"] or None}
+
+    def _opened(self, name: str, part: Any) -> Any:
+        """The rows of a split, with pictures left encoded."""
+        import datasets
+
+        try:
+            part = datasets.load_dataset(self.place, split=name, **self._given()) if part is None else part
+            for column, feature in (part.features or {}).items():
+                if isinstance(feature, datasets.Image):
+                    part = part.cast_column(column, datasets.Image(decode=False))
+            if self.option["stream"] == "none":
+                return part
+            count = int(float(self.option["stream"]))
+            if isinstance(part, datasets.Dataset):
+                return part.select(range(min(count, len(part))))
+            return _Rows(list(part.take(count)), part.features)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        return UserError(
+            f"{self.spec!r} cannot be opened by the library `datasets`: {reason}. Check the name; without a network, "
+            "give the folder of a copy on this machine."
+        )
+
+    def _columns(self, data: Any) -> dict[str, str]:
+        """image, caption, depth -> column, of those that there are."""
+        import datasets
+
+        features: Mapping[str, Any] = data.features or dict.fromkeys(data[0] if len(data) else {})
+        pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        found = {
+            "image": next((name for name in ("image", "img", "jpg", "png") if name in pictures), "")
+            or next((name for name in pictures if name not in DEPTHS), ""),
+            "caption": next((name for name in CAPTIONS if name in features and name not in pictures), ""),
+            "depth": next((name for name in DEPTHS if name in features), ""),
+        }
+        for key in found:
+            asked = self.option[key]
+            if asked and asked not in features:
+                raise UserError(f"{self.spec!r} has no column {asked!r}; it has {', '.join(features)}.")
+            found[key] = asked or found[key]
+        if not any(found.values()):
+            raise UserError(
+                f"{self.spec!r}: none of its columns ({', '.join(features)}) is known to hold pictures or captions. "
+                "Say which do: ?image=COLUMN&caption=COLUMN."
+            )
+        return {key: column for key, column in found.items() if column}
+
+    def _all_ids(self) -> list[str]:
+        several = len(self.data) > 1
+        column = self.option["id"]
+        if not column:
+            return [f"{name}/{row:08d}" if several else f"{row:08d}" for name, row in self.rows]
+        ids: list[str] = []
+        for name, data in self.data.items():
+            if column not in (data.features or {column: None}):
+                raise UserError(
+                    f"{self.spec!r} has no column {column!r} for the names; it has {', '.join(data.features)}."
+                )
+            ids += [f"{name}/{value}" if several else str(value) for value in data[column]]
+        if len(set(ids)) < len(ids):
+            raise UserError(f"{self.spec!r}: the column {column!r} names several items alike; names must be unique.")
+        return ids
+
+    # -- reading
+
+    def __getitem__(self, index: int) -> Item:
+        id, (name, row) = self.ids[index], self.rows[index]
+        try:
+            values = self.data[name][row]
+            image = self._image(values)
+            captions = clean_captions(_texts(values.get(self.columns.get("caption", ""))))
+            depth = self._depth(values)
+            lacking = {"captions": not captions, "depth": depth is None}
+            missing = [field for field, lacks in lacking.items() if lacks and field in self.needs]
+            if missing:
+                raise ValueError(f"has no {' and no '.join(missing)}")
+            if image is not None and depth is not None and depth.shape != image.shape[:2]:
+                raise ValueError(f"depth is {depth.shape}, the image {image.shape[:2]} pixels (height, width)")
+        except (ValueError, TypeError, OSError) as error:
+            raise BadItem(id, str(error)) from error
+        return Item(id, image, captions, depth)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        column = self.columns.get("caption")
+        if column is None:
+            return ()
+        name, row = self.rows[index]
+        data = self.data[name]
+        values = data[row] if isinstance(data, _Rows) else data.select_columns([column])[row]
+        try:
+            return clean_captions(_texts(values[column]))
+        except ValueError:
+            return ()
+
+    def _image(self, values: Mapping[str, Any]) -> np.ndarray | None:
+        from crossflow.data.images import load_image
+
+        if "image" not in self.columns:
+            return None
+        return load_image(_encoded(values[self.columns["image"]], self.place))
+
+    def _depth(self, values: Mapping[str, Any]) -> np.ndarray | None:
+        from PIL import Image
+
+        from crossflow.data.images import load_depth_png
+
+        value = values.get(self.columns.get("depth", ""))
+        if value is None:
+            return None
+        if isinstance(value, Mapping):
+            content = _encoded(value, self.place)
+            with Image.open(io.BytesIO(content), formats=("PNG", "TIFF")) as image:
+                value = np.array(image) if image.mode == "F" else None
+            if value is None:
+                return load_depth_png(content, units_per_metre=float(self.option["units"]))
+        metres = np.asarray(value, dtype=np.float32).squeeze()
+        if metres.ndim != 2:
+            raise ValueError(f"depth has the shape {metres.shape}, not (height, width)")
+        return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
+
+    def fingerprint(self) -> str:
+        """Of the settings, all names, and the content of up to 256 rows."""
+        settings = {key: self.option[key] for key in ("config", "units")} | self.columns
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+        digest.update(json.dumps(list(self.ids)).encode())
+        for name, row in self.rows[:: -(-len(self.rows) // 256)]:
+            values = self.data[name][row]
+            for column in self.columns.values():
+                value = values[column]
+                digest.update(_encoded(value, self.place) if isinstance(value, Mapping) else repr(value).encode())
+        return digest.hexdigest()
+
+    @classmethod
+    def recognise(cls, path: Path) -> str:
+        names = ("dataset_dict.json", "state.json") if path.is_dir() else ()
+        return next((name for name in names if (path / name).is_file()), "")
+
+
+class _Rows:
+    """The first rows of a stream, kept."""
+
+    def __init__(self, rows: list[dict[str, Any]], features: Any) -> None:
+        self.rows, self.features = rows, features
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | str) -> Any:
+        return self.rows[key] if isinstance(key, int) else [row[key] for row in self.rows]
+
+
+def _encoded(value: Any, place: str) -> bytes:
+    """The bytes of a picture that was left encoded: {"bytes", "path"}.
+
+    The library names pictures inside of archives and on the hub by chained addresses: zip://a.png::/data/train.zip.
+    What they lead to must be on the hub, in the library's cache, or below `place`: a row may name any file.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError("has no picture" if value is None else f"its picture is {type(value).__name__}, not encoded")
+    if value.get("bytes"):
+        return value["bytes"]
+    if value.get("path"):
+        import fsspec
+
+        end = str(value["path"]).rpartition("::")[2]
+        if not end.startswith("hf://") and not _is_below(end, place):
+            raise ValueError(f"its picture {end!r} lies outside of the data; only files of the data are read")
+        try:
+            with fsspec.open(value["path"], "rb") as file:
+                return file.read()
+        except Exception as error:  # a file system raises what its library does
+            raise ValueError(f"{value['path']} cannot be read: {error}") from error
+    raise ValueError("has no picture")
+
+
+def _is_below(file: str, place: str) -> bool:
+    """Whether an address is a local file in the data's folder, or in a cache of the library."""
+    import datasets
+    from fsspec.implementations.local import LocalFileSystem
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if "://" in file:
+        return False
+    file = LocalFileSystem._strip_protocol(file)  # what fsspec will open: without "file:", with "~" expanded
+    folder = existing(place)
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    folders = [*map(Path, caches), *([folder if folder.is_dir() else folder.parent] if folder is not None else [])]
+    return any(Path(file).resolve().is_relative_to(Path(one).resolve()) for one in folders)
+
+
+def _texts(value: Any) -> Any:
+    """Captions as a text or a list of texts; COCO-like rows hold {"raw": ...} objects."""
+    if isinstance(value, Mapping):
+        return value.get("raw")
+    if isinstance(value, list):
+        return [one.get("raw") if isinstance(one, Mapping) else one for one in value]
+    return value

@@ -1,0 +1,150 @@
+"""`kitti:DIR`: KITTI with the split lists of Eigen et al. (2014), and annotated depth (Uhrig et al., 2017).
+
+Depth is sparse: 16-bit PNG, metres * 256, 0 where the laser measured nothing. `val` and `test` are scored inside the
+crop of Garg et al. (2016) and below 80 m.
+"""
+
+import logging
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+
+import numpy as np
+
+from crossflow.core.errors import UserError
+from crossflow.data.reader import SPLIT_WORDS, Listing, Record, refuse_split, with_links
+from crossflow.data.readers.depth import (
+    LIST,
+    Bases,
+    DepthReader,
+    cap_option,
+    crop_option,
+    list_lines,
+    stem,
+)
+from crossflow.data.readers.options import Option, Options
+
+logger = logging.getLogger(__name__)
+
+UNITS_PER_METRE = 256.0
+SIDES = {"l": "02", "r": "03"}  # of the colour cameras
+BENCHMARK = (352, 1216)  # height and width to which the depth benchmark cuts pictures
+NUM_TEST, NUM_MEASURED = 697, 652  # frames of Eigen's test list, and those of them with annotated depth
+
+
+class KittiReader(DepthReader):
+    """Street scenes. Frames of a list for which nothing was measured are left out."""
+
+    prefix = "kitti"
+    layout = (
+        "a folder with the Eigen lists (eigen_train_files_with_gt.txt, eigen_test_files_with_gt.txt, or "
+        "train_files.txt and test_files.txt) beside the raw drives (DATE/DRIVE/image_02/data/N.png) and the annotated "
+        "depth (data_depth_annotated/train|val/DRIVE/proj_depth/groundtruth/image_02/N.png)"
+    )
+    options: ClassVar[Options] = {
+        "crop": crop_option("garg", "eigen"),
+        "cap": cap_option("80"),
+        "benchmark": Option("cut all pictures to the depth benchmark's 352 x 1216, bottom centre", "no", ("yes", "no")),
+        "list": LIST,
+    }
+    bases = (
+        *("raw", "raw_data", "kitti_raw", "input", "images"),
+        *("data_depth_annotated/train", "data_depth_annotated/val", "data_depth_annotated", "depth"),
+        *("gts", "train", "val"),
+    )
+
+    def listing(self, path: Path, split: str) -> Listing:
+        bases = Bases(path, self.bases)
+        file = self.place("list", path)
+        if file is not None:
+            return Listing(path, self._frames(file, bases, ""), with_links(path))
+        return self.list_pairs(path, split)
+
+    def list_pairs(self, path: Path, split: str) -> Listing:
+        lists = list_files(path)
+        if not lists:
+            raise UserError(f"{self.spec!r} has no lists of the Eigen split. Expected {self.layout}.")
+        refuse_split(self.spec, split, lists)
+        bases = Bases(path, self.bases)
+        records = [
+            record
+            for name, file in lists.items()
+            if split in (name, "all")
+            for record in self._frames(file, bases, name)
+        ]
+        return Listing(path, records, with_links(path))
+
+    def _frames(self, file: Path, bases: Bases, split: str) -> list[Record]:
+        records, unmeasured, lines = [], 0, list_lines(file)
+        for number, fields in lines:
+            try:
+                rgb, depth = _frame(fields)
+            except ValueError as error:
+                records.append(Record(f"{file.name}:{number}", problem=f"line {number} of {file.name} {error}"))
+                continue
+            named = fields[1].isdigit()  # the list names frames, so whether there is depth shows only from the files
+            found = bases.find(depth) if depth else ""
+            if not depth or (named and not (bases.root / found).is_file()):
+                unmeasured += 1
+                continue
+            image = bases.find(rgb)
+            if not (bases.root / image).is_file():
+                image = bases.find(str(PurePosixPath(rgb).with_suffix(".jpg")))
+            records.append(Record(stem(rgb), image, depth=found))
+        if unmeasured:
+            logger.info("%s: %d of %d frames have no annotated depth and are left out.", file, unmeasured, len(lines))
+        if split == "test" and len(lines) == NUM_TEST and len(records) != NUM_MEASURED:
+            raise UserError(
+                f"{self.spec!r}: of the {NUM_TEST} frames of the Eigen test list, {NUM_MEASURED} have annotated depth, "
+                f"but {len(records)} were found. A score on these could not be compared; is the depth complete (drives "
+                "of data_depth_annotated/train and val)?"
+            )
+        if not records:
+            raise UserError(f"{self.spec!r}: no depth was found for any of the {len(lines)} frames of {file.name}.")
+        return records
+
+    def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        from crossflow.data.images import load_depth_png, load_image
+
+        image = load_image(self.path(record.image))
+        depth = load_depth_png(self.path(record.depth), units_per_metre=UNITS_PER_METRE)
+        if self.option["benchmark"] == "no" or depth.shape != image.shape[:2]:
+            return image, depth
+        height, width = BENCHMARK
+        if depth.shape[0] < height or depth.shape[1] < width:
+            raise ValueError(f"a picture of {depth.shape[0]}x{depth.shape[1]} cannot be cut to {height}x{width}")
+        top, left = depth.shape[0] - height, (depth.shape[1] - width) // 2
+        part = (slice(top, top + height), slice(left, left + width))
+        return np.ascontiguousarray(image[part]), np.ascontiguousarray(depth[part])
+
+    @classmethod
+    def recognise(cls, path: Path) -> str:
+        return next((file.name for file in list_files(path).values() if "eigen" in file.name), "")
+
+
+def list_files(path: Path) -> dict[str, Path]:
+    """split -> list."""
+    if not path.is_dir():
+        return {}
+    patterns = ("eigen_{}_files_with_gt.txt", "eigen_{}_files.txt", "{}_files_with_gt.txt", "{}_files.txt")
+    folders = [path / name for name in ("", "splits", "splits/eigen", "eigen")]
+    found = {}
+    for split in SPLIT_WORDS:
+        files = (folder / pattern.format(split) for pattern in patterns for folder in folders)
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None:
+            found[split] = file
+    return found
+
+
+def _frame(fields: list[str]) -> tuple[str, str]:
+    """(picture, depth or "") of a line: `PICTURE DEPTH FOCAL` with DEPTH `None` if there is none, or `DRIVE N l|r`."""
+    if len(fields) < 2:
+        raise ValueError("names no depth; expected PICTURE DEPTH FOCAL, or DRIVE NUMBER l")
+    if fields[1].isdigit():
+        drive, side = PurePosixPath(fields[0].strip("/")), fields[2] if len(fields) > 2 else "l"
+        if side not in SIDES:
+            raise ValueError(f"names the side {side!r}, which is l or r")
+        camera, frame = f"image_{SIDES[side]}", f"{int(fields[1]):010d}.png"
+        return f"{drive}/{camera}/data/{frame}", f"{drive.name}/proj_depth/groundtruth/{camera}/{frame}"
+    depth = fields[1].lstrip("/")
+    return fields[0].lstrip("/"), "" if depth == "None" else depth

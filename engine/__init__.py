@@ -1,0 +1,1 @@
+"""Where a task meets the core: training, sampling, latents and the run directory."""

@@ -1,0 +1,89 @@
+"""`crossflow cache`: a recipe and a data set -> a feature cache, or what it would take; data beside their cache."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from crossflow.core.config import Config
+from crossflow.core.errors import UserError
+from crossflow.data.cache.build import Builder, Settings
+from crossflow.data.cache.extract import Options
+from crossflow.data.cache.store import Cache
+from crossflow.data.cache.verify import compare
+from crossflow.data.readers import Reader, open_reader, require
+from crossflow.tasks.base import build_task
+
+USUAL_SPLITS = ("train", "val")
+
+
+def builder(
+    config: Config,
+    spec: str,
+    folder: Path,
+    *,
+    splits: Sequence[str] = (),
+    sizes: Sequence[int] = (),
+    storage: str = "float16",
+    device: str = "cpu",
+    num: int | None = None,
+    settings: Settings | None = None,
+) -> Builder:
+    """What makes the cache of `spec` for the recipe `config` in `folder`; nothing is computed or written yet.
+
+    splits: those to cache, none: train, and val where the data have one; sizes: of pictures in pixels, none: the
+    recipe's; num: at most so many items of each split. Raises UserError for data, recipes and folders that do not go
+    together.
+    """
+    sizes = tuple(dict.fromkeys(sizes)) or (config.data.image_size,)
+    readers, limits = _readers(config, spec, splits, max(sizes), num)
+    fields = frozenset.intersection(*(reader.fields for reader in readers.values()))
+    if "features" in fields:
+        raise UserError(f"{spec!r} is a cache already. Give the data that it was made from.")
+    taken_over = "released" in fields
+    task = build_task(config)
+    task.open_frozen()
+    extractor = task.extractor(Options(sizes, storage, device, images=taken_over or "image" in fields))
+    needs = {"captions", "released"} if taken_over else extractor.needs
+    readers = {split: require(reader, needs, f"{config.task} (cache)") for split, reader in readers.items()}
+    made = Builder(folder, readers, extractor, settings or Settings(max_bad=config.data.max_bad), limits)
+    made.compare_imported()
+    return made
+
+
+def _readers(
+    config: Config, spec: str, splits: Sequence[str], size: int, num: int | None
+) -> tuple[dict[str, Reader], dict[str, tuple[int | None, int]]]:
+    """split -> reader, and split -> (limit, seed). A spec that forces a split (`coco:DIR@all`) gives that one alone."""
+    readers: dict[str, Reader] = {}
+    limits: dict[str, tuple[int | None, int]] = {}
+    for split in dict.fromkeys(splits or USUAL_SPLITS):
+        limit = num if num is not None else config.data.num_train if split == "train" else None
+        try:
+            reader = open_reader(spec, split, image_size=size, limit=limit, seed=config.seed)
+        except UserError:
+            if splits or not readers:  # asked for, or not even train is there
+                raise
+            continue
+        if reader.split not in readers:
+            readers[reader.split], limits[reader.split] = reader, (limit, config.seed)
+    return readers, limits
+
+
+def own_device() -> str | None:
+    """The GPU of this process when a launcher started several on a machine; none otherwise."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return None
+
+
+def differences(folder: Path, spec: str, on_progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """What is in the data `spec` otherwise than in the cache in `folder` that was made from them, by content."""
+    cache = Cache(folder)
+    sizes = [int(name.partition("_")[2]) for name in cache.features["parts"] if name.startswith("moments")]
+    readers = {
+        split: open_reader(spec, split, image_size=max(sizes, default=None), limit=about["limit"], seed=about["seed"])
+        for split, about in cache.plan["data"].items()
+    }
+    return compare(folder, readers, on_progress).problems

@@ -1,0 +1,1 @@
+"""Networks that know a modality but no task."""

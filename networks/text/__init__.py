@@ -1,0 +1,1 @@
+"""Tokenizers, frozen text encoders and trainable text networks."""

@@ -1,0 +1,243 @@
+"""Released files -> our folders, tensor by tensor: what `crossflow convert FILE DIR` does.
+
+A flow model becomes a run directory, a codec a codec's folder. Beside the weights, released.json says what the file
+was, so that the folder can be written back under the original keys (restore.py).
+"""
+
+import functools
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossflow import released
+from crossflow.core.config import Config, build, dump, merge, parse_overrides
+from crossflow.core.errors import UserError
+from crossflow.core.files import write_atomically
+from crossflow.core.model import CrossFlow
+from crossflow.data.image_latents import FOLDER as CODEC_FOLDER
+from crossflow.engine.sample import WEIGHTS
+from crossflow.engine.train import environment
+from crossflow.networks.codecs.codec import SETTINGS_FILE, WEIGHTS_FOLDER, AutoencoderKLCodec, NetworkCodec
+from crossflow.networks.codecs.flowtitok import FlowTiTokCodec
+from crossflow.networks.frozen import checksum_of, digest, write_json
+from crossflow.released.files import Piece, Weights, read_weights, size_of, write_safetensors
+from crossflow.released.folders import (
+    CODEC_PREFIX,
+    CODEC_WEIGHTS,
+    OBJECTIVE_FILE,
+    ORIGIN_FILE,
+    Converted,
+    Progress,
+    check_free,
+    counter,
+    whole,
+)
+from crossflow.released.kinds import Kind, kind_named
+from crossflow.released.known import Known, identify, read_config
+from crossflow.released.rules import Entry, check, entries, expected_shapes
+from crossflow.tasks.base import build_task, task_class
+from crossflow.tasks.t2i.encoder import FROZEN_FILE
+
+
+def from_file(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    kind: str | None = None,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
+) -> Converted:
+    """Writes the run directory, or the codec's folder, of a released file; it appears whole or not at all.
+
+    kind, config: of a network that is not one of the released files; config: a JSON or YAML file of the reference's
+    own settings. overrides: key=value settings of a flow model's run, above all text.encoder and codec.source.
+    The file is read tensor by tensor; at no time is more than the file itself held in memory.
+    Raises UserError: wrong kind, missing or misshapen or unknown tensors, unreadable files, folders that are not empty,
+    full disks, overrides that would change the network.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    weights = read_weights(source)
+    said, settings = read_config(Path(config)) if config is not None else (None, None)
+    known = identify(weights.empty, kind or said, settings, weights.path)
+    rules = kind_named(known.kind)
+    module = released.empty(known.kind, known.config, list(weights))
+    ours = released.tensors(module)
+    table = entries(ours, rules.rules)
+    shapes = expected_shapes(ours, table)
+    _check_kind(weights, shapes, known, rules)
+    unused = check(weights.empty, shapes, rules.dropped, known.kind)
+    pieces = [piece for entry in table for piece in _piece(entry, weights, ours[entry.name])]
+    dropped = _by_reason(unused, rules)
+    origin = {
+        "kind": known.kind,
+        "name": known.name,
+        "file": weights.path.name,
+        "config": known.config,
+        "absent": [key for key in shapes if key not in weights],
+        "dropped": dropped,
+    }
+    if isinstance(module, CrossFlow):
+        run = _run_config(known, list(weights), overrides, module)
+        notes = _notes(run)
+        with whole(folder, size_of(pieces)) as part:
+            _write_run(part, run, pieces, counter(progress, pieces))
+            _write_origin(part, origin, run)
+    else:
+        _refuse_overrides(overrides, known)
+        notes = [f"A run uses it by codec.source={folder}."]
+        with whole(folder, size_of(pieces)) as part:
+            _write_codec(part, module, pieces, counter(progress, pieces))
+            _write_origin(part, origin, None)
+    return Converted(folder, known.name, known.kind, len(weights) - len(unused), dropped, notes)
+
+
+def _check_kind(weights: Weights, shapes: Mapping[str, Any], known: Known, kind: Kind) -> None:
+    """A file of another kind is told as such, instead of by hundreds of tensors that do not fit."""
+    fitting = sum(key in weights and weights.empty[key].shape == shape for key, (shape, _) in shapes.items())
+    used = {key for key in weights if not any(re.fullmatch(pattern, key) for pattern in kind.dropped)}
+    if fitting < len(used | shapes.keys()) / 2:
+        raise UserError(
+            f"{weights.path} holds {fitting} of the {len(shapes)} tensors of a {known.kind!r} network with these "
+            f"settings, and {len(used) - fitting} others: it is another network. Look at --kind and --config."
+        )
+
+
+def _piece(entry: Entry, weights: Weights, built: Tensor) -> Iterator[Piece]:
+    """One tensor of ours: from the file, or what the network was built with where the file need not hold it."""
+    if all(key in weights for key in entry.keys):
+        empty = entry.join(weights.empty[key] for key in entry.keys)
+        yield Piece(entry.name, empty, lambda: entry.join(weights[key] for key in entry.keys))
+    elif not built.is_meta:
+        yield Piece(entry.name, built.to("meta"), lambda: built)
+
+
+def _by_reason(unused: Sequence[str], kind: Kind) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key in unused:
+        reason = next(reason for pattern, reason in kind.dropped.items() if re.fullmatch(pattern, key))
+        found.setdefault(reason, []).append(key)
+    return found
+
+
+def _run_config(known: Known, keys: Sequence[str], overrides: Sequence[str], module: CrossFlow) -> Config:
+    """The configuration of the run; raises UserError for overrides after which it builds another network."""
+    settings = released.settings(known.kind, known.config, keys)
+    if settings["codec"]["kind"] == AutoencoderKLCodec.kind:
+        settings["codec"]["source"] = AutoencoderKLCodec.example
+    settings = merge(settings, parse_overrides(overrides))
+    for section, name in (("text", "encoder"), ("codec", "source")):
+        settings[section] = {**settings[section], name: _local(f"{section}.{name}", settings[section].get(name))}
+    config = build(task_class("t2i").Config, settings)
+    task = build_task(config)
+    task.assume()
+    with torch.device("meta"):
+        built = task.build_model().state_dict()
+    converted = module.state_dict()
+    other = [key for key in {**built, **converted} if key not in built or key not in converted]
+    other += [key for key in built if key in converted and built[key].shape != converted[key].shape]
+    if other:
+        raise UserError(
+            f"With {' '.join(overrides)} the network would have other tensors than {known.name}: {', '.join(other[:3])}"
+            f"{' and more' if len(other) > 3 else ''}. Override what it is used with (text.encoder, codec.source, "
+            "sample.*), not its shape."
+        )
+    return config
+
+
+def _local(name: str, value: str | None) -> str | None:
+    """A folder by its absolute path, since a run is also used from elsewhere; a hub id as it is."""
+    if value is None:
+        return None
+    folder = Path(value).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if value.startswith((".", "/", "~")):
+        raise UserError(f"{name} = {value}: there is no such folder. Give a folder, or a hub id such as owner/name.")
+    return value
+
+
+def _notes(config: Any) -> list[str]:
+    text, codec = config.text, config.codec
+    notes = []
+    for name, value, example in (
+        ("text.encoder", text.encoder, "the text encoder's hub id or folder"),
+        ("codec.source", codec.source, "the folder that the tokenizer was converted to"),
+    ):
+        if value is None:
+            notes.append(f"Not set yet: {name}. Give {name}=..., {example}; or when sampling, --set {name}=...")
+        else:
+            notes.append(f"{name}: {value}. Elsewhere: --set {name}=FOLDER when sampling.")
+    return notes
+
+
+def _refuse_overrides(overrides: Sequence[str], known: Known) -> None:
+    if overrides:
+        raise UserError(f"{known.name} is a codec and has no settings to override; {' '.join(overrides)} came.")
+
+
+def _write_run(folder: Path, config: Any, pieces: Sequence[Piece], on_bytes: Callable[[int], None]) -> None:
+    heads = [
+        piece._replace(name=piece.name.removeprefix(released.HEADS))
+        for piece in pieces
+        if piece.name.startswith(released.HEADS)
+    ]
+    write_safetensors(
+        folder / WEIGHTS["model"], [piece for piece in pieces if not piece.name.startswith(released.HEADS)], on_bytes
+    )
+    write_safetensors(folder / OBJECTIVE_FILE, heads, on_bytes)
+    write_json(folder / FROZEN_FILE, {**config.text.loading(), "checksum": None})
+    codec = config.codec
+    (folder / CODEC_FOLDER).mkdir()
+    settings = {
+        "kind": codec.kind,
+        "options": {"source": codec.source or "", "subfolder": codec.subfolder},
+        "scale": [codec.scale if codec.scale is not None else 1.0],
+        "shift": [codec.shift if codec.shift is not None else 0.0],
+        "embedded": False,
+    }
+    write_json(folder / CODEC_FOLDER / SETTINGS_FILE, settings)
+    write_atomically(folder / "config.yaml", dump(config))
+
+
+def _write_codec(folder: Path, codec: nn.Module, pieces: Sequence[Piece], on_bytes: Callable[[int], None]) -> None:
+    assert isinstance(codec, NetworkCodec)
+    (folder / WEIGHTS_FOLDER).mkdir()
+    if isinstance(codec, FlowTiTokCodec):  # trained on pictures in [0, 1], which neither its weights nor settings say
+        codec.network.config = replace(codec.network.config, pixels="unit")
+    codec.network.save_config(folder / WEIGHTS_FOLDER)
+    digests: list[bytes] = []
+
+    def digested(piece: Piece) -> Tensor:
+        tensor = piece.make()
+        if tensor.is_floating_point():
+            digests.append(digest(tensor.float()))  # as a codec holds it
+        return tensor
+
+    own = [
+        Piece(piece.name.removeprefix(CODEC_PREFIX), piece.empty, functools.partial(digested, piece))
+        for piece in pieces
+    ]
+    write_safetensors(folder / WEIGHTS_FOLDER / CODEC_WEIGHTS[codec.kind], own, on_bytes)
+    codec.checksum = checksum_of(digests)
+    codec.save_settings(folder, embedded=True)
+
+
+def _write_origin(folder: Path, origin: Mapping[str, Any], config: Config | None) -> None:
+    write_json(folder / ORIGIN_FILE, dict(origin))
+    made = {
+        "task": config.task if config is not None else None,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "converted_from": {name: origin[name] for name in ("name", "kind", "file")},
+        **environment(),
+    }
+    write_json(folder / "manifest.json", made)

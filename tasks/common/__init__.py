@@ -1,1 +1,0 @@
-"""What several tasks share: text, images, codecs, scenes, readers, caches."""

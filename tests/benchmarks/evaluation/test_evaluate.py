@@ -1,0 +1,178 @@
+"""An evaluation can be killed, repeated and compared; batches do not change it; protocols decide what is measured."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crossflow.benchmarks.evaluation import evaluate as evaluation
+from crossflow.benchmarks.evaluation.evaluate import evaluate
+from crossflow.benchmarks.evaluation.protocol import load_protocol
+from crossflow.cli import main
+from crossflow.core.errors import UserError
+from crossflow.engine.sample import Pipeline, load
+
+
+def pictures(folder: Path, count: int, side: int = 40) -> str:
+    """Smooth pictures in a folder; its spec."""
+    folder.mkdir()
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((side + number, side), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return f"folder:{folder}@all"
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def sr(tiny_run) -> Pipeline:
+    return load(tiny_run("sr"))
+
+
+def test_a_killed_evaluation_goes_on_without_doing_anything_again(sr, tmp_path: Path, monkeypatch) -> None:
+    spec, protocol = pictures(tmp_path / "data", 7), load_protocol("set5-x4")
+    options = {"spec": spec, "protocol": protocol, "settings": {"batch_size": 2}}
+    whole = evaluate(sr, folder=tmp_path / "whole", **options)
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(sr, folder=tmp_path / "killed", progress=kill, **options)
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    (tmp_path / "killed" / ".unfinished" / "00000000-00000001.safetensors").write_bytes(b"cut off")
+    drawn: list[str] = []
+    outputs = Pipeline.outputs
+
+    def counted(self, inputs, ids, *others):
+        drawn.extend(ids)
+        return outputs(self, inputs, ids, *others)
+
+    monkeypatch.setattr(Pipeline, "outputs", counted)
+    again = evaluate(sr, folder=tmp_path / "killed", **options | {"settings": {"batch_size": 3}})
+    assert drawn == ["0.png", "1.png", "4.png", "5.png", "6.png"]
+    assert again.scores.values == pytest.approx(whole.scores.values, rel=1e-4)
+    assert [row["id"] for row in again.scores.rows] == [row["id"] for row in whole.scores.rows]
+    assert again.baseline == whole.baseline
+    assert len(again.scores.pages) == 7
+    assert not (tmp_path / "killed" / ".unfinished").exists()
+
+
+def test_what_another_evaluation_left_unfinished_is_not_taken(sr, tmp_path: Path) -> None:
+    spec = pictures(tmp_path / "data", 3)
+
+    def kill(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    options = {"spec": spec, "folder": tmp_path / "out", "protocol": load_protocol("set5-x4")}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(sr, progress=kill, seed=1, **options)
+    other = evaluate(sr, **options)
+    assert len(other.scores.rows) == 3
+    assert other.manifest["seed"] == 0
+
+
+@pytest.mark.parametrize("task", ["sr", "depth", "caption", "t2i"])
+def test_batches_do_not_change_the_numbers(tiny_run, tmp_path: Path, monkeypatch, task: str) -> None:
+    monkeypatch.setattr("crossflow.tasks.caption.metric.JAVA_METRICS", ())  # they take long and see texts alone
+    pipe = load(tiny_run(task))
+    one, other = (
+        evaluate(pipe, num=5, folder=tmp_path / str(size), settings={"batch_size": size}).scores for size in (1, 4)
+    )
+    assert [row["id"] for row in one.rows] == [row["id"] for row in other.rows]
+    assert one.values == pytest.approx(other.values, rel=1e-4, abs=1e-4)
+
+
+def test_an_evaluation_is_repeated_from_its_manifest_and_differences_are_named(
+    tiny_run, tmp_path: Path, capsys
+) -> None:
+    spec, run = pictures(tmp_path / "data", 5), str(tiny_run("sr"))
+    argv = ["evaluate", "--checkpoint", run, "--protocol", "set5-x4", "--data", spec, "batch_size=2", "--seed", "3"]
+    assert main([*argv, "--steps", "3", "--output", str(tmp_path / "a")]) == 0
+    assert main(["evaluate", "--repeat", str(tmp_path / "a" / "metrics.json")]) == 0
+    assert "The same 5 numbers" in capsys.readouterr().out
+    before, after = metrics(tmp_path / "a"), metrics(tmp_path / "a" / "repeated")
+    assert before["scores"] == after["scores"]
+    assert before["manifest"]["sample"] == after["manifest"]["sample"]
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "a" / "repeated")]) == 0
+    assert "Nothing that decides" in capsys.readouterr().out
+    assert main([*argv, "--steps", "1", "--output", str(tmp_path / "b")]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "sample.steps: 3 -> 1" in said
+    assert "evaluations: 3 -> 1" in said
+    assert "measured differently" not in said
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "data" / "1.png")
+    assert main(["evaluate", "--repeat", str(tmp_path / "a")]) == 2
+    assert "data.fingerprint" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "nowhere")]) == 2
+    assert "no evaluation" in capsys.readouterr().err
+
+
+def test_a_manifest_tells_what_a_number_was_made_of(sr, tmp_path: Path) -> None:
+    report = evaluate(sr, spec=pictures(tmp_path / "data", 5), protocol=load_protocol("set5-x4"), folder=tmp_path)
+    told = metrics(tmp_path)["manifest"]
+    assert told == json.loads(json.dumps(report.manifest))
+    assert told["protocol"]["sr"] == {"scale": 4, "crop": None, "shave": 4}
+    assert told["num_items"] == 5
+    assert len(told["ids"]["sha256"]) == 64
+    assert len(told["checksums"]["ema.safetensors"]) == 64
+    assert {"config.yaml", "codec/codec.json"} & set(told["checksums"])
+    assert told["evaluations"] == told["sample"]["steps"]
+    assert {"torch", "torchmetrics", "timm", "scikit-image"} <= set(told["versions"])
+    for name in ("seed", "precision", "weights", "resize", "started", "seconds", "machine", "processor", "device"):
+        assert told[name] is not None, name
+    assert report.scores.notes == []
+
+
+def test_a_protocol_on_other_items_is_marked_as_partial(sr, tmp_path: Path) -> None:
+    spec = pictures(tmp_path / "data", 3)
+    report = evaluate(sr, spec=spec, protocol=load_protocol("set5-x4"), folder=tmp_path / "out")
+    assert "3 items were scored and set5-x4 has 5" in report.scores.notes[-1]
+
+
+def test_memory_does_not_grow_with_the_items(sr, tmp_path: Path, monkeypatch) -> None:
+    """Of the pictures that were scored only those of the page are kept."""
+    import gc
+
+    monkeypatch.setattr(evaluation, "MEMORY", 0)
+    monkeypatch.setattr(evaluation, "NUM_TILES", 1)
+    alive = []
+
+    from crossflow.tasks.base import Case
+
+    def cases(what: str, done: int, total: int) -> None:
+        gc.collect()
+        alive.append(sum(isinstance(one, Case) for one in gc.get_objects()))
+
+    evaluate(
+        sr, spec=pictures(tmp_path / "data", 8), protocol=load_protocol("set5-x4"), folder=tmp_path / "out",
+        settings={"batch_size": 2}, progress=cases,
+    )  # fmt: skip
+    assert len(alive) == 4
+    assert max(alive) <= 4
+
+
+def test_protocols_refuse_what_does_not_fit_them(sr, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one for depth runs"):
+        evaluate(sr, protocol=load_protocol("nyu"), spec="scenes")
+    with pytest.raises(UserError, match="needs its data"):
+        evaluate(sr, protocol=load_protocol("set5-x4"))
+    with pytest.raises(UserError, match="network of the protocol"):
+        load_protocol("set5-x4").using({"clip": "somewhere"})
+
+
+@pytest.mark.skipif("CROSSFLOW_TEST_DATA" not in os.environ, reason="needs the real pictures")
+def test_the_bicubic_row_of_set5_is_the_published_one(sr, tmp_path: Path) -> None:
+    spec = f"folder:{os.environ['CROSSFLOW_TEST_DATA']}/data/sr/Set5@all"
+    report = evaluate(sr, spec=spec, protocol=load_protocol("set5-x4"), folder=tmp_path, settings={"steps": 1})
+    assert report.baseline["psnr_y"] == pytest.approx(28.42, abs=0.05)
+    assert report.baseline["ssim_y"] == pytest.approx(0.8104, abs=0.002)
+    assert report.scores.notes == []

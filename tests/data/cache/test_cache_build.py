@@ -1,0 +1,456 @@
+"""Making, interrupting, checking and reading caches: entries follow from content and networks, nothing else."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from crossflow.cli import main
+from crossflow.core.errors import UserError
+from crossflow.data.cache import build
+from crossflow.data.cache.build import Builder, Estimate, Settings
+from crossflow.data.cache.keys import item_key
+from crossflow.data.cache.shards import Shard, pack_texts, write_shard
+from crossflow.data.cache.store import Cache
+from crossflow.data.cache.verify import compare, verify
+from crossflow.data.images import center_crop_resize, to_tensor
+from crossflow.data.readers import Item, open_reader
+from crossflow.engine import cache as caching
+from crossflow.tasks.base import load_config
+
+
+@pytest.fixture
+def builder(recipe, pictures, tmp_path: Path):
+    """builder(folder name, ...): makes the cache of the pictures in shards of five items, in batches of two."""
+
+    def make(name: str = "cache", *, data: str | None = None, more: tuple[str, ...] = (), **options) -> Builder:
+        overrides = recipe(*more, **{key: options.pop(key) for key in ("text", "codec") if key in options})
+        settings = options.pop("settings", Settings(items_per_shard=5, batch_size=2))
+        config = load_config("t2i_tiny", overrides)
+        return caching.builder(config, data or f"folder:{pictures}", tmp_path / name, settings=settings, **options)
+
+    return make
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def keys(folder: Path, split: str = "train") -> dict[str, bytes]:
+    cache = Cache(folder)
+    rows = cache.rows(split)
+    entries = [rows[index] for index in range(len(rows))]
+    return {cache.id(one): cache.shard(one.shard)["keys"][one.row].numpy().tobytes() for one in entries}
+
+
+# -- shards
+
+
+def test_a_shard_gives_back_what_was_written(tmp_path: Path):
+    tensors = {"half": torch.randn(3, 4).half(), "wide": torch.randn(3, 2).bfloat16(), "none": torch.zeros(0, 7)}
+    tensors["words"], tensors["words.offsets"] = pack_texts(["a", "", "zwei Würfel"])
+    record = write_shard(tmp_path / "one.safetensors", tensors, {"num_items": 3})
+    shard = Shard(tmp_path / "one.safetensors")
+    assert all(torch.equal(shard[name], tensor) for name, tensor in tensors.items())
+    assert [shard.text("words", row) for row in range(3)] == ["a", "", "zwei Würfel"]
+    assert record["sha256"] == hashlib.sha256((tmp_path / "one.safetensors").read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "one.json").read_text()) == record
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100, (20).to_bytes(8, "little") + b'{"a": {"dtype": 1}}  '])
+def test_a_file_that_is_no_shard_is_refused(tmp_path: Path, content: bytes):
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        Shard(tmp_path / "bad.safetensors")
+
+
+def test_a_shard_cannot_claim_bytes_beyond_its_end(tmp_path: Path):
+    write_shard(tmp_path / "one.safetensors", {"x": torch.arange(100)}, {})
+    whole = (tmp_path / "one.safetensors").read_bytes()
+    (tmp_path / "one.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(UserError, match="outside of it"):
+        Shard(tmp_path / "one.safetensors")
+
+
+# -- what is in a cache
+
+
+def test_moments_and_token_features_are_the_networks_own_without_padding(builder, pictures, tmp_path: Path):
+    made = builder(storage="float32", sizes=(16, 32))
+    made.run()
+    cache, reader = Cache(tmp_path / "cache"), open_reader(f"folder:{pictures}", "train")
+    rows = cache.rows("train")
+    assert len(rows) == 12
+    assert cache.rows("all").starts[-1] == 16
+    for index, item in enumerate(reader):
+        entry = rows[index]
+        assert (cache.id(entry), cache.captions(entry)) == (item.id, item.captions)
+        for size in (16, 32):
+            raw = made.extractor.codec.encode_moments(to_tensor(center_crop_resize(item.image, size))[None])
+            found = cache.moments([entry], size)
+            torch.testing.assert_close(found.mean, raw.mean, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found.log_var, raw.log_var, atol=1e-5, rtol=1e-5)
+        for number, caption in enumerate(item.captions):
+            features, mask = made.extractor.text([caption])
+            ours, our_mask = cache.text([entry], [number])
+            assert torch.equal(our_mask, mask)
+            torch.testing.assert_close(ours[mask], features[mask], atol=1e-5, rtol=1e-5)
+            assert ours[~mask].eq(0).all()
+            pooled = made.extractor.text.pooled([caption])
+            torch.testing.assert_close(cache.pooled([entry], [number]), pooled, atol=1e-5, rtol=1e-5)
+    shard = cache.shard(0)
+    num_tokens = sum(made.extractor.num_tokens(item.captions) for item in list(reader)[:5])
+    assert len(shard["text"]) == num_tokens < 16 * shard["text.lengths"].numel()
+
+
+def test_prompts_alone_are_cached_without_pictures(builder, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("a red cube\n\n  two   green cones \n", encoding="utf-8")
+    builder(data=f"prompts:{tmp_path / 'prompts.txt'}").run()
+    cache = Cache(tmp_path / "cache")
+    rows = cache.rows("train")
+    assert [cache.captions(rows[index]) for index in range(2)] == [("a red cube",), ("two green cones",)]
+    assert list(cache.features["parts"]) == ["text"]
+    assert list(cache.features["networks"]) == ["text"]
+    assert not verify(tmp_path / "cache").problems
+
+
+def test_bad_items_are_left_out_counted_and_listed(builder, pictures, tmp_path: Path):
+    (pictures / "train" / "03.png").write_bytes(b"no picture")
+    settings = Settings(items_per_shard=5, batch_size=2, max_bad=0.1)
+    summary = builder(settings=settings).run()
+    assert (summary.num_items, list(summary.bad)) == (15, ["train/03.png"])
+    assert "cannot be" in summary.bad["train/03.png"] or "picture" in summary.bad["train/03.png"]
+    assert "train/03.png" not in keys(tmp_path / "cache")
+    assert builder(settings=settings).run().bad == summary.bad  # read back from what was written
+    assert not verify(tmp_path / "cache").problems
+    with pytest.raises(UserError, match="1 of 16 items are bad so far"):
+        builder("strict", settings=Settings(max_bad=0.01)).run()
+
+
+def test_features_that_are_not_finite_make_an_item_bad(builder, tmp_path: Path):
+    made = builder(settings=Settings(max_bad=1.0))
+    encode = made.extractor.codec.encode_moments
+
+    def broken(images):
+        raw = encode(images)
+        raw.mean[0, 0, 0, 0] = float("nan")
+        return raw
+
+    made.extractor.codec.encode_moments = broken
+    summary = made.run()
+    assert summary.bad == {"train/00.png": "its features are not finite", "val/00.png": "its features are not finite"}
+
+
+def test_values_that_float16_cannot_hold_are_refused_with_a_way_out(builder):
+    with pytest.raises(UserError, match="--precision bfloat16"):
+        builder(more=("text.scale=1e6",)).run()
+    builder("wide", more=("text.scale=1e6",), storage="bfloat16").run()
+
+
+# -- keys
+
+
+def test_keys_follow_from_content_and_networks_alone(builder, pictures, tmp_path: Path):
+    builder("one").run()
+    shutil.copytree(pictures, tmp_path / "elsewhere")
+    builder("two", data=f"folder:{tmp_path / 'elsewhere'}", settings=Settings(3, 1)).run()
+    assert keys(tmp_path / "one") == keys(tmp_path / "two")
+    assert len(set(keys(tmp_path / "one").values())) == 12
+    for name, change in (("text", {"text": "other_text"}), ("codec", {"codec": "other_codec"}),
+                         ("type", {"storage": "float32"}), ("size", {"sizes": (32,)})):  # fmt: skip
+        builder(name, **change).run()
+        assert not set(keys(tmp_path / name).values()) & set(keys(tmp_path / "one").values())
+
+
+def test_a_key_sees_every_pixel_and_word():
+    import numpy as np
+
+    image = np.zeros((4, 5, 3), np.uint8)
+    other = image.copy()
+    other[3, 4, 2] = 1
+    items = [
+        Item("a", image, ("x", "y")), Item("a", other, ("x", "y")), Item("a", image.reshape(5, 4, 3), ("x", "y")),
+        Item("a", image, ("xy",)), Item("a", image, ("y", "x")), Item("a", None, ("x", "y")),
+    ]  # fmt: skip
+    assert len({item_key(item, {"codec": 1}) for item in items} | {item_key(items[0], {"codec": 2})}) == 7
+    assert item_key(items[0], {"codec": 1}) == item_key(Item("b", image.copy(), ("x", "y")), {"codec": 1})
+
+
+def test_changed_data_are_noticed_by_going_on_and_by_comparing(builder, pictures, tmp_path: Path):
+    builder().run()
+    readers = {split: open_reader(f"folder:{pictures}", split) for split in ("train", "val")}
+    assert not compare(tmp_path / "cache", readers).problems
+    picture = Image.open(pictures / "train" / "07.png")
+    picture.putpixel((12, 10), (1, 2, 3))
+    picture.save(pictures / "train" / "07.png")
+    (pictures / "val" / "01.txt").write_text("other words", encoding="utf-8")
+    with pytest.raises(UserError, match=r"begun with other data or settings: data\.train\.fingerprint"):
+        builder()
+    readers = {split: open_reader(f"folder:{pictures}", split) for split in ("train", "val")}
+    problems = compare(tmp_path / "cache", readers).problems
+    assert [problem.partition(":")[0] for problem in problems] == ["train/07.png", "val/01.png"]
+
+
+# -- size, going on, checks
+
+
+@pytest.mark.parametrize("more", [(), ("loss.encoder_target=image",), ("loss.encoder=none",)])
+def test_the_expected_size_is_near_the_real_one(builder, more, tmp_path: Path):
+    made = builder(more=more)
+    expected = made.estimate()
+    assert not (tmp_path / "cache").exists()
+    summary = made.run()
+    overhead = 1500 * len(made.parts)  # headers of shards, which large ones do not feel
+    assert abs(summary.num_bytes - overhead - expected.num_bytes) < 0.2 * expected.num_bytes + overhead
+    assert builder(more=more).estimate().finished == summary.num_bytes
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(builder, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    made = builder()
+    with pytest.raises(UserError, match="are free where"):
+        made.estimate().require(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    Estimate(1, 100, 100.0, free=60, finished=50).require(tmp_path)
+
+
+def test_an_interrupted_cache_goes_on_and_ends_with_the_same_bytes(builder, tmp_path: Path):
+    builder("whole").run()
+    made = builder("parts")
+
+    def stop(done: int, total: int) -> None:
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made.run(stop)
+    with pytest.raises(UserError, match="is not finished"):
+        Cache(tmp_path / "parts")
+    summary = builder("parts").run()
+    assert summary.new_items == 16 - 5  # the first shard was whole
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+    assert builder("parts").run().new_items == 0
+
+
+class Killed(BaseException):
+    """What nothing in the package catches."""
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before renaming", "after renaming"])
+def test_a_kill_at_any_write_changes_nothing_in_the_end(builder, monkeypatch, after: bool, tmp_path: Path):
+    builder("whole").run()
+    rename, writes = os.replace, []
+    for deadly in range(10):  # the manifest, four shards with a .json file each, the manifest again
+        writes.clear()
+
+        def killing(source: Path, target: Path, deadly: int = deadly) -> None:
+            writes.append(target)
+            if after or len(writes) <= deadly:
+                rename(source, target)
+            if len(writes) > deadly:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killing)
+            with pytest.raises(Killed):
+                builder(f"killed {deadly}").run()
+        builder(f"killed {deadly}").run()
+        assert digests(tmp_path / f"killed {deadly}") == digests(tmp_path / "whole")
+    assert {path.name for path in writes} == {"cache.json", *digests(tmp_path / "whole")}
+
+
+@pytest.mark.parametrize("left", ["part", "no json", "cut", "no manifest"])
+def test_whatever_a_kill_leaves_is_mended(builder, left: str, tmp_path: Path):
+    builder("whole").run()
+    builder("killed").run()
+    folder = tmp_path / "killed"
+    content = json.loads((folder / "cache.json").read_text()) | {"complete": False}
+    (folder / "cache.json").write_text(json.dumps(content))
+    if left == "part":
+        abandoned(folder / ".train-00001.safetensors.part99")
+        (folder / "train-00001.json").unlink()
+    elif left == "no json":
+        (folder / "train-00002.json").unlink()
+    elif left == "cut":
+        (folder / "val-00000.safetensors").write_bytes(b"half")
+    else:
+        for path in folder.iterdir():
+            path.unlink()
+        abandoned(folder / ".cache.json.part99")
+    builder("killed").run()
+    assert digests(folder) == digests(tmp_path / "whole")
+
+
+def abandoned(path: Path) -> None:
+    """What a process that was killed yesterday left."""
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - 86400,) * 2)
+
+
+def test_what_another_process_is_writing_is_left_alone(builder, tmp_path: Path):
+    (tmp_path / "cache").mkdir()
+    young, old = tmp_path / "cache" / ".train-00001.safetensors.part98", tmp_path / "cache" / ".cache.json.part99"
+    young.write_bytes(b"half")
+    abandoned(old)
+    assert builder("cache").run().complete
+    assert young.exists()
+    assert not old.exists()
+
+
+def test_processes_share_the_shards(builder, monkeypatch, tmp_path: Path):
+    builder("whole").run()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    first = builder("shared").run()
+    assert not first.complete
+    monkeypatch.setenv("RANK", "0")
+    second = builder("shared").run()
+    assert second.complete
+    assert first.new_items + second.new_items == 16
+    assert digests(tmp_path / "shared") == digests(tmp_path / "whole")
+
+
+def test_other_settings_do_not_go_on_in_the_same_folder(builder, tmp_path: Path):
+    builder().run()
+    with pytest.raises(UserError, match=r"features\.storage \(float16 -> float32\)"):
+        builder(storage="float32")
+    with pytest.raises(UserError, match=r"networks\.text\.sha256"):
+        builder(text="other_text")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds no feature cache"):
+        builder("taken")
+
+
+def change_byte(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda folder: change_byte(folder / "train-00001.safetensors", -5), "train-00001.safetensors: its SHA-256"),
+        (lambda folder: (folder / "val-00000.safetensors").unlink(), "val-00000.safetensors: it is missing"),
+        (lambda folder: (folder / "train-00000.json").write_text("{}"), "does not agree with the manifest"),
+        (lambda folder: shutil.copy(folder / "val-00000.safetensors", folder / "x.safetensors"), "not in the manifest"),
+    ],
+)
+def test_verifying_finds_damage(builder, damage, complaint, tmp_path: Path, capsys):
+    builder().run()
+    assert main(["cache", "--verify", str(tmp_path / "cache")]) == 0
+    assert "16 items" in capsys.readouterr().out
+    damage(tmp_path / "cache")
+    assert main(["cache", "--verify", str(tmp_path / "cache")]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("text.offsets", lambda x: x.flip(0), "offsets of text"),
+        ("items.offsets", lambda x: x[:-1], "offsets of items"),
+        ("moments_16", lambda x: x[:, :1], "moments_16 is"),
+        ("moments_16", lambda x: x * float("nan"), "not finite"),
+        ("text.pooled", lambda x: x.float(), "text.pooled is"),
+        ("keys", lambda x: x[1:], "keys is"),
+    ],
+)
+def test_verifying_looks_at_every_entry(builder, name, value, complaint, tmp_path: Path):
+    """Also at what has the right checksum, such as the output of a faulty program."""
+    builder().run()
+    folder = tmp_path / "cache"
+    shard, manifest = Shard(folder / "train-00001.safetensors"), json.loads((folder / "cache.json").read_text())
+    place = next(n for n, one in enumerate(manifest["shards"]) if one["file"] == "train-00001.safetensors")
+    about = {key: manifest["shards"][place][key] for key in ("split", "num_items", "num_captions", "bad")}
+    tensors = {key: shard[key].clone() for key in shard.arrays}
+    manifest["shards"][place] = write_shard(
+        folder / "train-00001.safetensors", tensors | {name: value(tensors[name])}, about
+    )
+    (folder / "cache.json").write_text(json.dumps(manifest))
+    problems = verify(folder).problems
+    assert any(complaint in problem for problem in problems), problems
+
+
+# -- the command line
+
+
+def test_the_command_tells_the_size_first_and_what_was_left_out(recipe, pictures, tmp_path: Path, capsys):
+    (pictures / "train" / "05.png").write_bytes(b"")
+    command = ["cache", "--config", "t2i_tiny", "--data", f"folder:{pictures}", "--output", str(tmp_path / "cache")]
+    command += ["--shard-items", "4", *recipe("data.max_bad=0.2")]
+    assert main([*command, "--dry-run"]) == 0
+    assert "12 train, 4 val items, moments_16, text: about" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "Cached 15 items (15 new, 1 skipped)" in captured.out
+    assert "skipped train/05.png" in captured.err
+    assert f"--data cache:{tmp_path / 'cache'}" in captured.out
+    assert main(["cache", "--verify", str(tmp_path / "cache"), "--data", f"folder:{pictures}"]) == 0
+
+
+def test_a_cache_of_some_items_is_compared_with_those(recipe, pictures, tmp_path: Path, capsys):
+    command = ["cache", "--config", "t2i_tiny", "--data", f"folder:{pictures}", "--output", str(tmp_path / "cache")]
+    assert main([*command, "--num", "3", *recipe("seed=5")]) == 0
+    verifying = ["cache", "--verify", str(tmp_path / "cache"), "--data", f"folder:{pictures}"]
+    assert main(verifying) == 0
+    for file in (pictures / "val").glob("*.txt"):
+        file.write_text("other words", encoding="utf-8")
+    assert main(verifying) == 2
+    assert "has 3 problems" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--config", "t2i_tiny"], "needs --data and --output"),
+        (["--config", "sr_tiny", "--data", "skimage", "--output", "x"], "nothing to cache"),
+        (["--config", "t2i_tiny", "--data", "skimage", "--output", "x"], "needs captions and image"),
+        (["--verify", "nowhere"], "holds no feature cache"),
+    ],
+)
+def test_wrong_use_is_told_in_a_sentence(argv, complaint, capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["cache", *argv]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(recipe, pictures, tmp_path: Path):
+    def start(name: str) -> subprocess.Popen:
+        command = ["cache", "--config", "t2i_tiny", "--data", f"folder:{pictures}", "--output", str(tmp_path / name)]
+        command += ["--shard-items", "1", "--batch-size", "1", *recipe()]
+        script = f"import sys; from crossflow.cli import main; sys.exit(main({command!r}))"
+        return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    whole = start("whole")
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+    kills = 0
+    for finished in (0, 4, 9):
+        process = start("killed")
+        begun = time.monotonic()
+        while process.poll() is None and len(list((tmp_path / "killed").glob("*.json"))) <= finished:
+            assert time.monotonic() - begun < 120
+            time.sleep(0.001)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate(timeout=60)
+    assert kills >= 2
+    last = start("killed")
+    output, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, output
+    assert b"Going on" in output
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")

@@ -1,0 +1,94 @@
+"""crossflow data check: what it counts, shows and refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crossflow.cli import main
+from crossflow.data.check import inspect, open_splits, shared_ids
+from crossflow.data.readers import open_reader
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """Twenty pictures of two sizes with depth from 1 to 3 m, a quarter of it unmeasured."""
+    for number in range(20):
+        height, width = (8, 12) if number % 2 else (10, 6)
+        depth = np.full((height, width), 1000 + 100 * number, dtype=np.uint16)
+        depth[: height // 2, : width // 2] = 0
+        for folder, array in (("rgb", np.full((height, width, 3), number, dtype=np.uint8)), ("depth", depth)):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(tmp_path / f"data/{folder}/{number:02d}.png")
+    return tmp_path / "data"
+
+
+def test_what_is_counted(pairs):
+    (pairs / "rgb/03.png").write_bytes(b"broken")
+    told = []
+    found = inspect(open_reader(f"pairs:{pairs}", "all"), num_shown=4, on_progress=lambda *given: told.append(given))
+    assert (found.total, found.good) == (20, 19)
+    assert found.fields == ("depth", "image")
+    assert list(found.bad) == ["03"]
+    assert "not a picture" in found.bad["03"]
+    assert found.numbers["height"] == "8 to 10 px, median 10"
+    assert found.numbers["width"] == "6 to 12 px, median 6"
+    assert found.numbers["depth"].startswith("1.00 to 2.90 m")
+    assert found.numbers["measured pixels"].startswith("75.0% (0 items")
+    assert told[-1] == (20, 20)
+    assert found.sheet.shape[2] == 3
+
+
+def test_captions_are_counted_and_the_sheet_shows_what_is_asked_for(tmp_path):
+    found = inspect(open_reader("scenes", "val", image_size=16, limit=5), num_shown=0)
+    assert found.numbers["captions"] == "25 (5 with 5)"
+    assert found.sheet is None
+    few, more = (inspect(open_reader("scenes", "val", image_size=16, limit=9), num_shown=n).sheet for n in (1, 9))
+    assert more.size > few.size
+
+
+def test_the_command_writes_what_it_found_and_lists_bad_items(pairs, tmp_path, capsys):
+    (pairs / "rgb/03.png").write_bytes(b"broken")
+    out = tmp_path / "out"
+    assert main(["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "19 of 20 items are good" in said.out
+    assert "bad 03: not a picture" in said.err
+    assert json.loads((out / "all.json").read_text())["bad"].keys() == {"03"}
+    assert (out / "all_bad.tsv").read_text().startswith("03\tnot a picture")
+    assert Image.open(out / "all.png").text["spec"] == f"pairs:{pairs}"
+    Image.new("RGB", (12, 8)).save(pairs / "rgb/03.png")
+    assert main(["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(out)]) == 0
+    assert not (out / "all_bad.tsv").exists()
+
+
+def test_too_many_bad_items_are_an_error(pairs, tmp_path, capsys):
+    for number in (3, 4):
+        (pairs / f"depth/{number:02d}.png").write_bytes(b"broken")
+    given = ["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(tmp_path / "out")]
+    assert main(given) == 2
+    assert "2 of the 20 items of all are bad, and at most 5%" in capsys.readouterr().err
+    assert main([*given, "--max-bad", "0.2"]) == 0
+
+
+def test_all_splits_that_there_are_and_what_they_share(pairs, tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / f"sorted/{split}").mkdir(parents=True)
+        Image.new("RGB", (6, 4)).save(tmp_path / f"sorted/{split}/a.png")
+    assert list(open_splits(f"folder:{tmp_path}/sorted")) == ["train", "test"]
+    assert main(["data", "check", f"folder:{tmp_path}/sorted", "--output", str(tmp_path / "out")]) == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"train.json", "train.png", "test.json", "test.png"}
+    readers = {split: open_reader(f"pairs:{pairs}@all", split) for split in ("val", "test")}
+    assert shared_ids(readers) == {("test", "val"): list(readers["val"].ids)}
+    assert main(["data", "check", f"folder:{tmp_path}/nowhere", "--output", str(tmp_path / "out")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert main(["data", "check", f"folder:{tmp_path}/sorted", "--split", "val"]) == 2
+
+
+def test_every_format_says_what_it_reads_and_takes(capsys):
+    assert main(["list", "datasets"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for word in ("karpathy", "wds", "?crop=", "eth3d", "urban100", "?stream="):
+        assert word in said

@@ -1,0 +1,77 @@
+"""Pictures of any size: tiles cover everything, blending loses nothing."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from crossflow.data.tiles import Tiles, blend_window, by_shape, cut, fit_shorter_side, join, tile_starts
+
+
+@pytest.mark.parametrize("length", [16, 17, 28, 29, 100, 333])
+@pytest.mark.parametrize("overlap", [0, 4, 7])
+def test_tiles_cover_everything_and_share_at_least_the_overlap(length: int, overlap: int) -> None:
+    starts = tile_starts(length, 16, overlap)
+    assert starts[0] == 0
+    assert starts[-1] + 16 == length
+    for first, second in pairwise(starts):
+        assert overlap <= first + 16 - second < 16
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(48, 4), (52, 5), (100, 15), (16, 8)])
+def test_tiles_start_on_the_grid_of_the_low_resolution(length: int, overlap: int) -> None:
+    starts = tile_starts(length, 16, overlap, align=4)
+    assert all(start % 4 == 0 for start in starts)
+    assert starts[-1] + 16 == length
+    assert all(first + 16 - second >= min(overlap, 12) for first, second in pairwise(starts))
+
+
+def test_cutting_and_joining_gives_the_picture_back() -> None:
+    image = np.random.default_rng(0).random((50, 37, 3)).astype(np.float32)
+    pieces, starts = cut(image, 16, 5)
+    np.testing.assert_allclose(join(pieces, starts, image.shape, 16, 5), image, rtol=1e-5)
+
+
+def test_a_seam_is_a_ramp() -> None:
+    pieces, starts = cut(np.zeros((16, 28, 3), np.float32), 16, 4)
+    joined = join([piece + number for number, piece in enumerate(pieces)], starts, (16, 28, 3), 16, 4)
+    row = joined[8, :, 0]
+    assert row[0] == 0
+    assert row[-1] == 1
+    assert np.all(np.diff(row) >= 0)
+    assert np.diff(row).max() < 0.5
+
+
+def test_the_window_is_nowhere_zero() -> None:
+    assert blend_window(16, 4).min() > 0
+    assert blend_window(16, 0).min() == blend_window(16, 0).max() == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 40, 3), (16, 16, 3), (33, 70, 3)])
+def test_a_picture_of_any_size_goes_through_tiles_unchanged(shape: tuple[int, ...]) -> None:
+    image = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    tiles = Tiles.of(image, 16, 4, 4)
+    np.testing.assert_array_equal(tiles.join(tiles.pieces), image)
+    shapes = {piece.shape for piece in tiles.pieces}
+    assert len(shapes) == 1
+    assert all(height % 4 == 0 and width % 4 == 0 and max(height, width) <= 16 for height, width, _ in shapes)
+
+
+def test_outputs_keep_the_order_of_inputs_of_several_shapes() -> None:
+    inputs = [np.full((size, 2), number) for number, size in enumerate((3, 5, 3, 7, 5))]
+    calls = []
+
+    def run(group: list[np.ndarray], ids: list[str]) -> list[str]:
+        calls.append(len(group))
+        return ids
+
+    assert by_shape(inputs, list("abcde"), run) == list("abcde")
+    assert calls == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "fitted"), [((100, 50), (64, 32)), ((50, 100), (32, 64)), ((33, 32), (32, 32)), ((1, 900), (32, 128))]
+)
+def test_the_shorter_side_is_fitted_and_sides_are_multiples(shape: tuple[int, int], fitted: tuple[int, int]) -> None:
+    image = np.zeros((*shape, 3), np.uint8)
+    assert fit_shorter_side(image, 32, 4).shape == (*fitted, 3)

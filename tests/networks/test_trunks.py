@@ -1,0 +1,47 @@
+"""Trunks of picture encoders: shapes, any size, the identity."""
+
+import pytest
+import torch
+
+from crossflow.core.errors import UserError
+from crossflow.networks.trunks import AlignmentHead, IdentityTrunk, PatchTrunk, Reconstructor
+
+
+def test_a_patch_trunk_reads_any_size_that_is_a_multiple_of_its_patch() -> None:
+    trunk = PatchTrunk(3, 1, width=32, depth=1, patch=4, log_var=-2.0)
+    for height, width in ((8, 8), (12, 20)):
+        both = trunk(torch.randn(2, 3, height, width))
+        assert both.shape == (2, 2, 1, height, width)
+        assert abs(both[:, 1].mean() + 2) < 0.3
+
+
+@pytest.mark.parametrize("conv_stem", [False, True])
+def test_a_patch_trunk_knows_where_a_patch_lies_and_what_is_in_it(conv_stem: bool) -> None:
+    torch.manual_seed(0)
+    trunk = PatchTrunk(3, 1, width=32, depth=1, patch=4, conv_stem=conv_stem)
+    flat = torch.zeros(1, 3, 16, 16)
+    dotted = flat.clone()
+    dotted[:, :, 5, 6] = 1.0
+    plain, changed = trunk(flat), trunk(dotted)
+    assert plain.shape == changed.shape == (1, 2, 1, 16, 16)
+    assert not torch.allclose(plain[..., :4, :4], plain[..., 8:12, 8:12])
+    assert not torch.allclose(plain, changed)
+
+
+def test_a_convolutional_stem_refuses_patches_it_cannot_halve_to() -> None:
+    for patch in (1, 3, 12):
+        with pytest.raises(UserError, match=f"not {patch}"):
+            PatchTrunk(3, 1, width=32, depth=1, patch=patch, conv_stem=True)
+
+
+def test_an_identity_trunk_gives_its_input_as_the_mean() -> None:
+    x = torch.randn(2, 3, 5, 7)
+    for variational in (False, True):
+        mean, log_var = IdentityTrunk(3, variational)(x).unbind(1)
+        assert torch.equal(mean, x)
+        assert log_var.unique().tolist() == ([-6.0] if variational else [0.0])
+
+
+def test_heads_have_the_sizes_asked_for() -> None:
+    assert AlignmentHead(3, 48)(torch.randn(2, 3, 16, 16)).shape == (2, 48)
+    assert Reconstructor(1, 3)(torch.randn(2, 1, 6, 8)).shape == (2, 3, 6, 8)

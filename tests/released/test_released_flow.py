@@ -1,0 +1,254 @@
+"""The released flow models: equal to the reference networks, loaded whole or not at all, and written back bit for bit.
+
+The recorded numbers are every k-th value of what the reference networks gave, k = max(1, number of values // 300) | 1.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossflow.core import losses
+from crossflow.core.backbones.dit import DiT
+from crossflow.core.config import build
+from crossflow.core.errors import UserError
+from crossflow.core.objective import Objective
+from crossflow.core.paths import LinearPath
+from crossflow.core.sampling import generate
+from crossflow.core.source import Posterior
+from crossflow.released import expected, from_reference, settings, to_reference
+from crossflow.tasks.base import build_task, task_class
+
+DATA = os.environ.get("CROSSFLOW_TEST_DATA")
+GOLDEN = Path(__file__).parents[1] / "golden"
+FIXTURES = json.loads((GOLDEN / "released_flow.json").read_text())
+EXACT = 1e-5
+TOLERANCES = {"euler_step_in_dsigma": 2e-5, "euler_step_in_dt": 2e-5}
+ADAPTOR = ("context_encoder.adaptor.fc1.weight",)
+
+
+def shapes_of(name):
+    """Keys and shapes of a fixture; the recorded ones have no contrastive temperature of their own but FlowTok's."""
+    about = FIXTURES[name]
+    shapes = expected(about["kind"], about["config"], ADAPTOR if about["adaptor"] else ())
+    return {key: shape for key, shape in shapes.items() if key != "open_clip.logit_scale"}
+
+
+@pytest.fixture(scope="module")
+def loaded(recipe):
+    """loaded(NAME): (model, the reference's tensors by recipe), made once."""
+    made = {}
+
+    def load(name):
+        if name not in made:
+            about, state = FIXTURES[name], recipe.weights(shapes_of(name))
+            made[name] = from_reference(about["kind"], state, about["config"]), state
+        return made[name]
+
+    return load
+
+
+@torch.no_grad()
+def computed(model, given, sampler):
+    """Everything that a fixture records, from its inputs."""
+    objective, results = model.objective, {}
+    posterior = model.source_encoder(given["context"], given.get("context_mask"))
+    results |= {"mu": posterior.mean.flatten(1), "logvar": posterior.log_var.flatten(1)}
+    rows = torch.arange(len(given["x"]))
+    indicators = {"cond": rows < 0, "uncond": rows >= 0, "mixed": rows % 2 == 0}
+    for i in (0, 1):
+        for indicator, flags in indicators.items() if f"t{i}" in given else ():
+            velocities = model.velocities(given["x"], given[f"t{i}"], flags)
+            if isinstance(model.backbone, DiT):
+                (results[f"v{i}_{indicator}"],) = velocities
+            else:
+                results |= {f"v{i}_{indicator}_stage{j}": velocity for j, velocity in enumerate(velocities)}
+            assert torch.equal(model.velocity(given["x"], given[f"t{i}"], flags), velocities[-1])
+    end = generate(
+        model, given["z0"], num_steps=sampler["steps"], guidance_scale=sampler["scale"], time_grid="released"
+    )
+    results |= {"euler_step_in_dsigma": end, "euler_step_in_dt": end}
+    if "x1" in given:
+        point = LinearPath()(given["z0"], given["x1"], given["loss_t"])
+        velocities = model.velocities(point.z_t, point.t, rows < 0)
+        coefficients = list(objective.settings.coefficients)
+        loss = losses.multi_resolution_loss(velocities, point.velocity, coefficients)
+        results |= {"x_t": point.z_t, "velocity": point.velocity, "loss_diff": loss}
+        log_ten = torch.tensor(math.log(10))
+        results["clip_loss_scale10"] = losses.clip_contrastive_loss(given["z0"], given["img_feat"], log_ten)
+        results["image_projection"] = objective.project_image(given["siglip_feat"])
+    elif objective.settings.encoder_target == "tokens":
+        results["context_projection"] = objective.project_text(given["context"])
+        results["contrastive_loss"] = losses.clip_contrastive_loss(
+            given["z0"], results["context_projection"], objective.log_temperature
+        )
+    return results
+
+
+def largest_errors(results, right, pick):
+    """{tensor: largest error}, the regularisers' relative; `pick` brings a result to what is recorded of it."""
+    return {name: (pick(value) - right[name].flatten()).abs().max().item() for name, value in results.items()}
+
+
+def assert_small(errors):
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCES.get(name, EXACT)}
+    assert not wrong
+
+
+def sampled(value):
+    return value.flatten()[:: max(1, value.numel() // 300) | 1]
+
+
+SLOW = {"crossflow_dimr_256_t5_small", "crossflow_dit_512_small"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FIXTURES]
+)
+def test_network_equals_the_reference(name, recipe, recorded, loaded):
+    about, model = FIXTURES[name], loaded(name)[0]
+    right = {
+        key.removeprefix(f"{name}."): value
+        for key, value in recorded("released_flow").items()
+        if key.startswith(f"{name}.")
+    }
+    given = {key: recipe.given(f"{name}/{key}", shape) for key, shape in about["inputs"].items()}
+    results = computed(model, given | right, about["sampler"])
+    left = set(right) - set(results) - {"t0", "t1", "loss_t", "context_mask", "siglip_feat"}
+    assert left <= {"kl_standard", "kl_official", "kl_official_sum"}
+    assert_small(largest_errors(results, right, sampled))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DATA is None, reason="needs the whole fixtures")
+@pytest.mark.parametrize("name", FIXTURES)
+def test_every_tensor_of_the_fixture(name, recipe, loaded):
+    from safetensors.torch import load_file
+
+    folder = Path(DATA) / "golden"
+    right, about = load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
+    assert {key: list(shape) for key, shape in shapes_of(name).items()} == about["shapes"]
+    results = computed(loaded(name)[0], right, about["sampler"])
+    errors = largest_errors(results, right, torch.Tensor.flatten)
+    posterior = Posterior(right["mu"], right["logvar"])
+    relative = {}
+    if "kl_standard" in right:
+        for key, form in {"kl_standard": "standard", "kl_official": "released"}.items():
+            relative[key] = (posterior.kl(form) / right[key] - 1).abs().max().item()
+    if "kl_official_sum" in right:
+        relative["kl_official_sum"] = (posterior.kl("released").sum() / right["kl_official_sum"] - 1).abs().item()
+    inputs = {"t0", "t1", "loss_t", "context_mask", "siglip_feat", "context", "x", "x1", "z0", "img_feat"}
+    assert set(right) - inputs == set(errors) | set(relative)
+    assert_small(errors)
+    assert all(error <= 1e-6 for error in relative.values()), relative
+
+
+def test_both_kl_forms_as_recorded(recorded):
+    """On moments that are recorded whole nowhere else: FlowTok's sum over the batch is the sum of its samples."""
+    mean, log_var = torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, -1.0]])
+    right = -0.5 * (1 - 1 - 1.2**6 - math.exp(-1) + 1 - 1)
+    assert losses.kl_released(mean, log_var).item() == pytest.approx(right)
+    assert losses.kl_standard(mean, log_var).item() == pytest.approx(-0.5 * (1 - 1 - 16 - math.exp(-1) + 1 - 1))
+
+
+@pytest.mark.parametrize("name", ["crossflow_dimr_256_small", "flowtok_small", "crossflow_dit_512_small"])
+def test_the_way_back_is_exact(name, loaded):
+    model, state = loaded(name)
+    back = to_reference(model)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    assert model.reference.dropped == {}
+
+
+def test_heads_belong_to_the_objective_and_not_to_the_generator(loaded):
+    model, _ = loaded("flowtok_small")
+    assert isinstance(model.objective, Objective)
+    assert not any("alignment" in name or "temperature" in name for name in model.state_dict())
+    assert not model.training
+    with pytest.raises(UserError, match="no head for image"):
+        model.objective.project_image(torch.zeros(1, 4))
+
+
+def test_the_temperature_of_a_file_is_taken_and_given_back(recipe):
+    about, state = FIXTURES["crossflow_dimr_256_small"], recipe.weights(shapes_of("crossflow_dimr_256_small"))
+    without = from_reference("dimr", dict(state), about["config"])
+    assert without.objective.logit_scale.item() == pytest.approx(1 / 0.07)
+    assert "open_clip.logit_scale" in without.reference.absent
+    state["open_clip.logit_scale"] = torch.tensor(3.0)
+    with_it = from_reference("dimr", state, about["config"])
+    assert with_it.objective.log_temperature.item() == 3.0
+    assert torch.equal(to_reference(with_it)["open_clip.logit_scale"], torch.tensor(3.0))
+
+
+def test_missing_misshapen_and_unknown_keys_are_all_listed():
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes_of("flowtok_small").items()}
+    del state["context_encoder.layers.1.attn.W_K.weight"], state["pos_embed"]
+    state["t_embedder.mlp.0.bias"] = torch.empty(3, device="meta")
+    state["extra.weight"] = torch.empty(1, device="meta")
+    with pytest.raises(UserError) as error:
+        from_reference("flowtok", state, FIXTURES["flowtok_small"]["config"])
+    told = str(error.value)
+    assert "2 missing" in told
+    assert "pos_embed" in told
+    assert "context_encoder.layers.1.attn.W_K.weight" in told
+    assert "t_embedder.mlp.0.bias is (3,), not (72,)" in told
+    assert "1 unknown: extra.weight" in told
+
+
+def test_variants_that_were_not_released_and_incomplete_settings_are_refused():
+    config = FIXTURES["crossflow_dimr_256_small"]["config"]
+    with pytest.raises(UserError, match="norm_type = 'RMSN'"):
+        from_reference("dimr", {}, config | {"norm_type": "RMSN"})
+    with pytest.raises(UserError, match="lacks 'clip_dim'"):
+        from_reference("dimr", {}, {key: value for key, value in config.items() if key != "clip_dim"})
+    with pytest.raises(UserError, match="learn_sigma = True"):
+        from_reference("flowtok", {}, FIXTURES["flowtok_small"]["config"] | {"learn_sigma": True})
+    with pytest.raises(UserError, match="Did you mean 'dimr'"):
+        from_reference("dimmr", {}, config)
+
+
+@pytest.mark.skipif(DATA is None, reason="needs the key lists of the released files")
+@pytest.mark.parametrize(
+    ("name", "kind", "flow", "text"),
+    [
+        ("t2i_256px_clip_dimr", "dimr", 950_778_890, 110_156_512),
+        ("t2i_256px_t5_dimr", "dimr", 950_778_890, 165_197_440),
+        ("t2i_512px_clip_dimr", "dimr", 985_439_246, 97_482_344),
+        ("t2i_512px_t5_dimr", "dimr", 985_439_246, 142_430_728),
+        ("t2i_512px_t5_dit", "dit", None, 142_430_728),
+        ("FlowTok-XL", "flowtok", None, 23_665_184),
+        ("FlowTok-H", "flowtok", None, 23_665_184),
+    ],
+)
+def test_released_files_are_used_to_the_last_key(name, kind, flow, text):
+    """On the meta device: nothing is missing, and the image tower alone is dropped."""
+    about = json.loads((Path(DATA) / f"golden/checkpoints/{name}.json").read_text())
+    assert about["kind"] == kind
+    state = {key: torch.empty(shape, device="meta") for key, shape in about["shapes"].items()}
+    model = from_reference(kind, state, about["config"])
+    counts = model.num_parameters()
+    assert counts["source encoder"] == text
+    assert flow is None or counts["flow"] == flow
+    back = to_reference(model)
+    left = state.keys() - back.keys()
+    assert left == set(model.reference.dropped) == {key for key in state if key.startswith("open_clip.visual.")}
+    assert {key: list(tensor.shape) for key, tensor in back.items()} == {
+        key: shape for key, shape in about["shapes"].items() if key not in left
+    }
+
+
+@pytest.mark.parametrize("name", ["crossflow_dimr_512_small", "flowtok_small"])
+def test_settings_are_a_recipe_that_builds_the_same_network(name, loaded):
+    about = FIXTURES[name]
+    given = settings(about["kind"], about["config"], shapes_of(name))
+    task = build_task(build(task_class("t2i").Config, given))
+    task.assume()
+    with torch.device("meta"):
+        ours = task.build_model()
+    theirs = loaded(name)[0]
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
