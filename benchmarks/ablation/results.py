@@ -3,39 +3,16 @@ the variant it is compared with (paired by seed), and whether the paper's order 
 """
 
 import itertools
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from crossflow.benchmarks.ablation.plan import Plan
 from crossflow.benchmarks.ablation.run import failures_in
+from crossflow.benchmarks.estimate import Estimate
 from crossflow.benchmarks.evaluation.protocol import load_protocol
 from crossflow.benchmarks.report.measured import Measured, find, train_seconds
 from crossflow.benchmarks.report.paper import Table, paper
 from crossflow.tasks.base import task_class
-
-# Student's t for 95 %, two-sided, by degrees of freedom; beyond, the normal value is near enough.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean over seeds; `half` is half the width of its 95 % interval (Student), None for a single seed."""
-
-    mean: float
-    half: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        mean, degrees = statistics.fmean(values), len(values) - 1
-        if not degrees:
-            return cls(mean, None)
-        factor = STUDENT[degrees - 1] if degrees <= len(STUDENT) else 1.96
-        return cls(mean, factor * statistics.stdev(values) / math.sqrt(len(values)))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g}" if self.half is None else f"{self.mean:.4g} ± {self.half:.2g}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +87,7 @@ def difference(ours: Result, other: Result, score: str) -> Difference | None:
     estimate = Estimate.of(found)
     if estimate.half is None:
         verdict = "one seed"
-    elif abs(estimate.mean) <= estimate.half:
+    elif not estimate.excludes_zero:
         verdict = "not told apart"
     else:
         verdict = "better" if (estimate.mean > 0) == (better(score) == "higher") else "worse"

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from crossflow.core.errors import UserError
 from crossflow.tasks.base import Tile
 
 
@@ -101,9 +100,3 @@ def _read(path: Path) -> Part | None:
         tensors["numbers"].tolist(), dict(map(tuple, about["rows"])), about["bad"],
         dict(map(tuple, about["trivial"])), pages, arrays,
     )  # fmt: skip
-
-
-def require_complete(finished: set[int], total: int) -> None:
-    missing = total - len(finished)
-    if missing:
-        raise UserError(f"{missing} of {total} items were not finished; start the evaluation again to go on.")

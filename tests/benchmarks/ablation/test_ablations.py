@@ -242,13 +242,6 @@ def test_reasons_are_in_words(tmp_path: Path) -> None:
 # -- results
 
 
-def test_intervals_are_students() -> None:
-    estimate = ablation_results.Estimate.of([1.0, 2.0, 3.0])
-    assert estimate.mean == 2.0
-    assert estimate.half == pytest.approx(2.4841, abs=1e-3)
-    assert ablation_results.Estimate.of([1.0]).half is None
-
-
 def test_the_page_has_the_papers_numbers_ours_and_what_was_not_run(tmp_path: Path, pretend) -> None:
     made = plan("encoder", tmp_path, seeds=(0, 1, 2), only=("deterministic", "noisy", "variational"))
     execute, _ = pretend()
