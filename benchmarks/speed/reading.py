@@ -25,10 +25,10 @@ from crossflow.core.source import Posterior
 from crossflow.data.cache.build import Builder, Settings
 from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import gathered
+from crossflow.data.captioned import captioned_example
 from crossflow.data.dataset import Examples
 from crossflow.data.image_latents import draw
 from crossflow.data.readers import open_reader
-from crossflow.tasks.t2i.dataset import example
 
 ROUNDS, BATCH = 5, 64
 MEMORY = ("warm", "cold")
@@ -126,7 +126,7 @@ def write_cache(folder: Path, released: Path, keep_padding: bool = False) -> Non
 
 def cached_examples(folder: Path) -> Examples:
     reader = open_reader(f"cache:{folder}", "all")
-    return Examples(reader, lambda item, generator: example(item, 256, generator), seed=0)
+    return Examples(reader, lambda item, generator: captioned_example(item, 256, generator), seed=0)
 
 
 def read_cached(examples: Examples, places: Sequence[tuple[int, int]]) -> tuple[Batch, list[int]]:

@@ -28,6 +28,7 @@ from crossflow.core.objective import Objective
 from crossflow.core.source import Posterior, SourceEncoder
 from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import gathered
+from crossflow.data.captioned import captioned_example
 from crossflow.data.dataset import Examples
 from crossflow.data.image_latents import (
     FOLDER,
@@ -47,7 +48,7 @@ from crossflow.networks.codecs.codec import Codec
 from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.networks.trunks import Reconstructor
 from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
-from crossflow.tasks.caption.dataset import Captions, example
+from crossflow.tasks.caption.dataset import Captions
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig, token_loss
 from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
 from crossflow.tasks.caption.inverted import SourceText, backwards, load_t2i
@@ -315,7 +316,9 @@ class Adapter(Task[CaptionConfig]):
     # -- data
 
     def transform(self, item: Item, generator: np.random.Generator) -> Example:
-        return example(item, self.config.data.image_size, self.config.caption.captions, generator)
+        return captioned_example(
+            item, self.config.data.image_size, generator, caption=self.config.caption.captions.which
+        )
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         texts = [one["caption"] for one in examples]

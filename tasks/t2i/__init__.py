@@ -23,6 +23,7 @@ from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
 from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import Gathered, gathered
+from crossflow.data.captioned import captioned_example
 from crossflow.data.dataset import Examples
 from crossflow.data.image_latents import (
     FOLDER,
@@ -43,7 +44,6 @@ from crossflow.networks.image_tower import ImageTower, TowerSettings
 from crossflow.networks.text.variational import Adaptor, ImageHead
 from crossflow.networks.trunks import AlignmentHead
 from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
-from crossflow.tasks.t2i.dataset import example
 from crossflow.tasks.t2i.decoder import decode
 from crossflow.tasks.t2i.encoder import TextSettings, TextSide
 from crossflow.tasks.t2i.objective import TextToImageObjective
@@ -208,7 +208,9 @@ class Adapter(Task[T2IConfig]):
     # -- data
 
     def transform(self, item: Item, generator: np.random.Generator) -> Example:
-        return example(item, self.config.data.image_size, generator, self.config.t2i.first_caption)
+        return captioned_example(
+            item, self.config.data.image_size, generator, first_caption=self.config.t2i.first_caption
+        )
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         texts = [one["caption"] for one in examples]
