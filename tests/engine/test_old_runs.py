@@ -1,7 +1,7 @@
 """Runs written before the modules were rearranged still load, sample to the same outputs and resume.
 
-tests/golden/runs holds one tiny run per task, written at commit 228bb90, and what it made there of one input from the mean
-of the source posterior (so that no noise is involved): 3 Euler steps without guidance.
+tests/golden/runs holds one tiny run per task, written at commit 228bb90, and what it made there of one input from the
+mean of the source posterior (so that no noise is involved): 3 Euler steps without guidance.
 """
 
 import json
