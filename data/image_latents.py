@@ -14,7 +14,8 @@ from crossflow.core.noise import item_noise
 from crossflow.core.source import Posterior
 from crossflow.data.cache.training import Gathered, cache_of, pixel_pictures
 from crossflow.data.dataset import Examples
-from crossflow.networks.codecs.codec import Codec, build_codec, load_codec
+from crossflow.networks.codecs.base import Codec
+from crossflow.networks.codecs.registry import build_codec, load_codec
 
 FOLDER = "codec"
 FLOWTITOK_SHAPE = (77, 16)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-from crossflow.networks.codecs.codec import AutoencoderKLCodec
-from crossflow.networks.codecs.flowtitok import FlowTiTok, FlowTiTokCodec, FlowTiTokConfig, rotary_tables
+from crossflow.networks.codecs.autoencoders import AutoencoderKLCodec
+from crossflow.networks.codecs.flowtitok import FlowTiTokCodec
+from crossflow.networks.codecs.flowtitok_network import FlowTiTok, FlowTiTokConfig, rotary_tables
 from crossflow.released.kinds import KINDS, Kind, ReferenceConfig
 from crossflow.released.rules import Rule
 

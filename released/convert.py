@@ -24,8 +24,10 @@ from crossflow.core.model import CrossFlow
 from crossflow.data.image_latents import FOLDER as CODEC_FOLDER
 from crossflow.engine.sample import WEIGHTS
 from crossflow.engine.train import environment
-from crossflow.networks.codecs.codec import SETTINGS_FILE, WEIGHTS_FOLDER, AutoencoderKLCodec, NetworkCodec
+from crossflow.networks.codecs.autoencoders import AutoencoderKLCodec
+from crossflow.networks.codecs.base import SETTINGS_FILE, WEIGHTS_FOLDER
 from crossflow.networks.codecs.flowtitok import FlowTiTokCodec
+from crossflow.networks.codecs.network import NetworkCodec
 from crossflow.networks.frozen import checksum_of, digest, write_json
 from crossflow.released.files import Piece, Weights, read_weights, size_of, write_safetensors
 from crossflow.released.folders import (
@@ -228,7 +230,7 @@ def _write_codec(folder: Path, codec: nn.Module, pieces: Sequence[Piece], on_byt
     ]
     write_safetensors(folder / WEIGHTS_FOLDER / CODEC_WEIGHTS[codec.kind], own, on_bytes)
     codec.checksum = checksum_of(digests)
-    codec.save_settings(folder, embedded=True)
+    write_json(folder / SETTINGS_FILE, codec.record(embed=True))
 
 
 def _write_origin(folder: Path, origin: Mapping[str, Any], config: Config | None) -> None:

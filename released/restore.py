@@ -14,7 +14,7 @@ from torch import Tensor
 from crossflow import released
 from crossflow.core.errors import UserError
 from crossflow.engine.sample import WEIGHTS
-from crossflow.networks.codecs.codec import WEIGHTS_FOLDER
+from crossflow.networks.codecs.base import WEIGHTS_FOLDER
 from crossflow.released.files import (
     SUFFIXES,
     Piece,

@@ -146,7 +146,7 @@ def _clip(width: int, length: int) -> nn.Module:
 def _decoder(config: Any, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """(z1, text features) -> pictures, by the codec that the recipe names: FlowTiTok, or Stable Diffusion's."""
     if config.codec.kind == "flowtitok":
-        from crossflow.networks.codecs.flowtitok import FlowTiTokConfig, FlowTiTokDecoder
+        from crossflow.networks.codecs.flowtitok_network import FlowTiTokConfig, FlowTiTokDecoder
 
         tokenizer = FlowTiTokDecoder(
             FlowTiTokConfig(image_size=config.data.image_size, text_width=config.text.feature_width)

@@ -16,7 +16,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.source import Posterior
 from crossflow.data.images import center_crop_resize
 from crossflow.data.readers import BadItem, Item
-from crossflow.networks.codecs.codec import Codec
+from crossflow.networks.codecs.base import Codec
 from crossflow.networks.text.frozen import TextFeatures
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

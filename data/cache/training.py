@@ -14,7 +14,8 @@ from torch import Tensor
 from crossflow.core.source import Posterior
 from crossflow.data.cache.store import Cache, Entry
 from crossflow.data.readers import Reader
-from crossflow.networks.codecs.codec import Codec, build_codec
+from crossflow.networks.codecs.base import Codec
+from crossflow.networks.codecs.registry import build_codec
 
 TOGETHER = 64  # pictures decoded at once
 

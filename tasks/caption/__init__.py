@@ -44,7 +44,7 @@ from crossflow.data.image_latents import (
 from crossflow.data.images import center_crop_resize, load_image, to_tensor
 from crossflow.data.readers import Item
 from crossflow.engine.sample import Pipeline
-from crossflow.networks.codecs.codec import Codec
+from crossflow.networks.codecs.base import Codec
 from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.networks.trunks import Reconstructor
 from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile

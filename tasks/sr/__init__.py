@@ -27,7 +27,8 @@ from crossflow.data.dataset import Examples
 from crossflow.data.images import load_image, save_png
 from crossflow.data.readers import Item
 from crossflow.data.tiles import Tiles
-from crossflow.networks.codecs.codec import PixelCodec, load_codec
+from crossflow.networks.codecs.pixel import PixelCodec
+from crossflow.networks.codecs.registry import load_codec
 from crossflow.networks.trunks import Reconstructor
 from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
 from crossflow.tasks.sr.dataset import enlarge, example, reduce, to_multiple

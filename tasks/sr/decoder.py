@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from crossflow.data.images import to_tensor, to_uint8
-from crossflow.networks.codecs.codec import Codec
+from crossflow.networks.codecs.base import Codec
 
 
 def decode(codec: Codec, z1: Tensor) -> list[np.ndarray]:

@@ -38,7 +38,7 @@ from crossflow.data.image_latents import (
 )
 from crossflow.data.images import center_crop_resize, load_image, save_png, to_tensor
 from crossflow.data.readers import Item
-from crossflow.networks.codecs.codec import Codec
+from crossflow.networks.codecs.base import Codec
 from crossflow.networks.frozen import write_json
 from crossflow.networks.image_tower import ImageTower, TowerSettings
 from crossflow.networks.text.variational import Adaptor, ImageHead

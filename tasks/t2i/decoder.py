@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from crossflow.data.images import to_uint8
-from crossflow.networks.codecs.codec import Codec
+from crossflow.networks.codecs.base import Codec
 
 
 def decode(codec: Codec, z1: Tensor, text_features: Tensor | None = None) -> list[np.ndarray]:

@@ -7,13 +7,9 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.networks.codecs.codec import (
-    AutoencoderKLCodec,
-    AutoencoderTinyCodec,
-    PixelCodec,
-    build_codec,
-    load_codec,
-)
+from crossflow.networks.codecs.autoencoders import AutoencoderKLCodec, AutoencoderTinyCodec
+from crossflow.networks.codecs.pixel import PixelCodec
+from crossflow.networks.codecs.registry import build_codec, load_codec
 
 
 def pictures(count=5, size=16, channels=3, seed=0):

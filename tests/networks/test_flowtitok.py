@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.networks.codecs.codec import build_codec, load_codec
-from crossflow.networks.codecs.flowtitok import FlowTiTok, FlowTiTokCodec, FlowTiTokConfig, rotary_tables, rotate
+from crossflow.networks.codecs.flowtitok import FlowTiTokCodec
+from crossflow.networks.codecs.flowtitok_network import FlowTiTok, FlowTiTokConfig, rotary_tables, rotate
+from crossflow.networks.codecs.registry import build_codec, load_codec
 
 TINY = FlowTiTokConfig(image_size=32, encoder="tiny", decoder="tiny", num_tokens=5, channels=4, text_width=12)
 
@@ -44,11 +45,11 @@ def test_text_guides_the_decoder_and_must_be_there(codec):
     z, text = torch.randn(1, 5, 4), torch.randn(2, 5, 12)
     one, other = codec.decode(z, text[:1]), codec.decode(z, text[1:])
     assert (one - other).abs().max() > 1e-3
-    with pytest.raises(UserError, match="text features were not given"):
+    with pytest.raises(UserError, match="with text features, got none"):
         codec.decode(z)
     with pytest.raises(UserError, match="5 x 12"):
         codec.decode(z, torch.randn(1, 5, 13))
-    with pytest.raises(UserError, match="pixel codec decodes alone"):
+    with pytest.raises(UserError, match="pixel codec decodes without text features"):
         build_codec("pixel").decode(torch.zeros(1, 3, 4, 4), text[:1])
 
 
@@ -109,7 +110,7 @@ def test_other_weights_than_recorded_are_refused(codec, tmp_path):
 def test_only_its_own_size_is_taken(codec):
     with pytest.raises(UserError, match=r"data\.image_size=32"):
         codec.encode(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(UserError, match="patches of 16"):
+    with pytest.raises(UserError, match="multiple of patch = 16"):
         FlowTiTokConfig(image_size=40)
 
 
@@ -122,5 +123,5 @@ def test_damaged_folders_are_told(codec, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         build_codec("flowtitok", source=str(tmp_path))
     build_codec("pixel").save(tmp_path / "pixels")
-    with pytest.raises(UserError, match="holds a pixel codec"):
+    with pytest.raises(UserError, match="got a pixel codec"):
         build_codec("flowtitok", source=str(tmp_path / "pixels"))

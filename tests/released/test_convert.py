@@ -20,7 +20,7 @@ from crossflow.core.noise import item_noise
 from crossflow.engine import latents
 from crossflow.engine.sample import load
 from crossflow.engine.train import Run
-from crossflow.networks.codecs.codec import load_codec
+from crossflow.networks.codecs.registry import load_codec
 from crossflow.released import convert, expected, from_reference, restore
 from crossflow.released.convert import from_file
 from crossflow.released.restore import to_file

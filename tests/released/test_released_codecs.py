@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.networks.codecs.codec import AutoencoderKLCodec, load_codec
+from crossflow.networks.codecs.autoencoders import AutoencoderKLCodec
 from crossflow.networks.codecs.flowtitok import FlowTiTokCodec
+from crossflow.networks.codecs.registry import load_codec
 from crossflow.released import expected, from_reference, to_reference
 
 FLOWTITOK = {

@@ -17,7 +17,7 @@ from crossflow.data.cache.store import Cache
 from crossflow.data.readers import BadItem, open_reader
 from crossflow.data.readers.npy import read_npy
 from crossflow.engine import cache as caching
-from crossflow.networks.codecs.codec import build_codec
+from crossflow.networks.codecs.registry import build_codec
 from crossflow.tasks.base import build_task, load_config
 
 WORDS = ("a red cube", "two green cones", "a small blue sphere on a plane")

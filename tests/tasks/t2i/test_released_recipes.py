@@ -25,7 +25,7 @@ def networks(tmp_path_factory):
     import diffusers
     import transformers
 
-    from crossflow.networks.codecs.flowtitok import FlowTiTok, FlowTiTokConfig
+    from crossflow.networks.codecs.flowtitok_network import FlowTiTok, FlowTiTokConfig
 
     root = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
