@@ -75,7 +75,7 @@ def uses_checkpoint(*, shared: bool = False) -> Callable[[Command], Command]:
             checkpoint: str, weights: str | None, device: str | None, seed: int, output: Path | None, **others: Any
         ) -> None:
             from crossflow.core import distributed
-            from crossflow.core.config import parse_overrides
+            from crossflow.core.settings import parse_overrides
             from crossflow.engine.sample import load
 
             if distributed.announced():

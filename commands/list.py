@@ -29,9 +29,9 @@ def names(what: str) -> list[tuple[str, ...]]:
             (name, (sys.modules[task_class(name).__module__].__doc__ or "").splitlines()[0]) for name in task_names()
         ]
     if what == "configs":
-        from crossflow.core.config import recipes
+        from crossflow.core.settings import shipped
 
-        return [(name, path.read_text().splitlines()[0].lstrip("# ")) for name, path in recipes().items()]
+        return [(name, path.read_text().splitlines()[0].lstrip("# ")) for name, path in shipped().items()]
     if what == "datasets":
         from crossflow.data.readers import READERS
 

@@ -1,24 +1,17 @@
-"""Typed, frozen configuration: YAML in, `extends:`, key=value overrides; an unknown key or a bad value names the field.
+"""The typed, frozen configuration of a run: one section for each part of the method, a sentence under each setting.
 
-Each part of the method has its section here; a task subclasses `Config` and adds its own (see tasks/*/__init__.py).
+A task subclasses `Config` and adds sections of its own (see tasks/*/__init__.py); settings.py reads and validates.
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.source import SourceKind
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 PathTime = Annotated[float, Field(ge=0, le=1)]
-
-RECIPES = Path(__file__).parent.parent / "configs"
 
 
 class Section(BaseModel):
@@ -242,143 +235,3 @@ class Config(Section):
     guidance: GuidanceConfig = GuidanceConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
-
-
-C = TypeVar("C", bound=BaseModel)
-
-
-def recipes() -> dict[str, Path]:
-    """Shipped recipes by name (`t2i_small`), with their files."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
-
-
-def read(source: str | Path) -> dict[str, Any]:
-    """The settings of a recipe (a shipped name, a file or a run directory), with those it `extends:` beneath.
-
-    They are not validated yet. Raises UserError for a recipe that is not there, not readable, or extends itself.
-    """
-    return _read(source, ())
-
-
-def _read(source: str | Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    """`readers`: the files that led here by `extends:`."""
-    path = Path(source)
-    if path.is_dir() and (path / "config.yaml").is_file():
-        path = path / "config.yaml"
-    if not path.is_file():
-        if str(source) not in recipes():
-            if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
-                raise UserError(
-                    f"There is no configuration file {source}. Give a file or a shipped name: {', '.join(recipes())}."
-                )
-            raise unknown_name("recipe", str(source), recipes())
-        path = recipes()[str(source)]
-    if path.resolve() in readers:
-        raise UserError(f"{path} extends itself: {' -> '.join(reader.name for reader in (*readers, path))}.")
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds {type(settings).__name__}, but a configuration is a mapping of settings.")
-    base = settings.pop("extends", None)
-    if base is None:
-        return settings
-    beside = path.parent / str(base)
-    return merge(_read(beside if beside.is_file() else str(base), (*readers, path.resolve())), settings)
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the settings of `over` laid on top, section by section."""
-    merged = dict(base)
-    for name, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = merge(merged[name], value) if both else value
-    return merged
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["train.steps=10", "seed=1"]` -> nested settings; values are read as in a recipe. Raises UserError."""
-    settings: dict[str, Any] = {}
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise UserError(f"{override!r} is not an override. Write key=value, for example train.steps=500.")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"The value of {override!r} is not readable as YAML: {' '.join(str(error).split())}"
-            ) from error
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        settings = merge(settings, value)
-    return settings
-
-
-def build(kind: type[C], settings: Mapping[str, Any]) -> C:
-    """Validates `settings` as a `kind`; raises UserError that names each wrong field, what came and what can be."""
-    try:
-        return kind.model_validate(dict(settings))
-    except ValidationError as error:
-        raise UserError(" ".join(_explain(kind, problem) for problem in error.errors())) from error
-
-
-def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
-    where: Sequence[Any] = problem["loc"]
-    name = ".".join(str(part) for part in where)
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(kind, where[:-1])
-        prefix = "".join(f"{part}." for part in where[:-1])
-        elsewhere = [repr(path) for path in _paths(kind) if path.endswith(f".{where[-1]}")]
-        if elsewhere:
-            return f"Unknown setting {name!r}. Did you mean {' or '.join(elsewhere)}?"
-        return str(unknown_name("setting", name, [prefix + field for field in known]))
-    if problem["type"] == "missing":
-        return f"The setting {name!r} is missing."
-    return f"The setting {name} = {problem['input']!r} is not possible: {problem['msg']}."
-
-
-def _fields_at(kind: type[BaseModel], where: Sequence[Any]) -> list[str]:
-    for part in where:
-        annotation = kind.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        kind = annotation
-    return list(kind.model_fields)
-
-
-def _paths(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """The dotted paths of all settings of `kind`."""
-    paths = []
-    for name, field in kind.model_fields.items():
-        part: Any = field.annotation
-        nested = isinstance(part, type) and issubclass(part, BaseModel)
-        paths += _paths(part, f"{prefix}{name}.") if nested else [prefix + name]
-    return paths
-
-
-def dump(config: BaseModel) -> str:
-    """The complete configuration as YAML, readable back to the same configuration."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-# YAML 1.1, which the library reads by itself, takes `no` (a precision) for false, 1e-4 for a text, 12:30 for a number.
-class _Loader(yaml.SafeLoader):
-    """Reads plain values as YAML 1.2 does."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader`, or any other reader, would take for something else."""
-
-
-for _kind, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", "-+.0123456789"),
-):
-    for _yaml in (_Loader, _Dumper):
-        _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from crossflow.core import distributed, sampling
 from crossflow.core.batch import Source
-from crossflow.core.config import SampleConfig, build, dump
+from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import item_noise
+from crossflow.core.settings import build, dump
 from crossflow.tasks.base import Flow, Task, build_task, load_config
 
 WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from crossflow.core import distributed
-from crossflow.core.config import Config, dump
+from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
 from crossflow.core.noise import keyed_generator
+from crossflow.core.settings import dump, flat
 from crossflow.core.solvers import SOLVERS
 from crossflow.core.training.checkpoint import checkpoints
 from crossflow.core.training.tracking import Progress, Silent
@@ -174,7 +175,7 @@ class Run:
 
     def _check_same(self, prepared: Path) -> None:
         """A resumed run must be the same run, but for how long it goes on and what it writes."""
-        before, now = _flat(load_config(prepared)), _flat(self.config)
+        before, now = flat(load_config(prepared).model_dump(mode="json")), flat(self.config.model_dump(mode="json"))
         different = [
             f"{name} ({before.get(name)} -> {value})"
             for name, value in now.items()
@@ -288,17 +289,6 @@ class Run:
 def train(config: Config, folder: Path, *, progress: Progress | None = None, resume: str | None = None) -> Outcome:
     """Trains `config` into the run directory `folder`. resume: None, "auto", or a checkpoint's folder."""
     return Run(config, folder, progress=progress, resume=resume).train()
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    """{"train.lr": 0.001, ...}: every setting by its full name, for as deep as sections go."""
-
-    def walk(prefix: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {name: one for key, inner in value.items() for name, one in walk(f"{prefix}.{key}", inner).items()}
-
-    return {name.lstrip("."): value for name, value in walk("", config.model_dump(mode="json")).items()}
 
 
 def new_folder(root: Path, name: str) -> Path:

@@ -96,7 +96,7 @@ def to_reference(model: nn.Module, kind: str | None = None, config: ReferenceCon
 
 
 def settings(kind: str, config: ReferenceConfig, keys: Collection[str]) -> dict[str, Any]:
-    """Our recipe's settings for a released flow model, for `crossflow.core.config.build` or a config.yaml."""
+    """Our recipe's settings for a released flow model, for `crossflow.core.settings.build` or a config.yaml."""
     known = kind_named(kind)
     if known.settings is None:
         raise UserError(f"A {kind!r} network is a codec; it has no recipe of its own.")

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from crossflow import released
-from crossflow.core.config import Config, build, dump, merge, parse_overrides
+from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
 from crossflow.core.model import CrossFlow
+from crossflow.core.settings import build, dump, merge, parse_overrides
 from crossflow.data.image_latents import FOLDER as CODEC_FOLDER
 from crossflow.engine.sample import WEIGHTS
 from crossflow.engine.train import environment

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossflow.core.config import build
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
+from crossflow.core.settings import build
 from crossflow.released.kinds import KINDS, Kind, ReferenceConfig
 from crossflow.released.rules import Rule
 from crossflow.tasks.base import build_task, task_class

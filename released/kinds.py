@@ -34,7 +34,7 @@ class Kind:
     dropped: {regular expression of whole reference keys: why they are not used}.
     finish: called on the loaded network, still missing (on the meta device) what no key holds: rotary tables, an
     absent temperature.
-    settings: (reference's config, reference's keys) -> the settings of our recipe, as `crossflow.core.config.build`
+    settings: (reference's config, reference's keys) -> the settings of our recipe, as `crossflow.core.settings.build`
     takes them, so that a run directory can be written; None for codecs.
     """
 

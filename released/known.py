@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from crossflow.core.errors import UserError
+from crossflow.core.settings import read_yaml
 from crossflow.released.kinds import KINDS, ReferenceConfig, kind_named
 
 
@@ -194,10 +194,9 @@ def identify(tensors: Mapping[str, Tensor], kind: str | None, config: ReferenceC
 def read_config(path: Path) -> tuple[str | None, ReferenceConfig]:
     """A file of the reference's settings, JSON or YAML: the settings themselves, or {"kind": ..., "config": ...}."""
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as JSON or YAML: {' '.join(str(error).split())[:200]}") from error
+        found = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds {type(found).__name__}; the settings of a reference network are a mapping.")
     if isinstance(found.get("config"), dict):

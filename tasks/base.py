@@ -17,11 +17,12 @@ import numpy as np
 from torch import Tensor
 
 from crossflow.core.batch import Batch, Source
-from crossflow.core.config import Config, build, dump, merge, parse_overrides, read
+from crossflow.core.config import Config
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
+from crossflow.core.settings import build, dump, merge, parse_overrides, read
 from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import cache_of
 from crossflow.data.dataset import Examples

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from crossflow.cli import main
 from crossflow.commands.console import progress_bar
 from crossflow.core.backbones import BACKBONES
-from crossflow.core.config import recipes
+from crossflow.core.settings import shipped
 from crossflow.core.solvers import SOLVERS
 from crossflow.data.readers import READERS
 from crossflow.engine.sample import load
@@ -293,7 +293,7 @@ def test_list_names_what_there_is(capsys, what: str) -> None:
     assert main(["list", what]) == 0
     known = {
         "tasks": TASKS,
-        "configs": recipes(),
+        "configs": shipped(),
         "datasets": READERS.names(),
         "solvers": SOLVERS.names(),
         "backbones": BACKBONES.names(),
@@ -311,7 +311,7 @@ def test_list_names_what_there_is(capsys, what: str) -> None:
         (["trian"], "'train'"),
         (["train"], "--task"),
         (["train", "--config", "t2i_tinny"], "t2i_tiny"),
-        (["train", "--config", "nowhere/recipe.yaml"], "no configuration file"),
+        (["train", "--config", "nowhere/recipe.yaml"], "does not exist"),
         (["train", "--task", "sr", "--config", "t2i_tiny"], "'t2i'"),
         (["train", "--task", "sr", "train.stepz=3"], "train.steps"),
         (["train", "--task", "sr", "train.steps=many"], "train.steps = 'many'"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossflow.core.config import recipes
+from crossflow.core.settings import shipped
 from crossflow.tasks.base import build_task, load_config
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")
@@ -53,7 +53,7 @@ def num_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("name", sorted(set(recipes()) - {"caption_from_t2i"}))  # that one needs another run
+@pytest.mark.parametrize("name", sorted(set(shipped()) - {"caption_from_t2i"}))  # that one needs another run
 def test_every_shipped_recipe_builds_on_the_meta_device(name):
     counts = built(name)[1].num_parameters()
     assert counts["flow"] > 0
@@ -99,7 +99,7 @@ def test_a_recipe_is_the_network_of_its_released_file(name):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_recipe_of_the_papers_says_what_is_ours(name):
-    said = "this shape is ours" in recipes()[name].read_text()
+    said = "this shape is ours" in shipped()[name].read_text()
     assert said == (name in OURS)
 
 

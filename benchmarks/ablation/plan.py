@@ -13,8 +13,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from crossflow.benchmarks.evaluation.protocol import load_protocol
-from crossflow.core.config import RECIPES, Section, build, merge, parse_overrides, read
+from crossflow.core.config import Section
 from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.settings import RECIPES, build, flat, merge, parse_overrides, read, shipped
 from crossflow.tasks.base import load_config
 
 FOLDER = RECIPES / "ablations"
@@ -79,17 +80,12 @@ class Group(Part):
 
 def groups() -> dict[str, Path]:
     """The shipped groups by name, with their files."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    return shipped(FOLDER)
 
 
 def load_group(source: str) -> Group:
     """A shipped group, or one in a file of the user's. Raises UserError."""
-    path = Path(source)
-    if path.suffix not in {".yaml", ".yml"}:
-        if source not in groups():
-            raise unknown_name("ablation", source, groups())
-        path = groups()[source]
-    return build(Group, {"name": path.stem, **read(path)})
+    return build(Group, {"name": Path(source).stem, **read(source, FOLDER, "ablation")})
 
 
 @dataclass(frozen=True)
@@ -260,12 +256,6 @@ class Plan:
         }
 
 
-def written(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+def written(settings: Mapping[str, Any]) -> list[str]:
     """Nested settings as key=value arguments."""
-    arguments = []
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            arguments += written(value, f"{prefix}{name}.")
-        else:
-            arguments.append(f"{prefix}{name}={value if isinstance(value, str) else json.dumps(value)}")
-    return arguments
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat(settings).items()]

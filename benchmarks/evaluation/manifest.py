@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from crossflow.benchmarks.evaluation.plan import Cases
 from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
+from crossflow.core.settings import flat
 from crossflow.engine.sample import WEIGHTS, Pipeline
 from crossflow.engine.train import environment
 from crossflow.networks.frozen import weights_checksum
@@ -224,7 +225,7 @@ IGNORED = (
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]:
     """What two manifests say differently, by what it means for their numbers: `name: ours -> theirs`."""
-    ours, theirs = dict(_flat("", a)), dict(_flat("", b))
+    ours, theirs = flat(a), flat(b)
     found: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) == theirs.get(name) or _is(name, IGNORED):
@@ -241,14 +242,6 @@ def _is(name: str, names: Sequence[str]) -> bool:
 def _told(values: Mapping[str, Any], name: str) -> str:
     text = json.dumps(values[name], ensure_ascii=False) if name in values else "not there"
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
-    else:
-        yield prefix, value
 
 
 def score_rows(a: Evaluation, b: Evaluation) -> list[tuple[str, float, float, str]]:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
-from crossflow.core.config import RECIPES, Section, build, merge
+from crossflow.core.config import Section
 from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.settings import RECIPES, build, read, shipped
 
 FOLDER = RECIPES / "protocols"
 
@@ -98,17 +98,12 @@ class Protocol(Section):
 
 def protocols() -> dict[str, Path]:
     """Shipped protocols by name, with their files; those that start with _ are only extended by others."""
-    return {path.stem: path for path in sorted(FOLDER.glob("[!_]*.yaml"), key=lambda path: path.stem)}
+    return shipped(FOLDER)
 
 
 def load_protocol(source: str | Path) -> Protocol:
     """The protocol of a shipped name or a YAML file. Raises UserError for unknown names, keys and values."""
-    path = Path(source)
-    if path.suffix not in {".yaml", ".yml"}:
-        if str(source) not in protocols():
-            raise unknown_name("protocol", str(source), protocols())
-        path = protocols()[str(source)]
-    return build(Protocol, {**_read(path), "name": path.stem})
+    return build(Protocol, {**read(source, FOLDER, "protocol"), "name": Path(source).stem})
 
 
 def roles(given: Sequence[str]) -> dict[str, str]:
@@ -125,22 +120,3 @@ def roles(given: Sequence[str]) -> dict[str, str]:
 def protocol_of(content: Mapping[str, Any]) -> Protocol:
     """The protocol as a manifest keeps it."""
     return build(Protocol, dict(content))
-
-
-def _read(path: Path, depth: int = 0) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"There is no protocol file {path}. Shipped ones: {', '.join(protocols())}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, but a protocol is a mapping of settings.")
-    base = content.pop("extends", None)
-    if base is None:
-        return content
-    if depth > 8:
-        raise UserError(f"{path} extends itself.")
-    name = str(base) if str(base).endswith((".yaml", ".yml")) else f"{base}.yaml"
-    beside = path.parent / name
-    return merge(_read(beside if beside.is_file() else FOLDER / name, depth + 1), content)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crossflow.core.config import read
 from crossflow.core.errors import UserError
+from crossflow.core.settings import read
 
 PARTS = {"backbone": "flow", "source_encoder": "source encoder", "condition_encoder": "condition encoder"}
 PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1}

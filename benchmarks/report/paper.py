@@ -4,11 +4,11 @@ import functools
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, model_validator
 
-from crossflow.core.config import Section, build
+from crossflow.core.config import Section
 from crossflow.core.errors import unknown_name
+from crossflow.core.settings import build, read_yaml
 
 FILE = Path(__file__).parents[1] / "paper.yaml"
 
@@ -116,4 +116,4 @@ class Paper(Section):
 @functools.cache
 def paper() -> Paper:
     """The numbers that are shipped."""
-    return build(Paper, yaml.safe_load(FILE.read_text(encoding="utf-8")))
+    return build(Paper, read_yaml(FILE))

@@ -24,6 +24,7 @@ from crossflow.core import distributed
 from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
 from crossflow.core.noise import key
+from crossflow.core.settings import flat
 from crossflow.core.training import checkpoint as state
 from crossflow.core.training.ema import EMA
 from crossflow.core.training.meter import Flags, Meter
@@ -192,7 +193,7 @@ class Trainer:
         begun = time.monotonic()
         self._restore(resume)
         if self.config.trackers:
-            self.accelerator.init_trackers("crossflow", config=_flat(self.settings))
+            self.accelerator.init_trackers("crossflow", config=_for_trackers(self.settings))
         self.objective.train()
         reason = ""
         with StopRequest() as stop, _quiet_unused_parameters():
@@ -530,15 +531,12 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name not in ("kind", "step")}
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `section.name` -> number or text, which every tracker takes."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
+def _for_trackers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as `section.name` -> number or text, the types that every tracker takes."""
+    return {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in flat(settings).items()
+    }
 
 
 def _first_lines(error: BaseException, limit: int = 400) -> str:

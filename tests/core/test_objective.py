@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from crossflow.core import losses
 from crossflow.core.batch import Batch, Condition
-from crossflow.core.config import Config, build
+from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import Noise, training_noise
 from crossflow.core.objective import Objective
+from crossflow.core.settings import build
 from crossflow.core.source import Posterior, SourceEncoder
 
 GRID, TOKENS, B = (2, 4, 4), (5, 3), 6

@@ -13,11 +13,11 @@ import torch
 
 from crossflow.core import losses
 from crossflow.core.backbones.dit import DiT
-from crossflow.core.config import build
 from crossflow.core.errors import UserError
 from crossflow.core.objective import Objective
 from crossflow.core.paths import LinearPath
 from crossflow.core.sampling import generate
+from crossflow.core.settings import build
 from crossflow.core.source import Posterior
 from crossflow.released import expected, from_reference, settings, to_reference
 from crossflow.tasks.base import build_task, task_class

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from crossflow.core.config import build, recipes
 from crossflow.core.noise import training_noise
+from crossflow.core.settings import build, shipped
 from crossflow.engine.sample import load
 from crossflow.tasks import task_names
 from crossflow.tasks.base import Task, build_task, load_config
@@ -104,8 +104,8 @@ def test_a_saved_pipeline_is_the_same(tiny_run, tmp_path: Path, name: str) -> No
     assert a == b if isinstance(a, str) else np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
     config = load_config(name)
-    assert recipes()[name].read_text().startswith("# ")
+    assert shipped()[name].read_text().startswith("# ")
     assert build(type(config), config.model_dump()) == config

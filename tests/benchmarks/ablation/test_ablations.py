@@ -13,8 +13,8 @@ from crossflow.benchmarks.ablation.plan import Budget, Group, Job, Plan, groups,
 from crossflow.benchmarks.ablation.run import reason, run
 from crossflow.benchmarks.report.paper import paper
 from crossflow.cli import main
-from crossflow.core.config import build, parse_overrides
 from crossflow.core.errors import UserError
+from crossflow.core.settings import build, parse_overrides
 from crossflow.tasks.base import build_task, load_config
 
 GROUPS = ["encoder", "guidance", "loss", "path", "size", "solver", "text", "training"]

@@ -47,7 +47,7 @@ def test_unknown_protocols_and_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: mine")
     with pytest.raises(UserError, match="extends itself"):
         load_protocol(tmp_path / "mine.yaml")
-    with pytest.raises(UserError, match="no protocol file"):
+    with pytest.raises(UserError, match=r"The protocol file .* does not exist"):
         load_protocol(tmp_path / "none.yaml")
 
 

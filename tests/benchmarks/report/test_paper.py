@@ -1,12 +1,11 @@
 """The papers' numbers: they are those of the papers, and what the file says fits together."""
 
 import pytest
-import yaml
 
 from crossflow.benchmarks.evaluation.protocol import load_protocol, protocols
 from crossflow.benchmarks.report.paper import FILE, Paper, paper
-from crossflow.core.config import build
 from crossflow.core.errors import UserError
+from crossflow.core.settings import build, read_yaml
 from crossflow.tasks import task_names
 
 # As printed, each copied here by hand from the papers' tables and not from the file.
@@ -92,7 +91,7 @@ def test_scores_lie_where_such_scores_lie() -> None:
     ],
 )
 def test_a_file_that_does_not_fit_together_is_refused(place: str, value: object, message: str) -> None:
-    content = yaml.safe_load(FILE.read_text())
+    content = read_yaml(FILE)
     content["tables"]["t2i-flow"][place] = value
     with pytest.raises(UserError, match=message):
         build(Paper, content)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from crossflow.core.batch import Batch
-from crossflow.core.config import TrainConfig, build
+from crossflow.core.config import TrainConfig
 from crossflow.core.distributed import gather_with_grad, is_main, rank
 from crossflow.core.errors import UserError
 from crossflow.core.noise import Noise
+from crossflow.core.settings import build
 from crossflow.core.training import checkpoint as state
 from crossflow.core.training.trainer import Trainer
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from crossflow.cli import main
-from crossflow.core.config import build, merge, parse_overrides, read
 from crossflow.core.errors import UserError
 from crossflow.core.noise import training_noise
+from crossflow.core.settings import build, merge, parse_overrides, read
 from crossflow.engine.sample import load
 from crossflow.engine.train import Run
 from crossflow.networks.text.tokenizer import build_tokenizer

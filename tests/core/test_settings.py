@@ -1,4 +1,4 @@
-"""Configuration: extends, overrides, errors that name the field, round trip."""
+"""Settings: one YAML dialect, extends, overrides, errors that name the field, round trips."""
 
 from pathlib import Path
 
@@ -6,8 +6,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from crossflow.core.config import Config, Section, build, dump, merge, parse_overrides, read
+from crossflow.benchmarks.ablation.plan import load_group
+from crossflow.benchmarks.evaluation.protocol import load_protocol
+from crossflow.core.config import Config, Section, TrainConfig
 from crossflow.core.errors import UserError
+from crossflow.core.settings import RECIPES, build, dump, flat, merge, parse_overrides, read, read_yaml
 
 BASE = {"task": "toy"}
 
@@ -47,6 +50,23 @@ def test_a_run_directory_is_read_by_its_config(tmp_path: Path) -> None:
     assert build(Config, read(tmp_path)) == built("seed=7")
 
 
+def test_extends_by_name_takes_the_file_beside_before_the_shipped_one(tmp_path: Path) -> None:
+    write(tmp_path / "top.yaml", "extends: t2i_tiny\nseed: 3\n")
+    assert read(tmp_path / "top.yaml") == {**read("t2i_tiny"), "seed": 3}
+    write(tmp_path / "t2i_tiny.yaml", "task: toy\n")
+    assert read(tmp_path / "top.yaml") == {"task": "toy", "seed": 3}
+
+
+def test_a_file_may_extend_the_shipped_one_of_its_own_name(tmp_path: Path) -> None:
+    write(tmp_path / "t2i_tiny.yaml", "extends: t2i_tiny\nseed: 3\n")
+    assert read(tmp_path / "t2i_tiny.yaml") == {**read("t2i_tiny"), "seed": 3}
+
+
+def test_extending_an_unknown_name_lists_the_shipped_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"extends 'nothing', which is neither .* nor a shipped recipe: .*t2i_tiny"):
+        read(write(tmp_path / "top.yaml", "extends: nothing\n"))
+
+
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_a_circle_of_extends_is_a_user_error(tmp_path: Path, length: int) -> None:
     for i in range(length):
@@ -57,7 +77,7 @@ def test_a_circle_of_extends_is_a_user_error(tmp_path: Path, length: int) -> Non
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1, 2", "not readable as YAML"), ("- 1\n- 2\n", "holds list, but a configuration is a mapping")],
+    [("a: [1, 2", "not valid YAML"), ("- 1\n- 2\n", "holds list, expected a mapping")],
 )
 def test_unreadable_recipes_are_user_errors(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -65,7 +85,7 @@ def test_unreadable_recipes_are_user_errors(tmp_path: Path, text: str, message: 
 
 
 def test_recipes_that_are_not_there_are_user_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="There is no configuration file"):
+    with pytest.raises(UserError, match=r"The recipe file .* does not exist"):
         read(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="Unknown recipe 'no_such_recipe'"):
         read("no_such_recipe")
@@ -99,6 +119,44 @@ def test_values_of_overrides(text: str, value: object) -> None:
     assert type(parsed) is type(value)
 
 
+TABLES = [
+    *RECIPES.glob("protocols/*.yaml"),
+    *RECIPES.glob("ablations/*.yaml"),
+    RECIPES.parent / "benchmarks/paper.yaml",
+]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_shipped_tables_mean_the_same_in_every_dialect(path: Path) -> None:
+    assert read_yaml(path) == yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2\n", "x: {b: 1, b: 1}\n", "- {no: 1, no: 2}\n"])
+def test_repeated_keys_are_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"file\.yaml is not valid YAML: .*key '.*' is repeated"):
+        read_yaml(write(tmp_path / "file.yaml", text))
+
+
+def test_every_kind_of_file_is_read_in_the_same_dialect(tmp_path: Path) -> None:
+    """`no` is a text and 1e-4 a number, in a recipe as in a protocol and in an ablation."""
+    recipe = write(tmp_path / "recipe.yaml", "task: toy\ntrain: {precision: no, lr: 1e-4}\n")
+    assert build(Config, read(recipe)).train == TrainConfig(precision="no", lr=1e-4)
+    protocol = write(tmp_path / "p.yaml", "extends: nyu\nreader: {crop: no}\ndepth: {min_depth: 1e-4}\n")
+    loaded = load_protocol(protocol)
+    assert (loaded.reader["crop"], loaded.depth.min_depth) == ("no", 1e-4)
+    group = (
+        "title: t\nabout: a\nreference: no\nvariants: {no: {about: b, settings: {train: {precision: no, lr: 1e-4}}}}\n"
+    )
+    variants = load_group(str(write(tmp_path / "g.yaml", group))).variants
+    assert variants["no"].settings == {"train": {"precision": "no", "lr": 1e-4}}
+
+
+def test_flat_settings_are_dotted_paths() -> None:
+    assert flat({"a": {"b": {"c": 1}, "d": [2]}, "e": {}}) == {"a.b.c": 1, "a.d": [2], "e": {}}
+    settings = {"train": {"steps": 10, "betas": [0.9, 0.95]}, "seed": 1}
+    assert parse_overrides([f"{name}={value}" for name, value in flat(settings).items()]) == settings
+
+
 def test_overrides_nest_and_the_last_wins() -> None:
     settings = parse_overrides(["train.steps=10", "train.lr=1e-4", "seed=1", "train.steps=20"])
     assert settings == {"train": {"steps": 20, "lr": 1e-4}, "seed": 1}
@@ -124,7 +182,7 @@ def test_what_is_no_override_is_a_user_error(override: str) -> None:
 
 
 def test_a_value_that_is_no_yaml_is_a_user_error() -> None:
-    with pytest.raises(UserError, match=r"'train.betas=\[0.9' is not readable as YAML"):
+    with pytest.raises(UserError, match=r"'train.betas=\[0.9' is not valid YAML"):
         parse_overrides(["train.betas=[0.9"])
 
 
@@ -170,7 +228,7 @@ def test_an_unknown_key_lists_its_section() -> None:
 def test_bad_values_name_the_field_and_what_came(override: str, name: str) -> None:
     with pytest.raises(UserError) as error:
         built(override)
-    assert f"The setting {name} is not possible" in str(error.value)
+    assert f"The setting {name} is invalid" in str(error.value)
 
 
 def test_a_missing_setting_and_several_problems_are_all_named() -> None:
