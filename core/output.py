@@ -1,0 +1,118 @@
+"""Folders of results: a command writes where nothing lies, or replaces its own earlier results when told to.
+
+A folder of results holds ``.crossflow.json`` with the names of the files that were written there, so that overwriting
+removes those files and no others.
+
+    with output_folder(Path("outputs/t2i")) as folder:  # outputs/t2i, or outputs/t2i-2, ... if that holds something
+        save_png(picture, folder / "0000.png")
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from crossflow.core.errors import UserError
+from crossflow.core.files import write_atomically
+
+RECORD = ".crossflow.json"
+
+
+def check_output(requested: Path | None, *, overwrite: bool = False) -> None:
+    """Raises UserError when a requested file exists, or a requested folder is not empty; with `overwrite`, only when
+    the path is of the wrong kind. To be called before the work whose results go there.
+    """
+    if requested is None or not requested.exists() or overwrite:
+        return
+    if requested.is_file():
+        raise UserError(f"{requested} exists. Give another --output, or --overwrite to replace it.")
+    if any(requested.iterdir()):
+        raise UserError(
+            f"The folder {requested} is not empty. Give another --output, or --overwrite to replace the results in it; "
+            "files that crossflow did not write there are kept."
+        )
+
+
+def claim(
+    default: Path,
+    requested: Path | None = None,
+    *,
+    overwrite: bool = False,
+    resumable: Callable[[Path], bool] | None = None,
+) -> Path:
+    """Creates and returns the folder for some results.
+
+    requested: the folder named by the user; without one it is `default`, or default-2, default-3, ... if `default`
+    holds something. overwrite: earlier results in the folder are removed, and `default` is not numbered.
+    resumable(folder): whether a folder holds unfinished work that these results continue; it is then taken as it is.
+    Raises UserError for a requested folder that holds something else, and for a file in its place.
+    """
+    number = 1
+    while True:
+        folder = requested or (default if number == 1 else default.with_name(f"{default.name}-{number}"))
+        if folder.is_file() and requested is not None:
+            raise UserError(f"{folder} is a file, and the results need a folder. Give another --output.")
+        if resumable is not None and folder.is_dir() and resumable(folder):
+            return folder
+        if overwrite and not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_recorded(folder)
+            return folder
+        check_output(requested)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # perhaps by a process that was started at the same time
+            if folder.is_dir() and not any(folder.iterdir()):
+                return folder
+        number += 1
+
+
+@contextmanager
+def output_folder(default: Path, requested: Path | None = None, *, overwrite: bool = False) -> Iterator[Path]:
+    """`claim`s a folder for the body to write to, and records the files written, also when the body fails. A folder
+    that is still empty then is removed. Arguments and errors are those of `claim`.
+    """
+    folder = claim(default, requested, overwrite=overwrite)
+    before = _files(folder)
+    try:
+        yield folder
+    finally:
+        record(folder, _files(folder) - before)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def record(folder: Path, names: set[str]) -> None:
+    """Notes files (paths relative to the folder) as results that `claim` may remove; adds to those noted before."""
+    names = names | set(_recorded(folder))
+    if names:
+        write_atomically(folder / RECORD, json.dumps({"files": sorted(names)}, indent=1) + "\n")
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {RECORD}
+
+
+def _recorded(folder: Path) -> list[str]:
+    try:
+        names = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / RECORD} is damaged. Give another --output, or empty the folder.") from error
+    return [str(name) for name in names]
+
+
+def _remove_recorded(folder: Path) -> None:
+    """Removes the recorded files and the subfolders that are then empty; nothing outside the folder."""
+    parents = set()
+    for name in _recorded(folder):
+        path = folder / name
+        if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+            path.unlink()
+            parents |= set(path.relative_to(folder).parents) - {Path(".")}
+    for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
+        if not any((folder / parent).iterdir()):
+            (folder / parent).rmdir()
+    (folder / RECORD).unlink(missing_ok=True)
