@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from crossflow.data.images import center_crop_resize, to_tensor
-from crossflow.data.readers import Item
+from crossflow.data.images import to_tensor
+from crossflow.data.item import Item
+from crossflow.data.resize import center_crop_resize
 
 
 def captioned_example(

@@ -15,7 +15,9 @@ import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.data.dataset import check
-from crossflow.data.readers import Item, Reader, open_reader
+from crossflow.data.item import Item
+from crossflow.data.reader import Reader
+from crossflow.data.readers import open_reader
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +156,8 @@ def write(inspection: Inspection, folder: Path) -> list[Path]:
 
 def _tile(item: Item) -> np.ndarray:
     """A small picture of an item, with its depth beside it; uint8 (h, w, 3)."""
-    from crossflow.data.images import center_crop_resize, colour_depth
+    from crossflow.data.resize import center_crop_resize
+    from crossflow.data.sheet import colour_depth
 
     assert item.image is not None
     height, width = item.image.shape[:2]
@@ -169,7 +172,7 @@ def _tile(item: Item) -> np.ndarray:
 
 
 def _sheet(tiles: Sequence[tuple[np.ndarray, str]], title: str) -> np.ndarray | None:
-    from crossflow.data.images import sheet
+    from crossflow.data.sheet import sheet
 
     if not tiles:
         return None

@@ -13,7 +13,8 @@ import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.core.noise import key, order
-from crossflow.data.readers import BadItem, Item, Reader
+from crossflow.data.item import BadItem, Item
+from crossflow.data.reader import Reader
 
 logger = logging.getLogger(__name__)
 

@@ -8,18 +8,16 @@ H W height and width in pixels, C channels, B batch.
 
 import io
 import json
-import math
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from crossflow.core.files import write_atomically
 
@@ -36,9 +34,6 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _OPENING = threading.Lock()  # the filter that silences Pillow's size warning is global to the process
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 def load_image(
@@ -159,9 +154,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# --------------------------------------------------------------------------------------------- arrays <-> tensors
-
-
 def to_tensor(image: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) or (B, H, W, 3) -> float32 (3, H, W) or (B, 3, H, W) in [-1, 1]."""
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
@@ -185,118 +177,12 @@ def to_uint8(tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(pixels.numpy(), -3, -1))
 
 
-# ----------------------------------------------------------------------------------------------------- resizing
-
-
-def center_crop_resize(
-    image: np.ndarray, size: int | tuple[int, int], *, resample: Literal["bicubic", "nearest"] = "bicubic"
-) -> np.ndarray:
-    """Crop the largest centred box of the wanted aspect ratio and resize it.
-
-    Args:
-        image: uint8 (H, W, 3) picture, or with `nearest` any (H, W) or (H, W, C) array such as a depth map. A picture
-            and a depth map of one size get the same crop, so they stay registered.
-        size: side of a square, or (height, width), in pixels.
-        resample: `bicubic` is antialiased; `nearest` takes the value at each output pixel's centre and never mixes
-            values, as depth maps with holes need.
-
-    Returns:
-        array of the same type, (height, width) or (height, width, C).
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
-    full_h, full_w = image.shape[:2]
-    box_h = min(full_h, max(1, round(full_w * height / width)))
-    box_w = min(full_w, max(1, round(full_h * width / height)))
-    top, left = (full_h - box_h) // 2, (full_w - box_w) // 2
-    if resample == "bicubic":
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise ValueError(f"bicubic needs a uint8 (H, W, 3) picture, got {image.dtype} {image.shape}")
-        cropped = Image.fromarray(image[top : top + box_h, left : left + box_w])
-        return np.array(cropped.resize((width, height), Image.Resampling.BICUBIC))
-    if resample != "nearest":
-        raise ValueError(f"unknown resampling {resample!r}; known: bicubic, nearest")
-    rows = top + ((np.arange(height) + 0.5) * box_h / height).astype(np.int64)
-    columns = left + ((np.arange(width) + 0.5) * box_w / width).astype(np.int64)
-    return image[rows[:, None], columns[None, :]]
-
-
-def imresize_matlab(
-    image: np.ndarray, scale: float | Fraction, *, border: Literal["mirror", "repeat"] = "mirror"
-) -> np.ndarray:
-    """MATLAB's `imresize(image, scale)`: bicubic, antialiased when shrinking, as all published SR tables use it.
-
-    Output sides are ceil(scale * side). Output pixel i (from 1) looks at u = i / scale + (1 - 1 / scale) / 2; its
-    weights are k(u - j) with Keys' kernel (a = -0.5), for scale < 1 widened to scale * k(scale * x), normalised to sum
-    1. Height first, then width. Equal, byte for byte, to the published MATLAB-made low-resolution sets.
-
-    Args:
-        image: (H, W) or (H, W, C). uint8 is rounded and clipped to uint8 after each of the two passes, as MATLAB does;
-            floating point is computed and returned in float64, without clipping.
-        scale: output side / input side, > 0; of a fraction the output sides are exact.
-        border: what lies beyond the picture: `mirror` (edge pixel included) as in today's MATLAB, or the edge pixel
-            repeated as in the older MATLAB that made, for instance, the SelfExSR files.
-    """
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be a positive number, got {scale}")
-    if image.ndim not in (2, 3) or 0 in image.shape:
-        raise ValueError(f"expected (H, W) or (H, W, C) with at least one pixel, got {image.shape}")
-    if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"expected uint8 or floating-point pixels, got {image.dtype}")
-    result = image.astype(np.float64)
-    for axis in (0, 1):
-        weights, indices = _matlab_weights(image.shape[axis], scale, border)
-        moved = np.moveaxis(result, axis, 0)
-        # one tap at a time: the taps of a strong reduction would not fit in memory together
-        mixed = np.zeros((len(weights), *moved.shape[1:]))
-        for tap in range(weights.shape[1]):
-            mixed += weights[:, tap].reshape(-1, *[1] * (moved.ndim - 1)) * moved[indices[:, tap]]
-        result = np.moveaxis(mixed, 0, axis)
-        if image.dtype == np.uint8:
-            result = np.clip(np.floor(result + 0.5), 0, 255)
-    return np.ascontiguousarray(result.astype(np.uint8 if image.dtype == np.uint8 else np.float64))
-
-
-def _matlab_weights(length: int, scale: float | Fraction, border: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and input positions of each output pixel along one side, both (output length, taps)."""
-    count, scale = math.ceil(length * scale), float(scale)
-    stretch = min(scale, 1.0)
-    support = 4.0 / stretch
-    position = np.arange(1, count + 1) / scale + 0.5 * (1 - 1 / scale)  # counted from 1
-    first = np.floor(position - support / 2)
-    indices = first[:, None] + np.arange(math.ceil(support) + 2)
-    weights = stretch * _keys_kernel(stretch * (position[:, None] - indices))
-    weights /= weights.sum(axis=1, keepdims=True)
-    indices = indices.astype(np.int64) - 1
-    if border == "mirror":
-        folded = np.mod(indices, 2 * length)
-        folded = np.where(folded < length, folded, 2 * length - 1 - folded)
-    elif border == "repeat":
-        folded = np.clip(indices, 0, length - 1)
-    else:
-        raise ValueError(f"unknown border {border!r}; known: mirror, repeat")
-    used = np.any(weights != 0, axis=0)
-    return weights[:, used], folded[:, used]
-
-
-def _keys_kernel(x: np.ndarray) -> np.ndarray:
-    """Keys (1981), cubic convolution with a = -0.5."""
-    x = np.abs(x)
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    return np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
-
-
 def rgb_to_y(image: np.ndarray) -> np.ndarray:
     """Luma of MATLAB's `rgb2ycbcr` (ITU-R BT.601, studio range): (..., 3) values 0..255 -> float64 (...) in [16, 235].
 
     MATLAB rounds the result for uint8 input; here it stays unrounded.
     """
     return 16.0 + image.astype(np.float64) @ (np.array([65.481, 128.553, 24.966]) / 255)
-
-
-# ------------------------------------------------------------------------------------------------------- writing
 
 
 def save_png(array: np.ndarray, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
@@ -320,7 +206,7 @@ def save_png(array: np.ndarray, path: str | Path, metadata: Mapping[str, Any] | 
     for key, value in (metadata or {}).items():
         if not 1 <= len(key) <= 79 or any(ord(letter) > 255 for letter in key):
             raise ValueError(f"a PNG metadata key has 1 to 79 Latin-1 characters, got {key!r}")
-        info.add_text(key, _printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+        info.add_text(key, printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", pnginfo=info)
     return write_bytes(Path(path), buffer.getvalue())
@@ -357,142 +243,6 @@ def write_bytes(path: Path, content: bytes) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------ pictures
-
-
-def colour_depth(depth: np.ndarray, *, near: float | None = None, far: float | None = None) -> np.ndarray:
-    """Depth (H, W) in metres as a uint8 (H, W, 3) picture in the turbo colours: blue near, red far, black unmeasured.
-
-    Args:
-        depth: metres; not finite or not positive values are unmeasured.
-        near, far: metres at the ends of the colour scale; the smallest and largest measured depth when None. Give both
-            when pictures are to be compared.
-    """
-    from matplotlib import colormaps
-
-    if depth.ndim != 2:
-        raise ValueError(f"expected depth (H, W), got {depth.shape}")
-    valid = np.isfinite(depth) & (depth > 0)
-    low = near if near is not None else (float(depth[valid].min()) if valid.any() else 0.0)
-    high = far if far is not None else (float(depth[valid].max()) if valid.any() else 1.0)
-    share = np.clip((np.where(valid, depth, low).astype(np.float64) - low) / max(high - low, 1e-9), 0, 1)
-    colours = np.asarray(colormaps["turbo"](share))[..., :3]
-    return np.where(valid[..., None], np.rint(colours * 255), 0).astype(np.uint8)
-
-
-def sheet(
-    pictures: Sequence[np.ndarray],
-    captions: Sequence[str] = (),
-    *,
-    columns: int | None = None,
-    cell: int | None = None,
-    title: str = "",
-    font_size: int = 13,
-    max_lines: int = 4,
-) -> np.ndarray:
-    """Lay pictures in a grid with their captions below, on white.
-
-    Args:
-        pictures: uint8 (H, W, 3) or (H, W), of any sizes. Each is scaled to fit its cell, keeping its aspect ratio:
-            larger ones shrink antialiased, smaller ones grow by whole pixels so that what was computed stays visible.
-        captions: one per picture, or none at all. Wrapped to the cell's width, cut with "..." after `max_lines`; any
-            text is accepted, characters without a glyph show as boxes.
-        columns: pictures per row; None makes the grid about square.
-        cell: side of a cell in pixels; None takes the largest picture's side, within 96 to 512.
-        title: one line above the grid.
-        font_size, max_lines: of the captions.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
-    if not pictures:
-        raise ValueError("a sheet needs at least one picture")
-    if captions and len(captions) != len(pictures):
-        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions")
-    columns = min(len(pictures), columns or math.ceil(math.sqrt(len(pictures))))
-    if cell is None:
-        cell = min(512, max(96, *(side for picture in pictures for side in picture.shape[:2])))
-    margin = 8
-    font = _font(font_size)
-    line_height = math.ceil(font_size * 1.35)
-    wrapped = [_wrap(caption, font, cell, max_lines) for caption in captions]
-    fitted = [_fit(picture, cell) for picture in pictures]
-    starts = range(0, len(pictures), columns)
-    heights = [max(image.height for image in fitted[start : start + columns]) for start in starts]
-    text_heights = [max((len(lines) for lines in wrapped[s : s + columns]), default=0) * line_height for s in starts]
-    top = margin + (line_height + margin if title else 0)
-    canvas = Image.new(
-        "RGB",
-        (margin + columns * (cell + margin), top + sum(heights) + sum(text_heights) + len(starts) * margin),
-        "white",
-    )
-    draw = ImageDraw.Draw(canvas)
-    if title:
-        for line in _wrap(title, font, canvas.width - 2 * margin, 1):
-            draw.text((margin, margin), line, fill="black", font=font)
-    for row, start in enumerate(starts):
-        bottom = top + heights[row]
-        for column, image in enumerate(fitted[start : start + columns]):
-            left = margin + column * (cell + margin)
-            canvas.paste(image, (left + (cell - image.width) // 2, bottom - image.height))
-            for number, line in enumerate(wrapped[start + column] if wrapped else ()):
-                draw.text((left, bottom + 2 + number * line_height), line, fill="black", font=font)
-        top = bottom + text_heights[row] + margin
-    return np.array(canvas)
-
-
-def _fit(picture: np.ndarray, cell: int) -> Image.Image:
-    if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
-        raise ValueError(f"expected uint8 (H, W, 3) or (H, W), got {picture.dtype} {picture.shape}")
-    image = Image.fromarray(np.ascontiguousarray(picture)).convert("RGB")
-    ratio = cell / max(image.size)
-    if ratio >= 1:
-        whole = int(ratio)
-        return image.resize((image.width * whole, image.height * whole), Image.Resampling.NEAREST)
-    size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _font(size: int) -> Any:
-    """DejaVu Sans, which comes with matplotlib and knows far more scripts than Pillow's own font."""
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(path), size) if path.exists() else ImageFont.load_default(size)
-
-
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without what neither UTF-8 nor a PNG text entry can hold: lone surrogates and NUL."""
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ")
-
-
-def _wrap(text: str, font: Any, width: int, max_lines: int) -> list[str]:
-    """Greedy lines no wider than `width` pixels; words wider than a line are broken."""
-    text = " ".join(_printable(text)[:2000].split())  # more than any sheet shows, and measuring text is slow
-    lines: list[str] = []
-    line = ""
-    for word in text.split(" "):
-        while True:
-            candidate = f"{line} {word}".strip()
-            if font.getlength(candidate) <= width:
-                line = candidate
-                break
-            if line:
-                lines.append(line)
-                line = ""
-                continue
-            kept = max(1, next(n for n in range(1, len(word) + 1) if font.getlength(word[:n]) > width) - 1)
-            lines.append(word[:kept])
-            word = word[kept:]
-            if not word:
-                break
-        if len(lines) > max_lines:
-            break
-    if line:
-        lines.append(line)
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and font.getlength(last + "...") > width:
-            last = last[:-1]
-        lines = [*lines[: max_lines - 1], last + "..."]
-    return lines

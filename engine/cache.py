@@ -10,7 +10,8 @@ from crossflow.data.cache.build import Builder, Settings
 from crossflow.data.cache.extract import Options
 from crossflow.data.cache.store import Cache
 from crossflow.data.cache.verify import compare
-from crossflow.data.readers import Reader, open_reader, require
+from crossflow.data.reader import Reader
+from crossflow.data.readers import open_reader, require
 from crossflow.tasks.base import build_task
 
 USUAL_SPLITS = ("train", "val")

@@ -20,7 +20,7 @@ from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.solvers import SOLVERS
-from crossflow.data.images import center_crop_resize
+from crossflow.data.resize import center_crop_resize
 from crossflow.engine.sample import OnStep, Pipeline
 from crossflow.tasks.base import Pieces
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from crossflow.core.errors import UserError
 from crossflow.data.dataset import Examples
-from crossflow.data.readers import Reader, located
+from crossflow.data.reader import Reader
+from crossflow.data.readers import located
 
 MANIFEST = "manifest.json"
 

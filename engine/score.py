@@ -12,7 +12,7 @@ from crossflow.core.model import CrossFlow
 from crossflow.core.noise import training_noise
 from crossflow.core.objective import Objective
 from crossflow.data.dataset import Examples
-from crossflow.data.images import sheet
+from crossflow.data.sheet import sheet
 from crossflow.engine.sample import Pipeline
 from crossflow.tasks.base import Case, Task, Tile
 

@@ -26,7 +26,9 @@ from crossflow.core.settings import build, dump, merge, parse_overrides, read
 from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import cache_of
 from crossflow.data.dataset import Examples
-from crossflow.data.readers import Item, Reader, open_reader, require
+from crossflow.data.item import Item
+from crossflow.data.reader import Reader
+from crossflow.data.readers import open_reader, require
 from crossflow.engine.provenance import open_again
 from crossflow.tasks import task_names
 

@@ -27,8 +27,9 @@ from crossflow.core import distributed
 from crossflow.core.errors import UserError
 from crossflow.core.files import user_cache
 from crossflow.data.dataset import Examples
-from crossflow.data.images import center_crop_resize
-from crossflow.data.readers import Item, open_reader, require
+from crossflow.data.item import Item
+from crossflow.data.readers import open_reader, require
+from crossflow.data.resize import center_crop_resize
 
 KEPT = 10_000
 """Features of real pictures that are kept for KID; FID needs none of them."""

@@ -15,9 +15,10 @@ from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core.errors import UserError
 from crossflow.core.metrics import TaskMetric
 from crossflow.data.dataset import Examples
-from crossflow.data.images import center_crop_resize
-from crossflow.data.reader import SPLITS
-from crossflow.data.readers import READERS, Item
+from crossflow.data.item import Item
+from crossflow.data.readers import READERS
+from crossflow.data.resize import center_crop_resize
+from crossflow.data.splits import SPLITS
 from crossflow.tasks.base import Case, Task
 
 KITTI_HEIGHT, KITTI_WIDTH = 352, 1216

@@ -23,9 +23,10 @@ from crossflow.core.files import size_in_words
 from crossflow.data.cache import shards
 from crossflow.data.cache.extract import STORAGE, Extractor, Features
 from crossflow.data.cache.keys import KEY_BYTES, item_key
-from crossflow.data.cache.released import expect_same_encoder
+from crossflow.data.cache.released import expect_same_encoder, features_of
 from crossflow.data.cache.store import FORMAT, MANIFEST, read_manifest
-from crossflow.data.readers import BadItem, Item, Reader
+from crossflow.data.item import BadItem, Item
+from crossflow.data.reader import Reader
 
 OnProgress = Callable[[int, int], None]
 NUM_PROBED = 256  # items that the expected size is measured on
@@ -224,7 +225,7 @@ class Builder:
     ) -> tuple[tuple[list[Item], list[Features], list[bytes]], list[BadItem]]:
         items = [item for item in loaded if isinstance(item, Item)]
         bad = [item for item in loaded if isinstance(item, BadItem)]
-        found = self.extractor(items) if items else []
+        found = features_of(self.extractor, items) if items else []
         pairs = [(item, one) for item, one in zip(items, found, strict=True) if isinstance(one, Features)]
         bad += [one for one in found if isinstance(one, BadItem)]
         keys = [item_key(item, self.plan["features"]) for item, _ in pairs]

@@ -138,14 +138,6 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> list[Features | BadItem]:
         """The features of items, computed together; an item whose features are unusable is returned as bad."""
-        from crossflow.data.cache.released import imported
-
-        made = [imported(self, item) for item in items]  # None: there are only a picture and captions
-        own = [item for item, one in zip(items, made, strict=True) if one is None]
-        fresh = iter(self._computed(own) if own else [])
-        return [one if one is not None else next(fresh) for one in made]
-
-    def _computed(self, items: Sequence[Item]) -> list[Features | BadItem]:
         fixed = self.seen(items, with_moments=True)
         texts = self._read(items)
         return [checked(item, Features(row, *text)) for item, row, text in zip(items, fixed, texts, strict=True)]

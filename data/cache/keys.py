@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from crossflow.data.readers import Item
+from crossflow.data.item import Item
 
 KEY_BYTES = 16
 

@@ -5,18 +5,15 @@ They come as arrays beside an item (`readers/npy.py`): `image_latent_256` holds 
 The validation files of the release call the last two `token_embedding` and `token_mask`.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from crossflow.core.errors import UserError
 from crossflow.core.source import Posterior
-from crossflow.data.readers import BadItem, Item
-
-if TYPE_CHECKING:
-    from crossflow.data.cache.extract import Extractor, Features
+from crossflow.data.cache.extract import Extractor, Features, checked
+from crossflow.data.item import BadItem, Item
 
 LATENT = "image_latent_"
 TOKENS = "token_embedding"
@@ -28,10 +25,16 @@ half-precision computation stays above 0.999.
 """
 
 
-def imported(extractor: "Extractor", item: Item) -> "Features | BadItem | None":
-    """The features that came with `item`; None when none did."""
-    from crossflow.data.cache.extract import Features, checked
+def features_of(extractor: Extractor, items: Sequence[Item]) -> list[Features | BadItem]:
+    """The features of items: those that came with them, and for the other items those that `extractor` computes."""
+    imports = [imported(extractor, item) for item in items]  # None: the item has only a picture and captions
+    others = [item for item, features in zip(items, imports, strict=True) if features is None]
+    computed = iter(extractor(others) if others else [])
+    return [features if features is not None else next(computed) for features in imports]
 
+
+def imported(extractor: Extractor, item: Item) -> Features | BadItem | None:
+    """The features that came with `item`; None when none did."""
     if item.features is None:
         return None
     try:
@@ -50,7 +53,7 @@ def imported(extractor: "Extractor", item: Item) -> "Features | BadItem | None":
     return checked(item, Features(seen, [kept if extractor.keep_padding else kept[:length]], [length], pooled))
 
 
-def _needs_picture(extractor: "Extractor", item: Item) -> bool:
+def _needs_picture(extractor: Extractor, item: Item) -> bool:
     if not extractor.pixels and extractor.tower is None:
         return False
     if item.image is None:
@@ -61,7 +64,7 @@ def _needs_picture(extractor: "Extractor", item: Item) -> bool:
     return True
 
 
-def _moments(extractor: "Extractor", item: Item, size: int) -> Posterior:
+def _moments(extractor: Extractor, item: Item, size: int) -> Posterior:
     assert extractor.codec is not None
     name = f"{LATENT}{size}"
     if name not in item.features:
@@ -100,7 +103,7 @@ def token_features(arrays: Mapping[str, np.ndarray], width: int, max_length: int
     return tokens, length
 
 
-def expect_same_encoder(extractor: "Extractor", items: list[Item]) -> None:
+def expect_same_encoder(extractor: Extractor, items: list[Item]) -> None:
     """Compares features that came with items with those of the recipe's encoder. UserError when they differ."""
     if extractor.text is None:
         return

@@ -14,7 +14,8 @@ from crossflow.data.cache import shards
 from crossflow.data.cache.extract import STORAGE
 from crossflow.data.cache.keys import KEY_BYTES, item_key
 from crossflow.data.cache.store import Cache
-from crossflow.data.readers import BadItem, Reader
+from crossflow.data.item import BadItem
+from crossflow.data.reader import Reader
 
 OnProgress = Callable[[int, int], None]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.registry import Registry
-from crossflow.data.reader import SPLITS, BadItem, FileReader, Item, Reader, existing, split_location
+from crossflow.data.files import existing
+from crossflow.data.reader import Reader
 from crossflow.data.readers.cache import CacheReader
 from crossflow.data.readers.coco import CocoReader
 from crossflow.data.readers.flickr import FlickrReader
@@ -33,8 +34,8 @@ from crossflow.data.readers.scenes import ScenesReader
 from crossflow.data.readers.skimage import SkimageReader
 from crossflow.data.readers.wds import WdsReader
 from crossflow.data.readers.zero_shot import DiodeReader, Eth3dReader, ScannetReader, VirtualKittiReader
-
-__all__ = ["READERS", "BadItem", "FileReader", "Item", "Reader", "located", "open_reader", "require"]
+from crossflow.data.spec import split_location
+from crossflow.data.splits import SPLITS
 
 logger = logging.getLogger(__name__)
 

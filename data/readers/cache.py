@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import Item, LazyIds, Reader, chosen, existing
+from crossflow.data.files import existing
+from crossflow.data.item import Item
+from crossflow.data.reader import LazyIds, Reader
+from crossflow.data.splits import chosen
 
 if TYPE_CHECKING:
     from crossflow.data.cache.store import Cache, Rows

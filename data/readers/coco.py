@@ -11,17 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import (
-    SPLIT_WORDS,
-    FileReader,
-    Listing,
-    Record,
-    clean_captions,
-    fullest_folder,
-    json_file,
-    split_word,
-)
-from crossflow.data.readers.options import Option, Options
+from crossflow.data.annotations import clean_captions, json_file
+from crossflow.data.files import fullest_folder
+from crossflow.data.item import Record
+from crossflow.data.reader import FileReader, Listing
+from crossflow.data.spec import Option, Options
+from crossflow.data.splits import SPLIT_WORDS, split_word
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import FileReader, Listing, Record, with_links
-from crossflow.data.readers.options import Option, Options
+from crossflow.data.files import with_links
+from crossflow.data.item import Record
+from crossflow.data.reader import FileReader, Listing
+from crossflow.data.spec import Option, Options
 
 CROPS = {  # top, bottom, left, right, as shares of height and width
     "none": (0.0, 1.0, 0.0, 1.0),

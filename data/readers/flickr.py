@@ -10,17 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import (
-    SPLIT_WORDS,
-    FileReader,
-    Listing,
-    Record,
-    clean_captions,
-    fullest_folder,
-    refuse_split,
-    with_links,
-)
+from crossflow.data.annotations import clean_captions
+from crossflow.data.files import fullest_folder, with_links
+from crossflow.data.item import Record
+from crossflow.data.reader import FileReader, Listing
 from crossflow.data.readers.karpathy import FOLDERS
+from crossflow.data.splits import SPLIT_WORDS, refuse_split
 
 TOKEN_FILES = ("Flickr8k.token.txt", "results_20130124.token", "results.csv", "captions.txt")
 LISTS = ("Flickr_8k.{}Images.txt", "flickr30k_{}.txt", "{}.txt")

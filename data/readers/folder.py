@@ -5,20 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import (
-    FileReader,
-    Listing,
-    Record,
-    clean_captions,
-    image_files,
-    inside,
-    json_file,
-    json_lines,
-    leaves,
-    split_by_hash,
-    split_folders,
-)
+from crossflow.data.annotations import clean_captions, json_file, json_lines
+from crossflow.data.files import image_files, inside, leaves
+from crossflow.data.item import Record
+from crossflow.data.reader import FileReader, Listing
 from crossflow.data.readers.jsonl import CAPTION_KEYS, IMAGE_KEYS, captions_of
+from crossflow.data.splits import split_by_hash, split_folders
 
 
 class FolderReader(FileReader):

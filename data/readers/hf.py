@@ -15,20 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import (
-    BadItem,
-    Item,
-    Reader,
-    chosen,
-    clean_captions,
-    existing,
-    refuse_split,
-    split_by_hash,
-    split_location,
-    split_word,
-)
+from crossflow.data.annotations import clean_captions
+from crossflow.data.files import existing
+from crossflow.data.item import BadItem, Item
+from crossflow.data.reader import Reader
 from crossflow.data.readers.jsonl import CAPTION_KEYS
-from crossflow.data.readers.options import Option, Options, parse_options
+from crossflow.data.spec import Option, Options, parse_options, split_location
+from crossflow.data.splits import chosen, refuse_split, split_by_hash, split_word
 
 logger = logging.getLogger(__name__)
 

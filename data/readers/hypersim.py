@@ -13,9 +13,12 @@ from typing import ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import Listing, Record, refuse_split, split_by_hash, split_word, with_links
+from crossflow.data.files import with_links
+from crossflow.data.item import Record
+from crossflow.data.reader import Listing
 from crossflow.data.readers.depth import LIST, DepthReader, cap_option, open_hdf5
-from crossflow.data.readers.options import Options
+from crossflow.data.spec import Options
+from crossflow.data.splits import refuse_split, split_by_hash, split_word
 
 logger = logging.getLogger(__name__)
 

@@ -10,16 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import (
-    FileReader,
-    Listing,
-    Record,
-    clean_captions,
-    fullest_folder,
-    json_lines,
-    split_by_hash,
-    split_word,
-)
+from crossflow.data.annotations import clean_captions, json_lines
+from crossflow.data.files import fullest_folder
+from crossflow.data.item import Record
+from crossflow.data.reader import FileReader, Listing
+from crossflow.data.splits import split_by_hash, split_word
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,9 @@ from typing import ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import SPLIT_WORDS, Listing, Record, refuse_split, with_links
+from crossflow.data.files import with_links
+from crossflow.data.item import Record
+from crossflow.data.reader import Listing
 from crossflow.data.readers.depth import (
     LIST,
     Bases,
@@ -21,7 +23,8 @@ from crossflow.data.readers.depth import (
     list_lines,
     stem,
 )
-from crossflow.data.readers.options import Option, Options
+from crossflow.data.spec import Option, Options
+from crossflow.data.splits import SPLIT_WORDS, refuse_split
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import (
-    FileReader,
-    Listing,
-    Record,
-    clean_captions,
-    fullest_folder,
-    json_file,
-    split_by_hash,
-)
+from crossflow.data.annotations import clean_captions, json_file
+from crossflow.data.files import fullest_folder
+from crossflow.data.item import Record
+from crossflow.data.reader import FileReader, Listing
+from crossflow.data.splits import split_by_hash
 
 META, FOLDER = "meta_data.json", "mjhq30k_imgs"
 

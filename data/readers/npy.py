@@ -14,16 +14,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import (
-    BadItem,
-    FileReader,
-    Item,
-    Listing,
-    Record,
-    inside,
-    json_lines,
-    split_by_hash,
-)
+from crossflow.data.annotations import json_lines
+from crossflow.data.files import inside
+from crossflow.data.item import BadItem, Item, Record
+from crossflow.data.reader import FileReader, Listing
+from crossflow.data.splits import split_by_hash
 
 LARGEST_FILE = 2**28  # bytes; the released ones have 1.7 MB
 NUMBERS = re.compile(r"[<>|=]?([fiub])(1|2|4|8)")

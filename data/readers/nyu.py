@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import Listing, Record, image_files, refuse_split, split_folders, with_links
+from crossflow.data.files import image_files, with_links
+from crossflow.data.item import Record
+from crossflow.data.reader import Listing
 from crossflow.data.readers.depth import (
     LIST,
     Bases,
@@ -23,7 +25,8 @@ from crossflow.data.readers.depth import (
     open_hdf5,
     stem,
 )
-from crossflow.data.readers.options import Option, Options
+from crossflow.data.spec import Option, Options
+from crossflow.data.splits import refuse_split, split_folders
 
 LABELLED = "nyu_depth_v2_labeled.mat"
 LISTS = {split: f"nyudepthv2_{split}_files_with_gt.txt" for split in ("train", "test")}

@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import (
-    FileReader,
-    Listing,
-    Record,
-    image_files,
-    json_file,
-    split_by_hash,
-    split_word,
-)
+from crossflow.data.annotations import json_file
+from crossflow.data.files import image_files
+from crossflow.data.item import Record
+from crossflow.data.reader import FileReader, Listing
+from crossflow.data.splits import split_by_hash, split_word
 
 MILLIMETRES = ("mm", "millimetre", "millimetres", "millimeter", "millimeters")
 

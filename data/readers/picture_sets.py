@@ -12,18 +12,11 @@ import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.core.files import user_cache
-from crossflow.data.reader import (
-    IMAGE_SUFFIXES,
-    FileReader,
-    Listing,
-    Record,
-    image_files,
-    inside,
-    refuse_split,
-    split_folders,
-    with_links,
-)
-from crossflow.data.readers.options import Option, Options
+from crossflow.data.files import IMAGE_SUFFIXES, image_files, inside, with_links
+from crossflow.data.item import Record
+from crossflow.data.reader import FileReader, Listing
+from crossflow.data.spec import Option, Options
+from crossflow.data.splits import refuse_split, split_folders
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +65,7 @@ class ImagenetReader(FileReader):
         return Listing(root, records, with_links(root))
 
     def read(self, record: Record) -> tuple[np.ndarray, None]:
-        from crossflow.data.images import center_crop_resize
+        from crossflow.data.resize import center_crop_resize
 
         image, _ = super().read(record)
         size = self.number("size")

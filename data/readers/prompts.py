@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import FileReader, Item, Listing, Record, clean_captions
+from crossflow.data.annotations import clean_captions
+from crossflow.data.item import Item, Record
+from crossflow.data.reader import FileReader, Listing
 
 
 class PromptsReader(FileReader):

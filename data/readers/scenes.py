@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Sequence
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import BadItem, Item, Reader
+from crossflow.data.item import BadItem, Item
+from crossflow.data.reader import Reader
 
 NUM_SCENES = {"train": 20_000, "val": 500, "test": 1_000}
 DEFAULT_SIZE = 64

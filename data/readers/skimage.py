@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import BadItem, Item, Reader
+from crossflow.data.item import BadItem, Item
+from crossflow.data.reader import Reader
 
 # Middlebury 2014 "Motorcycle" at a quarter of its size, as scikit-image's `stereo_motorcycle` documents it.
 FOCAL_LENGTH = 994.978  # pixels

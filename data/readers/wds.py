@@ -21,22 +21,14 @@ import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.core.files import user_cache
-from crossflow.data.reader import (
-    IMAGE_SUFFIXES,
-    BadItem,
-    Item,
-    LazyIds,
-    Reader,
-    chosen,
-    clean_captions,
-    existing,
-    split_by_hash,
-    split_location,
-    split_word,
-)
+from crossflow.data.annotations import clean_captions
+from crossflow.data.files import IMAGE_SUFFIXES, existing
+from crossflow.data.item import BadItem, Item
+from crossflow.data.reader import LazyIds, Reader
 from crossflow.data.readers.jsonl import CAPTION_KEYS
-from crossflow.data.readers.options import Option, Options, parse_options
 from crossflow.data.readers.picture_sets import keep
+from crossflow.data.spec import Option, Options, parse_options, split_location
+from crossflow.data.splits import chosen, split_by_hash, split_word
 
 logger = logging.getLogger(__name__)
 

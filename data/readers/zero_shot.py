@@ -7,17 +7,12 @@ from typing import ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import (
-    Listing,
-    Record,
-    image_files,
-    refuse_split,
-    split_by_hash,
-    split_folders,
-    with_links,
-)
+from crossflow.data.files import image_files, with_links
+from crossflow.data.item import Record
+from crossflow.data.reader import Listing
 from crossflow.data.readers.depth import LIST, DepthReader, cap_option, read_npy_array, stem
-from crossflow.data.readers.options import Option, Options
+from crossflow.data.spec import Option, Options
+from crossflow.data.splits import refuse_split, split_by_hash, split_folders
 
 
 class VirtualKittiReader(DepthReader):
@@ -141,7 +136,7 @@ class ScannetReader(DepthReader):
         return Listing(path, records, with_links(path))
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        from crossflow.data.images import center_crop_resize
+        from crossflow.data.resize import center_crop_resize
 
         image, depth = super().read_pair(record)
         height, width = depth.shape

@@ -41,8 +41,9 @@ from crossflow.data.image_latents import (
     read_codec,
     unscaled_codec,
 )
-from crossflow.data.images import center_crop_resize, load_image, to_tensor
-from crossflow.data.readers import Item
+from crossflow.data.images import load_image, to_tensor
+from crossflow.data.item import Item
+from crossflow.data.resize import center_crop_resize
 from crossflow.engine.sample import Pipeline
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.text.tokenizer import build_tokenizer

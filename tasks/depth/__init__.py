@@ -22,15 +22,9 @@ from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
 from crossflow.data.dataset import Examples
-from crossflow.data.images import (
-    colour_depth,
-    load_depth_png,
-    load_image,
-    save_depth_png,
-    save_png,
-    to_tensor,
-)
-from crossflow.data.readers import Item
+from crossflow.data.images import load_depth_png, load_image, save_depth_png, save_png, to_tensor
+from crossflow.data.item import Item
+from crossflow.data.sheet import colour_depth
 from crossflow.data.tiles import by_shape, fit_shorter_side, fitted_sides
 from crossflow.tasks.base import Case, Example, Flow, Pieces, Report, Task, Tile
 from crossflow.tasks.depth.dataset import Augmentation, coloured, example, square

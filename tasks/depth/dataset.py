@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from crossflow.core.config import Section
-from crossflow.data.images import center_crop_resize, to_tensor
-from crossflow.data.readers import Item
+from crossflow.data.images import to_tensor
+from crossflow.data.item import Item
+from crossflow.data.resize import center_crop_resize
 
 
 class Augmentation(Section):

@@ -25,7 +25,7 @@ from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
 from crossflow.data.dataset import Examples
 from crossflow.data.images import load_image, save_png
-from crossflow.data.readers import Item
+from crossflow.data.item import Item
 from crossflow.data.tiles import Tiles
 from crossflow.networks.codecs.pixel import PixelCodec
 from crossflow.networks.codecs.registry import load_codec

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from crossflow.data.images import imresize_matlab, to_tensor
-from crossflow.data.readers import Item
+from crossflow.data.images import to_tensor
+from crossflow.data.item import Item
+from crossflow.data.resize import imresize_matlab
 
 
 def to_multiple(image: np.ndarray, scale: Fraction | int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.core.metrics import Row, TaskMetric, mean_metric
-from crossflow.data.reader import json_lines
+from crossflow.data.annotations import json_lines
 from crossflow.tasks.t2i.metric import wilson_interval
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crossflow.data.captioned import captioned_example
-from crossflow.data.readers import Item
+from crossflow.data.item import Item
 
 ITEM = Item(id="0", image=np.zeros((4, 4, 3), np.uint8), captions=("first", "second", "third", "fourth"))
 

@@ -13,7 +13,9 @@ from crossflow.core import noise
 from crossflow.core.errors import UserError
 from crossflow.core.noise import order
 from crossflow.data.dataset import Examples, _Chance, check
-from crossflow.data.readers import BadItem, Item, Reader, open_reader
+from crossflow.data.item import BadItem, Item
+from crossflow.data.reader import Reader
+from crossflow.data.readers import open_reader
 
 
 class CountingReader(Reader):

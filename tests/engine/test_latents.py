@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.data.images import center_crop_resize
+from crossflow.data.resize import center_crop_resize
 from crossflow.engine import latents
 from crossflow.engine.latents import SHARED
 from crossflow.engine.sample import Pipeline, load

@@ -127,7 +127,7 @@ def test_the_depth_protocol_evaluates_a_run(tiny_run, rooms: str, tmp_path: Path
 
 
 def test_pictures_are_cut_and_reduced_as_imagenet_64_256_says(tiny_run, tmp_path: Path) -> None:
-    from crossflow.data.images import imresize_matlab
+    from crossflow.data.resize import imresize_matlab
     from crossflow.engine.sample import load
 
     folder = tmp_path / "pictures"

@@ -22,8 +22,10 @@ from crossflow.data.cache.keys import item_key
 from crossflow.data.cache.shards import Shard, pack_texts, write_shard
 from crossflow.data.cache.store import Cache
 from crossflow.data.cache.verify import compare, verify
-from crossflow.data.images import center_crop_resize, to_tensor
-from crossflow.data.readers import Item, open_reader
+from crossflow.data.images import to_tensor
+from crossflow.data.item import Item
+from crossflow.data.readers import open_reader
+from crossflow.data.resize import center_crop_resize
 from crossflow.engine import cache as caching
 from crossflow.tasks.base import load_config
 

@@ -14,7 +14,8 @@ from PIL import Image
 from crossflow.core.errors import UserError
 from crossflow.data.cache.build import Settings
 from crossflow.data.cache.store import Cache
-from crossflow.data.readers import BadItem, open_reader
+from crossflow.data.item import BadItem
+from crossflow.data.readers import open_reader
 from crossflow.data.readers.npy import read_npy
 from crossflow.engine import cache as caching
 from crossflow.networks.codecs.registry import build_codec

@@ -15,8 +15,11 @@ import pytest
 from PIL import Image
 
 from crossflow.core.errors import UserError
-from crossflow.data.reader import Listing, Record, clean_captions, hashed_split
-from crossflow.data.readers import READERS, BadItem, FileReader, Item, Reader, open_reader, require
+from crossflow.data.annotations import clean_captions
+from crossflow.data.item import BadItem, Item, Record
+from crossflow.data.reader import FileReader, Listing, Reader
+from crossflow.data.readers import READERS, open_reader, require
+from crossflow.data.splits import hashed_split
 
 REAL = os.environ.get("CROSSFLOW_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="CROSSFLOW_TEST_DATA is not set")

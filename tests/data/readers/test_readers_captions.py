@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from crossflow.core.errors import UserError
-from crossflow.data.readers import BadItem, Reader, located, open_reader
+from crossflow.data.item import BadItem
+from crossflow.data.reader import Reader
+from crossflow.data.readers import located, open_reader
 
 
 def picture(path: Path) -> Path:

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from crossflow.core.errors import UserError
-from crossflow.data.readers import BadItem, Item, Reader, open_reader, require
+from crossflow.data.item import BadItem, Item
+from crossflow.data.reader import Reader
+from crossflow.data.readers import open_reader, require
 from crossflow.data.readers.depth import CROPS, scored
 from crossflow.data.readers.hypersim import planar_depth
 from crossflow.tasks.depth import metric as depth_metric

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from crossflow.core.errors import UserError
-from crossflow.data.readers import BadItem, open_reader, require
+from crossflow.data.item import BadItem
+from crossflow.data.readers import open_reader, require
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from crossflow.core.errors import UserError
-from crossflow.data.images import center_crop_resize
-from crossflow.data.readers import BadItem, open_reader, picture_sets
+from crossflow.data.item import BadItem
+from crossflow.data.readers import open_reader, picture_sets
+from crossflow.data.resize import center_crop_resize
 
 REAL = os.environ.get("CROSSFLOW_TEST_DATA")
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from crossflow.core.errors import UserError
 from crossflow.core.training.stream import MicroBatches, Positions
 from crossflow.data.dataset import Examples
-from crossflow.data.readers import BadItem, open_reader, require, wds
+from crossflow.data.item import BadItem
+from crossflow.data.readers import open_reader, require, wds
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import torch
 
 from crossflow.core.errors import UserError
 from crossflow.data.images import load_depth_png
-from crossflow.data.readers import Item
+from crossflow.data.item import Item
 from crossflow.tasks.base import build_task, load_config
 from crossflow.tasks.depth.dataset import Augmentation, coloured, example
 from crossflow.tasks.depth.decoder import DepthScale

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from crossflow.core.errors import UserError
-from crossflow.data.images import imresize_matlab, load_image, rgb_to_y
+from crossflow.data.images import load_image, rgb_to_y
+from crossflow.data.resize import imresize_matlab
 from crossflow.tasks.sr.metric import SrMetric, psnr, ssim
 
 

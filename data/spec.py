@@ -1,9 +1,13 @@
-"""Settings behind the place of a spec: `kitti:DIR?crop=eigen&cap=none`. Each reader says which it takes."""
+"""Specs: how a user names data, `PREFIX:LOCATION?SETTING=VALUE&...@SPLIT`.
+
+The location is a path or name, settings belong to the format, and `@SPLIT` overrides the split that is asked for.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from crossflow.core.errors import UserError, unknown_name
+from crossflow.data.files import existing
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,11 @@ def _check(name: str, value: str, option: Option, spec: str) -> None:
             good = False
         if not good:
             raise UserError(f"{spec!r}: {name} is {value!r}; it must be a number above 0, or none.")
+
+
+def split_location(location: str) -> tuple[str, str]:
+    """(place, settings) of `PLACE?SETTINGS`; a path that exists with its question mark is a place."""
+    if existing(location) is not None:
+        return location, ""
+    place, _, settings = location.partition("?")
+    return place, settings

@@ -1,0 +1,47 @@
+"""Annotations that others wrote: JSON, JSON lines and captions, with a reason for whatever cannot be used."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from crossflow.core.errors import UserError
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """(line number from 1, object) for each line that is not blank; for a bad line a text that says why it is bad."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
+                yield number, f"line {number} of {path.name} is not JSON: {error}"
+                continue
+            yield number, value if isinstance(value, dict) else f"line {number} of {path.name} is not a JSON object"
+
+
+def json_file(path: Path) -> object:
+    """The content of a JSON file; raises UserError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as JSON: {error}.") from error
+
+
+def clean_captions(values: object) -> tuple[str, ...]:
+    """Captions from a string or a list of strings: white space becomes single blanks, empty captions go.
+
+    Raises ValueError for other things.
+    """
+    texts = [values] if isinstance(values, str) else [] if values is None else values
+    if not isinstance(texts, list | tuple):
+        raise ValueError(f"caption is {type(values).__name__}, not text")
+    captions = []
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"caption is {type(text).__name__}, not text")
+        # Half of a surrogate pair, as cut JSON escapes leave it, cannot be encoded or tokenized.
+        whole = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        captions.append(" ".join(whole.split()))
+    return tuple(caption for caption in captions if caption)

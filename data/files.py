@@ -1,0 +1,81 @@
+"""Files that a data set names: which there are, which may be read, and where a list's images lie.
+
+Names come from annotations that others wrote, so each is checked before it is opened.
+"""
+
+import logging
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path, PurePosixPath
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+
+
+def existing(location: str) -> Path | None:
+    """The path, with ~ expanded, if there is something."""
+    try:
+        path = Path(location).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, the home of an unknown user, a NUL
+        return None
+
+
+def inside(root: Path, name: str, allowed: Collection[Path]) -> Path:
+    """The file `name` under `root`. Raises ValueError with the reason when it is none or leaves the `allowed` folders.
+
+    Names come from files that others wrote, so neither `..` nor an absolute path nor a link may lead to the rest of the
+    disk. `allowed` are resolved paths.
+    """
+    if not name or "\0" in name:
+        raise ValueError(f"{name!r} names no file")
+    if leaves(name):
+        raise ValueError(f"path {name!r} leaves the data folder; only paths below it are read")
+    path = root / name
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise ValueError(f"path {name!r} cannot be followed: {error}") from error
+    if not any(resolved.is_relative_to(folder) for folder in allowed):
+        raise ValueError(f"{name!r} is a link that leaves the data folder; only files inside it are read")
+    if not path.exists():
+        raise ValueError(f"no such file: {name!r} in {str(root)!r}")
+    if not path.is_file():
+        raise ValueError(f"{name!r} is not a regular file")
+    return path
+
+
+def leaves(name: str) -> bool:
+    """Whether the path `name` leads out of the folder that it is relative to, links aside."""
+    pure = PurePosixPath(name)
+    return pure.is_absolute() or ".." in pure.parts
+
+
+def with_links(path: Path) -> tuple[Path, ...]:
+    """`path` and the folders in it, each of which may be a link to where its files are kept."""
+    return (path, *(child for child in sorted(path.iterdir()) if child.is_dir()))
+
+
+def image_files(folder: Path) -> list[str]:
+    """Images below `folder`, without hidden ones, as sorted names relative to it. Links to folders are not followed."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        linked = [name for name in folders if (Path(parent) / name).is_symlink()]
+        if linked:
+            logger.warning("%s: the linked folders %s are not followed.", parent, ", ".join(sorted(linked)))
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in linked]
+        relative = Path(parent).relative_to(folder)
+        names += [
+            (relative / name).as_posix()
+            for name in files
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
+    return sorted(names)
+
+
+def fullest_folder(candidates: Sequence[Path], names: Sequence[str]) -> Path:
+    """The candidate that holds most of the first names (the first candidate on a tie): where a list's images lie."""
+    usual = [name for name in names if name and "\0" not in name and not leaves(name)][:20]
+    present = [folder for folder in candidates if folder.is_dir()] or list(candidates[:1])
+    return max(present, key=lambda folder: sum(os.path.isfile(folder / name) for name in usual))
