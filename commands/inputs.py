@@ -16,8 +16,8 @@ def read_inputs(
     pipe: "Pipeline", prompts: Sequence[str], prompt_file: Path | None, inputs: Sequence[Path]
 ) -> list[tuple[str, Any]]:
     """(name, input) of everything asked for; raises UserError when it does not fit the task."""
+    from crossflow.data.files import IMAGE_SUFFIXES
     from crossflow.data.images import load_image
-    from crossflow.data.reader import IMAGE_SUFFIXES
 
     if pipe.task.input_kind == "text":
         if inputs:

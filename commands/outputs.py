@@ -11,7 +11,8 @@ from crossflow.commands.console import say
 
 
 def write_grid(pictures: Sequence[Any], names: Sequence[str], path: Path) -> Path:
-    from crossflow.data.images import save_png, sheet
+    from crossflow.data.images import save_png
+    from crossflow.data.sheet import sheet
 
     cell, columns = min(512, max(128, pictures[0].shape[1])), len(pictures) if len(pictures) <= 6 else None
     return save_png(sheet(list(pictures), list(names), columns=columns, cell=cell), path)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from crossflow.core.errors import UserError
 from crossflow.core.source import Posterior
-from crossflow.data.images import center_crop_resize
-from crossflow.data.readers import BadItem, Item
+from crossflow.data.item import BadItem, Item
+from crossflow.data.resize import center_crop_resize
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.text.frozen import TextFeatures
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossflow.core.source import Posterior
 from crossflow.data.cache.store import Cache, Entry
-from crossflow.data.readers import Reader
+from crossflow.data.reader import Reader
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.codecs.registry import build_codec
 

@@ -36,8 +36,9 @@ from crossflow.data.image_latents import (
     read_codec,
     unscaled_codec,
 )
-from crossflow.data.images import center_crop_resize, load_image, save_png, to_tensor
-from crossflow.data.readers import Item
+from crossflow.data.images import load_image, save_png, to_tensor
+from crossflow.data.item import Item
+from crossflow.data.resize import center_crop_resize
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.frozen import write_json
 from crossflow.networks.image_tower import ImageTower, TowerSettings
