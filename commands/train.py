@@ -50,11 +50,10 @@ def command(
 
     Ctrl-C ends cleanly with a checkpoint. The run directory holds config, weights, samples, metrics and checkpoints.
     """
-    import shutil
-    import tempfile
-
     from crossflow.core import distributed
-    from crossflow.engine.train import Run, new_folder
+    from crossflow.engine.folder import new_folder
+    from crossflow.engine.train import Run, finished
+    from crossflow.engine.train import dry_run as measure
     from crossflow.tasks.base import load_config, task_class
 
     distributed.device()  # joins the processes of a launcher, if there are several
@@ -75,18 +74,18 @@ def command(
     progress = training_progress()
     if dry_run:
         config = load_config(resumed or name, [*given, *task_class(config.task).quick], task)
-        scratch = Path(distributed.on_main(lambda: tempfile.mkdtemp(prefix="crossflow-dry-run-")))
-        try:
-            report = Run(config, scratch / "run", progress=progress).dry_run()
-        finally:
-            if distributed.is_main():
-                shutil.rmtree(scratch, ignore_errors=True)
+        report = measure(config, progress=progress)
         if distributed.is_main():
             _show_dry_run(report)
         return
     # With several processes each must name the same new folder: only the first may look what is taken.
     folder = output or Path(distributed.on_main(lambda: str(new_folder(Path("runs"), Path(name).stem))))
-    run = Run(config, folder, progress=progress, resume=resume, data_changed=data_changed)
+    if resume is not None and (outcome := finished(config, folder)) is not None:
+        if distributed.is_main():
+            say(f"The run in {folder} is finished: {outcome.result.step} of {config.train.steps} steps, and scored.")
+            say("Train it further with train.steps=N.")
+        return
+    run = Run.open(config, folder, resume=resume, data_changed=data_changed, progress=progress)
     if distributed.is_main():
         parts = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in run.model.num_parameters().items())
         say(f"Training {config.task} into {folder} ({parts}; {config.train.steps} steps of {config.train.batch_size}).")

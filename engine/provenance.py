@@ -1,24 +1,45 @@
-"""What data a run was made of, and where they lay: written to its manifest, found and compared again later.
+"""How a run was made: its data, command and environment, as its manifest records them, and how data are found again.
 
-Specs of data are kept as they were given. Relative ones were meant from the directory in which the run was started, so
-that is where they are looked for when they are not found from here.
+Specs of data are kept as the user wrote them. A relative path is meant from the directory in which the run was started,
+so that directory is searched when the path does not exist in the present one.
 """
 
-import json
+import os
+import platform
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.data.dataset import Examples
 from crossflow.data.reader import Reader
 from crossflow.data.readers import located
+from crossflow.engine.folder import MANIFEST, RunFolder
 
-MANIFEST = "manifest.json"
+PACKAGES = ("crossflow-toolkit", "torch", "accelerate", "transformers", "diffusers", "numpy")
+
+
+def manifest(config: Config, data: Examples) -> dict[str, Any]:
+    """What a new run records of itself: task, command, directory, time, data, and the `environment`."""
+    return {
+        "task": config.task,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "directory": str(Path.cwd()),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "data": describe(data),
+        **environment(),
+    }
 
 
 def describe(data: Examples) -> dict[str, Any]:
-    """The data set as a manifest tells of it."""
+    """A data set as a manifest records it: spec, split, number of items, fingerprint of their content."""
     reader = data.reader
     return {
         "spec": reader.spec,
@@ -28,58 +49,74 @@ def describe(data: Examples) -> dict[str, Any]:
     }
 
 
-def read_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of a run directory; empty when there is none that can be read."""
+def environment() -> dict[str, Any]:
+    """Versions of the packages that decide results, the machine, and the git revision of a checkout."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git": _revision(),
+    }
+
+
+def _revision() -> str | None:
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None  # installed, perhaps inside another project's checkout
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
-        content = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
 def open_again(open_spec: Callable[[str], Reader], spec: str, run: Path) -> Reader:
-    """The reader of a spec that stands in the configuration of the run directory `run`.
+    """The reader of a spec in the configuration of the run directory `run`.
 
-    Raises UserError that says how data are named that lie elsewhere now.
+    Raises UserError that says how to name data that have moved.
     """
-    started = read_manifest(run).get("directory")
+    directory = RunFolder(run).read_manifest().get("directory")
     try:
-        return open_spec(located(spec, Path(started)) if isinstance(started, str) else spec)
+        return open_spec(located(spec, Path(directory)) if isinstance(directory, str) else spec)
     except UserError as error:
-        place = f" (a relative path was meant from {started}, where the run was started)" if started else ""
+        origin = f", where a relative path starts at {directory}" if directory else ""
         raise UserError(
-            f"{error} This is what the configuration of the run in {run} names{place}. If the data lie elsewhere now, "
-            "say where: `crossflow evaluate --data SPEC`; `crossflow train --resume auto --data SPEC`, or "
-            "data.val=SPEC, for a run that is to go on."
+            f"{error} The configuration of the run in {run} names these data{origin}. If they have moved, "
+            "give their place: `crossflow evaluate --data SPEC`, or, to resume a run, "
+            "`crossflow train --resume auto --data SPEC` (data.val=SPEC for validation data)."
         ) from error
 
 
-def expect_same(run: Path, data: Examples) -> None:
-    """Raises UserError when the training data are not those that the run directory `run` began with.
-
-    Where they lie does not matter, what is in them does.
-    """
-    before, now = read_manifest(run).get("data", {}), describe(data)
-    if before.get("fingerprint") == now["fingerprint"]:
+def expect_same(folder: RunFolder, data: Examples) -> None:
+    """Raises UserError when the content of the training data differs from what the run began with; paths may differ."""
+    before, after = folder.read_manifest().get("data", {}), describe(data)
+    if before.get("fingerprint") == after["fingerprint"]:
         return
     if "fingerprint" not in before:
         raise UserError(
-            f"The {MANIFEST} of {run} does not tell what its training data were, so they cannot be compared with "
-            f"{now['spec']}. If they are to be taken as they are, resume with --data-changed."
+            f"The {MANIFEST} of {folder.path} does not describe its training data, so {after['spec']} cannot be "
+            "compared with them. To accept these data as they are, resume with --data-changed."
         )
     raise UserError(
-        f"The training data of the run in {run} are not what they were when it began: {before['spec']} "
-        f"({before['num_items']} items, fingerprint {before['fingerprint'][:12]}), now {now['spec']} "
-        f"({now['num_items']} items, {now['fingerprint'][:12]}). What was learned from them before the flow "
-        "(tokenizer, scales, a text autoencoder) would stay as it is, and the order of the items would be another. "
-        "Put them back as they were, start a new run in another --output, or resume with --data-changed if this is "
-        "intended."
+        f"The training data of the run in {folder.path} have changed: it began with {before['spec']} "
+        f"({before['num_items']} items, fingerprint {before['fingerprint'][:12]}), and now reads {after['spec']} "
+        f"({after['num_items']} items, {after['fingerprint'][:12]}). Everything learned from them before the flow "
+        "(tokenizer, scales, a text autoencoder) would stay, and the order of the items would change. Restore the "
+        "data, start a new run in another --output, or resume with --data-changed to accept the change."
     )
 
 
-def changed(run: Path, data: Examples) -> dict[str, Any]:
-    """The manifest of `run` for data that were exchanged on purpose; `earlier_data` lists what they were before."""
-    content = read_manifest(run)
+def changed(folder: RunFolder, data: Examples) -> dict[str, Any]:
+    """The manifest of a run whose data were replaced on purpose; `earlier_data` lists the previous ones."""
+    content = folder.read_manifest()
     if content.get("data", {}).get("fingerprint") == data.reader.fingerprint():
         return content
     earlier = [*content.get("earlier_data", []), content.get("data")]

@@ -21,13 +21,9 @@ from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import item_noise
 from crossflow.core.settings import build, dump
+from crossflow.engine.folder import PROVENANCE, WEIGHTS
 from crossflow.tasks.base import Flow, Task, build_task, load_config
 
-WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
-KEPT = ("manifest.json", "objective.safetensors", "released.json")
-"""Files of a run that a pipeline does not change: how it was made, the learned parts of its losses, and what released
-file it was.
-"""
 OnStep = Callable[[int, int], None]
 
 
@@ -277,7 +273,7 @@ class Pipeline:
             os.replace(part, target / WEIGHTS[kind])
         self.task.save(target)
         if self.folder is not None and self.folder.resolve() != target.resolve():
-            for name in KEPT:
+            for name in PROVENANCE:
                 if (self.folder / name).is_file():
                     shutil.copy(self.folder / name, target / name)
         return target

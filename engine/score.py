@@ -93,7 +93,7 @@ def show(pipe: Pipeline, cases: Sequence[Case], *, seed: int = 0) -> list[list[T
     return [pipe.task.tiles(case, output) for case, output in zip(cases, outputs, strict=True)]
 
 
-def laid_out(pages: Sequence[Sequence[Tile]], cell: int) -> np.ndarray:
+def arrange(pages: Sequence[Sequence[Tile]], cell: int) -> np.ndarray:
     """The tiles of cases in rows of about eight, a case's tiles side by side: uint8 (H, W, 3)."""
     tiles = [tile for page in pages for tile in page]
     columns = len(pages[0]) * max(1, 9 // len(pages[0]))

@@ -1,5 +1,5 @@
-"""A run that begins with the weights of another: the released 512 px models were trained on from those at 256 px, and a
-converted released model can be trained on.
+"""A run that starts from the weights of another: the released 512 px models continued from those at 256 px, and a
+converted released model can be trained further.
 """
 
 from dataclasses import dataclass
@@ -9,57 +9,60 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-
-# Averaged weights rather than those of the last step; an objective's learned parts are not averaged.
-GENERATOR, HEADS = ("ema.safetensors", "model.safetensors"), ("objective.safetensors",)
+from crossflow.engine.folder import OBJECTIVE, WEIGHTS
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run took over: how many tensors, and the names of those that are new or of another shape."""
+    """The number of tensors copied from another run, and the names of those that keep their random initialisation."""
 
-    taken: int
-    fresh: tuple[str, ...]
+    num_copied: int
+    initialised: tuple[str, ...]
 
-    def told(self, source: str) -> str:
-        some = f": {', '.join(self.fresh[:3])}{', ...' if len(self.fresh) > 3 else ''}" if self.fresh else ""
-        return f"Begins with {self.taken} tensors of {source}; {len(self.fresh)} are new{some}."
+    def describe(self, source: str) -> str:
+        """A sentence for the log."""
+        num = len(self.initialised)
+        names = f" ({', '.join(self.initialised[:3])}{', ...' if num > 3 else ''})" if num else ""
+        return f"Copied {self.num_copied} tensors from {source}; {num} keep their random initialisation{names}."
 
 
 def start_from(source: str | Path, objective: nn.Module) -> Start:
-    """Copies the weights of the run directory `source` into `objective` (with its `.model`), where names and shapes
-    agree; in place, so on whatever device they are.
+    """Copies the weights of the run directory `source` into `objective` (with its `.model`), in place, where names and
+    shapes agree: averaged weights if the run has them, and the learned parts of its losses.
 
-    Raises UserError when it is no run, cannot be read, or nothing of its generator agrees.
+    Raises UserError when `source` is not a run, is damaged, or shares no weight of the generator.
     """
     folder = Path(source).expanduser()
-    found = {f"model.{name}": value for name, value in _read(folder, GENERATOR).items()} | _read(folder, HEADS)
+    weights = {f"model.{name}": value for name, value in _read_generator(folder).items()}
+    if (folder / OBJECTIVE).is_file():
+        weights |= _read(folder / OBJECTIVE)  # not averaged: there is one version of these
     state = objective.state_dict()
-    agreeing = {name for name, value in state.items() if name in found and found[name].shape == value.shape}
-    if not any(name.startswith("model.") for name in agreeing):
+    matching = {name for name, value in state.items() if name in weights and weights[name].shape == value.shape}
+    if not any(name.startswith("model.") for name in matching):
         raise UserError(
             f"No weight of the run {folder} agrees in name and shape with this model: train.start_from needs a run of "
             "the same kind of model."
         )
     with torch.no_grad():
-        for name in agreeing:
-            state[name].copy_(found[name])
-    return Start(len(agreeing), tuple(name for name in state if name not in agreeing))
+        for name in matching:
+            state[name].copy_(weights[name])
+    return Start(len(matching), tuple(name for name in state if name not in matching))
 
 
-def _read(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The first of the files `names` that `folder` holds; empty when it has none of the heads'."""
+def _read_generator(folder: Path) -> dict[str, Tensor]:
+    for name in WEIGHTS.values():
+        if (folder / name).is_file():
+            return _read(folder / name)
+    raise UserError(
+        f"train.start_from = {folder} is not a run with weights: it has neither {' nor '.join(WEIGHTS.values())}. Give "
+        "a run directory, of `crossflow train` or `crossflow convert`."
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        if names == HEADS:
-            return {}
-        raise UserError(
-            f"train.start_from = {folder} is no run with weights: it has neither {' nor '.join(names)}. Give a run "
-            "directory, of `crossflow train` or `crossflow convert`."
-        )
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -23,8 +23,8 @@ from crossflow.core.files import write_atomically
 from crossflow.core.model import CrossFlow
 from crossflow.core.settings import build, dump, merge, parse_overrides
 from crossflow.data.image_latents import FOLDER as CODEC_FOLDER
-from crossflow.engine.sample import WEIGHTS
-from crossflow.engine.train import environment
+from crossflow.engine.folder import WEIGHTS
+from crossflow.engine.provenance import environment
 from crossflow.networks.codecs.autoencoders import AutoencoderKLCodec
 from crossflow.networks.codecs.base import SETTINGS_FILE, WEIGHTS_FOLDER
 from crossflow.networks.codecs.flowtitok import FlowTiTokCodec

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossflow import released
 from crossflow.core.errors import UserError
-from crossflow.engine.sample import WEIGHTS
+from crossflow.engine.folder import WEIGHTS
 from crossflow.networks.codecs.base import WEIGHTS_FOLDER
 from crossflow.released.files import (
     SUFFIXES,

@@ -23,7 +23,7 @@ from crossflow.benchmarks.report.paper import Table, paper
 from crossflow.benchmarks.report.quality import strip
 from crossflow.core.files import write_atomically
 from crossflow.core.training.tracking import duration
-from crossflow.engine.train import environment
+from crossflow.engine.provenance import environment
 
 
 def write(plan: Plan) -> tuple[Path, Path]:

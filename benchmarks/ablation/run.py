@@ -6,7 +6,6 @@ is started again.
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from crossflow.core import distributed
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
 from crossflow.core.training.tracking import duration
-from crossflow.engine.train import Run
+from crossflow.engine.train import dry_run
 from crossflow.tasks.base import load_config, task_class
 
 PLAN, FAILURES, LOCK = "ablation.json", "failures.json", ".lock"
@@ -48,13 +47,12 @@ def planned(
         return plan
     else:
         tell("Measuring how long the steps of each variant take.")
-        with tempfile.TemporaryDirectory(prefix="crossflow-ablation-") as scratch:
-            steps = steps_for(plan, minutes, Path(scratch))
+        steps = steps_for(plan, minutes)
         tell(f"{steps} steps for every run.")
     return Plan(group, replace(budget, steps=steps), folder)
 
 
-def steps_for(plan: Plan, minutes: float, scratch: Path) -> int:
+def steps_for(plan: Plan, minutes: float) -> int:
     """Steps that the slowest training of a plan takes in `minutes` on this machine, by a few steps of each."""
     slowest = 0.0
     seen: set[str] = set()
@@ -67,7 +65,7 @@ def steps_for(plan: Plan, minutes: float, scratch: Path) -> int:
         given = [f"data.train={plan.budget.data}"] if plan.budget.data is not None else []
         try:
             config = load_config(plan.budget.recipe, [*given, *job.overrides, *quick], plan.budget.task)
-            report = Run(config, scratch / label).dry_run()
+            report = dry_run(config)
         except UserError:
             if all(plan.group.variants[name].optional for name in job.variants):
                 continue

@@ -17,8 +17,9 @@ from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.settings import flat
-from crossflow.engine.sample import WEIGHTS, Pipeline
-from crossflow.engine.train import environment
+from crossflow.engine.folder import WEIGHTS
+from crossflow.engine.provenance import environment
+from crossflow.engine.sample import Pipeline
 from crossflow.networks.frozen import weights_checksum
 
 PACKAGES = (

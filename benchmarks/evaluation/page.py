@@ -9,7 +9,7 @@ from typing import Any
 from crossflow.benchmarks.report.page import document, png
 from crossflow.core.files import write_atomically
 from crossflow.data.images import save_png
-from crossflow.engine.score import laid_out
+from crossflow.engine.score import arrange
 from crossflow.tasks.base import Tile
 
 
@@ -30,7 +30,7 @@ def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequ
     )
     write_atomically(folder / "index.html", document(title, body))
     if pages:
-        save_png(laid_out(pages, cell=160), folder / "pictures.png")
+        save_png(arrange(pages, cell=160), folder / "pictures.png")
     return folder / "index.html"
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from crossflow.benchmarks.speed import reading
 from crossflow.benchmarks.speed import sampling as generation
-from crossflow.engine.train import Run, environment
+from crossflow.engine.provenance import environment
+from crossflow.engine.train import dry_run
 from crossflow.tasks.base import load_config, task_class
 
 ROUNDS = 3
@@ -69,16 +70,14 @@ def scenes(
 
 
 def training(
-    recipes: Sequence[str], folder: Path, overrides: Sequence[str] = (), done: Callable[[], None] = lambda: None
+    recipes: Sequence[str], overrides: Sequence[str] = (), done: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
-    """Seconds per step of recipes, measured by dry runs in `folder` that train nothing that is kept; `done` after
-    each.
-    """
+    """Seconds per step of recipes, measured by dry runs; `done` after each."""
     rows = []
-    for number, name in enumerate(recipes):
+    for name in recipes:
         given = [*overrides, "data.num_train=512"]
         config = load_config(name, [*given, *task_class(load_config(name, given).task).quick])
-        report = Run(config, folder / str(number)).dry_run()
+        report = dry_run(config)
         rows.append(
             {
                 "recipe": name,
@@ -121,7 +120,7 @@ def speed(
 
     measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "scenes": lambda: scenes(done=done),
-        "training": lambda: training(recipes, folder, done=done),
+        "training": lambda: training(recipes, done=done),
         "cache": lambda: reading.reading(folder / "reading", done=done),
         "sampling": lambda: generation.generation(sampled, done=done),
     }

@@ -318,7 +318,7 @@ def test_a_converted_model_is_trained_on_and_written_back(files, runs, tmp_path)
     converted = runs("dimr")
     data = ["data.train=scenes", "data.num_train=8", "data.num_val=4"]
     training = [f"train.start_from={converted}", "train.steps=1", "train.batch_size=4", "train.warmup_steps=0"]
-    run = Run(load_config(converted, [*data, *training, "loss.encoder=none", "train.lr=0.01"]), tmp_path / "run")
+    run = Run.open(load_config(converted, [*data, *training, "loss.encoder=none", "train.lr=0.01"]), tmp_path / "run")
     begun = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
     assert_equal(begun, load_file(converted / "model.safetensors"))
     run._trainer().run(None)

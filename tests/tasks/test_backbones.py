@@ -19,7 +19,7 @@ BACKBONES = {"dimr": DIMR, "dit_stored": ["backbone.positions=stored", "backbone
 @pytest.mark.parametrize("task", task_names())
 def test_gradient_reaches_every_parameter(tiny_settings, tmp_path: Path, task: str, backbone: str) -> None:
     settings = [*tiny_settings(task), *BACKBONES[backbone], "guidance.drop=0.6"]
-    run = Run(load_config(f"{task}_tiny", settings), tmp_path / "run")
+    run = Run.open(load_config(f"{task}_tiny", settings), tmp_path / "run")
     with torch.no_grad():
         for parameter in run.objective.parameters():  # a fresh DiT is the identity
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -32,7 +32,7 @@ def test_gradient_reaches_every_parameter(tiny_settings, tmp_path: Path, task: s
 
 
 def test_dimr_estimates_depth_of_pictures_of_any_shape(tiny_settings, tmp_path: Path) -> None:
-    run = Run(load_config("depth_tiny", [*tiny_settings("depth"), *DIMR]), tmp_path / "run")
+    run = Run.open(load_config("depth_tiny", [*tiny_settings("depth"), *DIMR]), tmp_path / "run")
     picture = np.random.default_rng(0).integers(0, 256, (50, 83, 3), dtype=np.uint8)
     (depth,) = run._pipeline()([picture])
     assert depth.shape == (50, 83)

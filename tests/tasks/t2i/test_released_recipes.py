@@ -80,7 +80,7 @@ def test_recipes_of_the_papers_train_and_sample(networks, blind_judge, tmp_path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_gradient_reaches_every_parameter(networks, tmp_path: Path, recipe: str) -> None:
     settings = merge(read(recipe), parse_overrides([*small(networks, recipe), "guidance.drop=0.6"]))
-    run = Run(build(task_class("t2i").Config, settings), tmp_path / "run")
+    run = Run.open(build(task_class("t2i").Config, settings), tmp_path / "run")
     with torch.no_grad():
         for parameter in run.objective.parameters():  # a fresh DiT is the identity
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -99,7 +99,7 @@ def test_gradient_reaches_every_parameter(networks, tmp_path: Path, recipe: str)
 
 def test_sampling_needs_no_image_tower(networks, tmp_path: Path) -> None:
     settings = merge(read("t2i_256_clip_dimr"), parse_overrides(small(networks, "t2i_256_clip_dimr")))
-    Run(build(task_class("t2i").Config, settings), tmp_path / "run")
+    Run.open(build(task_class("t2i").Config, settings), tmp_path / "run")
     task = build_task(load_config(tmp_path / "run", ["tower.source=nowhere/at-all"]))
     task.load(tmp_path / "run")
     assert task.source(["a red cube"]).features.shape == (1, 77, 32)
@@ -120,4 +120,4 @@ def test_sampling_needs_no_image_tower(networks, tmp_path: Path) -> None:
 def test_impossible_combinations_are_told(tmp_path: Path, tiny_settings, overrides, told) -> None:
     settings = merge(read("t2i_tiny"), parse_overrides([*tiny_settings("t2i"), *overrides]))
     with pytest.raises(UserError, match=told):
-        Run(build(task_class("t2i").Config, settings), tmp_path / "run")
+        Run.open(build(task_class("t2i").Config, settings), tmp_path / "run")

@@ -1,0 +1,60 @@
+"""The run directory: its files, and the return to what was there before."""
+
+import doctest
+from pathlib import Path
+
+import pytest
+
+from crossflow.core.errors import UserError
+from crossflow.engine import folder as module
+from crossflow.engine.folder import RunFolder, new_folder
+
+
+def test_the_example_holds() -> None:
+    assert doctest.testmod(module).failed == 0
+
+
+def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.preferred_weights == "model"
+    (tmp_path / "model.safetensors").touch()
+    assert run.preferred_weights == "model"
+    (tmp_path / "ema.safetensors").touch()
+    assert run.preferred_weights == "ema"
+    with pytest.raises(UserError, match="Unknown weights 'best'"):
+        run.weights("best")
+
+
+def test_the_last_step_is_that_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step in (9, 100, 20):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".part-step_00000200").mkdir()
+    assert run.last_step == 100
+
+
+def test_a_missing_or_damaged_manifest_reads_as_empty(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.read_manifest() == {}
+    for text in ("[1]", "{"):
+        (tmp_path / "manifest.json").write_text(text)
+        assert run.read_manifest() == {}
+    run.write_manifest({"task": "sr"})
+    assert run.read_manifest() == {"task": "sr"}
+
+
+@pytest.mark.parametrize("progress", ["model.safetensors", "metrics.jsonl", "checkpoints/step_00000001/weights"])
+def test_what_a_training_left_is_never_removed(tmp_path: Path, progress: str) -> None:
+    run = RunFolder(tmp_path / "run")
+    before = run.snapshot()
+    (run.path / progress).parent.mkdir(parents=True)
+    (run.path / progress).write_text("{}\n")
+    before.restore()
+    assert (run.path / progress).is_file()
+
+
+def test_a_folder_with_something_in_it_is_not_taken(tmp_path: Path) -> None:
+    assert new_folder(tmp_path, "run") == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run-2").touch()
+    assert new_folder(tmp_path, "run") == tmp_path / "run-3"
