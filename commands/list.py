@@ -56,7 +56,7 @@ def names(what: str) -> list[tuple[str, ...]]:
     if what == "solvers":
         from crossflow.core.solvers import SOLVERS
 
-        return [(name, ((SOLVERS.get(name) or _adaptive).__doc__ or "").splitlines()[0]) for name in SOLVERS.names()]
+        return [(name, SOLVERS.get(name).summary) for name in SOLVERS.names()]
     from crossflow.core.backbones import size_tables
 
     return [
@@ -64,7 +64,3 @@ def names(what: str) -> list[tuple[str, ...]]:
         for backbone, sizes in size_tables().items()
         for name, size in sizes.items()
     ]
-
-
-def _adaptive() -> None:
-    """Dormand-Prince with adaptive steps (rtol = atol = 1e-5), from 0 to 1 - 1e-5."""

@@ -1,9 +1,9 @@
 """Guidance: the indicator of CrossFlow section 4.3 in training and sampling, and autoguidance.
 
-A guided velocity is again a function (z_t, t) -> velocity; the solver never hears of conditions.
+A guided velocity is again a function (z, t) -> velocity: the solver sees neither condition nor scale. B batch.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from crossflow.core.batch import Condition
 from crossflow.core.distributed import gather, rank
 from crossflow.core.model import CrossFlow, as_flags
 from crossflow.core.paths import expand
+from crossflow.core.solvers import Velocity
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(z (B, *latent), t scalar tensor) -> dz/dt (B, *latent)."""
+TIME_TOLERANCE = 1e-6
+"""The times of a grid, such as 0.7, are rounded to float32."""
 
 
 def draw_unconditional(uniform: Tensor, drop: float) -> Tensor:
@@ -45,7 +46,46 @@ def rotate_targets(target: Tensor, weight: Tensor | None, unconditional: Tensor)
     return rotated(target), None if weight is None else rotated(weight)
 
 
-def _halves(condition: Condition | None) -> Condition | None:
+@dataclass(frozen=True)
+class Guidance:
+    """How a velocity is guided, and at which times.
+
+    >>> guidance = Guidance(scale=4.0, interval=(0.0, 0.5), zero_until=0.02)
+    >>> [guidance.evaluations(t) for t in (0.0, 0.02, 0.5, 0.6)]
+    [0, 2, 2, 1]
+
+    Attributes:
+        scale: w of v_uncond + w (v_cond - v_uncond), or of the weaker model in place of the unconditional one; 1: none.
+        interval: guidance acts at interval[0] <= t <= interval[1], elsewhere the velocity is the conditional one
+            (Kynkaanniemi et al. 2024).
+        zero_until: the velocity is zero at t < zero_until.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    zero_until: float = 0.0
+
+    def velocity(self, model: CrossFlow, condition: Condition | None = None, weak: CrossFlow | None = None) -> Velocity:
+        """The velocity of `model` guided by its indicator, or by `weak`; conditions are encoded once, here."""
+        encoded = model.encode_condition(condition)
+        if weak is not None:
+            velocity = autoguidance(model, weak, self.scale, encoded, weak.encode_condition(condition), self.interval)
+        else:
+            velocity = indicator_guidance(model, self.scale, encoded, self.interval)
+        return zero_init(velocity, self.zero_until) if self.zero_until > 0 else velocity
+
+    def evaluations(self, t: float) -> int:
+        """Network evaluations in a call of `velocity` at time t: 0 while it is zero, 2 where guidance acts, else 1.
+
+        Conditional and unconditional velocity count apart, although one forward pass of twice the batch gives both.
+        """
+        if _before(t, self.zero_until):
+            return 0
+        return 2 if self.scale != 1 and _within(t, self.interval) else 1
+
+
+def _doubled(condition: Condition | None) -> Condition | None:
+    """The condition twice, for a batch of 2B."""
     if condition is None:
         return None
     twice = {
@@ -55,11 +95,16 @@ def _halves(condition: Condition | None) -> Condition | None:
     return Condition(**twice)
 
 
-def _within(t: Tensor, interval: tuple[float, float]) -> bool:
-    """Whether interval[0] <= t <= interval[1]; the times of a grid, such as 0.7, are rounded to float32."""
+def _within(t: Tensor | float, interval: tuple[float, float]) -> bool:
+    """Whether interval[0] <= t <= interval[1]."""
     if interval[0] <= 0 and interval[1] >= 1:
-        return True  # without asking the device for t
-    return interval[0] - 1e-6 <= float(t) <= interval[1] + 1e-6
+        return True  # without copying t from the device
+    return interval[0] - TIME_TOLERANCE <= float(t) <= interval[1] + TIME_TOLERANCE
+
+
+def _before(t: Tensor | float, end: float) -> bool:
+    """Whether t < end; end = k / N excludes the step at k / N, whose float32 time may lie below it."""
+    return float(t) < end - TIME_TOLERANCE
 
 
 def plain(model: CrossFlow, condition: Condition | None = None) -> Velocity:
@@ -70,21 +115,19 @@ def plain(model: CrossFlow, condition: Condition | None = None) -> Velocity:
 def indicator_guidance(
     model: CrossFlow, scale: float, condition: Condition | None = None, interval: tuple[float, float] = (0.0, 1.0)
 ) -> Velocity:
-    """v_uncond + scale (v_cond - v_uncond), both from one batched forward of 2B samples.
-
-    Guidance acts at interval[0] <= t <= interval[1] (Kynkaanniemi et al. 2024), elsewhere the velocity is conditional.
-    """
+    """v_uncond + scale (v_cond - v_uncond) inside the interval, both from one batched forward of 2B samples."""
+    conditional = plain(model, condition)
     if scale == 1:
-        return plain(model, condition)
-    twice = _halves(condition)
+        return conditional
+    doubled = _doubled(condition)
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         if not _within(t, interval):
-            return model.velocity(z, t.expand(len(z)), as_flags(False, z), condition)
+            return conditional(z, t)
         flags = torch.cat([as_flags(False, z), as_flags(True, z)])
-        both = model.velocity(torch.cat([z, z]), t.expand(2 * len(z)), flags, twice)
-        cond, uncond = both.chunk(2)
-        return uncond + scale * (cond - uncond)
+        both = model.velocity(torch.cat([z, z]), t.expand(2 * len(z)), flags, doubled)
+        v_cond, v_uncond = both.chunk(2)
+        return v_uncond + scale * (v_cond - v_uncond)
 
     return velocity
 
@@ -97,24 +140,22 @@ def autoguidance(
     weak_condition: Condition | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Velocity:
-    """v_weak + scale (v - v_weak) with an under-trained version of the same model (Karras et al. 2024).
-
-    Guidance acts at interval[0] <= t <= interval[1], outside it the velocity is the model's own.
+    """v_weak + scale (v - v_weak) inside the interval, v_weak of an under-trained version of the same model (Karras et
+    al. 2024); outside it the velocity is the model's own.
     """
-    strong, poor = plain(model, condition), plain(weak, weak_condition)
+    strong, inferior = plain(model, condition), plain(weak, weak_condition)
     if scale == 1:
         return strong
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         if not _within(t, interval):
             return strong(z, t)
-        v_weak = poor(z, t)
+        v_weak = inferior(z, t)
         return v_weak + scale * (strong(z, t) - v_weak)
 
     return velocity
 
 
 def zero_init(velocity: Velocity, until: float) -> Velocity:
-    """Sets the velocity to zero at t < until (the first steps; CFG-Zero*, Fan et al. 2025)."""
-    # until = k / N must not take in the step at k / N, whose float32 time may lie below it
-    return lambda z, t: torch.zeros_like(z) if float(t) < until - 1e-6 else velocity(z, t)
+    """The velocity, zero at t < until (the first steps; CFG-Zero*, Fan et al. 2025)."""
+    return lambda z, t: torch.zeros_like(z) if _before(t, until) else velocity(z, t)

@@ -1,4 +1,4 @@
-"""What a trained model is used for: generate, invert, interpolate, arithmetic. All act on latents.
+"""Sampling from a trained model, and arithmetic on latents: generate, invert, interpolate, arithmetic.
 
 B batch; latents (C, H, W) or (N, C).
 """
@@ -10,32 +10,9 @@ from torch import Tensor
 
 from crossflow.core.batch import Condition
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.core.guidance import Velocity, autoguidance, indicator_guidance, zero_init
+from crossflow.core.guidance import Guidance
 from crossflow.core.model import CrossFlow
-from crossflow.core.solvers import solve
-
-
-def guided_velocity(
-    model: CrossFlow,
-    *,
-    condition: Condition | None = None,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    zero_until: float = 0.0,
-    weak: CrossFlow | None = None,
-) -> Velocity:
-    """The model's velocity under guidance by the indicator, or by the `weak` model when one is given.
-
-    zero_until: the velocity is zero before this time.
-    """
-    encoded = model.encode_condition(condition)
-    if weak is not None:
-        velocity = autoguidance(
-            model, weak, guidance_scale, encoded, weak.encode_condition(condition), guidance_interval
-        )
-    else:
-        velocity = indicator_guidance(model, guidance_scale, encoded, guidance_interval)
-    return zero_init(velocity, zero_until) if zero_until > 0 else velocity
+from crossflow.core.solvers import SOLVERS, Solution, solve
 
 
 @torch.no_grad()
@@ -45,24 +22,25 @@ def generate(
     *,
     condition: Condition | None = None,
     solver: str = "euler",
-    num_steps: int = 50,
-    guidance_scale: float = 1.0,
+    steps: int = 50,
+    guidance: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
-    zero_init_steps: int = 0,
+    zero_init: int = 0,
     time_grid: str = "uniform",
     weak: CrossFlow | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Flows z0 (B, *latent) from t = 0 to 1: z1 (B, *latent). Arguments are those of `solve` and `guided_velocity`."""
-    velocity = guided_velocity(
-        model,
-        condition=condition,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        zero_until=zero_init_steps / max(num_steps, 1),
-        weak=weak,
-    )
-    return solve(velocity, z0, solver=solver, num_steps=num_steps, time_grid=time_grid, on_step=on_step).z
+    """Flows z0 (B, *latent) from t = 0 to 1: z1 (B, *latent).
+
+    condition: of a noise-source baseline. guidance, guidance_interval: scale and times of `Guidance`; with `weak`, an
+    under-trained version of the model, by autoguidance. zero_init: number of first steps with zero velocity. solver,
+    steps, time_grid, on_step: as for `solve`.
+    """
+    guided = Guidance(guidance, guidance_interval, zero_init / max(steps, 1))
+    return flow(
+        model, z0, guided, condition=condition, weak=weak, solver=solver, steps=steps, time_grid=time_grid,
+        on_step=on_step,
+    ).z  # fmt: skip
 
 
 @torch.no_grad()
@@ -72,29 +50,87 @@ def invert(
     *,
     condition: Condition | None = None,
     solver: str = "euler",
-    num_steps: int = 50,
-    guidance_scale: float = 1.0,
+    steps: int = 50,
+    guidance: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Flows z1 (B, *latent) back from t = 1 to 0: z0. To re-generate z1 use a second-order solver or many steps."""
-    velocity = guided_velocity(model, condition=condition, guidance_scale=guidance_scale)
-    return solve(velocity, z1, solver=solver, num_steps=num_steps, reverse=True, on_step=on_step).z
+    guided = Guidance(guidance)
+    return flow(
+        model, z1, guided, condition=condition, solver=solver, steps=steps, reverse=True, on_step=on_step
+    ).z  # fmt: skip
 
 
-def interpolate(a: Tensor, b: Tensor, num_frames: int, kind: str = "lerp") -> Tensor:
-    """Latents on the way from a to b (*latent each), both ends included: (num_frames, *latent); see `between`."""
-    return torch.stack([between(a, b, weight, kind) for weight in frame_weights(num_frames)])
+@torch.no_grad()
+def flow(
+    model: CrossFlow,
+    z: Tensor,
+    guidance: Guidance,
+    *,
+    condition: Condition | None = None,
+    weak: CrossFlow | None = None,
+    solver: str = "euler",
+    steps: int = 50,
+    time_grid: str = "uniform",
+    reverse: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Solution:
+    """Integrates the guided velocity from z (B, *latent); the solution counts the network evaluations of each item.
+
+    An adaptive solver takes the items one by one, so that each has its own steps and its result depends on no other.
+    """
+
+    def integrate(state: Tensor, its_condition: Condition | None) -> Solution:
+        return solve(
+            guidance.velocity(model, its_condition, weak), state, solver=solver, steps=steps, time_grid=time_grid,
+            reverse=reverse, evaluations_at=guidance.evaluations, on_step=on_step,
+        )  # fmt: skip
+
+    if not SOLVERS.get(solver).adaptive or len(z) <= 1:
+        return integrate(z, condition)
+    rows = [slice(i, i + 1) for i in range(len(z))]
+    solutions = [integrate(z[row], None if condition is None else condition[row]) for row in rows]
+    return Solution(torch.cat([each.z for each in solutions]), sum((each.evaluations for each in solutions), ()))
+
+
+def count_evaluations(
+    *,
+    solver: str,
+    steps: int,
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    zero_init: int = 0,
+    time_grid: str = "uniform",
+) -> int | None:
+    """Network evaluations that `generate` spends on each item under these settings; None for an adaptive solver.
+
+    A guided velocity counts two, by the indicator (conditional and unconditional) as well as by a weaker model. The
+    number comes from running the solver on a velocity of zero.
+
+    >>> count_evaluations(solver="euler", steps=20, guidance=4.0)
+    40
+    >>> count_evaluations(solver="ab2", steps=50, guidance=6.0, guidance_interval=(0.0, 0.5))
+    78
+    """
+    if SOLVERS.get(solver).adaptive:
+        return None
+    guided = Guidance(guidance, guidance_interval, zero_init / max(steps, 1))
+    (count,) = solve(
+        lambda z, t: torch.zeros_like(z), torch.zeros(1), solver=solver, steps=steps, time_grid=time_grid,
+        evaluations_at=guided.evaluations,
+    ).evaluations  # fmt: skip
+    return count
 
 
 def frame_weights(num_frames: int) -> list[float]:
     """`num_frames` >= 2 weights spaced evenly from 0 to 1."""
     if num_frames < 2:
-        raise UserError(f"An interpolation needs at least 2 frames; {num_frames} came.")
+        raise UserError(f"Expected at least 2 frames, got {num_frames}.")
     return [index / (num_frames - 1) for index in range(num_frames)]
 
 
 def between(a: Tensor, b: Tensor, weight: float, kind: str = "lerp") -> Tensor:
-    """The latent `weight` in [0, 1] of the way from a to b, each of one shape.
+    """The latent at `weight` in [0, 1] of the way from a to b, all of the same shape.
 
     lerp: (1 - weight) a + weight b. slerp: along the great circle of the flattened latents, their norms interpolated
     linearly (Shoemake 1985).
@@ -105,7 +141,7 @@ def between(a: Tensor, b: Tensor, weight: float, kind: str = "lerp") -> Tensor:
         raise unknown_name("interpolation", kind, ("lerp", "slerp"))
     norm_a, norm_b = a.norm(), b.norm()
     if norm_a == 0 or norm_b == 0:
-        raise UserError("slerp needs two latents that are not zero; use lerp.")
+        raise UserError("slerp needs two non-zero latents; use lerp.")
     unit_a, unit_b = a / norm_a, b / norm_b
     angle = torch.acos((unit_a * unit_b).sum().clamp(-1, 1))
     if angle.sin().abs() < 1e-4:  # (nearly) parallel: the great circle is the straight line, or is not unique
@@ -121,10 +157,9 @@ def arithmetic(
     strength: float = 1.0,
     restandardise: bool = False,
 ) -> Tensor:
-    """base + strength (plus - minus), each (B, *latent); an absent one counts zero (CrossFlow section 4.5).
+    """base + strength (plus - minus), each (B, *latent); None counts as zero (CrossFlow section 4.5).
 
-    restandardise: as the released demo does, subtract the result's mean and divide by its standard deviation, per
-    sample over the whole latent. UserError for a result that is the same number everywhere, which has no deviation.
+    restandardise: `standardised`, as in the released demo.
     """
     result = base
     if plus is not None:
@@ -135,12 +170,15 @@ def arithmetic(
 
 
 def standardised(z: Tensor) -> Tensor:
-    """z (B, *latent) less its mean, over its standard deviation, each over the whole latent of a sample."""
+    """(z - mean) / standard deviation, both over the whole latent of a sample; z (B, *latent).
+
+    Raises UserError for a sample of standard deviation 0.
+    """
     flat = z.flatten(1)
     deviation = flat.std(1, keepdim=True)
     if (deviation == 0).any():
         raise UserError(
-            "The result of the arithmetic is one and the same number everywhere and cannot be brought to deviation 1: "
-            "the inputs cancel each other. Choose another strength, or leave the result as it is."
+            "The result of the arithmetic has the same value everywhere and cannot be scaled to standard deviation 1: "
+            "the inputs cancel each other. Choose another strength, or do not restandardise."
         )
     return ((flat - flat.mean(1, keepdim=True)) / deviation).reshape(z.shape)

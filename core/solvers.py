@@ -1,9 +1,9 @@
-"""ODE solvers dz/dt = velocity(z, t) on named time grids, from t = 0 to 1 or backwards; they count evaluations.
+"""ODE solvers of dz/dt = velocity(z, t) from t = 0 to 1 or backwards, and the time grids of the fixed-step ones.
 
-A solver sees only `velocity(z, t)`; guidance and conditions are inside it.
+A solver sees only `velocity(z, t)`; guidance and conditions are inside the velocity. Each solver is a record of its
+facts in the table `SOLVERS`. B batch.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,106 +11,143 @@ import torch
 from torch import Tensor
 
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.core.guidance import Velocity
 from crossflow.core.registry import Registry
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(z (B, *latent), t scalar tensor in [0, 1]) -> dz/dt (B, *latent)."""
 
 END = 1 - 1e-5
 """Where the released samplers stop: the linear path's derivative is taken short of t = 1."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Solution:
-    """z (B, *latent) at the end, the number of velocity evaluations, and the trajectory if kept.
+    """The end of an integration and how it was reached.
 
-    The trajectory has num_steps + 1 states, from the start to z; of dopri5, at evenly spaced times.
+    Attributes:
+        z: (B, *latent) at the end.
+        evaluations: network evaluations spent on each of the B items.
+        trajectory: if kept, steps + 1 states (B, *latent) from the start to z; those of dopri5 at evenly spaced times.
     """
 
     z: Tensor
-    num_evaluations: int
+    evaluations: tuple[int, ...]
     trajectory: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """Step i is evaluated at `times[i]` and advances by `steps[i]`."""
+    """Step i evaluates the velocity at `times[i]` and advances by `lengths[i]`."""
 
     times: tuple[float, ...]
-    steps: tuple[float, ...]
+    lengths: tuple[float, ...]
 
 
-def uniform_grid(num_steps: int) -> TimeGrid:
+def uniform_grid(steps: int) -> TimeGrid:
     """Evaluate at i/N, advance 1/N."""
-    return TimeGrid(tuple(i / num_steps for i in range(num_steps)), (1 / num_steps,) * num_steps)
+    return TimeGrid(tuple(i / steps for i in range(steps)), (1 / steps,) * steps)
 
 
-def released_grid(num_steps: int) -> TimeGrid:
+def released_grid(steps: int) -> TimeGrid:
     """The released Euler: N times spaced evenly from 0 to 1 - 1e-5 inclusive, each step advancing (1 - 1e-5)/N."""
-    spacing = END / max(num_steps - 1, 1)
-    return TimeGrid(tuple(i * spacing for i in range(num_steps)), (END / num_steps,) * num_steps)
+    spacing = END / max(steps - 1, 1)
+    return TimeGrid(tuple(i * spacing for i in range(steps)), (END / steps,) * steps)
 
 
 TIME_GRIDS: dict[str, Callable[[int], TimeGrid]] = {"uniform": uniform_grid, "released": released_grid}
 
-Step = Callable[[Velocity, Tensor, float, float, "Memory"], Tensor]
-SOLVERS: Registry[Step | None] = Registry("solver")
-
 
 @dataclass
 class Memory:
-    """What a multi-step solver remembers: the previous velocity and step."""
+    """State of a multi-step solver: the velocity and length of the previous step."""
 
     velocity: Tensor | None = None
-    step: float = 0.0
+    length: float = 0.0
 
 
-def _at(velocity: Velocity, z: Tensor, t: float) -> Tensor:
-    return velocity(z, torch.tensor(min(max(t, 0.0), 1.0), device=z.device, dtype=torch.float32))
+Slope = Callable[[Tensor, float], Tensor]
+"""The velocity with its time as a Python number, as the steps below call it."""
+Step = Callable[[Slope, Tensor, float, float, Memory], Tensor]
+"""(slope, z (B, *latent), t, step length h, memory) -> z at t + h."""
 
 
-@SOLVERS.register("euler")
-def euler_step(velocity: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
-    """z + h v(z, t); order 1, one evaluation."""
-    return z + h * _at(velocity, z, t)
+def euler_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+    """z + h v(z, t)."""
+    return z + h * slope(z, t)
 
 
-@SOLVERS.register("midpoint")
-def midpoint_step(velocity: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
-    """z + h v(z + h/2 v(z, t), t + h/2); order 2, two evaluations."""
-    return z + h * _at(velocity, z + h / 2 * _at(velocity, z, t), t + h / 2)
+def midpoint_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+    """z + h v(z + h/2 v(z, t), t + h/2)."""
+    return z + h * slope(z + h / 2 * slope(z, t), t + h / 2)
 
 
-@SOLVERS.register("heun")
-def heun_step(velocity: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
-    """z + h/2 (v(z, t) + v(z + h v(z, t), t + h)); order 2, two evaluations."""
-    v = _at(velocity, z, t)
-    return z + h / 2 * (v + _at(velocity, z + h * v, t + h))
+def heun_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+    """z + h/2 (v(z, t) + v(z + h v(z, t), t + h))."""
+    v = slope(z, t)
+    return z + h / 2 * (v + slope(z + h * v, t + h))
 
 
-@SOLVERS.register("rk4")
-def rk4_step(velocity: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
-    """The classical Runge-Kutta step; order 4, four evaluations."""
-    k1 = _at(velocity, z, t)
-    k2 = _at(velocity, z + h / 2 * k1, t + h / 2)
-    k3 = _at(velocity, z + h / 2 * k2, t + h / 2)
-    k4 = _at(velocity, z + h * k3, t + h)
+def rk4_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+    """z + h/6 (k1 + 2 k2 + 2 k3 + k4)."""
+    k1 = slope(z, t)
+    k2 = slope(z + h / 2 * k1, t + h / 2)
+    k3 = slope(z + h / 2 * k2, t + h / 2)
+    k4 = slope(z + h * k3, t + h)
     return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-@SOLVERS.register("ab2")
-def ab2_step(velocity: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
-    """Adams-Bashforth: z + h (v + r/2 (v - v_previous)), r = h / previous h; order 2, one evaluation.
-
-    The first step is a midpoint step.
-    """
-    v = _at(velocity, z, t)
-    previous, ratio = memory.velocity, h / memory.step if memory.step else 0.0
-    memory.velocity, memory.step = v, h
+def ab2_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+    """z + h (v + r/2 (v - v_previous)), r = h / previous h; the first step is a midpoint step."""
+    v = slope(z, t)
+    previous, ratio = memory.velocity, h / memory.length if memory.length else 0.0
+    memory.velocity, memory.length = v, h
     if previous is None:
-        return z + h * _at(velocity, z + h / 2 * v, t + h / 2)
+        return z + h * slope(z + h / 2 * v, t + h / 2)
     return z + h * (v + ratio / 2 * (v - previous))
 
 
-SOLVERS.register("dopri5")(None)  # adaptive, by torchdiffeq, see `solve`
+@dataclass(frozen=True)
+class Solver:
+    """What a solver is.
+
+    Attributes:
+        name: as users write it.
+        about: what users read beside the name.
+        order: the global error falls as (step length) ** order.
+        evaluations: velocity evaluations in each step; of an adaptive solver, in each attempted step.
+        first_evaluations: further velocity evaluations at the start.
+        step: None for an adaptive solver, which chooses its own steps.
+    """
+
+    name: str
+    about: str
+    order: int
+    evaluations: int
+    first_evaluations: int = 0
+    step: Step | None = None
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its steps from its error estimate, for each item of a batch apart."""
+        return self.step is None
+
+    @property
+    def summary(self) -> str:
+        """The facts in one line."""
+        plural = "s" * (self.evaluations > 1)
+        return f"{self.about}; order {self.order}, {self.evaluations} evaluation{plural} per step"
+
+
+SOLVERS: Registry[Solver] = Registry("solver")
+for _solver in (
+    Solver("euler", "Euler", 1, 1, step=euler_step),
+    Solver("midpoint", "Midpoint rule", 2, 2, step=midpoint_step),
+    Solver("heun", "Heun", 2, 2, step=heun_step),
+    Solver("rk4", "Classical Runge-Kutta", 4, 4, step=rk4_step),
+    Solver("ab2", "Adams-Bashforth, its first step by the midpoint rule", 2, 1, 1, step=ab2_step),
+    Solver("dopri5", f"Dormand-Prince with adaptive steps (rtol = atol = 1e-5), from 0 to {END}", 5, 6, 2),
+):
+    SOLVERS.register(_solver.name)(_solver)
 
 
 def solve(
@@ -118,53 +155,69 @@ def solve(
     z: Tensor,
     *,
     solver: str = "euler",
-    num_steps: int = 50,
+    steps: int = 50,
     time_grid: str = "uniform",
     reverse: bool = False,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    tolerance: float = 1e-5,
+    evaluations_at: Callable[[float], int] = lambda t: 1,
     keep_trajectory: bool = False,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Solution:
     """Integrates dz/dt = velocity(z, t) from t = 0 to 1, or from 1 to 0 with `reverse`.
 
-    z (B, *latent); num_steps >= 1 steps of the fixed-step solvers; `dopri5` is adaptive with rtol, atol and goes from 0
-    to 1 - 1e-5; time_grid "uniform", or "released" (forward Euler only). on_step(done, total) after each step of the
-    fixed-step solvers.
-    Raises UserError for unknown names and impossible combinations.
+    >>> solve(lambda z, t: 2 * t * torch.ones_like(z), torch.zeros(1, 2), solver="midpoint", steps=4)
+    Solution(z=tensor([[1., 1.]]), evaluations=(8,), trajectory=[])
+
+    Args:
+        velocity: (z (B, *latent), t scalar tensor) -> (B, *latent).
+        z: (B, *latent) at the start. B = 1 for an adaptive solver: an error norm over several items would make the
+            result of an item depend on its neighbours.
+        solver: a name in `SOLVERS`.
+        steps: of a fixed-step solver, at least 1.
+        time_grid: "uniform", or "released" (euler forwards only).
+        reverse: start at t = 1 and end at 0; dopri5 starts at 1 - 1e-5.
+        tolerance: rtol and atol of an adaptive solver.
+        evaluations_at: network evaluations in a call of `velocity` at a time; guidance spends two, for example.
+        keep_trajectory: return the states on the way, too.
+        on_step: called with (steps done, steps) after each step of a fixed-step solver.
+
+    Raises:
+        UserError: for an unknown name, steps < 1, or a time grid that does not fit the solver.
     """
-    step = SOLVERS.get(solver)
+    scheme = SOLVERS.get(solver)
     if time_grid not in TIME_GRIDS:
         raise unknown_name("time grid", time_grid, TIME_GRIDS)
-    if num_steps < 1:
-        raise UserError(f"{num_steps} solver steps came; at least 1 is needed.")
+    if steps < 1:
+        raise UserError(f"Expected at least 1 solver step, got {steps}.")
     if time_grid == "released" and (solver != "euler" or reverse):
         raise UserError(
-            f"The time grid 'released' belongs to euler from t = 0 to 1, not to {'backwards ' * reverse}{solver}; "
+            f"The time grid 'released' is for euler from t = 0 to 1, not for {'backwards ' * reverse}{solver}; "
             "use 'uniform'."
         )
     evaluations = 0
 
-    def counted(state: Tensor, t: Tensor) -> Tensor:
+    def slope(state: Tensor, t: float) -> Tensor:
         nonlocal evaluations
-        evaluations += 1
-        return velocity(state, t)
+        t = min(max(t, 0.0), 1.0)
+        evaluations += evaluations_at(t)
+        return velocity(state, torch.tensor(t, device=state.device, dtype=torch.float32))
 
-    if step is None:
-        states = _dopri5(counted, z, num_steps if keep_trajectory else 1, reverse, rtol, atol)
-        return Solution(states[-1], evaluations, states if keep_trajectory else [])
-    grid = TIME_GRIDS[time_grid](num_steps)
+    if scheme.step is None:
+        assert len(z) == 1, f"{solver} integrates one item at a time, got {len(z)}"
+        states = _dopri5(slope, z, steps if keep_trajectory else 1, reverse, tolerance)
+        return Solution(states[-1], (evaluations,), states if keep_trajectory else [])
+    grid = TIME_GRIDS[time_grid](steps)
     trajectory, memory = [z] if keep_trajectory else [], Memory()
-    for i, (t, h) in enumerate(zip(grid.times, grid.steps, strict=True)):
-        z = step(counted, z, 1 - t, -h, memory) if reverse else step(counted, z, t, h, memory)
+    for i, (t, h) in enumerate(zip(grid.times, grid.lengths, strict=True)):
+        z = scheme.step(slope, z, 1 - t, -h, memory) if reverse else scheme.step(slope, z, t, h, memory)
         if keep_trajectory:
             trajectory.append(z)
         if on_step is not None:
-            on_step(i + 1, num_steps)
-    return Solution(z, evaluations, trajectory)
+            on_step(i + 1, steps)
+    return Solution(z, (evaluations,) * len(z), trajectory)
 
 
-def _dopri5(velocity: Velocity, z: Tensor, num_parts: int, reverse: bool, rtol: float, atol: float) -> list[Tensor]:
+def _dopri5(slope: Slope, z: Tensor, num_parts: int, reverse: bool, tolerance: float) -> list[Tensor]:
     """The states at num_parts + 1 evenly spaced times, both ends included."""
     from torchdiffeq import odeint
 
@@ -173,11 +226,12 @@ def _dopri5(velocity: Velocity, z: Tensor, num_parts: int, reverse: bool, rtol: 
     # Left alone the solver steps past the end and interpolates back, with velocities at times the model never saw.
     options = {"step_t": times[-1:]}
     states = odeint(
-        lambda t, state: velocity(state, t), z, times, rtol=rtol, atol=atol, method="dopri5", options=options
+        lambda t, state: slope(state, float(t)),
+        z,
+        times,
+        rtol=tolerance,
+        atol=tolerance,
+        method="dopri5",
+        options=options,
     )
     return list(states)
-
-
-def order_of_convergence(coarse_error: float, fine_error: float, refinement: float = 2.0) -> float:
-    """log(coarse / fine) / log(refinement): the order seen when steps are `refinement` times smaller."""
-    return math.log(coarse_error / fine_error) / math.log(refinement)

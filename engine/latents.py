@@ -108,7 +108,7 @@ def _outputs(
 def _counted(num_runs: int, settings: SampleConfig, on_step: OnStep | None) -> Iterator[OnStep]:
     """For each of `num_runs` integrations what its solver is to call; `on_step` hears of the steps of all of them."""
     # An adaptive solver says nothing on the way: there an integration is a step.
-    steps = 1 if SOLVERS.get(settings.solver) is None else settings.steps
+    steps = 1 if SOLVERS.get(settings.solver).adaptive else settings.steps
     hear = on_step or (lambda done, total: None)
     for run in range(num_runs):
 
@@ -217,7 +217,7 @@ def invert(
     z0, again = [], []
     for start in range(0, len(z1), chosen.batch_size):
         part = given[start : start + chosen.batch_size].to(pipe.device)
-        options: dict[str, Any] = {"condition": part.condition, "solver": solver, "num_steps": steps}
+        options: dict[str, Any] = {"condition": part.condition, "solver": solver, "steps": steps}
         z0.append(sampling.invert(pipe.model, part.features, on_step=next(step), **options))
         again.append(sampling.generate(pipe.model, z0[-1], on_step=next(step), **options).float().cpu())
     next(step, None)  # the last one is over

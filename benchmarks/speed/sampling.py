@@ -115,9 +115,7 @@ def _stages(
 
     def flow(z0: Tensor) -> Tensor:
         settings = config.sample
-        return generate(
-            model, z0, num_steps=steps, guidance_scale=settings.guidance, time_grid=settings.time_grid
-        ).float()
+        return generate(model, z0, steps=steps, guidance=settings.guidance, time_grid=settings.time_grid).float()
 
     return [
         read,

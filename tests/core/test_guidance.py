@@ -34,7 +34,7 @@ def z(n: int = 3) -> Tensor:
     return torch.randn(n, *LATENT, generator=torch.Generator().manual_seed(0))
 
 
-def test_draw_has_the_frequency_asked_for() -> None:
+def test_samples_are_drawn_with_the_drop_probability() -> None:
     uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0))
     assert draw_unconditional(uniform, 0.1).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert not draw_unconditional(uniform, 0.0).any()
@@ -129,22 +129,22 @@ def test_autoguidance_leads_away_from_the_weak_model(make: Callable[..., CrossFl
 
 
 @torch.no_grad()
-def test_without_guidance_the_weak_model_is_not_asked(make: Callable[..., CrossFlow]) -> None:
+def test_without_guidance_the_weak_model_is_not_evaluated(make: Callable[..., CrossFlow]) -> None:
     model, weak = make(), make(seed=1)
-    asked: list[int] = []
-    weak.backbone.register_forward_hook(lambda *_: asked.append(1))
+    calls: list[int] = []
+    weak.backbone.register_forward_hook(lambda *_: calls.append(1))
     assert torch.equal(autoguidance(model, weak, 1.0)(z(), T), plain(model)(z(), T))
-    assert asked == []
+    assert calls == []
     autoguidance(model, weak, 2.0)(z(), T)
-    assert asked == [1]
+    assert calls == [1]
 
 
-@pytest.mark.parametrize("num_steps", [7, 10, 50, 100])
+@pytest.mark.parametrize("steps", [7, 10, 50, 100])
 @pytest.mark.parametrize("zeroed", [1, 3])
-def test_zero_init_zeroes_just_the_first_steps(num_steps: int, zeroed: int) -> None:
-    velocity = zero_init(lambda z, t: torch.ones_like(z), zeroed / num_steps)
-    values = [velocity(torch.zeros(1), torch.tensor(i / num_steps)).item() for i in range(num_steps)]
-    assert values == [0.0] * zeroed + [1.0] * (num_steps - zeroed)
+def test_zero_init_zeroes_just_the_first_steps(steps: int, zeroed: int) -> None:
+    velocity = zero_init(lambda z, t: torch.ones_like(z), zeroed / steps)
+    values = [velocity(torch.zeros(1), torch.tensor(i / steps)).item() for i in range(steps)]
+    assert values == [0.0] * zeroed + [1.0] * (steps - zeroed)
 
 
 @torch.no_grad()

@@ -67,9 +67,7 @@ def computed(model, given, sampler):
             else:
                 results |= {f"v{i}_{indicator}_stage{j}": velocity for j, velocity in enumerate(velocities)}
             assert torch.equal(model.velocity(given["x"], given[f"t{i}"], flags), velocities[-1])
-    end = generate(
-        model, given["z0"], num_steps=sampler["steps"], guidance_scale=sampler["scale"], time_grid="released"
-    )
+    end = generate(model, given["z0"], steps=sampler["steps"], guidance=sampler["scale"], time_grid="released")
     results |= {"euler_step_in_dsigma": end, "euler_step_in_dt": end}
     if "x1" in given:
         point = LinearPath()(given["z0"], given["x1"], given["loss_t"])

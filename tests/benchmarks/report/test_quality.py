@@ -74,7 +74,7 @@ def test_network_evaluations_are_counted_as_the_solver_counts_them(sample: dict 
 def test_counts_of_evaluations_are_those_of_the_solvers(solver: str) -> None:
     from crossflow.core.solvers import solve
 
-    counted = solve(lambda z, t: -z, torch.ones(1, 2), solver=solver, num_steps=3).num_evaluations
+    counted = solve(lambda z, t: -z, torch.ones(1, 2), solver=solver, steps=3).evaluations[0]
     assert evaluations({"solver": solver, "steps": 3}) == counted
 
 
