@@ -121,29 +121,6 @@ class IdentityTrunk(nn.Module):
         return torch.stack([features, second], dim=1)
 
 
-class AlignmentHead(nn.Module):
-    """Pictures (B, C, H, W) -> (B, num_values): the small trained tower that the contrastive encoder loss compares
-    z0 with.
-    """
-
-    def __init__(self, in_channels: int, num_values: int, width: int = 64) -> None:
-        super().__init__()
-        self.tower = nn.Sequential(
-            nn.Conv2d(in_channels, width, 4, stride=4),
-            nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width, 2 * width, 2, stride=2),
-            nn.GELU(),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-        )
-        self.project = nn.Sequential(nn.LayerNorm(32 * width), nn.Linear(32 * width, num_values))
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.project(self.tower(pictures))
-
-
 class Reconstructor(nn.Module):
     """Decoder of the reconstruction loss: z0 (B, C, H, W) -> (B, C', H, W), two convolutions."""
 

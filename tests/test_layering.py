@@ -174,7 +174,7 @@ def test_a_broken_rule_is_seen(path: str, source: str, complaint: str):
         ("core/a.py", "def f():\n    import torchdiffeq\n    return torchdiffeq"),
         ("core/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import kornia"),
         ("core/a.py", "torch.load(path, map_location='cpu', weights_only=True)\nyaml.safe_load(text)\nnp.load(path)"),
-        ("tasks/t2i/a.py", "from crossflow.networks.text.encoders import T\nfrom crossflow.core import config"),
+        ("tasks/t2i/a.py", "from crossflow.networks.text.trunk import T\nfrom crossflow.core import config"),
         ("core/a.py", "class Loader(yaml.SafeLoader):\n    pass\nyaml.load(text, Loader)"),
         ("cli.py", "print('done')\nfrom crossflow.benchmarks import speed"),
     ],

@@ -17,7 +17,7 @@ from crossflow.core.source import Posterior
 from crossflow.data.item import BadItem, Item
 from crossflow.data.resize import center_crop_resize
 from crossflow.networks.codecs.base import Codec
-from crossflow.networks.text.frozen import TextFeatures
+from crossflow.networks.text.frozen_encoder import FrozenTextEncoder
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -68,7 +68,7 @@ class Extractor:
         options: Options,
         *,
         codec: Codec | None = None,
-        text: TextFeatures | None = None,
+        text: FrozenTextEncoder | None = None,
         pooled: bool = False,
         keep_padding: bool = False,
         pixels: bool = False,
@@ -216,16 +216,16 @@ def codec_identity(codec: Codec) -> dict[str, Any]:
     }
 
 
-def text_identity(text: TextFeatures) -> dict[str, Any]:
+def text_identity(text: FrozenTextEncoder) -> dict[str, Any]:
     """What decides the features of a caption."""
     return {
         "family": text.family,
         "sha256": text.checksum,
-        "scale": text.scale,
-        "layer": text.layer,
-        "template": text.template,
-        "clean": text.clean,
-        "pad_id": text.pad_id,  # decides features of padding, where those are kept
+        "scale": text.settings.scale,
+        "layer": text.settings.layer,
+        "template": text.settings.template,
+        "clean": text.settings.clean,
+        "pad_id": text.settings.pad_id,  # decides features of padding, where those are kept
     }
 
 

@@ -1,4 +1,4 @@
-"""The text variational encoder of CrossFlow and FlowTok as released, around features of a frozen text encoder.
+"""The text variational encoder of CrossFlow and FlowTok as released, on features of a frozen text encoder.
 
 Post-norm Transformer layers; then either three more that narrow the tokens eightfold and a head over all of them
 (`flatten`: one linear map, `adaptor`: linear maps and convolutions, for 512 px), or a linear map per token (`tokens`).
@@ -6,6 +6,7 @@ Wide features (T5) are compressed first. B batch, N tokens, D width, C channels,
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
 from crossflow.core.layers import Attention
-from crossflow.networks.text.encoders import attendable
+from crossflow.networks.text.trunk import attendable
 
 NUM_REDUCTIONS = 3
 Head = Literal["flatten", "adaptor", "tokens"]
@@ -28,28 +29,30 @@ class UnbiasedNorm(nn.Module):
         self.b = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D), computed in float32."""
         exact = x.float()
         normed = (exact - exact.mean(-1, keepdim=True)) / (exact.std(-1, keepdim=True) + 1e-5)
         return (self.g * normed + self.b).to(x.dtype)
 
 
 class PostNormLayer(nn.Module):
-    """x (B, N, D): x = norm(x + attn(x)); x = norm(x + ff(x)); with `narrow_to`, a linear map D -> narrow_to follows.
+    """x (B, N, D): x = norm(x + attn(x)); x = norm(x + ff(x)); with `output_width`, a linear map D -> D' follows.
 
-    The mask hides keys; what stands at padded positions is computed like any other token, and is not zeroed.
+    The mask hides keys; padded positions are computed like any other token and are not zeroed.
     """
 
-    def __init__(self, width: int, hidden: int, heads: int, dropout: float, narrow_to: int | None = None) -> None:
+    def __init__(self, width: int, hidden: int, heads: int, dropout: float, output_width: int | None = None) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
         self.norm1 = UnbiasedNorm(width)
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
         self.norm2 = UnbiasedNorm(width)
-        self.narrow = nn.Linear(width, narrow_to) if narrow_to is not None else None
+        self.narrow = nn.Linear(width, output_width) if output_width is not None else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, N, D), mask (B, N) bool, True = token -> (B, N, D), or (B, N, D') with `output_width`."""
         x = self.norm1(x + self.dropout(self.attn(x, mask=mask)))
         x = self.norm2(x + self.dropout(self.down(torch.relu(self.up(x)))))
         return x if self.narrow is None else self.narrow(x)
@@ -79,49 +82,60 @@ class Adaptor(nn.Module):
         self.grid = (height, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, F) -> (B, channels, H, W)."""
         x = torch.relu(self.norm1(self.fc1(x)))
         x = torch.relu(self.norm2(self.fc2(x))).unflatten(1, (1, *self.grid))
         x = torch.relu(self.norm3(self.conv1(x)))
         return self.conv3(torch.relu(self.norm4(self.conv2(x))))
 
 
+@dataclass(frozen=True)
+class TextVariationalSizes:
+    """Sizes of a `TextVariationalTrunk`."""
+
+    num_tokens: int
+    """N, of every text."""
+    feature_width: int
+    """D' of the features; a `Compressor` comes first where it differs from width."""
+    width: int
+    """D of the layers."""
+    depth: int
+    """Number of layers, without the three that narrow the tokens."""
+    hidden: int
+    """Width of the feed-forward layers."""
+    heads: int
+    """Attention heads; they must divide the width of every layer."""
+    dropout: float = 0.0
+    """Probability in [0, 1)."""
+
+
 class TextVariationalTrunk(nn.Module):
     """Features (B, N, D') and mask (B, N) -> (B, 2, *latent), mean and log-variance, for core's SourceEncoder.
 
-    latent_shape: (C, H, W), or (N, C) with the head `tokens`; num_tokens: N; width: D of the layers, with a
-    `Compressor` in front where it is not the features' own; hidden: of the feed-forwards.
+    latent_shape: (C, H, W), or (N, C) with the head `tokens`. Raises UserError for sizes that do not fit each other.
     """
 
-    def __init__(
-        self,
-        latent_shape: tuple[int, ...],
-        *,
-        feature_width: int,
-        num_tokens: int,
-        width: int,
-        depth: int,
-        hidden: int,
-        heads: int,
-        head: Head,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, latent_shape: tuple[int, ...], sizes: TextVariationalSizes, head: Head) -> None:
         super().__init__()
+        num_tokens, width, heads = sizes.num_tokens, sizes.width, sizes.heads
         self.latent_shape, self.num_tokens = tuple(latent_shape), num_tokens
         by_token = head == "tokens"
         narrowed = width if by_token else width // 2**NUM_REDUCTIONS
         if by_token != (len(latent_shape) == 2) or (by_token and latent_shape[0] != num_tokens):
             raise UserError(
-                f"The head {head!r} of {num_tokens} tokens cannot make a latent {tuple(latent_shape)}: tokens makes "
-                "(N, C), of as many tokens; flatten and adaptor make (C, H, W)."
+                f"The head {head!r} cannot map {num_tokens} tokens to a latent {tuple(latent_shape)}: tokens predicts "
+                "(N, C) with the same N; flatten and adaptor predict (C, H, W)."
             )
         if width % heads or narrowed * (1 if by_token else 2) % heads:
             raise UserError(
-                f"source.width = {width} narrows to {narrowed}, which source.heads = {heads} must divide all along."
+                f"source.heads = {heads} must divide the width of every layer, which shrinks from source.width = "
+                f"{width} to {narrowed * (1 if by_token else 2)}."
             )
-        self.compressor = Compressor(feature_width, width) if feature_width != width else None
-        self.layers = nn.ModuleList(PostNormLayer(width, hidden, heads, dropout) for _ in range(depth))
+        self.compressor = Compressor(sizes.feature_width, width) if sizes.feature_width != width else None
+        common = (sizes.hidden, heads, sizes.dropout)
+        self.layers = nn.ModuleList(PostNormLayer(width, *common) for _ in range(sizes.depth))
         widths = [] if by_token else [width // 2**i for i in range(NUM_REDUCTIONS)]
-        self.reductions = nn.ModuleList(PostNormLayer(one, hidden, heads, dropout, one // 2) for one in widths)
+        self.reductions = nn.ModuleList(PostNormLayer(wide, *common, output_width=wide // 2) for wide in widths)
         self.by_token = by_token
         if head == "adaptor":
             channels, height, columns = latent_shape
@@ -133,35 +147,16 @@ class TextVariationalTrunk(nn.Module):
         return 2 * latent_shape[1] if self.by_token else 2 * math.prod(latent_shape)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """features (B, N, D'), mask (B, N), nonzero = token -> (B, 2, *latent). Raises UserError for another N."""
         if features.shape[1] != self.num_tokens:
             raise UserError(
-                f"This text encoder reads {self.num_tokens} tokens, and {features.shape[1]} came. Pad or cut to that."
+                f"This text encoder expects {self.num_tokens} tokens, got {features.shape[1]}. Pad or cut the text."
             )
         x = features if self.compressor is None else self.compressor(features)
-        # FlowTok's encoder sees the padding too; its release gives it no mask.
-        seen = None if mask is None or self.by_token else attendable(mask.bool())
+        # FlowTok's encoder sees the padding too: its release passes no mask.
+        mask = None if mask is None or self.by_token else attendable(mask.bool())
         for layer in [*self.layers, *self.reductions]:
-            x = layer(x, seen)
+            x = layer(x, mask)
         if self.by_token:
             return torch.stack(self.head(x).chunk(2, dim=-1), dim=1)  # (B, N, 2 C) -> (B, 2, N, C)
         return self.head(x.flatten(1)).flatten(1).unflatten(1, (2, *self.latent_shape))
-
-
-class ImageHead(nn.Module):
-    """The image embedding (B, F) -> (B, num_values): Linear to 4 F, exact GELU, LayerNorm, Linear (256 px)."""
-
-    def __init__(self, width: int, num_values: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.norm = nn.LayerNorm(4 * width)
-        self.fc2 = nn.Linear(4 * width, num_values)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.norm(nn.functional.gelu(self.fc1(x))))
-
-
-def token_head(width: int, channels: int, hidden: int = 512) -> nn.Sequential:
-    """Per token (B, N, D) -> (B, N, C): three linear maps, SiLU after the first two (FlowTok's alignment)."""
-    return nn.Sequential(
-        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, channels)
-    )

@@ -25,7 +25,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.noise import keyed_generator
 from crossflow.core.source import LOG_VAR_RANGE, Posterior
 from crossflow.networks.frozen import write_json
-from crossflow.networks.text.encoders import detokenize, load_tokenizer, tokenize
+from crossflow.networks.text.tokenizer import detokenize, load_tokenizer, tokenize
 from crossflow.tasks.caption.layouts import TextAutoencoderConfig, build_layout
 
 logger = logging.getLogger(__name__)

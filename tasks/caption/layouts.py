@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from crossflow.core.config import Section
 from crossflow.core.layers import TransformerLayer, patchify, unpatchify
-from crossflow.networks.text.encoders import TextTransformer, smallest_patch
+from crossflow.networks.text.trunk import TextTransformer, smallest_patch
 
 MOST_PATCHES = 64
 # A nearly exact code at first; the KL term widens it where it may.

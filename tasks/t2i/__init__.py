@@ -39,11 +39,11 @@ from crossflow.data.image_latents import (
 from crossflow.data.images import load_image, save_png, to_tensor
 from crossflow.data.item import Item
 from crossflow.data.resize import center_crop_resize
+from crossflow.networks.alignment import EmbeddingHead, PictureHead
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.frozen import write_json
 from crossflow.networks.image_tower import ImageTower, TowerSettings
-from crossflow.networks.text.variational import Adaptor, ImageHead
-from crossflow.networks.trunks import AlignmentHead
+from crossflow.networks.text.variational import Adaptor
 from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
 from crossflow.tasks.t2i.decoder import decode
 from crossflow.tasks.t2i.encoder import TextSettings, TextSide
@@ -198,10 +198,10 @@ class Adapter(Task[T2IConfig]):
         if target == "text":
             return self.text.build_alignment_head(math.prod(shape))
         if not tower.frozen:
-            return AlignmentHead(3, math.prod(shape))
+            return PictureHead(3, math.prod(shape))
         width = tower.width if tower.width is not None else self.tower.width
         if tower.head == "mlp":
-            return ImageHead(width, math.prod(shape))
+            return EmbeddingHead(width, math.prod(shape))
         if len(shape) != 3:
             raise UserError(f"tower.head = adaptor makes latents (C, H, W), not {shape}; use mlp.")
         return Adaptor(width, *shape)

@@ -19,10 +19,12 @@ from crossflow.core.config import Section, SourceConfig
 from crossflow.core.errors import UserError
 from crossflow.core.layers import patchify
 from crossflow.core.noise import keyed_generator
+from crossflow.networks.alignment import token_head
 from crossflow.networks.frozen import write_json
-from crossflow.networks.text.encoders import QueryHead, TextFeatures, TextTransformer, TextTrunk, smallest_patch
+from crossflow.networks.text.frozen_encoder import FrozenTextEncoder, TextEncoderSettings
 from crossflow.networks.text.tokenizer import build_tokenizer, load_tokenizer, tokenize
-from crossflow.networks.text.variational import TextVariationalTrunk, token_head
+from crossflow.networks.text.trunk import QueryHead, TextTransformer, TextTrunk, smallest_patch
+from crossflow.networks.text.variational import TextVariationalSizes, TextVariationalTrunk
 
 FROZEN_FILE = "text_encoder.json"
 TOKENIZER = "tokenizer"
@@ -65,7 +67,7 @@ class TextSettings(Section):
     """
 
     def loading(self) -> dict[str, Any]:
-        """The frozen encoder as `TextFeatures.load` takes it; JSON types only."""
+        """The frozen encoder by the names of `TextEncoderSettings`; JSON types only."""
         names = ("subfolder", "max_length", "precision", "scale", "layer", "template", "pad_id")
         return {"source": self.encoder} | {name: getattr(self, name) for name in names}
 
@@ -82,7 +84,7 @@ class TextSide:
     settings alone, and no text can be read.
     """
 
-    def __init__(self, settings: TextSettings, tokenizer: Any = None, frozen: TextFeatures | None = None) -> None:
+    def __init__(self, settings: TextSettings, tokenizer: Any = None, frozen: FrozenTextEncoder | None = None) -> None:
         assert tokenizer is None or frozen is None
         self.settings = settings
         self.tokenizer = tokenizer
@@ -99,11 +101,11 @@ class TextSide:
         _need_encoder(settings)
         if settings.encoder is None:
             return cls(settings, build_tokenizer(captions, settings.vocab_size, settings.max_length))
-        return cls(settings, frozen=TextFeatures.load(**settings.loading()))
+        return cls(settings, frozen=FrozenTextEncoder.load(TextEncoderSettings(**settings.loading())))
 
     def save(self, folder: Path) -> None:
         if self.frozen is not None:
-            write_json(folder / FROZEN_FILE, self.frozen.settings())
+            write_json(folder / FROZEN_FILE, self.frozen.record())
         else:
             self.tokenizer.save_pretrained(folder / TOKENIZER)
 
@@ -120,7 +122,7 @@ class TextSide:
             raise UserError(f"{folder} has no {FROZEN_FILE}, which says what text encoder its model reads.")
         recorded = json.loads(path.read_text(encoding="utf-8"))
         given = settings.loading() if recorded.get("checksum") is None else {"source": settings.encoder}
-        return cls(settings, frozen=TextFeatures.load(**{**recorded, **given}))
+        return cls(settings, frozen=FrozenTextEncoder.from_record({**recorded, **given}))
 
     def features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self.frozen is not None:
@@ -158,31 +160,22 @@ class TextSide:
                     "source.trunk = released reads a frozen encoder (text.encoder) and has the heads flatten, adaptor "
                     f"and tokens; text.head is {head!r}{'' if self.settings.frozen else ', and no encoder is set'}."
                 )
-            return TextVariationalTrunk(
-                latent_shape,
-                feature_width=self.feature_width,
+            sizes = TextVariationalSizes(
                 num_tokens=self.settings.max_length,
+                feature_width=self.feature_width,
                 width=config.width,
                 depth=config.depth,
                 hidden=config.hidden,
                 heads=config.heads,
-                head=head,
                 dropout=config.dropout,
             )
+            return TextVariationalTrunk(latent_shape, sizes, head)
         if head not in ("queries", "flatten"):
             raise UserError(f"text.head = {head} belongs to source.trunk = released; use queries or flatten.")
-        return TextTrunk(
-            latent_shape,
-            **self._reads,
-            max_length=self.settings.max_length,
-            width=config.width,
-            depth=config.depth,
-            heads=max(1, config.width // 32),
-            head=head,
-        )
+        return TextTrunk(latent_shape, self.build_condition_encoder(config), head=head)
 
-    def build_condition_encoder(self, config: SourceConfig) -> nn.Module:
-        """features, mask -> condition tokens (B, N, config.width), for the noise-source baseline."""
+    def build_condition_encoder(self, config: SourceConfig) -> TextTransformer:
+        """features, mask -> tokens (B, N, config.width): of the trunk, or the condition of the noise baseline."""
         return TextTransformer(
             **self._reads,
             max_length=self.settings.max_length,

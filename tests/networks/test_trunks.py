@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.networks.trunks import AlignmentHead, IdentityTrunk, PatchTrunk, Reconstructor
+from crossflow.networks.alignment import PictureHead
+from crossflow.networks.trunks import IdentityTrunk, PatchTrunk, Reconstructor
 
 
 def test_a_patch_trunk_reads_any_size_that_is_a_multiple_of_its_patch() -> None:
@@ -43,5 +44,5 @@ def test_an_identity_trunk_gives_its_input_as_the_mean() -> None:
 
 
 def test_heads_have_the_sizes_asked_for() -> None:
-    assert AlignmentHead(3, 48)(torch.randn(2, 3, 16, 16)).shape == (2, 48)
+    assert PictureHead(3, 48)(torch.randn(2, 3, 16, 16)).shape == (2, 48)
     assert Reconstructor(1, 3)(torch.randn(2, 1, 6, 8)).shape == (2, 3, 6, 8)

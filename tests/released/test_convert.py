@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_flowtoks_features_are_padded_with_zero_and_padding_counts(runs):
     text = load(runs("flowtok")).task.text
     assert text.settings.pad_id == 0
     padded, mask = text.features(["a red cube"])
-    text.frozen.pad_id = None
+    text.frozen.settings = replace(text.frozen.settings, pad_id=None)
     other, _ = text.features(["a red cube"])
     assert torch.equal(padded[mask], other[mask])
     assert (padded[~mask] - other[~mask]).abs().max() > 1e-2
@@ -147,7 +148,7 @@ def test_networks_beside_a_run_can_be_replaced(encoders, runs, tmp_path):
     clip = shutil.copytree(encoders("clip"), tmp_path / "clip")
     codec = shutil.copytree(load(runs("dimr")).task.codec.source, tmp_path / "vae")
     moved = load(runs("dimr"), overrides=[f"text.encoder={clip}", f"codec.source={codec}"])
-    assert moved.task.text.frozen.source == str(clip)
+    assert moved.task.text.frozen.settings.source == str(clip)
     assert moved.task.codec.source == str(codec)
     assert np.array_equal(moved("a red cube", steps=2)[0], there[0])
     with pytest.raises(UserError, match=r"feature_width = 768, but .* 4096 wide"):

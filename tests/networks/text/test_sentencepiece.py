@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from crossflow.networks.text.frozen import TextFeatures
+from crossflow.networks.text.frozen_encoder import FrozenTextEncoder, TextEncoderSettings
 
 PROMPTS = ["a red cube", "a blue sphere", "two green cones", "a small yellow cube behind a large grey cylinder"]
 
@@ -32,7 +32,7 @@ def test_t5_with_a_sentencepiece_file_is_read(tmp_path):
     marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**marks, "tokenizer_class": "T5Tokenizer"}))
 
-    encoder = TextFeatures.load(str(tmp_path), max_length=77, scale=10.0)
+    encoder = FrozenTextEncoder.load(TextEncoderSettings(str(tmp_path), max_length=77, scale=10.0))
     ids, mask = encoder.tokenizer(PROMPTS[0])["input_ids"], encoder([PROMPTS[0]])[1]
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     assert ids == [*pieces.encode(PROMPTS[0]), 1]

@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from crossflow.core.errors import UserError
 from crossflow.core.source import SourceEncoder
-from crossflow.networks.text.variational import Adaptor, ImageHead, TextVariationalTrunk, UnbiasedNorm, token_head
+from crossflow.networks.alignment import EmbeddingHead, token_head
+from crossflow.networks.text.variational import Adaptor, TextVariationalSizes, TextVariationalTrunk, UnbiasedNorm
 
 GRID, TOKENS = (4, 8, 8), (6, 5)
 
@@ -14,8 +15,8 @@ GRID, TOKENS = (4, 8, 8), (6, 5)
 def trunk(head="flatten", latent_shape=None, feature_width=32, width=32, **settings):
     torch.manual_seed(0)
     shape = latent_shape or (TOKENS if head == "tokens" else GRID)
-    given = {"num_tokens": 6, "depth": 2, "hidden": 24, "heads": 4} | settings
-    return TextVariationalTrunk(shape, feature_width=feature_width, width=width, head=head, **given).eval()
+    sizes = {"num_tokens": 6, "feature_width": feature_width, "width": width, "depth": 2, "hidden": 24, "heads": 4}
+    return TextVariationalTrunk(shape, TextVariationalSizes(**sizes | settings), head).eval()
 
 
 def text(batch=3, width=32):
@@ -43,7 +44,9 @@ def test_moments_have_the_latents_shape_and_gradients_reach_everything(head, fea
     moments = module(features, mask)
     assert moments.shape == (3, 2, *(TOKENS if head == "tokens" else GRID))
     moments.square().mean().backward()
-    assert not [name for name, one in module.named_parameters() if one.grad is None or one.grad.abs().max() == 0]
+    assert not [
+        name for name, weight in module.named_parameters() if weight.grad is None or weight.grad.abs().max() == 0
+    ]
     posterior = SourceEncoder(module, "variational", moments.shape[2:])(features, mask)
     torch.testing.assert_close(posterior.mean, moments[:, 0])
     torch.testing.assert_close(posterior.log_var, moments[:, 1])
@@ -60,7 +63,7 @@ def test_the_mask_hides_keys_but_padded_positions_are_not_zeroed():
     torch.testing.assert_close(module(features, mask)[:2], module(other, mask)[:2])
 
 
-def test_a_mask_of_numbers_is_the_same_and_an_empty_one_is_no_trouble():
+def test_a_mask_may_hold_numbers_or_be_empty():
     module, (features, mask) = trunk(), text()
     torch.testing.assert_close(module(features, mask.long()), module(features, mask))
     assert module(features, torch.zeros_like(mask)).isfinite().all()
@@ -72,28 +75,28 @@ def test_tokens_are_encoded_without_a_mask():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
-        ({"head": "tokens", "latent_shape": GRID}, "tokens makes"),
-        ({"head": "tokens", "latent_shape": (5, 5)}, "as many tokens"),
-        ({"head": "flatten", "latent_shape": TOKENS}, "flatten and adaptor make"),
+        ({"head": "tokens", "latent_shape": GRID}, "tokens predicts"),
+        ({"head": "tokens", "latent_shape": (5, 5)}, "with the same N"),
+        ({"head": "flatten", "latent_shape": TOKENS}, "flatten and adaptor predict"),
         ({"heads": 5}, "source.heads"),
-        ({"heads": 16}, "narrows to 4"),
+        ({"heads": 16}, "to 8"),
     ],
 )
-def test_impossible_shapes_are_told(settings, told):
-    with pytest.raises(UserError, match=told):
+def test_mismatched_sizes_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
         trunk(**settings)
 
 
 def test_another_number_of_tokens_is_refused():
-    with pytest.raises(UserError, match="reads 6 tokens, and 5 came"):
+    with pytest.raises(UserError, match="expects 6 tokens, got 5"):
         trunk()(torch.zeros(1, 5, 32))
 
 
 def test_heads_of_the_alignment():
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
-    head = ImageHead(6, 256)
+    head = EmbeddingHead(6, 256)
     hidden = F.gelu(head.fc1(x))
     assert head.fc1.out_features == 24
     torch.testing.assert_close(head(x), head.fc2(F.layer_norm(hidden, (24,))))  # the norm follows the activation

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.networks.text.encoders import build_tokenizer
+from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.tasks.caption.decoder import TextAutoencoder, batch_rows
 from crossflow.tasks.caption.layouts import Code, TextAutoencoderConfig, shares_of_tokens
 

@@ -1,0 +1,138 @@
+"""The tokenizer: every string encodes and decodes, and the captions alone determine it."""
+
+import json
+import logging
+import random
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossflow.core.errors import UserError
+from crossflow.networks.text.tokenizer import build_tokenizer, detokenize, load_tokenizer, tokenize
+
+CAPTIONS = [
+    "A red cube, left of the blue sphere.",
+    "a small green cone is behind the metal cylinder",
+    "two shiny spheres (one yellow) in front of a cube!",
+    "the cube is red; the sphere isn't.",
+]
+STRANGE = [
+    "",
+    "   \n\t ",
+    "🦓🦒 emoji \U0001f468‍\U0001f469‍\U0001f467",
+    "مرحبا بالعالم",
+    "שלום עולם",
+    "红色的立方体",
+    "<pad> <eos> <0x41> ▁under",
+    "nul\x00 and lone \ud800 surrogate",
+    "x" * 10_000,
+    "a red cube " * 1000,
+]
+
+
+def normalized(text):
+    """`text` as the tokenizer sees it: valid UTF-8, composed, in lower case, with single spaces."""
+    text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
+    return " ".join(text.lower().replace("▁", " ").split())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(CAPTIONS, vocab_size=400, max_length=24)
+
+
+def test_known_captions_are_one_token_per_word_and_come_back_clean(tokenizer):
+    ids, mask = tokenize(tokenizer, CAPTIONS)
+    assert ids.shape == mask.shape == (4, 24)
+    assert mask.sum(1)[0] == 10 + 1  # eight words, comma, full stop, <eos>
+    assert detokenize(tokenizer, ids) == [caption.lower() for caption in CAPTIONS]
+    assert not (ids == tokenizer.unk_token_id).any()
+
+
+@pytest.fixture(scope="module", params=["word", "bpe"])
+def small_tokenizer(request):
+    return build_tokenizer(CAPTIONS, vocab_size=300, max_length=64, kind=request.param)
+
+
+@pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
+def test_strange_strings_encode(small_tokenizer, text):
+    ids, mask = tokenize(small_tokenizer, [text])
+    assert ids.shape == mask.shape == (1, 64)
+    assert not (ids == small_tokenizer.unk_token_id).any()
+    assert (ids == small_tokenizer.eos_token_id).sum() == 1
+    expected, decoded = normalized(text), detokenize(small_tokenizer, ids)[0]
+    assert expected.startswith(decoded)
+    assert len(decoded) == len(expected) if len(expected) < 30 else len(decoded) > 30
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(max_size=15))
+def test_any_string_decodes_to_itself_in_lower_case(small_tokenizer, text):
+    ids, _ = tokenize(small_tokenizer, [text])
+    assert detokenize(small_tokenizer, ids) == [normalized(text)]
+
+
+def test_long_texts_are_cut_and_logged(caplog):
+    tokenizer = build_tokenizer(CAPTIONS, vocab_size=400, max_length=8)
+    with caplog.at_level(logging.INFO):
+        ids, mask = tokenize(tokenizer, ["a red cube " * 1000, "a cube"])
+        tokenize(tokenizer, ["a red cube " * 1000])
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "1 of 2 texts are longer than 8 tokens" in caplog.text
+    assert mask.sum(1).tolist() == [8, 3]
+    assert ids[0, -1] == tokenizer.eos_token_id
+
+
+def test_special_marks_in_a_prompt_are_text(tokenizer):
+    ids, _ = tokenize(tokenizer, ["a <eos> <pad>"])
+    assert (ids[0] == tokenizer.eos_token_id).sum() == 1
+    assert detokenize(tokenizer, ids) == ["a <eos> <pad>"]
+
+
+def test_save_and_load_give_the_same_tokens(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = [*CAPTIONS, *STRANGE]
+    ids, mask = tokenize(tokenizer, texts)
+    for loaded in (load_tokenizer(tmp_path / "tokenizer"), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")):
+        again, again_mask = tokenize(loaded, texts)
+        assert torch.equal(ids, again)
+        assert torch.equal(mask, again_mask)
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_same_captions_give_the_same_tokenizer_in_another_process():
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(300)]
+    captions = [" ".join(rng.choices(words, k=8)) for _ in range(200)]
+    script = """
+import json, sys
+from crossflow.networks.text.tokenizer import build_tokenizer
+captions = json.load(sys.stdin)
+tokenizers = (build_tokenizer(captions, vocab_size=400, kind=kind) for kind in ("word", "bpe"))
+print(json.dumps([tokenizer.get_vocab() for tokenizer in tokenizers]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(captions), capture_output=True, text=True, check=True
+    )
+    for kind, vocabulary in zip(("word", "bpe"), json.loads(result.stdout), strict=True):
+        assert build_tokenizer(captions, vocab_size=400, kind=kind).get_vocab() == vocabulary
+        assert len(vocabulary) <= 400
+
+
+def test_auto_takes_pieces_when_words_do_not_fit():
+    captions = [f"word{number} again" for number in range(300)]
+    few, many = (build_tokenizer(captions, vocab_size=size, max_length=8) for size in (300, 800))
+    assert len(tokenize(many, ["word7 again"])[0][0].nonzero()) == 3
+    assert detokenize(few, tokenize(few, ["word7 again"])[0]) == ["word7 again"]
+    with pytest.raises(UserError, match="no room"):
+        build_tokenizer(captions, vocab_size=200)
+    with pytest.raises(UserError, match="auto, word and bpe"):
+        build_tokenizer(captions, kind="char")
