@@ -1,4 +1,4 @@
-"""A page that shows an evaluation: scores beside the baseline, then source, output and truth side by side."""
+"""The page of an evaluation: scores beside the baseline, then source, output and truth of the first items."""
 
 import base64
 import html
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crossflow.benchmarks.report.page import document, png
+from crossflow.benchmarks.score_table import ScoreRow, score_rows
 from crossflow.core.files import write_atomically
 from crossflow.data.images import save_png
 from crossflow.engine.score import arrange
@@ -14,19 +15,17 @@ from crossflow.tasks.base import Tile
 
 
 def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequence[Sequence[Tile]]) -> Path:
-    """Writes index.html (self-contained) and pictures.png to `folder`; returns the page."""
-    rows = []
-    for name, value in content["scores"].items():
-        low_high = content["intervals"].get(name)
-        span = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else ""
-        base = content["baseline"].get(name)
-        rows.append(f"<tr><td>{html.escape(name)}<td>{value:.4g}<td>{span}<td>{'' if base is None else f'{base:.4g}'}")
+    """Writes index.html (self-contained) and pictures.png to `folder`; returns the path of index.html.
+
+    content: that of metrics.json; pages: the tiles of each shown item.
+    """
+    rows = "".join(map(_row, score_rows(content["scores"], content["intervals"], content["baseline"])))
     strips = ["<div class=row>" + "".join(_figure(tile) for tile in page) + "</div>" for page in pages]
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in content["notes"])
     manifest = html.escape("\n".join(f"{name}: {value}" for name, value in content["manifest"].items()))
     body = (
-        f"<table><tr><th>score<th>this run<th>95 % interval<th>trivial baseline{''.join(rows)}</table>{notes}"
-        f"{''.join(strips)}<h2>How it was measured</h2><pre>{manifest}</pre>"
+        f"<table><tr><th>score<th>this run<th>95 % interval<th>baseline or shuffled control{rows}</table>{notes}"
+        f"{''.join(strips)}<h2>Manifest</h2><pre>{manifest}</pre>"
     )
     write_atomically(folder / "index.html", document(title, body))
     if pages:
@@ -34,9 +33,13 @@ def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequ
     return folder / "index.html"
 
 
+def _row(row: ScoreRow) -> str:
+    interval = f"{row.interval[0]:.4g} to {row.interval[1]:.4g}" if row.interval is not None else ""
+    baseline = f"{row.baseline:.4g}" if row.baseline is not None else ""
+    return f"<tr><td>{html.escape(row.name)}<td>{row.value:.4g}<td>{interval}<td>{baseline}"
+
+
 def _figure(tile: Tile) -> str:
-    return (
-        "<figure><img "
-        f'src="data:image/png;base64,{base64.b64encode(png(tile.image)).decode()}">'
-        f"<figcaption>{html.escape(tile.text)}</figcaption></figure>"
-    )
+    picture = base64.b64encode(png(tile.image)).decode()
+    caption = html.escape(tile.text)
+    return f'<figure><img src="data:image/png;base64,{picture}"><figcaption>{caption}</figcaption></figure>'

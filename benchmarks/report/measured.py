@@ -1,43 +1,46 @@
-"""What evaluations have left on disk, read back: scores with their manifest, what the run cost, and its pictures.
+"""Evaluations read back from disk: scores with their manifest, the cost of the run, and its sheet of samples.
 
-A row comes from RUN/evaluation/*/metrics.json, from a file of the same content (benchmarks/results/*.json), or, for a
-run that was never evaluated, from the scores.json of the end of its training. What is not on disk is None.
+An evaluation is a RUN/evaluation/*/metrics.json, a file with the same content (benchmarks/results/*.json) or, for a run
+that was never evaluated, the scores.json written at the end of its training. Whatever the files do not record is None.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from crossflow.core.errors import UserError
+from crossflow.core.sampling import count_evaluations
 from crossflow.core.settings import read
+from crossflow.core.solvers import SOLVERS
 
 PARTS = {"backbone": "flow", "source_encoder": "source encoder", "condition_encoder": "condition encoder"}
-PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1}
-"""Evaluations of the velocity in a step of each solver; ab2 has one more in its first."""
+"""Parts of a model by the first word of their parameters' names."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes; None is what its folder does not tell."""
+    """What a run costs; None where its files do not say."""
 
     parameters: Mapping[str, int] | None = None
-    """Of the flow and of the encoders apart."""
+    """Number of parameters by part: the flow and each encoder."""
     train_seconds: float | None = None
     evaluations: int | None = None
-    """Of the network for one item; guidance counts twice."""
+    """Network evaluations per item; a guided step takes two."""
     seconds_per_item: float | None = None
     """On the machine of the evaluation, scoring included."""
 
 
 @dataclass(frozen=True)
 class Measured:
+    """One evaluation of one run."""
+
     name: str
     task: str
     path: Path
-    """The file that holds scores and manifest."""
+    """The file with the scores and the manifest."""
     scores: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     baseline: Mapping[str, float] = field(default_factory=dict)
@@ -46,72 +49,77 @@ class Measured:
     pictures: Path | None = None
     """A sheet of samples."""
     run: Path | None = None
-    """Its run directory, where that is known."""
+    """The run directory, where it is known."""
 
     @property
     def protocol(self) -> str | None:
-        """The named protocol by which it was measured, if it was by one."""
-        given = self.manifest.get("protocol")
-        given = given.get("name") if isinstance(given, Mapping) else given
-        return given if isinstance(given, str) else None
+        """Name of the protocol, None for an evaluation by the task's own rules."""
+        protocol = self.manifest.get("protocol")
+        name = protocol.get("name") if isinstance(protocol, Mapping) else protocol
+        return name if isinstance(name, str) else None
 
     @property
     def data(self) -> str | None:
-        """SPEC of what it was measured on."""
-        about = self.manifest.get("data")
-        return str(about["spec"]) if isinstance(about, Mapping) and about.get("spec") else None
+        """SPEC of the data."""
+        return self._of_data("spec")
 
     @property
     def split(self) -> str | None:
-        about = self.manifest.get("data")
-        return str(about["split"]) if isinstance(about, Mapping) and about.get("split") else None
+        """Split of the data."""
+        return self._of_data("split")
 
     @property
     def num_items(self) -> int | None:
+        """Number of scored items."""
         number = self.manifest.get("num_items", self.scores.get("num_items"))
         return None if number is None else int(number)
 
+    def _of_data(self, key: str) -> str | None:
+        data = self.manifest.get("data")
+        return str(data[key]) if isinstance(data, Mapping) and data.get(key) else None
 
-def find(places: list[Path]) -> tuple[list[Measured], list[str]]:
-    """Every evaluation in `places` (run directories, folders of them, evaluation folders, JSON files), and what was
-    found and could not be read. Raises UserError for a place that is not there.
+
+def find(places: Sequence[Path]) -> tuple[list[Measured], list[str]]:
+    """Every evaluation in `places`, and one message for each file that could not be read.
+
+    places: run directories, folders of them, evaluation folders, or JSON files. Raises UserError for a missing place.
     """
     rows: dict[Path, Measured] = {}
     problems: list[str] = []
     for place in places:
         if not place.exists():
-            raise UserError(f"There is no {place}. Give run directories, folders of evaluations, or their JSON files.")
-        found = [place] if place.is_file() else _files(place)
-        if not found:
+            raise UserError(f"{place} does not exist. Give run directories, folders of evaluations, or JSON files.")
+        files = [place] if place.is_file() else _files(place)
+        if not files:
             problems.append(f"{place}: no evaluation; make one with crossflow evaluate --checkpoint {place}")
-        for path in found:
+        for path in files:
             try:
                 rows[path.resolve()] = _read(path)
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                problems.append(f"{path}: {_words(error)}")
+            except (ValueError, KeyError, TypeError, AttributeError, OSError, UserError) as error:
+                problems.append(f"{path}: {_problem(error)}")
     return list(rows.values()), problems
 
 
-def _words(error: Exception) -> str:
+def _problem(error: Exception) -> str:
     if isinstance(error, KeyError):
-        return f"it has no {error.args[0]!r}"
+        return f"{error.args[0]!r} is missing"
     return " ".join(str(error).split())
 
 
 def _files(folder: Path) -> list[Path]:
-    """metrics.json files below, scores.json of runs without any, and loose JSON files that hold scores."""
+    """metrics.json files below `folder`, scores.json of runs without one, and loose JSON files with scores."""
     metrics = sorted(folder.rglob("metrics.json"))
     evaluated = {run for path in metrics if (run := _run_of(path)) is not None}
-    ended = [
+    only_trained = [
         path
         for path in sorted(folder.rglob("scores.json"))
         if (path.parent / "config.yaml").is_file() and path.parent not in evaluated
     ]
-    loose = [path for path in sorted(folder.glob("*.json")) if path.name != "metrics.json" and _holds_scores(path)]
-    return [*metrics, *(path for path in ended if path not in loose), *loose]
+    loose = [path for path in sorted(folder.glob("*.json")) if path.name != "metrics.json" and _has_scores(path)]
+    return [*metrics, *(path for path in only_trained if path not in loose), *loose]
 
 
-def _holds_scores(path: Path) -> bool:
+def _has_scores(path: Path) -> bool:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -120,7 +128,7 @@ def _holds_scores(path: Path) -> bool:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run directory that an evaluation lies in."""
+    """The run directory that contains an evaluation."""
     return next((folder for folder in list(path.parents)[:3] if (folder / "config.yaml").is_file()), None)
 
 
@@ -131,8 +139,8 @@ def _read(path: Path) -> Measured:
     if run is None and manifest.get("checkpoint") and (Path(manifest["checkpoint"]) / "config.yaml").is_file():
         run = Path(manifest["checkpoint"])
     if "manifest" not in content and run is not None:
-        manifest = _ended(run)
-    if "scored_on" in content:  # the manifest is then that of the training
+        manifest = _manifest_of_training(run)
+    if "scored_on" in content:  # the manifest then is that of the training
         manifest["data"] = {**manifest["data"], "split": content["scored_on"]}
     scores = {name: float(value) for name, value in content["scores"].items() if value is not None}
     intervals = {name: (float(low), float(high)) for name, (low, high) in (content.get("intervals") or {}).items()}
@@ -152,19 +160,19 @@ def _read(path: Path) -> Measured:
 
 
 def _name(path: Path, run: Path | None) -> str:
-    """RUN (EVALUATION), for one in the run's folder."""
+    """RUN (EVALUATION) for an evaluation inside a run directory."""
     if run is not None and run in path.parents:
         return run.name if path.parent == run else f"{run.name} ({path.parent.name})"
     return path.parent.name if path.name == "metrics.json" else path.stem
 
 
-def _ended(run: Path) -> dict[str, Any]:
-    """A manifest for the scores at the end of training, from the run's own manifest and configuration."""
+def _manifest_of_training(run: Path) -> dict[str, Any]:
+    """A manifest for the scores at the end of a training, from the run's own manifest and configuration."""
     settings = read(run)
-    begun = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     data = settings["data"]
     return {
-        **begun,
+        **manifest,
         "data": {"spec": data.get("val") or data["train"], "split": "val"},
         "image_size": data["image_size"],
         "sample": settings["sample"],
@@ -183,8 +191,32 @@ def _cost(run: Path | None, manifest: Mapping[str, Any], scores: Mapping[str, fl
     )
 
 
+def evaluations(sample: Mapping[str, Any] | None) -> int | None:
+    """Network evaluations per item under recorded `sample` settings; None if adaptive or not recorded.
+
+    They are counted from the settings, as manifests of older evaluations left guidance out.
+
+    >>> evaluations({"solver": "heun", "steps": 5, "guidance": 2.0})
+    20
+    """
+    if not sample or not sample.get("steps") or sample.get("solver") not in SOLVERS.names():
+        return None
+    low, high = sample.get("guidance_interval", (0.0, 1.0))
+    return count_evaluations(
+        solver=sample["solver"],
+        steps=int(sample["steps"]),
+        guidance=float(sample.get("guidance", 1.0)),
+        guidance_interval=(float(low), float(high)),
+        zero_init=int(sample.get("zero_init", 0)),
+        time_grid=sample.get("time_grid", "uniform"),
+    )
+
+
 def parameters(run: Path) -> dict[str, int] | None:
-    """Parameters of the flow and of the encoders, from the header of the run's weights; None without weights."""
+    """Number of parameters by part, from the header of the run's weights; None without weights.
+
+    Raises ValueError for a damaged file.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = next((run / name for name in ("model.safetensors", "ema.safetensors") if (run / name).is_file()), None)
@@ -202,37 +234,34 @@ def parameters(run: Path) -> dict[str, int] | None:
 
 
 def train_seconds(run: Path) -> float | None:
-    """Time of the training steps alone: without validation, samples and what comes before."""
+    """Seconds spent in training steps: preparation, validation and samples excluded. None without a record."""
     total, before = 0.0, 0
-    for numbers in _history(run):
-        if numbers.get("kind") == "train" and numbers.get("seconds_per_step") is not None:
-            total += numbers["seconds_per_step"] * (numbers["step"] - before)
-            before = numbers["step"]
+    for record in _history(run):
+        if record.get("kind") == "train" and record.get("seconds_per_step") is not None:
+            total += record["seconds_per_step"] * (record["step"] - before)
+            before = record["step"]
     return total if before else None
 
 
+CURVES = {
+    ("train", "flow"): "training",
+    ("val", "flow"): "held out",
+    ("val", "flow_shuffled"): "held out, shuffled sources",
+}
+"""Names of the loss curves by kind of record and loss."""
+
+
 def flow_losses(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, flow loss) of a run in training, on held-out items, and there with the sources of other items."""
-    found: dict[str, list[tuple[int, float]]] = {"training": [], "held out": [], "held out, shuffled sources": []}
-    named = {("train", "flow"): "training", ("val", "flow"): "held out"}
-    named[("val", "flow_shuffled")] = "held out, shuffled sources"
-    for numbers in _history(run):
-        for (kind, name), curve in named.items():
-            if numbers.get("kind") == kind and numbers.get(name) is not None:
-                found[curve].append((numbers["step"], numbers[name]))
-    return {name: curve for name, curve in found.items() if curve}
+    """Points (step, flow loss) by curve: in training, on held-out items, and there with the sources shuffled."""
+    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVES.values()}
+    for record in _history(run):
+        for (kind, loss), name in CURVES.items():
+            if record.get("kind") == kind and record.get(loss) is not None:
+                curves[name].append((record["step"], record[loss]))
+    return {name: points for name, points in curves.items() if points}
 
 
 def _history(run: Path) -> list[dict[str, Any]]:
-    """What the trainer wrote down on the way (metrics.jsonl); nothing where there is no such file."""
+    """The trainer's records (metrics.jsonl); empty without the file."""
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def evaluations(sample: Mapping[str, Any] | None) -> int | None:
-    """Network evaluations for one item under `sample` settings; None for an adaptive solver, or when not told."""
-    if not sample or sample.get("solver") not in PER_STEP or not sample.get("steps"):
-        return None
-    solver, steps = sample["solver"], int(sample["steps"])
-    times = steps * PER_STEP[solver] + (solver == "ab2")
-    return times * (2 if sample.get("guidance", 1) != 1 else 1)

@@ -1,4 +1,4 @@
-"""A page as blocks (headings, sentences, tables, pictures), written as Markdown and as one self-contained HTML file."""
+"""Pages made of blocks (headings, text, tables, pictures), written as Markdown and as one self-contained HTML file."""
 
 import base64
 import html
@@ -6,12 +6,15 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from crossflow.core.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE = (
     "body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:70em;color:#222}table{border-collapse:collapse}"
@@ -19,12 +22,14 @@ STYLE = (
     "#ddd;text-align:right}td:first-child,th:first-child{text-align:left}"
     ".row{display:flex;gap:.6em;margin:.6em 0}figure{margin:0;max-width:16em}img{width:12em;image-rendering:pixelated}"
     "figcaption{font-size:13px;white-space:pre-wrap}pre{background:#f6f6f6;padding:1em;overflow:auto}"
-    "img.whole{width:auto;max-width:100%}tr.ours{background:#eef6ee}"
+    "img.whole{width:auto;max-width:100%}tr.highlighted{background:#eef6ee}"
 )
 
 
 @dataclass(frozen=True)
 class Link:
+    """A table cell that links to a file."""
+
     text: str
     target: str
 
@@ -34,32 +39,38 @@ Cell = str | Link
 
 @dataclass(frozen=True)
 class Heading:
+    """A heading; level 2 is that of a section."""
+
     text: str
     level: int = 2
 
 
 @dataclass(frozen=True)
 class Text:
+    """A paragraph."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Bullets:
+    """A bulleted list."""
+
     items: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; `ours` are the numbers of the rows that are set off."""
+    """A table; `highlighted` holds the indices of the rows that are set off."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    ours: frozenset[int] = frozenset()
+    highlighted: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """PNG bytes; `name` is that of its file beside the Markdown."""
+    """A PNG picture; `name` is the stem of its file beside the Markdown."""
 
     name: str
     png: bytes
@@ -70,7 +81,7 @@ Block = Heading | Text | Bullets | Grid | Picture
 
 
 def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
-    """Writes NAME.md, with its pictures in NAME_pictures/, and NAME.html, which holds them; returns both."""
+    """Writes NAME.md with its pictures in NAME_pictures/, and NAME.html, which embeds them. Returns both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = folder / f"{name}_pictures"
     for block in blocks:
@@ -85,7 +96,7 @@ def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple
 
 
 def document(title: str, body: str) -> str:
-    """An HTML document; the title is text, the body HTML."""
+    """A complete HTML document. The title is plain text and gets escaped; the body is HTML."""
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1>{body}"
@@ -127,7 +138,8 @@ def _html(block: Block) -> str:
         case Grid():
             head = "<tr>" + "".join(f"<th>{html.escape(name)}" for name in block.header)
             body = (
-                f"<tr{' class=ours' if number in block.ours else ''}>" + "".join(f"<td>{_html_cell(c)}" for c in row)
+                f"<tr{' class=highlighted' if number in block.highlighted else ''}>"
+                + "".join(f"<td>{_html_cell(c)}" for c in row)
                 for number, row in enumerate(block.rows)
             )
             return f"<table>{head}{''.join(body)}</table>"
@@ -140,21 +152,21 @@ def _html_cell(cell: Cell) -> str:
 
 
 def png(picture: np.ndarray) -> bytes:
-    """A picture uint8 (H, W, 3) as a PNG file."""
+    """A picture uint8 (H, W, 3) as the bytes of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def drawn(figure: Any) -> bytes:
-    """A matplotlib figure as a PNG file."""
+def figure_png(figure: "Figure") -> bytes:
+    """A matplotlib figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return buffer.getvalue()
 
 
 def bars(title: str, values: Sequence[tuple[str, float, bool]], error: Sequence[float] | None = None) -> bytes:
-    """Horizontal bars (name, value, whether it is ours), with half the width of an interval in `error`, as PNG."""
+    """Horizontal bars (name, value, highlighted) as PNG; `error`: half the width of each value's interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.9 + 0.32 * len(values)))
@@ -163,17 +175,17 @@ def bars(title: str, values: Sequence[tuple[str, float, bool]], error: Sequence[
         range(len(values)),
         [value for _, value, _ in values],
         xerr=error,
-        color=["#2a7f4f" if ours else "#b8b8b8" for *_, ours in values],
+        color=["#2a7f4f" if highlighted else "#b8b8b8" for *_, highlighted in values],
     )
     axes.set_yticks(range(len(values)), [name for name, *_ in values])
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    return drawn(figure)
+    return figure_png(figure)
 
 
 def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
-    """Lines of points (x, y) by name, y on a logarithmic scale, as PNG."""
+    """Curves of points (x, y) by name as PNG, y on a logarithmic scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 2.6))
@@ -184,4 +196,4 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> by
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return drawn(figure)
+    return figure_png(figure)

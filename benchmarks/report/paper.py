@@ -1,4 +1,4 @@
-"""The papers' numbers (paper.yaml), typed: tables of rows, the protocol each was measured by, and its metrics."""
+"""The papers' numbers (paper.yaml), typed: tables, the protocol by which each was measured, and their metrics."""
 
 import functools
 from pathlib import Path
@@ -14,44 +14,53 @@ FILE = Path(__file__).parents[1] / "paper.yaml"
 
 
 class Source(Section):
+    """A publication."""
+
     title: str
     arxiv: str | None = None
     version: str | None = None
 
 
 class Metric(Section):
+    """A metric as the papers print it."""
+
     better: Literal["higher", "lower"]
-    ours: tuple[str, ...] = ()
-    """What the metric is called in a metrics.json, the first that is there counts; empty: not measured here."""
+    names: tuple[str, ...] = ()
+    """Names of the same score in a metrics.json; the first one present counts. Empty: crossflow does not measure it."""
     factor: float = 1.0
-    """The paper prints ours times this."""
+    """The paper prints the score of metrics.json times this factor."""
 
 
 class Protocol(Section):
-    """How a table was measured; None is what its paper does not say."""
+    """How a table was measured; None where its paper does not say."""
 
     task: str
     data: str
     words: tuple[str, ...] = ()
-    """One of them in the name of a data set, or of its place, says that it is this data."""
+    """A data SPEC that contains one of these words is taken for this data set."""
     split: str | None = None
     resolution: int | None = None
-    """Side of the pictures that are scored, in pixels."""
+    """Side of the scored pictures in pixels."""
     items: int | None = None
     implementation: str
-    """Of the metrics, in words."""
+    """How the metrics were computed, in words."""
 
 
 class Row(Section):
+    """One row of a table."""
+
     name: str
     params: float | None = None
-    """Of the flow network, in millions."""
+    """Parameters of the flow network, in millions."""
     scores: tuple[float | None, ...]
+    """One number per metric of the table; None where the paper gives none."""
     kind: Literal["method", "baseline", "other"] = "other"
-    """method: the paper's own; baseline: what it is measured against."""
+    """method: the paper's own; baseline: what the paper compares itself with."""
 
 
 class Table(Section):
+    """A table of a paper, measured by one protocol."""
+
     title: str
     source: str
     where: str
@@ -60,23 +69,29 @@ class Table(Section):
     metrics: tuple[str, ...] = Field(min_length=1)
     rows: tuple[Row, ...] = Field(min_length=1)
     main: bool = False
-    """Runs of the task that were measured on other data than any table are shown beside this one."""
+    """Shown beside runs of its task that were evaluated on none of the papers' data sets."""
     note: str = ""
 
     def row(self, name: str) -> Row:
-        """Raises UserError for a name that no row has."""
-        found = {row.name: row for row in self.rows}
-        if name not in found:
-            raise unknown_name(f"row of {self.title!r}", name, found)
-        return found[name]
+        """The row called `name`. Raises UserError for an unknown name."""
+        rows = {row.name: row for row in self.rows}
+        if name not in rows:
+            raise unknown_name(f"row of {self.title!r}", name, rows)
+        return rows[name]
 
     def scores(self, name: str) -> dict[str, float]:
-        """The numbers that a row has, by metric."""
-        given = zip(self.metrics, self.row(name).scores, strict=True)
-        return {metric: score for metric, score in given if score is not None}
+        """The numbers of a row by metric, without the missing ones."""
+        pairs = zip(self.metrics, self.row(name).scores, strict=True)
+        return {metric: score for metric, score in pairs if score is not None}
 
 
 class Paper(Section):
+    """Everything in paper.yaml.
+
+    >>> paper().table("zero-shot-nyu").scores("DPT")
+    {'AbsRel': 0.098, 'delta1': 0.903}
+    """
+
     sources: dict[str, Source]
     metrics: dict[str, Metric]
     protocols: dict[str, Protocol]
@@ -84,30 +99,32 @@ class Paper(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> "Paper":
-        """Every name that is used is there, and every row has a number, or null, for each metric."""
+        """Every referenced name exists, and every row has a number (or null) for each metric."""
         for name, table in self.tables.items():
             for kind, used, known in (
                 ("source", [table.source], self.sources),
                 ("protocol", [table.protocol], self.protocols),
                 ("metric", list(table.metrics), self.metrics),
             ):
-                if missing := [one for one in used if one not in known]:
-                    raise ValueError(f"table {name} names the unknown {kind} {', '.join(missing)}")
+                if missing := [each for each in used if each not in known]:
+                    raise ValueError(f"table {name} refers to the unknown {kind} {', '.join(missing)}")
             for row in table.rows:
                 if len(row.scores) != len(table.metrics):
-                    raise ValueError(f"table {name}, row {row.name}: {len(row.scores)} numbers for {table.metrics}")
+                    raise ValueError(
+                        f"table {name}, row {row.name}: expected {len(table.metrics)} scores, got {len(row.scores)}"
+                    )
             if len({row.name for row in table.rows}) != len(table.rows):
-                raise ValueError(f"table {name} has a row twice")
+                raise ValueError(f"table {name} has two rows of the same name")
         return self
 
     def table(self, name: str) -> Table:
-        """Raises UserError for an unknown name."""
+        """The table called `name`. Raises UserError for an unknown name."""
         if name not in self.tables:
             raise unknown_name("table", name, self.tables)
         return self.tables[name]
 
     def cited(self, table: Table) -> str:
-        """`Table 3 of Flowing from Words to Pixels (CrossFlow), CVPR 2025, arXiv 2412.15213v2`."""
+        """Where a table is printed, such as `Table 3: Flowing from Words to Pixels, arXiv 2412.15213v2`."""
         source = self.sources[table.source]
         arxiv = f", arXiv {source.arxiv}{source.version or ''}" if source.arxiv else ""
         return f"{table.where}: {source.title}{arxiv}"
@@ -115,5 +132,5 @@ class Paper(Section):
 
 @functools.cache
 def paper() -> Paper:
-    """The numbers that are shipped."""
+    """The shipped numbers."""
     return build(Paper, read_yaml(FILE))

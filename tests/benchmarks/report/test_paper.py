@@ -38,7 +38,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize(("table", "row"), KNOWN)
-def test_numbers_are_those_of_the_papers(table: str, row: str) -> None:
+def test_numbers_equal_the_papers(table: str, row: str) -> None:
     assert paper().table(table).scores(row) == KNOWN[table, row]
 
 
@@ -86,32 +86,32 @@ def test_scores_lie_where_such_scores_lie() -> None:
     ("place", "value", "message"),
     [
         ("protocol", "unknown", "unknown protocol unknown"),
-        ("metrics", ["FID"], "2 numbers"),
+        ("metrics", ["FID"], "expected 1 scores, got 2"),
         ("source", "nobody", "unknown source nobody"),
     ],
 )
-def test_a_file_that_does_not_fit_together_is_refused(place: str, value: object, message: str) -> None:
+def test_an_inconsistent_file_is_refused(place: str, value: object, message: str) -> None:
     content = read_yaml(FILE)
     content["tables"]["t2i-flow"][place] = value
     with pytest.raises(UserError, match=message):
         build(Paper, content)
 
 
-def test_unknown_names_are_told_with_the_known_ones() -> None:
+def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="ablation-loss"):
         paper().table("ablation-los")
     with pytest.raises(UserError, match="autoguidance"):
         paper().table("ablation-guidance").row("auto")
 
 
-def test_protocols_of_the_same_name_are_of_the_same_task_and_items() -> None:
-    """Those of configs/protocols, by which runs are evaluated, and those of the papers."""
-    ours = {name: load_protocol(name) for name in protocols()}
-    both = set(ours) & set(paper().protocols)
+def test_a_paper_and_a_protocol_of_the_same_name_agree_on_task_and_items() -> None:
+    """configs/protocols against paper.yaml."""
+    shipped = {name: load_protocol(name) for name in protocols()}
+    both = set(shipped) & set(paper().protocols)
     assert {"coco-fid30k", "geneval", "karpathy", "kitti-eigen", "nyu", "imagenet-64-256", "set5-x4"} <= both
     for name in both:
-        theirs = paper().protocols[name]
-        assert ours[name].task == theirs.task
+        published = paper().protocols[name]
+        assert shipped[name].task == published.task
         # The improved measurements of KITTI are there for 652 of the 697 pictures that the papers count.
-        items = 697 if name == "kitti-eigen" else ours[name].num_items
-        assert theirs.items in (None, items), name
+        items = 697 if name == "kitti-eigen" else shipped[name].num_items
+        assert published.items in (None, items), name

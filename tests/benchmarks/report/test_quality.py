@@ -1,4 +1,4 @@
-"""The page of quality: rows land in their tables, differences are said, and nothing that is missing is made up."""
+"""The quality page: evaluations land beside the right tables, with differences and missing values spelled out."""
 
 import io
 import json
@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import crossflow
 from crossflow.benchmarks.report import page
+from crossflow.benchmarks.report.matching import differences, places, score_of
 from crossflow.benchmarks.report.measured import evaluations, find, flow_losses
 from crossflow.benchmarks.report.paper import paper
-from crossflow.benchmarks.report.quality import differences, places, quality, score_of, strip
+from crossflow.benchmarks.report.quality import quality, strip
 from crossflow.cli import main
 from crossflow.core.errors import UserError
 
@@ -55,6 +57,9 @@ def test_an_evaluation_is_read_with_its_cost(evaluated) -> None:
     assert row.cost.seconds_per_item == 0.5
 
 
+T2I_SMALL = {"solver": "ab2", "steps": 50, "guidance": 6.0, "guidance_interval": [0.0, 0.5]}
+
+
 @pytest.mark.parametrize(
     ("sample", "count"),
     [
@@ -62,23 +67,23 @@ def test_an_evaluation_is_read_with_its_cost(evaluated) -> None:
         ({"solver": "euler", "steps": 5, "guidance": 2.0}, 10),
         ({"solver": "rk4", "steps": 2}, 8),
         ({"solver": "ab2", "steps": 4}, 5),
+        (T2I_SMALL, 78),
+        ({"solver": "euler", "steps": 10, "guidance": 3.0, "zero_init": 2}, 16),
         ({"solver": "dopri5", "steps": 4}, None),
+        ({"solver": "of a later version", "steps": 4}, None),
         (None, None),
     ],
 )
-def test_network_evaluations_are_counted_as_the_solver_counts_them(sample: dict | None, count: int | None) -> None:
+def test_recorded_settings_give_the_number_of_network_evaluations(sample: dict | None, count: int | None) -> None:
     assert evaluations(sample) == count
 
 
-@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4", "ab2"])
-def test_counts_of_evaluations_are_those_of_the_solvers(solver: str) -> None:
-    from crossflow.core.solvers import solve
-
-    counted = solve(lambda z, t: -z, torch.ones(1, 2), solver=solver, steps=3).evaluations[0]
-    assert evaluations({"solver": solver, "steps": 3}) == counted
+def test_the_recorded_result_of_t2i_small_costs_78_evaluations_per_item() -> None:
+    (row,), _ = find([Path(crossflow.__file__).parent / "benchmarks" / "results" / "t2i_small.json"])
+    assert row.cost.evaluations == 78
 
 
-def test_a_run_is_set_beside_the_table_of_its_data_or_protocol_else_beside_the_main_one(evaluated) -> None:
+def test_a_run_is_shown_beside_the_table_of_its_protocol_or_data_else_the_main_table(evaluated) -> None:
     evaluated("a", {"psnr_y": 30.0}, manifest("sr", "folder:/data/Set5@all"))
     evaluated("b", {"psnr_y": 30.0}, manifest("sr", "scenes"))
     evaluated("c", {"abs_rel": 0.1}, manifest("depth", "pairs:x", protocol={"name": "kitti-eigen"}))
@@ -91,29 +96,29 @@ def test_a_run_is_set_beside_the_table_of_its_data_or_protocol_else_beside_the_m
     ]
 
 
-def test_what_makes_rows_incomparable_is_said_in_words(evaluated) -> None:
+def test_differences_from_a_table_are_spelled_out(evaluated) -> None:
     (row,), _ = find([evaluated("d", {"abs_rel": 0.1, "delta1": 0.9}, manifest("depth", "scenes"))])
-    said = "; ".join(differences(row, paper().table("depth-nyu"), paper()))
-    assert "data set: scenes here, NYUv2" in said
-    assert "items: 100 here, 654" in said
-    assert "size: 3M here, 527M" in said
-    assert "metric implementation" in said
-    assert "split" not in said  # both are the test split
+    words = "; ".join(differences(row, paper().table("depth-nyu"), paper()))
+    assert "data set: scenes here, NYUv2" in words
+    assert "items: 100 here, 654 in the paper" in words
+    assert "size: 3M here, 527M" in words
+    assert "metric implementation" in words
+    assert "split" not in words  # both are the test split
 
 
-def test_a_run_by_the_papers_protocol_and_of_its_size_is_comparable(evaluated) -> None:
+def test_a_run_by_the_papers_protocol_differs_in_size_only(evaluated) -> None:
     about = manifest("depth", "nyu:x", protocol="nyu", num_items=654)
     (row,), _ = find([evaluated("d", {"abs_rel": 0.1, "delta1": 0.9}, about)])
     assert [word for word in differences(row, paper().table("depth-nyu"), paper()) if "size" not in word] == []
 
 
-def test_scores_are_in_the_papers_unit(evaluated) -> None:
+def test_scores_are_converted_to_the_papers_unit(evaluated) -> None:
     (row,), _ = find([evaluated("c", {"CIDEr": 0.5, "BLEU-4": 0.25}, manifest("caption", "scenes"))])
     assert score_of(row, paper().metrics["CIDEr"]) == 50.0
     assert score_of(row, paper().metrics["METEOR"]) is None
 
 
-def test_the_page_shows_ours_beside_the_papers_with_links_and_pictures(evaluated, tmp_path: Path, capsys) -> None:
+def test_the_page_shows_runs_beside_the_papers_rows_with_links_and_pictures(evaluated, tmp_path: Path, capsys) -> None:
     evaluated("sr", {"psnr_y": 30.0, "ssim_y": 0.9}, manifest("sr", "folder:/data/Set5@all"))
     depth = evaluated("depth", {"abs_rel": 0.1}, manifest("depth", "scenes"))
     (depth / "metrics.jsonl").unlink()
@@ -122,22 +127,22 @@ def test_the_page_shows_ours_beside_the_papers_with_links_and_pictures(evaluated
     (broken / "metrics.json").write_text('{"scores": {"psnr_y": 1.0}}')
     output = tmp_path / "out" / "page"
     assert main(["benchmark", "quality", "--runs", str(tmp_path / "runs"), "--output", str(output)]) == 0
-    assert "it has no 'task'" in capsys.readouterr().err
+    assert "'task' is missing" in capsys.readouterr().err
     text, html = (output / "quality.md").read_text(), (output / "quality.html").read_text()
     assert "| Bicubic | paper | - | 28.42 | 0.8104 |" in text
-    assert "[sr (one)](../../runs/sr/evaluation/one/metrics.json) | ours | 3M | 30 | 0.9 |" in text
+    assert "[sr (one)](../../runs/sr/evaluation/one/metrics.json) | crossflow | 3M | 30 | 0.9 |" in text
     assert (output / "../../runs/sr/evaluation/one/metrics.json").is_file()
     assert "not measured here: delta1" in text
-    assert "No evaluation of caption, t2i" in text
+    assert "Tasks without an evaluation in these folders: caption, t2i." in text
     (line,) = [line for line in text.splitlines() if line.startswith("| depth | ")]
-    assert "not said" in line  # the time of training, whose record is gone
-    assert "Not measured here yet." in text  # captioning
+    assert "unknown" in line  # the training time, whose record was removed
+    assert "No run has been evaluated on this yet." in text  # captioning
     assert html.count("data:image/png;base64,") == text.count("](quality_pictures/")
     assert all((output / name).is_file() for name in (f"quality_pictures/{p}.png" for p in ("strip_0", "sr-set5")))
     assert "http" not in html
 
 
-def test_the_page_shows_how_the_loss_of_a_run_fell(evaluated, tmp_path: Path) -> None:
+def test_the_page_shows_the_loss_curves_of_each_run(evaluated, tmp_path: Path) -> None:
     runs = [evaluated(name, {"psnr_y": 30.0}, manifest("sr", "set5:x")) for name in ("one", "two")]
     assert flow_losses(runs[0]) == {
         "training": [(100, 3.0), (200, 1.5)],
@@ -149,7 +154,7 @@ def test_the_page_shows_how_the_loss_of_a_run_fell(evaluated, tmp_path: Path) ->
     assert (tmp_path / "page" / "quality_pictures" / "training_1.png").is_file()
 
 
-def test_a_strip_of_samples_ends_below_the_line_of_text_that_it_reaches(tmp_path: Path) -> None:
+def test_a_strip_of_samples_does_not_cut_a_line_of_text(tmp_path: Path) -> None:
     sheet = np.full((40, 30, 3), 255, np.uint8)
     sheet[2:10, 4:20] = 0  # a picture
     sheet[12:17, 5:25:3] = 0  # a line of text below it
@@ -159,7 +164,7 @@ def test_a_strip_of_samples_ends_below_the_line_of_text_that_it_reaches(tmp_path
     assert heights == [17, 11, 40]
 
 
-def test_a_file_of_results_counts_too(tmp_path: Path) -> None:
+def test_a_loose_results_file_is_read(tmp_path: Path) -> None:
     content = {"train_minutes": 2.5, "scored_on": "validation split", "scores": {"psnr_y": 30.0}}
     content["manifest"] = {"task": "sr", "data": {"spec": "scenes", "split": "train"}}
     (tmp_path / "mine.json").write_text(json.dumps(content))
@@ -168,14 +173,14 @@ def test_a_file_of_results_counts_too(tmp_path: Path) -> None:
     assert (row.name, row.cost.train_seconds, row.split, problems) == ("mine", 150.0, "validation split", [])
 
 
-def test_folders_without_evaluations_are_told(tmp_path: Path, capsys) -> None:
-    with pytest.raises(UserError, match="There is no"):
+def test_places_without_evaluations_are_reported(tmp_path: Path, capsys) -> None:
+    with pytest.raises(UserError, match="does not exist"):
         find([tmp_path / "nowhere"])
     assert main(["benchmark", "quality", "--runs", str(tmp_path)]) == 2
     assert "crossflow evaluate --checkpoint" in capsys.readouterr().err
 
 
-def test_names_cannot_break_the_page() -> None:
+def test_names_are_escaped() -> None:
     grid = page.Grid(["a|b"], [["<b>|"], [page.Link("x", "a b")]])
     assert "&lt;b&gt;|" in page._html(grid)
     assert "\\|" in page._markdown(grid, "p")
@@ -183,7 +188,7 @@ def test_names_cannot_break_the_page() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_only_trained_is_shown_with_its_last_scores(tiny_run) -> None:
+def test_a_run_that_was_only_trained_is_shown_with_its_final_scores(tiny_run) -> None:
     (row,), problems = find([tiny_run("depth")])
     assert (row.task, row.split, row.data, problems) == ("depth", "val", "scenes", [])
     assert row.cost.evaluations == 2
