@@ -16,6 +16,7 @@ from crossflow.benchmarks.evaluation.plan import Cases
 from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
+from crossflow.core.sampling import count_evaluations
 from crossflow.core.settings import flat
 from crossflow.engine.folder import WEIGHTS
 from crossflow.engine.provenance import environment
@@ -32,8 +33,8 @@ PACKAGES = (
     "pillow",
     "kornia",
 )
-EVALUATIONS = {"euler": 1, "ab2": 1, "midpoint": 2, "heun": 2, "rk4": 4}
-"""Of the network, in each step of a fixed-step solver."""
+SAMPLING_COST = {"solver", "steps", "guidance", "guidance_interval", "zero_init", "time_grid"}
+"""Settings of the sampling on which the number of network evaluations depends."""
 
 
 def identity(
@@ -53,7 +54,7 @@ def identity(
         "image_size": pipe.task.config.data.image_size,
         "resize": resize(pipe, protocol),
         "sample": chosen.model_dump(mode="json"),
-        "evaluations": evaluations(chosen),
+        "evaluations": count_evaluations(**chosen.model_dump(include=SAMPLING_COST)),
         "seed": seed,
         "precision": "float32",
     }
@@ -90,12 +91,6 @@ def resize(pipe: Pipeline, protocol: Protocol | None) -> str:
     if pipe.task.name == "depth" and protocol is not None:
         return f"whole picture, shorter side to {side} px, the estimate resized back bilinearly"
     return "none: prompts" if pipe.task.name == "t2i" else centre
-
-
-def evaluations(chosen: SampleConfig) -> int | None:
-    """Velocity evaluations of each item, guidance counted as one; None where the solver chooses them itself."""
-    each = EVALUATIONS.get(chosen.solver)
-    return None if each is None else each * chosen.steps
 
 
 def complete(

@@ -132,6 +132,24 @@ def test_a_manifest_tells_what_a_number_was_made_of(sr, tmp_path: Path) -> None:
     assert report.scores.notes == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"solver": "ab2", "steps": 5}, 6),
+        ({"solver": "euler", "steps": 4, "guidance": 2.0}, 8),
+        ({"solver": "ab2", "steps": 4, "guidance": 6.0, "guidance_interval": (0.0, 0.5)}, 9),
+    ],
+)
+def test_a_manifest_counts_network_evaluations_with_autoguidance(
+    tiny_run, tmp_path: Path, settings: dict, count: int
+) -> None:
+    pipe = load(tiny_run("sr"))
+    pipe.guide_with(load(tiny_run("sr")))
+    spec, protocol = pictures(tmp_path / "data", 2), load_protocol("set5-x4")
+    report = evaluate(pipe, spec=spec, protocol=protocol, folder=tmp_path / "out", settings=settings)
+    assert report.manifest["evaluations"] == count
+
+
 def test_a_protocol_on_other_items_is_marked_as_partial(sr, tmp_path: Path) -> None:
     spec = pictures(tmp_path / "data", 3)
     report = evaluate(sr, spec=spec, protocol=load_protocol("set5-x4"), folder=tmp_path / "out")
