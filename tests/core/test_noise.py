@@ -1,10 +1,12 @@
 """Keyed noise: a row follows from its key alone."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from crossflow.core.noise import item_noise, key, keyed_generator, order, training_noise
+from crossflow.core.noise import _normal, item_noise, key, keyed_generator, order, training_noise
 
 
 def test_training_noise_of_a_sample_is_independent_of_batch_and_order() -> None:
@@ -39,14 +41,63 @@ def test_training_noise_has_its_distributions() -> None:
     assert (torch.corrcoef(parts) - torch.eye(3)).abs().max() < 0.06, "time, drop and source are independent"
 
 
-def test_item_noise_follows_from_seed_and_id() -> None:
-    whole = item_noise(5, ["a", "b", "c"], (2, 3))
-    assert torch.equal(item_noise(5, ["c"], (2, 3))[0], whole[2])
-    assert not torch.isclose(item_noise(6, ["c"], (2, 3))[0], whole[2]).any()
-    assert not torch.isclose(whole[0], whole[1]).any()
+@pytest.mark.parametrize("shape", [(8,), (3, 3), (4, 32, 32)])
+def test_item_noise_follows_from_seed_and_id(shape: tuple[int, ...]) -> None:
+    whole = item_noise(5, ["a", "b", "c"], shape)
+    assert whole.shape == (3, *shape)
+    assert torch.equal(item_noise(5, ["c"], shape)[0], whole[2])
+    assert not torch.isclose(item_noise(6, ["c"], shape)[0], whole[2]).all()
+    assert len(whole.unique()) > 0.99 * whole.numel()
 
 
-def test_keys_tell_parts_apart_and_are_the_same_everywhere() -> None:
+def test_items_whose_keys_agree_in_32_bits_have_noise_of_their_own() -> None:
+    """torch's CPU generator, which takes 32 bits of a seed, draws the same numbers for these."""
+    first, second = "4596", "59334"
+    assert key("item", 0, first) % 2**32 == key("item", 0, second) % 2**32
+    noise = item_noise(0, [first, second], (16,))
+    assert not torch.isclose(noise[0], noise[1]).any()
+
+
+@pytest.mark.slow
+def test_no_two_of_400_000_items_share_their_noise() -> None:
+    noise = item_noise(0, [str(i) for i in range(400_000)], (4,))
+    assert len(noise.unique(dim=0)) == 400_000
+
+
+def test_item_noise_is_standard_normal() -> None:
+    noise = item_noise(0, [str(i) for i in range(64)], (4, 32, 32)).double()
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.var() - 1) < 0.01
+    assert abs((noise**3).mean()) < 0.03
+    assert abs((noise**4).mean() - 3) < 0.06
+    assert 4 < noise.abs().max() < 6
+    quantiles = noise.flatten().quantile(torch.tensor([0.02275, 0.15866, 0.5, 0.84134, 0.97725]).double())
+    assert torch.allclose(quantiles, torch.tensor([-2.0, -1, 0, 1, 2]).double(), atol=0.02)
+    flat = noise.flatten(1)
+    half = flat.shape[1] // 2
+    pairs = torch.stack([flat[:, :half].flatten(), flat[:, half:].flatten()])
+    assert torch.corrcoef(pairs)[0, 1].abs() < 0.01, "the two numbers of a Box-Muller pair are independent"
+    assert torch.corrcoef(pairs.square())[0, 1].abs() < 0.01
+
+
+def test_noise_is_finite_at_the_ends_of_its_random_integers() -> None:
+    bits = torch.tensor([[0, 0], [2**24 - 1, 2**24 - 1]], dtype=torch.int32)
+    normal = _normal(bits, (2,))
+    assert normal.isfinite().all()
+    assert normal[0, 0] == pytest.approx(math.sqrt(50 * math.log(2)), rel=1e-6)
+    assert normal[1, 0] == pytest.approx(0, abs=1e-3)
+
+
+def test_noise_of_an_item_never_changes() -> None:
+    """A picture can be made again by newer versions and on other machines."""
+    expected = torch.tensor([-1.1424093, -0.337389, -0.2087017, 0.1817447])
+    assert torch.allclose(item_noise(0, ["a red cube"], (4,))[0], expected, atol=1e-6)
+    noise = training_noise(0, 0, [0], (2,))
+    expected = torch.tensor([0.7537333, 0.0308358, 0.890448, -0.8867483])
+    assert torch.allclose(torch.cat([noise.time, noise.drop, noise.source[0]]), expected, atol=1e-6)
+
+
+def test_keys_separate_their_parts_and_are_the_same_everywhere() -> None:
     assert key("ab", "c") != key("a", "bc")
     assert key("a", 1) == 6962120981034877120
     assert all(0 <= key("x", i) < 2**63 for i in range(100))
