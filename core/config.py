@@ -83,9 +83,9 @@ class BackboneConfig(Section):
     heads: int | None = Field(None, ge=1)
     patch: int = Field(2, ge=1)
     """Side of the square patches a grid latent is cut into (token latents and dimr: ignored)."""
-    positions: Literal["sincos", "stored", "none"] = "sincos"
-    """Fixed sin-cos positions, the same as a table stored with the weights (as released), or none (with `conv`, for
-    pictures of any size).
+    positions: Literal["sincos", "rotary", "stored", "none"] = "sincos"
+    """Fixed sin-cos positions, for pictures of the training size; rotary ones, which extend to larger pictures (dit on
+    grids); the sin-cos table stored with the weights, as released; or none (with `conv`, for pictures of any size).
     """
     conv: int = Field(0, ge=0, le=15)
     """Kernel of a depthwise convolution over the grid of patches in each block; 0: none."""

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +28,23 @@ class Attention(nn.Module):
             self.kv = nn.Linear(context_dim, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, D), context (B, M, D'), mask (B, M) bool of the keys, True = attended -> (B, N, D)."""
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rotary: "Rotary | None" = None
+    ) -> Tensor:
+        """x (B, N, D), context (B, M, D'), mask (B, M) bool of the keys, True = attended -> (B, N, D).
+
+        rotary: positions of the N tokens; self-attention only, without `mask`.
+        """
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, N, D/heads)
         allowed = None if mask is None else mask[:, None, None, :]
+        if rotary is not None:
+            assert context is None, "the tokens of a context have no place on the grid"
+            assert mask is None, "a grid has no padding"
+            q, k, allowed = rotary.turn(q), rotary.turn(k), rotary.near
         attended = _attend(q, k, v, allowed)
         return self.out(attended.transpose(1, 2).flatten(2))
 
@@ -46,6 +56,61 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     # The CPU's bfloat16 kernel takes up to ten times as long as its float32 one, backwards above all.
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=allowed).to(v.dtype)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Positions of a grid of N = H W tokens that extend to grids larger than those of training.
+
+    Queries and keys are turned by angles proportional to their row and column, so that attention depends on the
+    difference of two places alone (RoPE, Su et al. 2021; two axes as in Heo et al. 2024). Differences larger than any of
+    training were never learned, so such pairs do not attend: a wide picture is read as its parts would be.
+
+    cos, sin: (N, d / 2) for heads of width d; near: (N, N) bool, or None where all pairs attend.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    near: Tensor | None
+
+    def turn(self, x: Tensor) -> Tensor:
+        """x (B, heads, N, d) -> the same with each pair (x[i], x[i + d/2]) turned by its token's angle i."""
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rotary_2d(
+    height: int, width: int, dim: int, reach: tuple[int, int] | None = None, device: torch.device | None = None
+) -> Rotary:
+    """The `Rotary` of a grid (row-major) for heads of width `dim`, a multiple of 4.
+
+    A quarter of the angles' wavelengths, geometrically spaced, belongs to rows and columns each. reach: height and width
+    of the largest grid of training; pairs at a larger distance do not attend. None: all pairs do.
+    """
+    assert dim % 4 == 0, f"rotary positions need heads whose width is a multiple of 4, not {dim}"
+    cos, sin = _table(_rotary_angles, (height, width, dim), device).unbind(0)
+    within = reach is None or (height <= reach[0] and width <= reach[1])
+    near = None if reach is None or within else _table(_within_reach, (height, width, *reach), device)
+    return Rotary(cos, sin, near)
+
+
+def _rotary_angles(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """(2, H W, dim / 2) float32: cosines and sines, the first half of the angles by row, the second by column."""
+    rows, columns = torch.meshgrid(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"), indexing="ij")
+    quarter = dim // 4
+    # Wavelengths from 2 pi to about 600 tokens: grids have tens of rows, not the thousands of tokens of a text.
+    omega = 100 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    angles = torch.cat([rows.flatten()[:, None] * omega, columns.flatten()[:, None] * omega], dim=1)
+    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+
+
+def _within_reach(height: int, width: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """(H W, H W) bool: whether two places are fewer than `rows` rows and `columns` columns apart."""
+    row, column = torch.meshgrid(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"), indexing="ij")
+    row, column = row.flatten(), column.flatten()
+    near = ((row[:, None] - row).abs() < rows) & ((column[:, None] - column).abs() < columns)
+    return near.to(device)
 
 
 class FeedForward(nn.Module):
@@ -74,10 +139,15 @@ class TransformerLayer(nn.Module):
         self.mlp = FeedForward(width, int(width * mlp_ratio))
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """x (B, N, D), mask (B, N) bool, context (B, M, D'), context_mask (B, M) bool -> (B, N, D)."""
-        x = x + self.attn(self.norm1(x), mask=mask)
+        x = x + self.attn(self.norm1(x), mask=mask, rotary=rotary)
         if self.cross is not None and self.cross_norm is not None:
             assert context is not None
             x = x + self.cross(self.cross_norm(x), context, context_mask)

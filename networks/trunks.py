@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-from crossflow.core.layers import TransformerLayer, patchify, sincos_2d, unpatchify
+from crossflow.core.layers import TransformerLayer, patchify, rotary_2d, sincos_2d, unpatchify
 
 
 class ConvStem(nn.Module):
@@ -70,16 +70,18 @@ class PatchTrunk(nn.Module):
         width: int,
         depth: int,
         patch: int,
-        positions: bool = True,
+        positions: str = "sincos",
+        trained_grid: tuple[int, int] | None = None,
         mean_std: float = 0.02,
         log_var: float = 0.0,
         conv_stem: bool = False,
     ) -> None:
         super().__init__()
         self.patch, self.positions, self.out_channels = patch, positions, out_channels
+        self.heads, self.trained_grid = max(1, width // 32), trained_grid
         self.embed = ConvStem(in_channels, width, patch) if conv_stem else nn.Linear(in_channels * patch**2, width)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(depth))
-        self.layers = nn.ModuleList(TransformerLayer(width, max(1, width // 32)) for _ in range(depth))
+        self.layers = nn.ModuleList(TransformerLayer(width, self.heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 2 * out_channels * patch**2)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -93,11 +95,14 @@ class PatchTrunk(nn.Module):
         grid = (height // self.patch, width // self.patch)
         patches = features if isinstance(self.embed, ConvStem) else patchify(features, self.patch)
         x = self.embed(patches)  # (B, H/p * W/p, D)
-        if self.positions:
+        rotary = None
+        if self.positions == "rotary":
+            rotary = rotary_2d(*grid, x.shape[-1] // self.heads, self.trained_grid, x.device)
+        elif self.positions == "sincos":
             x = x + sincos_2d(*grid, x.shape[-1], x.device).to(x.dtype)
         for conv, layer in zip(self.convs, self.layers, strict=True):
             x = x + conv(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
-            x = layer(x)
+            x = layer(x, rotary=rotary)
         both = unpatchify(self.head(self.norm(x)), self.patch, height, width)  # (B, 2C', H, W)
         return both.unflatten(1, (2, self.out_channels))
 

@@ -19,8 +19,10 @@ from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.layers import (
     Attention,
     FeedForward,
+    Rotary,
     TimestepEmbedding,
     patchify,
+    rotary_2d,
     sincos_2d,
     sincos_tokens,
     unpatchify,
@@ -68,10 +70,16 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
-        self, x: Tensor, c: Tensor, context: Tensor | None, context_mask: Tensor | None, grid: tuple[int, int] | None
+        self,
+        x: Tensor,
+        c: Tensor,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+        grid: tuple[int, int] | None,
+        rotary: Rotary | None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)  # (B, D) each
-        x = x + gate1[:, None] * self.dropout(self.attn(modulate(self.norm1(x), shift1, scale1)))
+        x = x + gate1[:, None] * self.dropout(self.attn(modulate(self.norm1(x), shift1, scale1), rotary=rotary))
         if self.cross is not None and self.cross_norm is not None:
             x = x + self.cross(self.cross_norm(x), context, context_mask)
         if self.conv is not None and grid is not None:
@@ -106,6 +114,13 @@ class DiT(nn.Module):
         self.is_grid = len(latent_shape) == 3
         self.patch = patch if self.is_grid else 1
         self.positions = positions
+        if positions == "rotary" and (not self.is_grid or size.width % (4 * size.heads)):
+            raise UserError(
+                "backbone.positions = rotary needs a grid latent (C, H, W) and heads whose width is a multiple of 4; got "
+                f"a latent {latent_shape}, and {size.width} / {size.heads} values per head."
+            )
+        self.heads = size.heads
+        self.trained_grid = tuple(side // patch for side in latent_shape[1:]) if self.is_grid else None
         grid = tuple(side // patch for side in latent_shape[1:]) if self.is_grid else latent_shape[0]
         self.register_buffer("position_table", _sincos(grid, size.width) if positions == "stored" else None)
         self.grid_channels = grid_channels
@@ -170,15 +185,18 @@ class DiT(nn.Module):
             x, grid = patchify(x, self.patch), (height // self.patch, width // self.patch)
         # In the weights' precision: under autocast the residual stream stays float32, layers compute in a half type.
         x = self.embed(x).to(self.embed.weight.dtype)  # (B, N, D)
-        if self.positions != "none":
+        rotary = None
+        if self.positions == "rotary" and grid is not None:
+            rotary = rotary_2d(*grid, x.shape[-1] // self.heads, self.trained_grid, x.device)
+        elif self.positions != "none":
             x = x + self._positions(x, grid).to(x.dtype)
         c = self.time(t) + self.indicator(unconditional.long())  # (B, D)
         context, seen = seen_context(self.null_context, condition, unconditional)
         for block in self.blocks:
             if self._checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, context, seen, grid, use_reentrant=False)
+                x = checkpoint(block, x, c, context, seen, grid, rotary, use_reentrant=False)
             else:
-                x = block(x, c, context, seen, grid)
+                x = block(x, c, context, seen, grid, rotary)
         shift, scale = self.final_modulation(c).chunk(2, dim=1)
         velocity = self.final(modulate(self.final_norm(x), shift, scale))
         return [unpatchify(velocity, self.patch, *z_t.shape[-2:]) if self.is_grid else velocity]

@@ -85,7 +85,7 @@ class Adapter(Task[DepthConfig]):
     def build_model(self) -> CrossFlow:
         config = self.config
         gaussian = config.source.kind == "gaussian"
-        trunk = None if gaussian else build_trunk(config.source, config.backbone.patch)
+        trunk = None if gaussian else build_trunk(config.source, config.backbone, config.data.image_size)
         source = SourceEncoder(trunk, config.source.kind, self.latent_shape, config.source.noise_scale)
         return CrossFlow(source, build_backbone(config.backbone, self.latent_shape, grid_channels=3 if gaussian else 0))
 

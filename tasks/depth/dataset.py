@@ -2,7 +2,7 @@
 image_size.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,12 @@ class Augmentation(Section):
     flip: bool = True
     """Mirror half of the training pictures."""
     crop: float = Field(1.0, gt=0, le=1)
-    """Smallest side of a random square crop, as a share of the shorter side; 1: the centre crop."""
+    """Smallest side of a random square crop, as a share of the shorter side; 1: squares as high or wide as the picture.
+    """
+    position: Literal["centre", "random"] = "centre"
+    """Where a square of full side lies along the longer side: in the middle, or anywhere, so that every part of the
+    picture is trained on. Smaller crops lie anywhere.
+    """
     colour: float = Field(0.0, ge=0, lt=1)
     """Brightness, contrast and saturation of the training pictures are each multiplied by 1 - colour to 1 + colour."""
 
@@ -40,7 +45,7 @@ def example(item: Item, size: int, augmentation: Augmentation, generator: np.ran
     assert item.image is not None
     assert item.depth is not None
     image, depth = item.image, item.depth
-    if augmentation.crop < 1:
+    if augmentation.crop < 1 or augmentation.position == "random":
         shorter = min(image.shape[:2])
         side = max(1, round(shorter * generator.uniform(augmentation.crop, 1)))
         top, left = (int(generator.integers(0, length - side + 1)) for length in image.shape[:2])

@@ -4,13 +4,25 @@ the RGB.
 
 from torch import nn
 
-from crossflow.core.config import SourceConfig
+from crossflow.core.config import BackboneConfig, SourceConfig
 from crossflow.networks.trunks import PatchTrunk, Reconstructor
 
 
-def build_trunk(config: SourceConfig, patch: int) -> nn.Module:
-    """RGB (B, 3, H, W) in [-1, 1] -> (B, 2, 1, H, W), any H and W that are multiples of `patch`."""
-    return PatchTrunk(3, 1, width=config.width, depth=config.depth, patch=patch, positions=True, log_var=-2.0)
+def build_trunk(config: SourceConfig, backbone: BackboneConfig, image_size: int) -> nn.Module:
+    """RGB (B, 3, H, W) in [-1, 1] -> (B, 2, 1, H, W), any H and W that are multiples of the backbone's patch; rotary
+    positions where the backbone has them. image_size: side of the training pictures in pixels.
+    """
+    side = image_size // backbone.patch
+    return PatchTrunk(
+        3,
+        1,
+        width=config.width,
+        depth=config.depth,
+        patch=backbone.patch,
+        positions="rotary" if backbone.positions == "rotary" else "sincos",
+        trained_grid=(side, side),
+        log_var=-2.0,
+    )
 
 
 def build_reconstructor() -> nn.Module:

@@ -16,6 +16,16 @@ def test_a_patch_trunk_reads_any_size_that_is_a_multiple_of_its_patch() -> None:
         assert abs(both[:, 1].mean() + 2) < 0.3
 
 
+@torch.no_grad()
+def test_a_patch_trunk_with_rotary_positions_reads_every_part_of_a_wide_picture_alike() -> None:
+    torch.manual_seed(0)
+    trunk = PatchTrunk(3, 1, width=32, depth=1, patch=4, positions="rotary", trained_grid=(4, 4))
+    picture = torch.zeros(2, 3, 16, 96)
+    picture[0, :, 4:12, 24:32] = picture[1, :, 4:12, 56:64] = torch.randn(3, 8, 8)
+    left, right = trunk(picture)
+    torch.testing.assert_close(left[..., 16:40], right[..., 48:72])
+
+
 @pytest.mark.parametrize("conv_stem", [False, True])
 def test_a_patch_trunk_knows_where_a_patch_lies_and_what_is_in_it(conv_stem: bool) -> None:
     torch.manual_seed(0)

@@ -12,6 +12,19 @@ from crossflow.tasks.depth.dataset import Augmentation, coloured, example
 from crossflow.tasks.depth.decoder import DepthScale
 
 
+def test_random_positions_cover_wide_and_high_pictures() -> None:
+    ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (20, 100, 3)).copy()
+    for image in (ramp, ramp.transpose(1, 0, 2).copy()):
+        item = Item("a", image, depth=image[..., 0].astype(np.float32) + 1)
+        augmentation = Augmentation(flip=False, position="random")
+        crops = [example(item, 20, augmentation, np.random.default_rng(seed))["depth"] for seed in range(60)]
+        assert min(crop.min() for crop in crops) < 5
+        assert max(crop.max() for crop in crops) > 95
+        assert all(crop.max() - crop.min() == 19 for crop in crops)  # whole squares, not zoomed
+        centre = example(item, 20, Augmentation(flip=False), np.random.default_rng(0))["depth"]
+        assert (centre.min(), centre.max()) == (41, 60)
+
+
 @pytest.mark.parametrize("target", ["log", "linear", "disparity"])
 def test_depth_comes_back_and_latents_have_unit_variance(target) -> None:
     depth = torch.rand(4, 1, 20, 20, generator=torch.Generator().manual_seed(0)) * 8 + 0.5
