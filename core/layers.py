@@ -63,8 +63,8 @@ class Rotary:
     """Positions of a grid of N = H W tokens that extend to grids larger than those of training.
 
     Queries and keys are turned by angles proportional to their row and column, so that attention depends on the
-    difference of two places alone (RoPE, Su et al. 2021; two axes as in Heo et al. 2024). Differences larger than any of
-    training were never learned, so such pairs do not attend: a wide picture is read as its parts would be.
+    difference of two places alone (RoPE, Su et al. 2021; two axes as in Heo et al. 2024). Differences larger than
+    any of training were never learned, so such pairs do not attend: a wide picture is read as its parts would be.
 
     cos, sin: (N, d / 2) for heads of width d; near: (N, N) bool, or None where all pairs attend.
     """
@@ -85,8 +85,8 @@ def rotary_2d(
 ) -> Rotary:
     """The `Rotary` of a grid (row-major) for heads of width `dim`, a multiple of 4.
 
-    A quarter of the angles' wavelengths, geometrically spaced, belongs to rows and columns each. reach: height and width
-    of the largest grid of training; pairs at a larger distance do not attend. None: all pairs do.
+    Half of the angles belong to rows, half to columns, with geometrically spaced wavelengths. reach: height and
+    width of the largest grid of training; pairs at a larger distance do not attend. None: all pairs do.
     """
     assert dim % 4 == 0, f"rotary positions need heads whose width is a multiple of 4, not {dim}"
     cos, sin = _table(_rotary_angles, (height, width, dim), device).unbind(0)

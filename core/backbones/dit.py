@@ -116,8 +116,8 @@ class DiT(nn.Module):
         self.positions = positions
         if positions == "rotary" and (not self.is_grid or size.width % (4 * size.heads)):
             raise UserError(
-                "backbone.positions = rotary needs a grid latent (C, H, W) and heads whose width is a multiple of 4; got "
-                f"a latent {latent_shape}, and {size.width} / {size.heads} values per head."
+                "backbone.positions = rotary needs a grid latent (C, H, W) and heads whose width is a multiple of 4; "
+                f"got a latent {latent_shape}, and {size.width} / {size.heads} values per head."
             )
         self.heads = size.heads
         self.trained_grid = tuple(side // patch for side in latent_shape[1:]) if self.is_grid else None

@@ -14,6 +14,7 @@ from crossflow.data.readers.flickr import FlickrReader
 from crossflow.data.readers.folder import FolderReader
 from crossflow.data.readers.hf import HfReader
 from crossflow.data.readers.hypersim import HypersimReader
+from crossflow.data.readers.joined import SEPARATOR, JoinedReader
 from crossflow.data.readers.jsonl import JsonlReader
 from crossflow.data.readers.karpathy import KarpathyReader
 from crossflow.data.readers.kitti import KittiReader
@@ -78,7 +79,8 @@ def open_reader(
         spec: `PREFIX:PLACE` (`coco:DIR`), `scenes`, `skimage`, or the bare path of data that can be recognised.
             `@train`, `@val`, `@test` or `@all` behind it takes that split whichever one is asked for:
             `folder:Set5@all` validates on all of a small set. Settings of the format come behind a question mark,
-            before that: `kitti:DIR?crop=eigen&cap=none@test`.
+            before that: `kitti:DIR?crop=eigen&cap=none@test`. Several data sets are joined by a plus between spaces:
+            `hypersim:DIR + vkitti:DIR`.
         split: train, val, test, or all.
         image_size: side in pixels at which scenes are rendered (default 64); files keep their own size.
         limit: at most that many items; of files a choice keyed by `seed`, spread over the split.
@@ -89,6 +91,9 @@ def open_reader(
         UserError: unknown prefix, nothing at the place, a layout that does not fit, or no item in the split.
     """
     asked, spec = spec, spec.strip()
+    if SEPARATOR in spec and existing(spec) is None:
+        parts = [open_reader(part, split, image_size=image_size) for part in spec.split(SEPARATOR)]
+        return JoinedReader(parts, limit, seed)
     place, at, forced = spec.rpartition("@")
     if at and forced in SPLITS and existing(spec) is None:
         spec, split = place, forced
@@ -109,6 +114,8 @@ def located(spec: str, folder: Path, *, here_first: bool = True) -> str:
 
     here_first: only when there is nothing at the place from here.
     """
+    if SEPARATOR in spec and existing(spec) is None:
+        return SEPARATOR.join(located(part, folder, here_first=here_first) for part in spec.split(SEPARATOR))
     place, at, forced = spec.strip().rpartition("@")
     split = f"@{forced}" if at and forced in SPLITS else ""
     place = place if split else spec.strip()

@@ -1,0 +1,85 @@
+"""Several data sets as one: `hypersim:DIR + vkitti:DIR`, as zero-shot depth is trained."""
+
+import copy
+import functools
+import hashlib
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from crossflow.data.item import BadItem, Item
+from crossflow.data.reader import Reader
+from crossflow.data.splits import chosen
+
+SEPARATOR = " + "
+
+
+class JoinedReader(Reader):
+    """The items of `readers`, one data set after the other; ids begin with the format and number of their data set.
+
+    It has the fields that all of them have. limit: maximum number of items, spread over all; seed: decides which.
+    """
+
+    def __init__(self, readers: Sequence[Reader], limit: int | None = None, seed: int = 0) -> None:
+        self.readers = list(readers)
+        self.spec = SEPARATOR.join(reader.spec for reader in readers)
+        self.split = readers[0].split if len({reader.split for reader in readers}) == 1 else "all"
+        self.fields = frozenset.intersection(*(reader.fields for reader in readers))
+        self.together = max(reader.together for reader in readers)
+        self._starts = [0, *accumulate(len(reader) for reader in readers)]
+        ids = [self._name(number, id) for number, reader in enumerate(readers) for id in reader.ids]
+        self._places = range(len(ids)) if limit is None or limit >= len(ids) else chosen(ids, limit, seed)
+        self.ids = [ids[place] for place in self._places]
+
+    def _name(self, number: int, id: str) -> str:
+        return f"{self.readers[number].spec.partition(':')[0]}-{number + 1}/{id}"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """(number of the data set, index inside it) of item `index`."""
+        place = self._places[index]
+        number = bisect_right(self._starts, place) - 1
+        return number, place - self._starts[number]
+
+    def __getitem__(self, index: int) -> Item:
+        item = self.load([index])[0]
+        if isinstance(item, BadItem):
+            raise item
+        return item
+
+    def load(self, indices: Sequence[int]) -> list[Item | BadItem]:
+        """Each data set loads its items in one call."""
+        located = [self._locate(index) for index in indices]
+        items: list[Item | BadItem | None] = [None] * len(located)
+        for number, reader in enumerate(self.readers):
+            slots = [slot for slot, (owner, _) in enumerate(located) if owner == number]
+            for slot, item in zip(slots, reader.load([located[slot][1] for slot in slots]), strict=True):
+                name = self._name(number, item.id)
+                items[slot] = BadItem(name, item.reason) if isinstance(item, BadItem) else replace(item, id=name)
+        return [item for item in items if item is not None]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        number, inner = self._locate(index)
+        return self.readers[number].captions(inner)
+
+    @functools.cached_property
+    def problems(self) -> dict[str, str]:  # type: ignore[override]
+        return {
+            self._name(number, id): reason
+            for number, reader in enumerate(self.readers)
+            for id, reason in reader.problems.items()
+        }
+
+    def having(self, fields: Collection[str]) -> "JoinedReader":
+        reader = copy.copy(self)
+        reader.readers = [part.having(fields) for part in self.readers]
+        reader.needs = frozenset(fields)
+        reader.__dict__.pop("problems", None)
+        return reader
+
+    def fingerprint(self) -> str:
+        """Of the fingerprints of all data sets, in their order, and of the items that a limit leaves."""
+        digest = hashlib.blake2b("\n".join(reader.fingerprint() for reader in self.readers).encode(), digest_size=16)
+        if len(self.ids) < self._starts[-1]:
+            digest.update("\n".join(self.ids).encode())
+        return digest.hexdigest()

@@ -1,0 +1,60 @@
+"""Several data sets as one: order, ids, limits, what is bad, and the fingerprint."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crossflow.core.errors import UserError
+from crossflow.data.item import BadItem
+from crossflow.data.readers import located, open_reader, require
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[str, str]:
+    """Three pictures in a/, two (one damaged) in b/; the grey level counts them."""
+    for folder, levels in (("a", (0, 1, 2)), ("b", (3, 4))):
+        (tmp_path / folder).mkdir()
+        for level in levels:
+            Image.fromarray(np.full((4, 6, 3), level, np.uint8)).save(tmp_path / folder / f"{level}.png")
+    (tmp_path / "b" / "4.png").write_bytes(b"no picture")
+    return f"folder:{tmp_path}/a@all", f"folder:{tmp_path}/b@all"
+
+
+def test_items_follow_each_other_in_the_order_of_the_specs(folders: tuple[str, str]):
+    reader = open_reader(" + ".join(folders), "train")
+    assert reader.ids == ["folder-1/0.png", "folder-1/1.png", "folder-1/2.png", "folder-2/3.png", "folder-2/4.png"]
+    good = [item for item in reader.load([3, 0, 2]) if not isinstance(item, BadItem)]
+    assert [(item.id, int(item.image[0, 0, 0])) for item in good] == [
+        ("folder-2/3.png", 3),
+        ("folder-1/0.png", 0),
+        ("folder-1/2.png", 2),
+    ]
+    with pytest.raises(BadItem, match=r"folder-2/4\.png"):
+        reader[4]
+    swapped = open_reader(" + ".join(reversed(folders)), "train")
+    assert swapped.fingerprint() != reader.fingerprint() == open_reader(" + ".join(folders), "train").fingerprint()
+
+
+def test_a_limit_spreads_over_all_data_sets(folders: tuple[str, str]):
+    whole = open_reader(" + ".join(folders), "train")
+    limited = open_reader(" + ".join(folders), "train", limit=3)
+    assert len(limited) == 3
+    assert set(limited.ids) < set(whole.ids)
+    assert limited.fingerprint() != whole.fingerprint()
+    assert [item.id for item in limited.load(range(3))] == limited.ids
+
+
+def test_joined_data_have_the_fields_that_all_parts_have(folders: tuple[str, str]):
+    reader = open_reader(f"{folders[0]} + scenes", "train", image_size=8, limit=4)
+    assert reader.fields == {"image"}
+    assert require(reader, {"image"}, "sr").needs == {"image"}
+    with pytest.raises(UserError, match="no depth"):
+        require(reader, {"image", "depth"}, "depth")
+
+
+def test_each_part_is_looked_for_where_the_run_was_started(tmp_path: Path, folders: tuple[str, str]):
+    assert located("folder:a@all + scenes + folder:b", tmp_path) == (
+        f"folder:{tmp_path}/a@all + scenes + folder:{tmp_path}/b"
+    )
