@@ -22,8 +22,7 @@ def command(
     value: str, source: str | None,
 ) -> None:  # fmt: skip
     """Flow an output back to its source latent, and forward again; writes the latent and what came of it."""
-    from safetensors.torch import save_file
-
+    from crossflow.core.files import write_tensors
     from crossflow.engine import latents
 
     pipe, given = use.pipe, {"solver": "heun", "steps": 50, **use.settings}
@@ -43,6 +42,6 @@ def command(
         ) from error
     folder = use.output or Path("outputs") / "invert"
     write_all(use, [again], ["re-generated"], folder, input=value, settings=given)
-    save_file({"z0": z0.contiguous()}, folder / "latent.safetensors")
+    write_tensors(folder / "latent.safetensors", {"z0": z0})
     say(f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "
         f"Root mean squared error of the re-generated latent: {rmse:.2g}.")  # fmt: skip

@@ -139,16 +139,17 @@ def shared_ids(readers: Mapping[str, Reader]) -> dict[tuple[str, str], list[str]
 
 def write(inspection: Inspection, folder: Path) -> list[Path]:
     """SPLIT.json, the sheet as SPLIT.png, and bad items as SPLIT_bad.tsv; returns what was written."""
-    from crossflow.data.images import save_png, write_bytes
+    from crossflow.core.files import write_atomically
+    from crossflow.data.images import save_png
 
     name = inspection.split
-    files = [write_bytes(folder / f"{name}.json", json.dumps(inspection.describe(), indent=1).encode() + b"\n")]
+    files = [write_atomically(folder / f"{name}.json", json.dumps(inspection.describe(), indent=1) + "\n")]
     if inspection.sheet is not None:
         files.append(save_png(inspection.sheet, folder / f"{name}.png", {"spec": inspection.spec, "split": name}))
     bad = folder / f"{name}_bad.tsv"
     if inspection.bad:
         lines = ("\t".join(" ".join(text.split()) for text in pair) for pair in inspection.bad.items())
-        files.append(write_bytes(bad, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")))
+        files.append(write_atomically(bad, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")))
     else:
         bad.unlink(missing_ok=True)  # of an earlier look at data that were mended since
     return files

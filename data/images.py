@@ -209,7 +209,7 @@ def save_png(array: np.ndarray, path: str | Path, metadata: Mapping[str, Any] | 
         info.add_text(key, printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", pnginfo=info)
-    return write_bytes(Path(path), buffer.getvalue())
+    return write_atomically(Path(path), buffer.getvalue())
 
 
 def save_depth_png(
@@ -234,13 +234,6 @@ def save_depth_png(
             f"{65535 / units_per_metre:.1f} m; choose fewer units per metre"
         )
     return save_png(units.astype(np.uint16), path, {"units_per_metre": units_per_metre, **(metadata or {})})
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file, in a folder that is made when missing, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
-    return path
 
 
 def printable(text: str) -> str:

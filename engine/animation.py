@@ -5,7 +5,6 @@ Frames are uint8 (H, W, 3), all of one size.
 
 import importlib.util
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from crossflow.core.errors import UserError
-from crossflow.data.images import write_bytes
+from crossflow.core.files import replacing, write_atomically
 
 SMALL, LARGE = 256, 640
 """Sides in pixels: smaller frames grow by whole pixels, and a GIF, whose size has no bounds, is not larger."""
@@ -28,7 +27,7 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, fps: float = 8.0) -> Path
     buffer = io.BytesIO()
     duration = max(20, round(1000 / fps))  # milliseconds; viewers slow down what is faster
     pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
-    return write_bytes(path, buffer.getvalue())
+    return write_atomically(path, buffer.getvalue())
 
 
 def can_write_mp4() -> bool:
@@ -50,20 +49,18 @@ def save_mp4(frames: Sequence[np.ndarray], path: Path, fps: float = 8.0) -> Path
         np.pad(one, [(0, one.shape[0] % 2), (0, one.shape[1] % 2), (0, 0)], mode="edge") for one in enlarged(frames)
     ]
     height, width = even[0].shape[:2]
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Blocks of 1: the frames are even, and ffmpeg would otherwise resize them to multiples of 16.
-        writer = imageio_ffmpeg.write_frames(str(temporary), (width, height), fps=fps, quality=8, macro_block_size=1)
-        writer.send(None)
-        for frame in even:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            # Blocks of 1: the frames are even, and ffmpeg would otherwise resize them to multiples of 16.
+            writer = imageio_ffmpeg.write_frames(
+                str(temporary), (width, height), fps=fps, quality=8, macro_block_size=1
+            )
+            writer.send(None)
+            for frame in even:
+                writer.send(np.ascontiguousarray(frame))
+            writer.close()
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} could not be written by ffmpeg: {' '.join(str(error).split())[-300:]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

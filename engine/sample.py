@@ -5,7 +5,6 @@ pipe = crossflow.load("runs/t2i")
 pictures = pipe(["a red cube"], seed=1)
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from crossflow.core import distributed, sampling
 from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
+from crossflow.core.files import read_tensors, write_atomically, write_tensors
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import item_noise
 from crossflow.core.settings import build, dump
@@ -89,19 +89,11 @@ def _load_model(task: Task, path: Path) -> CrossFlow:
 
 def _load_weights(model: CrossFlow, path: Path) -> None:
     """Raises UserError unless the file holds exactly the model's tensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise UserError(
             f"{path.parent} has no {path.name}: the run has not saved weights yet, or the file was removed."
         )
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged and cannot be read ({error}). Use another checkpoint of the run."
-        ) from error
+    state = read_tensors(path, "Use another checkpoint of the run.")
     expected = model.state_dict()
     wrong = [
         *(f"{key} is missing" for key in expected if key not in state),
@@ -260,17 +252,11 @@ class Pipeline:
 
     def save(self, folder: str | Path) -> Path:
         """Writes a complete run directory (configuration, weights, tokenizer, codec); returns it."""
-        from safetensors.torch import save_file
-
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        (target / "config.yaml").write_text(dump(self.task.config))
-        state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
+        write_atomically(target / "config.yaml", dump(self.task.config))
         for kind in {"model", self.weights}:
-            # The model may be mapped from the very file that is replaced.
-            part = target / f".{WEIGHTS[kind]}.part"
-            save_file(state, part)
-            os.replace(part, target / WEIGHTS[kind])
+            write_tensors(target / WEIGHTS[kind], self.model.state_dict())
         self.task.save(target)
         if self.folder is not None and self.folder.resolve() != target.resolve():
             for name in PROVENANCE:

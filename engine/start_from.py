@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import read_tensors
 from crossflow.engine.folder import OBJECTIVE, WEIGHTS
+
+ADVICE = "Start from another run."
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ def start_from(source: str | Path, objective: nn.Module) -> Start:
     folder = Path(source).expanduser()
     weights = {f"model.{name}": value for name, value in _read_generator(folder).items()}
     if (folder / OBJECTIVE).is_file():
-        weights |= _read(folder / OBJECTIVE)  # not averaged: there is one version of these
+        # Not averaged: there is one version of these.
+        weights |= read_tensors(folder / OBJECTIVE, ADVICE)
     state = objective.state_dict()
     matching = {name for name, value in state.items() if name in weights and weights[name].shape == value.shape}
     if not any(name.startswith("model.") for name in matching):
@@ -52,18 +56,8 @@ def start_from(source: str | Path, objective: nn.Module) -> Start:
 def _read_generator(folder: Path) -> dict[str, Tensor]:
     for name in WEIGHTS.values():
         if (folder / name).is_file():
-            return _read(folder / name)
+            return read_tensors(folder / name, ADVICE)
     raise UserError(
         f"train.start_from = {folder} is not a run with weights: it has neither {' nor '.join(WEIGHTS.values())}. Give "
         "a run directory, of `crossflow train` or `crossflow convert`."
     )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged and cannot be read ({error}). Start from another run.") from error

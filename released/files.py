@@ -5,7 +5,6 @@ safetensors file as a stream, so that a file larger than the memory can be rewri
 """
 
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import replacing
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -149,7 +149,7 @@ def size_of(pieces: Iterable[Piece]) -> int:
 
 
 def write_safetensors(path: Path, pieces: Iterable[Piece], on_bytes: OnBytes = lambda count: None) -> None:
-    """Writes a safetensors file one tensor at a time and forces it to the disk.
+    """Writes a safetensors file one tensor at a time, whole or not at all.
 
     Format: length of the header (8 bytes, little endian), header (JSON: type, shape and place of each tensor), data.
     """
@@ -166,7 +166,7 @@ def write_safetensors(path: Path, pieces: Iterable[Piece], on_bytes: OnBytes = l
         place = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for piece in ordered:
             tensor = piece.make()
@@ -174,8 +174,6 @@ def write_safetensors(path: Path, pieces: Iterable[Piece], on_bytes: OnBytes = l
             assert same, f"{piece.name} is {tensor.shape}, announced as {piece.empty.shape}"
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             on_bytes(tensor.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class _Counting:
@@ -194,12 +192,10 @@ class _Counting:
 
 
 def write_torch(path: Path, pieces: Iterable[Piece], on_bytes: OnBytes = lambda count: None) -> None:
-    """Writes a state dict in torch's format and forces it to the disk; each tensor has a storage of its own."""
+    """Writes a state dict in torch's format, whole or not at all; each tensor has a storage of its own."""
     state = {piece.name: _apart(piece.make()) for piece in pieces}
-    with path.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(state, _Counting(file, on_bytes))  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _apart(tensor: Tensor) -> Tensor:

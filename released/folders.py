@@ -2,7 +2,6 @@
 at all.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import replacing_folder
 from crossflow.released.files import Piece, size_of
 
 ORIGIN_FILE = "released.json"
@@ -72,16 +72,7 @@ def check_disk(path: Path, size: int) -> None:
 
 @contextmanager
 def whole(folder: Path, size: int) -> Iterator[Path]:
-    """A folder that is filled beside `folder` and takes its name at the end; what is left of one that was broken off
-    earlier is removed first.
-    """
+    """A folder that is filled beside `folder` and takes its name at the end; UserError unless `size` bytes fit."""
     check_disk(folder, size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.absolute().parent / f".{folder.absolute().name}.converting"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        os.replace(part, folder)  # onto an empty folder, or none
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with replacing_folder(folder) as temporary:
+        yield temporary

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,14 +69,8 @@ def to_file(
         piece for entry in entries(tensors, rules.rules) for piece in _original(entry, tensors[entry.name], absent)
     ]
     check_disk(path, size_of(pieces))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write = write_safetensors if path.suffix == ".safetensors" else write_torch
-        write(part, pieces, counter(progress, pieces))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write = write_safetensors if path.suffix == ".safetensors" else write_torch
+    write(path, pieces, counter(progress, pieces))
     return Converted(path, origin.get("name", folder.name), origin["kind"], len(pieces), origin.get("dropped", {}))
 
 

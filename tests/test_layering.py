@@ -85,6 +85,15 @@ def arguments(node: ast.Call) -> dict[str, str]:
     return {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg}
 
 
+# What only one place does: the names, and the files (or folders) that may use them.
+ALONE = {
+    "yaml": ("core/settings.py",),
+    "safetensors": ("core/files.py", "released/files.py"),  # the latter streams files larger than the memory
+    "os.replace": ("core/files.py",),
+    "tempfile.mkstemp": ("core/files.py",),
+}
+
+
 def broken_rules(path: Path, source: str, roots: set[str]) -> list[str]:
     """`LINE: what is wrong` for a module at `path` (relative to the root)."""
     tree = ast.parse(source)
@@ -96,6 +105,8 @@ def broken_rules(path: Path, source: str, roots: set[str]) -> list[str]:
         words = name.split(".")
         if words[0] in roots:
             broken.append(f"{line}: imports {name} by its bare name; write crossflow.{name}")
+        if words[0] in ALONE and path.as_posix() not in ALONE[words[0]]:
+            broken.append(f"{line}: imports {words[0]}; only {', '.join(ALONE[words[0]])} does")
         if words[0] != "crossflow" or words[1:] in ([], ["__version__"]):
             continue
         if height(words[1]) > height(part):
@@ -108,6 +119,8 @@ def broken_rules(path: Path, source: str, roots: set[str]) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         name, given = called(node), arguments(node)
+        if "." in name and path.as_posix() not in ALONE.get(name, (path.as_posix(),)):
+            broken.append(f"{node.lineno}: calls {name}; only {', '.join(ALONE[name])} does")
         if name in ("print", "rich.print", "click.echo", "click.secho") and part not in ("cli", "commands"):
             broken.append(f"{node.lineno}: prints; only cli.py and commands/ do")
         if name == "torch.load" and given.get("weights_only") != "True":
@@ -156,6 +169,9 @@ def test_module_keeps_the_rules(path: Path):
         ("core/a.py", "np.load(path, allow_pickle=True)", "allow_pickle"),
         ("core/a.py", "pickle.load(file)", "pickle.load"),
         ("core/a.py", "yaml.load(text)", "yaml.load"),
+        ("tasks/a.py", "def f():\n    from safetensors.torch import save_file", "only core/files.py"),
+        ("engine/a.py", "os.replace(part, path)", "calls os.replace"),
+        ("data/a.py", "import yaml", "only core/settings.py"),
         ("core/a.py", "class Loader(yaml.Loader):\n    pass\nyaml.load(text, Loader)", "yaml.load"),
     ],
 )

@@ -10,7 +10,6 @@ N pictures, D width of the features.
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from crossflow.benchmarks.evaluation.plan import with_options
 from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core import distributed
 from crossflow.core.errors import UserError
-from crossflow.core.files import user_cache
+from crossflow.core.files import read_metadata, read_tensors, user_cache, write_tensors
 from crossflow.data.dataset import Examples
 from crossflow.data.item import Item
 from crossflow.data.readers import open_reader, require
@@ -65,25 +64,18 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """As .safetensors, whole or not at all; `read_statistics` reads it."""
-        from safetensors.numpy import save_file
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {"total": self.total, "products": self.products, "kept": self.features()}
         about = {"count": self.count, **self.about}
-        save_file(tensors, temporary, metadata={"statistics": json.dumps(about, ensure_ascii=False)})
-        os.replace(temporary, path)
+        write_tensors(path, tensors, {"statistics": json.dumps(about, ensure_ascii=False)})
 
 
 def read_statistics(path: Path) -> Statistics:
     """What `Statistics.save` wrote. Raises UserError when the file holds something else."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {})["statistics"])
-            total, products, kept = (file.get_tensor(name) for name in ("total", "products", "kept"))
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        about = json.loads(read_metadata(path)["statistics"])
+        tensors = read_tensors(path)
+        total, products, kept = (tensors[name].numpy() for name in ("total", "products", "kept"))
+    except (UserError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} holds no statistics of pictures ({error}); make them with crossflow statistics."
         ) from error

@@ -6,7 +6,6 @@ evaluation; what another one left there is removed.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from crossflow.core.files import DamagedFile, read_metadata, read_tensors, write_atomically, write_tensors
 from crossflow.tasks.base import Tile
 
 
@@ -42,11 +42,9 @@ class Ledger:
         if folder.is_dir() and (folder / "identity").is_file() and (folder / "identity").read_text() != key:
             self.remove()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "identity").write_text(key)
+        write_atomically(folder / "identity", key)
 
     def add(self, part: Part) -> None:
-        from safetensors.numpy import save_file
-
         tiles = {
             f"tile/{number}/{place}": np.ascontiguousarray(tile.image)
             for number, page in part.pages.items()
@@ -60,10 +58,8 @@ class Ledger:
         }
         arrays = {f"array/{name}": np.ascontiguousarray(value) for name, value in part.arrays.items()}
         path = self.folder / f"{part.numbers[0]:08d}-{part.numbers[-1]:08d}.safetensors"
-        temporary = path.with_suffix(f".{os.getpid()}")
         tensors = {"numbers": np.asarray(part.numbers, dtype=np.int64), **arrays, **tiles}
-        save_file(tensors, temporary, metadata={"part": json.dumps(about, ensure_ascii=False)})
-        os.replace(temporary, path)
+        write_tensors(path, tensors, {"part": json.dumps(about, ensure_ascii=False)})
 
     def parts(self) -> Iterator[Part]:
         """The finished batches in order; a file that cannot be read counts as not finished."""
@@ -83,13 +79,10 @@ class Ledger:
 
 
 def _read(path: Path) -> Part | None:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {})["part"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, KeyError):
+        about = json.loads(read_metadata(path)["part"])
+        tensors = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
+    except (DamagedFile, ValueError, KeyError):
         return None
     pages = {
         number: [Tile(tensors[f"tile/{number}/{place}"], text) for place, text in enumerate(texts)]

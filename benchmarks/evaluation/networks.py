@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import read_tensors
 from crossflow.networks.frozen import freeze, load_public, weights_checksum
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -151,11 +152,9 @@ def _timm(source: str, name: str, place: str) -> FeatureNetwork:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file; nothing in it is run. Raises UserError."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader raises something else on damaged files
         raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:300]}") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import tensor_shapes
 from crossflow.core.sampling import count_evaluations
 from crossflow.core.settings import read
 from crossflow.core.solvers import SOLVERS
@@ -215,21 +216,15 @@ def evaluations(sample: Mapping[str, Any] | None) -> int | None:
 def parameters(run: Path) -> dict[str, int] | None:
     """Number of parameters by part, from the header of the run's weights; None without weights.
 
-    Raises ValueError for a damaged file.
+    Raises DamagedFile.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = next((run / name for name in ("model.safetensors", "ema.safetensors") if (run / name).is_file()), None)
     if path is None:
         return None
     counts: dict[str, int] = {}
-    try:
-        with safe_open(path, framework="numpy") as weights:
-            for name in weights.keys():  # noqa: SIM118 (no mapping)
-                part = PARTS.get(name.partition(".")[0], "other")
-                counts[part] = counts.get(part, 0) + math.prod(weights.get_slice(name).get_shape())
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged ({error})") from error
+    for name, shape in tensor_shapes(path).items():
+        part = PARTS.get(name.partition(".")[0], "other")
+        counts[part] = counts.get(part, 0) + math.prod(shape)
     return counts
 
 

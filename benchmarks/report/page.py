@@ -86,8 +86,7 @@ def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple
     pictures = folder / f"{name}_pictures"
     for block in blocks:
         if isinstance(block, Picture):
-            pictures.mkdir(exist_ok=True)
-            (pictures / f"{block.name}.png").write_bytes(block.png)
+            write_atomically(pictures / f"{block.name}.png", block.png)
     markdown, page = folder / f"{name}.md", folder / f"{name}.html"
     lines = [f"# {title}", *(_markdown(block, pictures.name) for block in blocks)]
     write_atomically(markdown, "\n\n".join(lines) + "\n")

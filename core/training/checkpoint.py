@@ -8,7 +8,6 @@ renamed. Nothing in it is a pickle.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crossflow.core.errors import UserError
-from crossflow.core.files import is_full, size_in_words, sync, sync_folder
+from crossflow.core.files import (
+    TEMPORARY,
+    is_full,
+    link_or_copy,
+    remove_temporaries,
+    size_in_words,
+    sync_folder,
+    write_atomically,
+    write_tensors,
+)
+from crossflow.core.files import read_tensors as read_file
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 STATE = "state.json"
-TEMPORARY = ".tmp-"
 # What the json files, the folder and the file system's own bookkeeping may need beside the tensors.
 _MARGIN = 2**20
 
@@ -92,8 +99,8 @@ def write_checkpoint(
         temporary.mkdir()
         for name, values in tensors.items():
             if values:
-                _write_tensors(temporary / f"{name}.safetensors", values)
-        _write_json(temporary / STATE, state)
+                write_tensors(temporary / f"{name}.safetensors", values)
+        write_atomically(temporary / STATE, _json(state))
         files: dict[str, dict[str, Any]] = {
             path.name: {"bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
         }
@@ -101,7 +108,7 @@ def write_checkpoint(
             digests = pool.map(lambda name: _sha256(temporary / name), files)
             for name, digest in zip(files, digests, strict=True):
                 files[name]["sha256"] = digest
-        _write_json(temporary / MANIFEST, {"format": FORMAT, "step": step, "files": files})
+        write_atomically(temporary / MANIFEST, _json({"format": FORMAT, "step": step, "files": files}))
         sync_folder(temporary)
         if final.exists():  # written by a continuation that was given up
             given_up = root / f"{TEMPORARY}old-{final.name}"
@@ -132,22 +139,13 @@ def publish(checkpoint: Path, names: tuple[str, ...], folder: Path) -> None:
         source, target = checkpoint / f"{name}.safetensors", folder / f"{name}.safetensors"
         if not source.exists() or (target.exists() and target.samefile(source)):
             continue
-        temporary = folder / f"{TEMPORARY}{target.name}"
-        temporary.unlink(missing_ok=True)
         try:
-            try:
-                os.link(source, temporary)
-            except OSError:
-                shutil.copyfile(source, temporary)
-                sync(temporary)
-            temporary.replace(target)
+            link_or_copy(source, target)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             if is_full(error):
                 needed, free = source.stat().st_size, shutil.disk_usage(folder).free
                 raise NoSpace(folder, int(checkpoint.name[5:]), needed, free) from error
             raise
-    sync_folder(folder)
 
 
 def verify(path: Path) -> None:
@@ -226,7 +224,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     """The tensors of file `name` (without ending) of a checkpoint, on the CPU; none when there is no such file."""
     file = path / f"{name}.safetensors"
-    return load_file(file) if file.exists() else {}
+    return read_file(file, "Resume from another checkpoint.") if file.exists() else {}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -255,12 +253,6 @@ def load_optimizer(
     optimizer.load_state_dict({"state": slots, "param_groups": present["param_groups"]})
 
 
-def remove_temporaries(root: Path) -> None:
-    """Removes what an interrupted write left behind in `root`."""
-    for path in root.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _remove(path: Path) -> None:
     """Removes a checkpoint so that a crash in between does not leave half of one under a checkpoint's name."""
     doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
@@ -268,21 +260,8 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    seen: set[int] = set()
-    independent = {}
-    for name, tensor in tensors.items():
-        # The format knows no shared memory, so tied weights are written once per name.
-        shared = tensor.untyped_storage().data_ptr() in seen
-        seen.add(tensor.untyped_storage().data_ptr())
-        independent[name] = tensor.detach().contiguous().clone() if shared else tensor.detach().contiguous()
-    save_file(independent, path)
-    sync(path)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    sync(path)
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 def _sha256(path: Path) -> str:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.files import write_atomically
 
 # Modules whose presence makes a tracker usable.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -148,12 +149,7 @@ class MetricsFile:
             return {}
         lines = [(text, _parse(text)) for text in self.path.read_text(encoding="utf-8").splitlines()]
         kept = [(text, line) for text, line in lines if line is not None and line["step"] <= step]
-        temporary = self.path.with_name(f".tmp-{self.path.name}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(text + "\n" for text, _ in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_atomically(self.path, "".join(text + "\n" for text, _ in kept))
         return {line["kind"]: line for _, line in kept}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from crossflow.core import distributed
 from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
+from crossflow.core.files import remove_temporaries
 from crossflow.core.noise import key
 from crossflow.core.settings import flat
 from crossflow.core.training import checkpoint as state
@@ -436,8 +437,8 @@ class Trainer:
                     f"{self.run_dir} cannot be made ({error.strerror}). Choose another --output."
                 ) from error
             found = state.find_checkpoint(self.checkpoints, resume)
-            state.remove_temporaries(self.checkpoints)
-            state.remove_temporaries(self.run_dir)
+            remove_temporaries(self.checkpoints)
+            remove_temporaries(self.run_dir)
             step = 0 if found is None else int(state.read_state(found)["step"])
             lines = self.metrics.truncate(step)
             self.metrics.path.touch()  # from now on the folder holds a run

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.core.files import size_in_words
+from crossflow.core.files import TEMPORARY, size_in_words
 from crossflow.data.cache import shards
 from crossflow.data.cache.extract import STORAGE, Extractor, Features
 from crossflow.data.cache.keys import KEY_BYTES, item_key
@@ -270,7 +270,7 @@ class Builder:
 
     def _sweep(self) -> None:
         """Removes what killed writes left; a younger file may be another process's that is being written."""
-        for path in self.folder.glob(".*.part*"):
+        for path in self.folder.glob(f"{TEMPORARY}*"):
             with contextlib.suppress(FileNotFoundError):  # another process swept it
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()

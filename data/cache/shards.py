@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from crossflow.core.errors import UserError
-from crossflow.core.files import is_full, size_in_words, write_atomically
+from crossflow.core.files import encode_tensors, is_full, size_in_words, write_atomically
 
 DTYPES = {  # numpy has no bfloat16; its bits are kept in integers
     "F32": (torch.float32, np.float32),
@@ -51,9 +51,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, A
 
     The same tensors give the same bytes. Raises UserError when the disk is full.
     """
-    from safetensors.torch import save
-
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    content = encode_tensors(tensors)
     record = {
         "file": path.name,
         "bytes": len(content),

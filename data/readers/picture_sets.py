@@ -1,7 +1,6 @@
 """`imagenet:DIR`, `div2k:DIR`, `set5:DIR`, `set14:DIR`, `b100:DIR`, `urban100:DIR`: pictures for super-resolution."""
 
 import hashlib
-import io
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.core.files import user_cache
+from crossflow.core.files import user_cache, write_array
 from crossflow.data.files import IMAGE_SUFFIXES, image_files, inside, with_links
 from crossflow.data.item import Record
 from crossflow.data.reader import FileReader, Listing
@@ -196,11 +195,7 @@ def _shorter_side(root: Path, name: str, allowed: Sequence[Path]) -> int:
 
 def keep(path: Path, array: np.ndarray) -> None:
     """Writes an array to the cache directory; says so when that cannot be written to."""
-    from crossflow.data.images import write_bytes
-
-    content = io.BytesIO()
-    np.save(content, array, allow_pickle=False)
     try:
-        write_bytes(path, content.getvalue())
+        write_array(path, array)
     except OSError as error:
         logger.warning("%s cannot be written (%s), so it will be computed again.", path, error)

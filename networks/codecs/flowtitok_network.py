@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.files import read_tensors, write_tensors
 from crossflow.core.layers import Attention, patchify, unpatchify
 from crossflow.networks.frozen import write_json
 
@@ -221,19 +222,14 @@ class FlowTiTok(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors to `folder`, which is created if necessary."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_config(folder)
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / WEIGHTS_FILE)
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """The network that `save_pretrained` wrote. Raises UserError for missing, damaged or mismatched files."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = Path(folder)
         if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
             raise UserError(
@@ -244,10 +240,10 @@ class FlowTiTok(nn.Module):
             config = FlowTiTokConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
             with torch.device("meta"):
                 network = cls(config)
-            network.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
+            network.load_state_dict(read_tensors(folder / WEIGHTS_FILE), assign=True)
         except UserError:
             raise
-        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"The FlowTiTok in {folder} cannot be read: {' '.join(str(error).split())[:300]}"
             ) from error

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import settle
 from crossflow.networks.codecs.base import SETTINGS_FILE, WEIGHTS_FOLDER, Codec, PerChannel, Record, read_record
 from crossflow.networks.frozen import expect_checksum, freeze, weights_checksum
 
@@ -79,6 +80,7 @@ class NetworkCodec(Codec):
         embed = embed or self.source is None
         if embed:
             self.network.save_pretrained(Path(folder) / WEIGHTS_FOLDER)
+            settle(Path(folder) / WEIGHTS_FOLDER)
         return super().save(folder, embed)
 
     def record(self, embed: bool = False) -> Record:

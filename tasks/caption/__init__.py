@@ -21,6 +21,7 @@ from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.config import Config, Section
 from crossflow.core.errors import UserError
+from crossflow.core.files import read_tensors, write_atomically
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import key, keyed_generator
@@ -252,7 +253,7 @@ class Adapter(Task[CaptionConfig]):
         self.codec.save(folder / FOLDER)
         self.text.save(folder / TEXT_FOLDER)
         if self.text_report is not None:
-            (folder / TEXT_FOLDER / "report.json").write_text(json.dumps(self.text_report, indent=1))
+            write_atomically(folder / TEXT_FOLDER / "report.json", json.dumps(self.text_report, indent=1))
 
     def load(self, folder: Path) -> None:
         if self.config.caption.t2i is not None:
@@ -263,10 +264,8 @@ class Adapter(Task[CaptionConfig]):
             self.codec = read_codec(folder)
             self.text = TextAutoencoder.load(folder / TEXT_FOLDER).requires_grad_(self.config.caption.joint)
             if self.config.caption.joint and (folder / "objective.safetensors").is_file():
-                from safetensors.torch import load_file
-
                 # What was saved before the flow is where its joint training began.
-                learned = load_file(folder / "objective.safetensors")
+                learned = read_tensors(folder / "objective.safetensors")
                 self.text.load_state_dict(
                     {name.removeprefix(JOINT): value for name, value in learned.items() if name.startswith(JOINT)}
                 )
@@ -359,9 +358,7 @@ class Adapter(Task[CaptionConfig]):
         return []
 
     def write_output(self, output: str, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
-        path = stem.with_name(f"{stem.name}.txt")
-        path.write_text(output + "\n", encoding="utf-8")
-        return [path]
+        return [write_atomically(stem.with_name(f"{stem.name}.txt"), output + "\n")]
 
     # -- scoring
 

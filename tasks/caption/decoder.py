@@ -9,7 +9,6 @@ B batch, N tokens, V vocabulary, C channels, H W height width.
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import read_tensors, write_tensors
 from crossflow.core.noise import keyed_generator
 from crossflow.core.source import LOG_VAR_RANGE, Posterior
 from crossflow.networks.frozen import write_json
@@ -233,14 +233,10 @@ class TextAutoencoder(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Writes weights, settings and tokenizer to `folder` (made if need be) and returns it."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-        part = folder / (WEIGHTS_FILE + ".part")
-        save_file({name: value.detach().contiguous() for name, value in self.state_dict().items()}, part)
-        os.replace(part, folder / WEIGHTS_FILE)
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
         write_json(
             folder / SETTINGS_FILE, {"latent_shape": list(self.latent_shape), "config": self.config.model_dump()}
         )
@@ -249,8 +245,6 @@ class TextAutoencoder(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """The autoencoder saved in `folder`, in evaluation mode. Raises UserError when there is none."""
-        from safetensors.torch import load_file
-
         folder = Path(folder)
         if not (folder / SETTINGS_FILE).is_file():
             raise UserError(f"{str(folder)!r} holds no text autoencoder: there is no {SETTINGS_FILE} in it.")
@@ -258,7 +252,7 @@ class TextAutoencoder(nn.Module):
         tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
         config = TextAutoencoderConfig.model_validate(settings["config"])
         autoencoder = cls(tokenizer, tuple(settings["latent_shape"]), config)
-        autoencoder.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        autoencoder.load_state_dict(read_tensors(folder / WEIGHTS_FILE))
         return autoencoder.eval()
 
     def _statistics(self, raw: Tensor) -> tuple[Tensor, Tensor]:

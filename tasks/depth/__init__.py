@@ -17,6 +17,7 @@ from torch import Tensor
 from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.config import Config, Section
+from crossflow.core.files import write_array
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
@@ -166,8 +167,7 @@ class Adapter(Task[DepthConfig]):
         """
         representable = np.where(output <= FARTHEST_PNG, output, 0)
         millimetres = save_depth_png(representable, stem.with_name(f"{stem.name}_depth_mm.png"), metadata=metadata)
-        metres = stem.with_name(f"{stem.name}_depth.npy")
-        np.save(metres, output, allow_pickle=False)
+        metres = write_array(stem.with_name(f"{stem.name}_depth.npy"), output)
         return [millimetres, metres, save_png(colour_depth(output), stem.with_name(f"{stem.name}_depth.png"), metadata)]
 
     # -- scoring

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_atomically
 
 DepthTarget = Literal["log", "linear", "disparity"]
 FILE = "depth_scale.json"
@@ -67,7 +68,7 @@ class DepthScale:
         return cls(target, near, far, flat.mean().item(), max(flat.std().item(), 1e-6))
 
     def save(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1))
+        write_atomically(folder / FILE, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> "DepthScale":

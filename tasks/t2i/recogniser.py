@@ -13,8 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossflow.core.files import user_cache
+from crossflow.core.files import DamagedFile, read_metadata, read_tensors, user_cache, write_tensors
 from crossflow.data.scenes import (
     COLOURS,
     FRONT_MARGIN,
@@ -125,7 +123,7 @@ def load_recogniser(
     if path.exists():
         try:
             return _load(path, training)
-        except Exception as error:  # an unreadable cache file must not stop anyone; it is replaced
+        except (DamagedFile, RuntimeError, ValueError, KeyError) as error:  # it is replaced
             logger.warning("The recogniser in %s cannot be read (%s); it is trained again.", path, error)
     logger.info("No recogniser of scenes in %s yet; one is trained, which takes about a minute.", path.parent)
     recogniser = train_recogniser(training, progress=progress)
@@ -345,26 +343,12 @@ def _content_key(training: Training) -> str:
 
 
 def _save(recogniser: Recogniser, path: Path) -> None:
-    """Written beside its place and moved there, so that another process finds a whole file or none."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous() for name, value in recogniser.network.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(weights, temporary, metadata={"report": json.dumps(recogniser.report)})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_tensors(path, recogniser.network.state_dict(), {"report": json.dumps(recogniser.report)})
 
 
 def _load(path: Path, training: Training) -> Recogniser:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        report = json.loads(file.metadata()["report"])
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    report = json.loads(read_metadata(path)["report"])
+    weights = read_tensors(path)
     network = _Network(training.width)
     network.load_state_dict(weights)
     return Recogniser(network, report)

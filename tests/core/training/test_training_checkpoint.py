@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import read_tensors, remove_temporaries
 from crossflow.core.training import checkpoint as state
 from crossflow.core.training.checkpoint import CorruptCheckpoint, NoSpace
 
@@ -166,7 +168,7 @@ def test_a_kill_at_any_instant_leaves_a_good_checkpoint(tmp_path: Path) -> None:
             write(root, 2, keep=1)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        state.remove_temporaries(root)
+        remove_temporaries(root)
         found = state.find_checkpoint(root, "auto")
         assert found is not None
         step = state.read_state(found)["step"]
@@ -192,16 +194,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 ) -> None:
     good = write(tmp_path, 1, keep=1)
     written = []
-    original = state.save_file
+    original = safetensors.torch.save_file
 
-    def save_file(values: dict, path: Path) -> None:
+    def save_file(values: dict, path: Path, **options: object) -> None:
         written.append(path)
         if len(written) == which:
             path.write_bytes(b"half")
             raise error
-        original(values, path)
+        original(values, path, **options)
 
-    monkeypatch.setattr(state, "save_file", save_file)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     with pytest.raises(NoSpace, match="--resume auto") as caught:
         write(tmp_path, 2, keep=1)
     assert caught.value.needed > 0
@@ -215,7 +217,7 @@ def test_a_full_disk_at_the_small_files_is_the_same(tmp_path: Path, monkeypatch:
     def full(path: Path, content: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(state, "_write_json", full)
+    monkeypatch.setattr(state, "write_atomically", full)
     with pytest.raises(NoSpace):
         write(tmp_path, 2, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
@@ -225,17 +227,17 @@ def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: py
     good = write(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(state, "save_file", lambda *args: pytest.fail("something was written"))
+    monkeypatch.setattr(state, "write_tensors", lambda *args: pytest.fail("something was written"))
     with pytest.raises(NoSpace, match=r"it needs 1\.0 MB, 1\.0 kB are free"):
         write(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
 
 
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(values: dict, path: Path) -> None:
+    def broken(path: Path, values: dict) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(state, "save_file", broken)
+    monkeypatch.setattr(state, "write_tensors", broken)
     with pytest.raises(OSError, match="Input/output"):
         write(tmp_path, 2)
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +256,7 @@ def test_published_weights_follow_the_checkpoint(tmp_path: Path, monkeypatch: py
         state.publish(path, ("model", "ema", "objective"), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ema.safetensors", "model.safetensors"]
-    assert state.load_file(tmp_path / "model.safetensors")["weight"][0, 0] == 2
+    assert read_tensors(tmp_path / "model.safetensors")["weight"][0, 0] == 2
 
 
 def test_optimizer_state_survives_the_round_trip(tmp_path: Path) -> None:

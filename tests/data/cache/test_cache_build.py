@@ -278,7 +278,7 @@ def test_whatever_a_kill_leaves_is_mended(builder, left: str, tmp_path: Path):
     content = json.loads((folder / "cache.json").read_text()) | {"complete": False}
     (folder / "cache.json").write_text(json.dumps(content))
     if left == "part":
-        abandoned(folder / ".train-00001.safetensors.part99")
+        abandoned(folder / ".tmp-99-train-00001.safetensors")
         (folder / "train-00001.json").unlink()
     elif left == "no json":
         (folder / "train-00002.json").unlink()
@@ -287,7 +287,7 @@ def test_whatever_a_kill_leaves_is_mended(builder, left: str, tmp_path: Path):
     else:
         for path in folder.iterdir():
             path.unlink()
-        abandoned(folder / ".cache.json.part99")
+        abandoned(folder / ".tmp-99-cache.json")
     builder("killed").run()
     assert digests(folder) == digests(tmp_path / "whole")
 
@@ -300,7 +300,7 @@ def abandoned(path: Path) -> None:
 
 def test_what_another_process_is_writing_is_left_alone(builder, tmp_path: Path):
     (tmp_path / "cache").mkdir()
-    young, old = tmp_path / "cache" / ".train-00001.safetensors.part98", tmp_path / "cache" / ".cache.json.part99"
+    young, old = tmp_path / "cache" / ".tmp-98-train-00001.safetensors", tmp_path / "cache" / ".tmp-99-cache.json"
     young.write_bytes(b"half")
     abandoned(old)
     assert builder("cache").run().complete

@@ -136,7 +136,7 @@ def test_saved_autoencoder_is_the_same(trained, tmp_path):
     assert torch.equal(loaded.encode(HELD_OUT).mean, z)
     assert loaded.decode(z) == trained.decode(z)
     assert loaded.config == trained.config
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".*"))
     with pytest.raises(UserError, match="no text autoencoder"):
         TextAutoencoder.load(tmp_path)
 
