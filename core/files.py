@@ -54,10 +54,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder: `folder` must be empty or missing, and appears with all its files at once."""
+    """As `replacing`, for a folder: `folder` must be empty or missing, and appears with all its files at once.
+
+    What an earlier attempt left when it was killed is removed first, so one process at a time makes a folder.
+    """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(folder)
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name[:40]}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -223,8 +223,8 @@ def test_a_saved_copy_of_a_run_goes_back_as_well(files, runs, tmp_path):
 
 def test_nothing_half_written_is_left(files, tmp_path, monkeypatch):
     path, config, _ = files("dimr")
-    (tmp_path / ".run.converting").mkdir()  # of a conversion that was killed
-    (tmp_path / ".run.converting" / "rest").write_text("x")
+    (tmp_path / ".tmp-run").mkdir()  # of a conversion that was killed
+    (tmp_path / ".tmp-run" / "rest").write_text("x")
 
     def fails(*args):
         raise OSError(28, "No space left on device", "model.safetensors")
