@@ -1,7 +1,7 @@
-"""Public networks used as they are: found by hub id or local folder, held still, known by a checksum of their weights.
+"""Public networks used as they are: loaded by hub id or local folder, frozen, identified by a checksum.
 
-A network whose weights were not all found runs without complaint on random ones; here every missing weight is an error,
-and the checksum tells two runs whether they used the same network.
+A library fills missing weights with random ones and only logs it; here every missing weight is an error, and the
+checksum shows whether two runs used the same network.
 """
 
 import hashlib
@@ -23,26 +23,26 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def freeze(network: Network) -> Network:
-    """The network in evaluation mode, its parameters without gradients."""
+    """`network` in evaluation mode, its parameters without gradients."""
     return network.eval().requires_grad_(False)
 
 
 def weights_checksum(network: nn.Module) -> str:
-    """SHA-256 over the floating-point weights of `network`, exactly as they are held (so it depends on their dtype).
+    """SHA-256 (hexadecimal) over the floating-point weights of `network` in their present dtype.
 
     Names do not enter, since libraries rename modules between versions: the digests of the tensors (dtype, shape,
     bytes) are sorted and hashed together. Tensors shared under several names count once.
     """
     floating = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
-    once = {tensor.data_ptr(): tensor for tensor in reversed(floating)}  # of several names the first
+    once = {tensor.data_ptr(): tensor for tensor in reversed(floating)}  # the first of several names
     return checksum_of(digest(tensor) for tensor in once.values())
 
 
 def digest(tensor: Tensor) -> bytes:
     """SHA-256 of one tensor: its dtype, shape and bytes."""
-    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.digest()
+    sha256 = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.digest()
 
 
 def checksum_of(digests: Iterable[bytes]) -> str:
@@ -50,20 +50,20 @@ def checksum_of(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def expect_checksum(name: str, found: str, expected: str | None) -> None:
-    """Raises UserError when the network called `name` is not the recorded one. `expected` None accepts any."""
-    if expected is not None and found != expected:
+def expect_checksum(name: str, checksum: str, expected: str | None) -> None:
+    """Raises UserError when the network called `name` is not the recorded one. expected: None accepts any."""
+    if expected is not None and checksum != expected:
         raise UserError(
-            f"The weights of {name!r} are not the ones this run was made with: their SHA-256 is {found[:16]}…, "
-            f"recorded is {expected[:16]}…. Point to the original weights, or train again with the new ones."
+            f"The weights of {name!r} are not the ones this run was made with: expected SHA-256 {expected[:16]}…, got "
+            f"{checksum[:16]}…. Point to the original weights, or train again with these."
         )
 
 
 def load_frozen(load: Callable[..., Any], source: str, *, files: str, subfolder: str = "", **options: Any) -> Any:
     """Loads a network by `load` (a `from_pretrained` of transformers or diffusers), checks it and freezes it.
 
-    source: hub id or local folder; files: what such a folder must hold, for the message; options are passed on.
-    Raises UserError when the network cannot be had, or when the files lack some of its weights.
+    source: hub id or local folder; files: those that such a folder must hold, for the message; options: of `load`.
+    Raises UserError when the network is unavailable or some of its weights are missing.
     """
     if subfolder:
         options["subfolder"] = subfolder
@@ -79,7 +79,7 @@ def load_frozen(load: Callable[..., Any], source: str, *, files: str, subfolder:
 
 
 def load_public(load: Callable[..., Any], source: str, *, files: str, **options: Any) -> Any:
-    """`load(source, **options)`; whatever way it is not found becomes a UserError that says what to put where."""
+    """`load(source, **options)`. Raises UserError that says which files to put where when `source` is unavailable."""
     try:
         return load(source, **options)
     except (
@@ -89,7 +89,10 @@ def load_public(load: Callable[..., Any], source: str, *, files: str, **options:
 
 
 def public_folder(source: str, files: Sequence[str]) -> Path:
-    """The local folder of `source`, a folder or a hub id, of which `files` are fetched. Raises UserError."""
+    """The local folder of `source`, a folder or a hub id; of the latter only `files` are downloaded.
+
+    Raises UserError when the hub repository is unavailable.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -104,13 +107,13 @@ def public_folder(source: str, files: Sequence[str]) -> Path:
 def _not_available(source: str, files: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     if Path(source).expanduser().is_dir():
-        return f"The folder {source!r} could not be loaded: it must hold {files}. The loader said: {reason}"
+        return f"The folder {source!r} could not be loaded: it must hold {files}. The loader reports: {reason}"
     if source.startswith((".", "/", "~")):
-        return f"There is no folder {source!r}. Give a folder that holds {files}, or a hub id such as 'owner/name'."
+        return f"The folder {source!r} does not exist. Give a folder with {files}, or a hub id such as 'owner/name'."
     return (
-        f"{source!r} could not be had from the hub or its local cache. Without a connection, put {files} of that "
+        f"{source!r} is unavailable from the hub and from its local cache. Without a connection, put {files} of that "
         "repository into a folder and give the folder's path instead, or copy the hub cache of another machine and set "
-        f"HF_HOME to it. The loader said: {reason}"
+        f"HF_HOME to it. The loader reports: {reason}"
     )
 
 

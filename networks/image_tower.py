@@ -1,8 +1,9 @@
 """The frozen image tower of the contrastive encoder loss (SigLIP ViT-L/16-256 in the released training): pictures ->
 embeddings (B, D). It belongs to the training recipe, never to the generator.
 
-Towers are found by hub id or folder: SigLIP and CLIP vision networks through transformers, others through timm. A tower
-on random weights trains without complaint, so its checksum is logged and an untrained one is refused unless asked for.
+Towers are loaded by hub id or folder: SigLIP and CLIP vision networks through transformers, others through timm. A
+random tower raises no error in training, so an untrained one is refused unless `allow_random` is set, and the checksum
+is logged. B batch, D width.
 """
 
 import json
@@ -23,13 +24,17 @@ from crossflow.networks.frozen import expect_checksum, freeze, load_frozen, load
 logger = logging.getLogger(__name__)
 
 FILES = "config.json and model.safetensors"
-SIGLIP_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+SIGLIP_STATISTICS: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+CLIP_STATISTICS: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class TowerSettings(Section):
+    """The image tower of a recipe: a frozen one by `source`, or a small one trained with the model."""
+
     source: str | None = None
-    """Hub id or folder of a frozen image tower (SigLIP, CLIP; or a timm network); none, and no width: a small one is
+    """Hub id or folder of a frozen image tower (SigLIP, CLIP, or a timm network); none, and no width: a small one is
     trained with the model.
     """
     width: int | None = Field(None, ge=1)
@@ -41,15 +46,21 @@ class TowerSettings(Section):
 
     @property
     def frozen(self) -> bool:
+        """Whether the recipe has a frozen tower."""
         return self.source is not None or self.width is not None
 
 
 class ImageTower(nn.Module):
-    """Pictures (B, 3, H, W) float32 in [-1, 1] -> embeddings (B, width) float32, without gradient."""
+    """Pictures (B, 3, H, W) float32 in [-1, 1] -> embeddings (B, width) float32, without gradient.
 
-    def __init__(
-        self, network: nn.Module, size: int, statistics: tuple[tuple[float, ...], tuple[float, ...]], width: int
-    ) -> None:
+    network: normalised pictures (B, 3, size, size) -> (B, width); statistics: mean and standard deviation per channel
+    of pictures in [0, 1], by which they are normalised. Load one by `ImageTower.load`.
+
+        tower = ImageTower.load(TowerSettings(source="google/siglip-large-patch16-256"))
+        embedding = tower(pictures)  # (B, 1024)
+    """
+
+    def __init__(self, network: nn.Module, size: int, statistics: Statistics, width: int) -> None:
         super().__init__()
         self.network = freeze(network).float()
         self.size, self.width = size, width
@@ -59,9 +70,9 @@ class ImageTower(nn.Module):
 
     @classmethod
     def load(cls, settings: TowerSettings, checksum: str | None = None) -> Self:
-        """The tower that `settings` name. checksum: SHA-256 its weights must have, None accepts any.
+        """The tower at `settings.source`. checksum: SHA-256 that its weights must have, None accepts any.
 
-        Raises UserError when it cannot be had, is of another kind, lacks weights, or was never trained.
+        Raises UserError when it is unavailable, of an unknown kind, incomplete, untrained, or its weights differ.
         """
         source = settings.source
         if source is None:
@@ -72,21 +83,25 @@ class ImageTower(nn.Module):
         tower = cls(*_network(source, settings.allow_random))
         if _untrained(tower.network) and not settings.allow_random:
             raise UserError(
-                f"The image tower {source!r} was never trained: all its norms are as they start, so its embeddings say "
-                "nothing of a picture. Give a trained one, or set tower.allow_random=true to use it all the same."
+                f"The image tower {source!r} was never trained: all its norms have their initial values, so its "
+                "embeddings are meaningless. Give a trained one, or set tower.allow_random=true to use it anyway."
             )
         if settings.width not in (None, tower.width):
-            raise UserError(f"tower.width = {settings.width}, but the embedding of {source!r} is {tower.width} wide.")
+            raise UserError(
+                f"tower.width = {settings.width}, but the embedding of {source!r} has width {tower.width}. Set "
+                f"tower.width={tower.width}, or give another tower."
+            )
         expect_checksum(source, tower.checksum, checksum)
         logger.info("image tower %s: weights sha256 %s", source, tower.checksum)
         return tower
 
     def train(self, mode: bool = True) -> Self:
-        """Does nothing but keep evaluation mode: the tower is frozen."""
+        """Keeps evaluation mode: the tower is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1], resized to the tower's size -> (B, width) float32."""
         pixels = (images.float() + 1) / 2
         if pixels.shape[-2:] != (self.size, self.size):
             size = (self.size, self.size)
@@ -107,8 +122,8 @@ class _Pooled(nn.Module):
         return getattr(self.network(pixel_values=pixels), self.field)
 
 
-def _network(source: str, allow_random: bool) -> tuple[nn.Module, int, Any, int]:
-    """The arguments of `ImageTower` for the network at `source`."""
+def _network(source: str, allow_random: bool) -> tuple[nn.Module, int, Statistics, int]:
+    """Network, size, statistics and width of the tower at `source`, the arguments of `ImageTower`."""
     import transformers
 
     folder = Path(source).expanduser()
@@ -127,39 +142,40 @@ def _network(source: str, allow_random: bool) -> tuple[nn.Module, int, Any, int]
         width = vision.projection_dim
     else:
         raise UserError(
-            f"{source!r} is a {config.model_type} network; image towers are SigLIP or CLIP, or networks of timm."
+            f"An image tower must be a SigLIP, CLIP or timm network; {source!r} is a {config.model_type} network."
         )
     if allow_random and folder.is_dir() and not any(folder.glob("*.safetensors")):
-        logger.warning("image tower %s has no weights: it runs on random ones, as tower.allow_random says", source)
+        logger.warning("image tower %s has no weights: they are random, as tower.allow_random permits", source)
         network: Any = kind(vision)
     else:
         network = load_frozen(kind.from_pretrained, source, files=FILES)
     return _Pooled(network, field), vision.image_size, statistics, width or vision.hidden_size
 
 
-def _timm_network(name: str, source: str, allow_random: bool) -> tuple[nn.Module, int, Any, int]:
+def _timm_network(name: str, source: str, allow_random: bool) -> tuple[nn.Module, int, Statistics, int]:
     import timm
 
     def create(_: str) -> nn.Module:
         return timm.create_model(name, pretrained=True, num_classes=0)
 
     network: Any = load_public(create, source, files="config.json and model.safetensors of timm")
-    about = network.pretrained_cfg
-    return network, about["input_size"][-1], (about["mean"], about["std"]), network.num_features
+    config = network.pretrained_cfg
+    return network, config["input_size"][-1], (config["mean"], config["std"]), network.num_features
 
 
 def _untrained(network: nn.Module) -> bool:
-    """Whether every norm is as it starts: weight 1 and bias 0, or, of one that keeps statistics, mean 0 and variance 1.
-    Training moves each of them.
+    """Whether every norm still has its initial values; training changes each of them."""
+    initial = [norm_is_initial for module in network.modules() for norm_is_initial in _initial_norm(module)]
+    return bool(initial) and all(initial)
+
+
+def _initial_norm(module: nn.Module) -> Iterator[bool]:
+    """Of a norm, whether its running statistics (mean 0, variance 1) are initial; without statistics, its parameters
+    (weight 1, bias 0), if it has any. Nothing for other modules.
     """
-    kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-    starts = [start for norm in network.modules() if isinstance(norm, kinds) for start in _at_start(norm)]
-    return bool(starts) and all(starts)
-
-
-def _at_start(norm: Any) -> Iterator[bool]:
-    """Whether its statistics are as they start; of norms without any, whether its parameters are (if it has some)."""
-    if getattr(norm, "running_mean", None) is not None:
-        yield bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
-    elif norm.weight is not None:
-        yield bool((norm.weight == 1).all()) and (norm.bias is None or bool((norm.bias == 0).all()))
+    if not isinstance(module, NORMS):
+        return
+    if getattr(module, "running_mean", None) is not None:
+        yield not module.running_mean.any() and bool((module.running_var == 1).all())
+    elif module.weight is not None:
+        yield bool((module.weight == 1).all()) and (module.bias is None or not module.bias.any())

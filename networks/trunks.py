@@ -11,14 +11,14 @@ from crossflow.core.layers import TransformerLayer, patchify, rotary_2d, sincos_
 class ConvStem(nn.Module):
     """A small residual network in place of the linear patch embedding: (B, C, H, W) -> (B, H/p * W/p, D).
 
-    It knows edges and colours after a few hundred steps, which a linear map of patches takes thousands for. p is a
-    power of two, D / 2 a multiple of 8.
+    It learns edges and colours within a few hundred steps, where a linear map of patches takes thousands. p must be a
+    power of two, and D / 2 a multiple of 8. Raises UserError for other p.
     """
 
     def __init__(self, in_channels: int, width: int, patch: int) -> None:
         super().__init__()
         if patch < 2 or patch & (patch - 1):
-            raise UserError(f"A convolutional stem halves the picture, so patch must be 2, 4, 8, ..., not {patch}.")
+            raise UserError(f"A convolutional stem halves the picture, so patch must be 2, 4, 8, ..., got {patch}.")
         layers: list[nn.Module] = []
         channels = in_channels
         for number in range(patch.bit_length() - 1, 0, -1):
@@ -30,6 +30,7 @@ class ConvStem(nn.Module):
         self.project = nn.Linear(channels, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W), H and W multiples of p -> (B, H/p * W/p, D)."""
         # Convolutions in bfloat16 are slow on the CPU, and channels last fast.
         with torch.autocast(x.device.type, enabled=x.device.type != "cpu"):
             features = self.layers(x.contiguous(memory_format=torch.channels_last))
@@ -50,6 +51,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
         return F.gelu(x + self.body(x))
 
 
@@ -108,10 +110,9 @@ class PatchTrunk(nn.Module):
 
 
 class IdentityTrunk(nn.Module):
-    """The source already lies in the target's space: (B, C, H, W) -> (B, 2, C, H, W) with the mean = features.
+    """The mean is the source itself, which has the target's shape: (B, C, H, W) -> (B, 2, C, H, W).
 
-    The log-variance, read by the variational source only, is a 3 x 3 convolution of the features that starts at
-    `log_var`.
+    variational: the log-variance is a 3 x 3 convolution of the features, initially `log_var` everywhere; otherwise 0.
     """
 
     def __init__(self, channels: int, variational: bool, log_var: float = -6.0) -> None:
@@ -122,6 +123,7 @@ class IdentityTrunk(nn.Module):
             nn.init.constant_(self.log_var.bias, log_var)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """features (B, C, H, W) -> (B, 2, C, H, W); the mask is ignored."""
         second = torch.zeros_like(features) if self.log_var is None else self.log_var(features)
         return torch.stack([features, second], dim=1)
 
@@ -138,4 +140,5 @@ class Reconstructor(nn.Module):
         )
 
     def forward(self, z0: Tensor) -> Tensor:
+        """z0 (B, C, H, W) -> (B, C', H, W)."""
         return self.net(z0)

@@ -1,9 +1,9 @@
 """A tokenizer made from the captions themselves, in transformers format, that encodes every string.
 
 Text is composed (NFC), lower-cased, split at white space and punctuation. Known words are one token each, or the
-pieces of a byte-pair encoding when there are more words than the vocabulary holds; what is left is spelled in UTF-8
+pieces of a byte-pair encoding when there are more words than the vocabulary holds; everything else is spelled in UTF-8
 bytes, so that no text is out of vocabulary. A sequence is `text <eos>`, padded with `<pad>`; `<bos>` and `<unk>`
-exist but are not produced. B batch, N tokens.
+exist but are never produced. B batch, N tokens.
 """
 
 import json
@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 from weakref import WeakSet
 
 import torch
@@ -20,16 +20,19 @@ from torch import Tensor
 from crossflow.core.errors import UserError
 from crossflow.networks.frozen import load_public
 
+if TYPE_CHECKING:
+    from tokenizers import normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
-SPACE = "▁"  # stands for the space before a word, so that decoding puts spaces where they were
+SPACE = "▁"  # marks the space before a word, so that decoding restores it
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(BYTE_TOKENS) + 1
 
-_cut_before: WeakSet[Any] = (
-    WeakSet()
-)  # tokenizers that have cut a text already, so that only the first cut is a warning
+# Tokenizers that have cut a text already: only the first cut is a warning.
+_warned: "WeakSet[PreTrainedTokenizerBase]" = WeakSet()
 
 
 def build_tokenizer(
@@ -37,22 +40,30 @@ def build_tokenizer(
     vocab_size: int = 4096,
     max_length: int = 77,
     kind: Literal["auto", "word", "bpe"] = "auto",
-) -> Any:
+) -> "PreTrainedTokenizerFast":
     """A transformers `PreTrainedTokenizerFast` for these captions; the same captions give the same tokenizer.
 
-    vocab_size: at most so many tokens, 261 of which are bytes and marks; max_length: tokens per text, `<eos>` included;
-    kind: one token per word (the rarest are spelled), byte-pair pieces, or `auto`: words if all fit, else pieces.
-    Save it with `save_pretrained(folder)`. Raises UserError on a vocabulary too small or unknown kind.
+    vocab_size: maximum number of tokens, 261 of which are bytes and special tokens; max_length: tokens per text,
+    `<eos>` included; kind: one token per word (the rarest are spelled), byte-pair pieces, or `auto`: words if all fit,
+    otherwise pieces. Save it with `save_pretrained(folder)`. Raises UserError for a vocabulary or length that is too
+    small, and for an unknown kind.
+
+    >>> tokenizer = build_tokenizer(["a red cube", "a blue sphere"], vocab_size=300, max_length=6)
+    >>> ids, mask = tokenize(tokenizer, ["a blue cube"])
+    >>> mask.tolist()
+    [[True, True, True, True, False, False]]
+    >>> detokenize(tokenizer, ids)
+    ['a blue cube']
     """
     if vocab_size <= SMALLEST_VOCABULARY:
         raise UserError(
-            f"A vocabulary of {vocab_size} tokens has no room for words: bytes and marks take {SMALLEST_VOCABULARY}. "
-            "Give at least 300."
+            f"vocab_size must exceed {SMALLEST_VOCABULARY}, the number of byte and special tokens, got {vocab_size}. "
+            "Use at least 300."
         )
     if kind not in ("auto", "word", "bpe"):
-        raise UserError(f"The tokenizer kind {kind!r} is unknown; there are auto, word and bpe.")
+        raise UserError(f"The kind of a tokenizer must be auto, word or bpe, got {kind!r}.")
     if max_length < 2:
-        raise UserError(f"max_length = {max_length} leaves no room for a word and <eos>; give at least 2.")
+        raise UserError(f"max_length must be at least 2, for a word and <eos>, got {max_length}.")
     normalizer, splitter = _normalizer(), _splitter()
     counts: Counter[str] = Counter()
     for caption in captions:
@@ -65,18 +76,20 @@ def build_tokenizer(
     return _assemble(*_learn_pieces(counts, room), max_length)
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer saved in `folder`; raises UserError when there is none."""
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer saved in `folder`. Raises UserError when its files are missing or damaged."""
     from transformers import PreTrainedTokenizerFast
 
     files = "tokenizer.json and tokenizer_config.json"
     return load_public(PreTrainedTokenizerFast.from_pretrained, str(Path(folder).resolve()), files=files)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Texts -> ids (B, N) int64 and mask (B, N) bool, True = token; N = max_length (default: the tokenizer's own).
 
-    A longer text is cut at its end, and a note is logged. Every string is accepted, also the empty one.
+    A longer text loses its end, which is logged. Every string is accepted, including the empty one.
     """
     length = max_length or tokenizer.model_max_length
     rows = tokenizer(
@@ -88,17 +101,17 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = None
     )
     num_cut = sum(bool(row.overflowing) for row in rows.encodings or ())
     if num_cut:
-        level = logging.INFO if tokenizer in _cut_before else logging.WARNING
+        level = logging.INFO if tokenizer in _warned else logging.WARNING
         logger.log(
             level, "%d of %d texts are longer than %d tokens; their ends are cut off.", num_cut, len(texts), length
         )
-        _cut_before.add(tokenizer)
+        _warned.add(tokenizer)
     ids = torch.tensor(rows["input_ids"], dtype=torch.int64).reshape(len(texts), length)
     return ids, torch.tensor(rows["attention_mask"], dtype=torch.bool).reshape(len(texts), length)
 
 
-def detokenize(tokenizer: Any, ids: Tensor) -> list[str]:
-    """Ids (B, N) -> texts up to the first `<eos>`, without marks; bytes that are no UTF-8 are left out."""
+def detokenize(tokenizer: "PreTrainedTokenizerBase", ids: Tensor) -> list[str]:
+    """Ids (B, N) -> texts up to the first `<eos>`, without special tokens and bytes that are not valid UTF-8."""
     texts = []
     for row in ids.tolist():
         end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
@@ -108,11 +121,11 @@ def detokenize(tokenizer: Any, ids: Tensor) -> list[str]:
 
 
 def _encodable(text: str) -> str:
-    """`text` with lone surrogates (which no UTF-8 encoder takes) replaced by question marks."""
+    """`text` with lone surrogates, which UTF-8 cannot encode, replaced by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _normalizer() -> Any:
+def _normalizer() -> "normalizers.Normalizer":
     from tokenizers import Regex, normalizers
 
     return normalizers.Sequence(
@@ -125,7 +138,7 @@ def _normalizer() -> Any:
     )
 
 
-def _splitter() -> Any:
+def _splitter() -> "pre_tokenizers.PreTokenizer":
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.Sequence(
@@ -141,7 +154,7 @@ def _learn_pieces(counts: Counter[str], room: int) -> tuple[list[str], list[tupl
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    # Rare characters are left to the bytes: an alphabet of thousands of them would fill a small vocabulary.
+    # Rare characters are spelled in bytes: an alphabet of thousands of them would fill a small vocabulary.
     trainer = trainers.BpeTrainer(vocab_size=room, limit_alphabet=max(1, min(room // 4, 512)), show_progress=False)
     words = sorted(counts)
     tokenizer.train_from_iterator((word for word in words for _ in range(counts[word])), trainer)
@@ -150,13 +163,13 @@ def _learn_pieces(counts: Counter[str], room: int) -> tuple[list[str], list[tupl
     return [piece for piece in pieces if piece != SPACE], [(left, right) for left, right in model["merges"]]
 
 
-def _assemble(pieces: list[str], merges: list[tuple[str, str]], max_length: int) -> Any:
+def _assemble(pieces: list[str], merges: list[tuple[str, str]], max_length: int) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
     pad, bos, eos, unk = SPECIAL_TOKENS
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *BYTE_TOKENS, SPACE, *pieces))}
-    # With ignore_merges a word that is in the vocabulary is one token; merges serve those that are not.
+    # With ignore_merges a word in the vocabulary is one token; merges apply to the other words.
     model = models.BPE(vocab=vocabulary, merges=merges, unk_token=unk, byte_fallback=True, ignore_merges=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = _normalizer()
@@ -176,6 +189,6 @@ def _assemble(pieces: list[str], merges: list[tuple[str, str]], max_length: int)
         unk_token=unk,
         model_max_length=max_length,
         padding_side="right",
-        split_special_tokens=True,  # a prompt that contains "<eos>" is text, not the end
+        split_special_tokens=True,  # "<eos>" in a prompt is text, not the end
         clean_up_tokenization_spaces=False,
     )

@@ -1,4 +1,4 @@
-"""Codecs: what is decoded is what was encoded, scales survive saving, and a network is known by its weights."""
+"""Codecs: decoding inverts encoding, scales survive saving, and a network is identified by its weights."""
 
 import json
 from types import SimpleNamespace
@@ -71,7 +71,7 @@ def test_fitted_scale_gives_unit_variance_per_image_channel():
     assert abs(PixelCodec().fit_scale([x]).encode(x).mode().var().item() - 1) < 1e-3
 
 
-def test_a_codec_without_a_network_takes_none(tmp_path):
+def test_a_codec_without_a_network_takes_no_source(tmp_path):
     PixelCodec().save(tmp_path)
     with pytest.raises(UserError, match=r"pixel codec in .* has no network"):
         load_codec(tmp_path, source="nowhere")
@@ -79,8 +79,8 @@ def test_a_codec_without_a_network_takes_none(tmp_path):
 
 def test_a_scale_is_fitted_in_float64_on_the_cpu_alone(monkeypatch):
     x, codec = pictures(8), PixelCodec()
-    there = SimpleNamespace(mean=SimpleNamespace(cpu=lambda: x))  # on a device without float64 no tensor becomes double
-    monkeypatch.setattr(codec, "encode_moments", lambda images: there)
+    moments = SimpleNamespace(mean=SimpleNamespace(cpu=lambda: x))  # some devices have no float64
+    monkeypatch.setattr(codec, "encode_moments", lambda images: moments)
     assert torch.allclose(codec.fit_scale([x]).scale, PixelCodec().fit_scale([x]).scale)
 
 
@@ -91,12 +91,12 @@ def test_kl_codec_scales_samples_like_diffusers(kl_folder):
     codec = AutoencoderKLCodec.build(source=str(kl_folder), scale=0.2301, shift=0.1)
     x, noise = pictures(), torch.randn(5, 4, 8, 8)
     with torch.no_grad():
-        law = network.encode(x).latent_dist
-        expected = (law.mean + law.std * noise - 0.1) * 0.2301
+        moments = network.encode(x).latent_dist
+        expected = (moments.mean + moments.std * noise - 0.1) * 0.2301
         decoded = network.decode(expected / 0.2301 + 0.1).sample
     torch.testing.assert_close(codec.encode(x).sample(noise=noise), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(codec.decode(expected), decoded, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(codec.encode_moments(x).mean, law.mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(codec.encode_moments(x).mean, moments.mean, atol=1e-5, rtol=1e-4)
     assert codec.latent_shape((16, 32)) == (4, 8, 16)
 
 
@@ -185,11 +185,11 @@ def test_incomplete_weights_are_refused(kl_folder, tmp_path):
         build_codec("autoencoder_kl", source=str(tmp_path))
 
 
-def test_missing_network_says_what_to_put_where(tmp_path, monkeypatch):
+def test_an_unavailable_network_says_which_files_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"config\.json and diffusion_pytorch_model\.safetensors.*HF_HOME"):
         build_codec("autoencoder_kl", source="nobody/no-such-autoencoder")
-    with pytest.raises(UserError, match="There is no folder"):
+    with pytest.raises(UserError, match="does not exist"):
         build_codec("autoencoder_kl", source="./no/such/folder")
     with pytest.raises(UserError, match="must hold"):
         build_codec("autoencoder_tiny", source=str(tmp_path))
@@ -197,7 +197,7 @@ def test_missing_network_says_what_to_put_where(tmp_path, monkeypatch):
         build_codec("autoencoder_kl")
 
 
-def test_user_errors_name_what_was_possible(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     with pytest.raises(UserError, match="pixel"):
         build_codec("pixels")
     with pytest.raises(UserError, match="multiples of 4"):
@@ -219,7 +219,7 @@ def test_saved_settings_hold_no_half_written_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", '{"kind": "pixel", "opt', "[]", "{}", '{"kind": "pixel", "options": {}}'])
-def test_damaged_settings_are_told(content, tmp_path):
+def test_damaged_settings_are_refused(content, tmp_path):
     (tmp_path / "codec.json").write_text(content)
     with pytest.raises(UserError, match=r"codec\.json is damaged"):
         load_codec(tmp_path)

@@ -1,4 +1,4 @@
-"""FlowTiTok: positions turn as they should, text guides the decoder, and only pictures of its size are taken."""
+"""FlowTiTok: rotary positions are relative, text guides the decoder, and only pictures of its size are accepted."""
 
 from dataclasses import replace
 
@@ -41,10 +41,10 @@ def test_chunks_do_not_change_results(codec):
     torch.testing.assert_close(parts.decode(z, text), codec.decode(z, text), atol=1e-5, rtol=1e-4)
 
 
-def test_text_guides_the_decoder_and_must_be_there(codec):
+def test_text_guides_the_decoder_and_is_required(codec):
     z, text = torch.randn(1, 5, 4), torch.randn(2, 5, 12)
-    one, other = codec.decode(z, text[:1]), codec.decode(z, text[1:])
-    assert (one - other).abs().max() > 1e-3
+    first, second = codec.decode(z, text[:1]), codec.decode(z, text[1:])
+    assert (first - second).abs().max() > 1e-3
     with pytest.raises(UserError, match="with text features, got none"):
         codec.decode(z)
     with pytest.raises(UserError, match="5 x 12"):
@@ -53,7 +53,7 @@ def test_text_guides_the_decoder_and_must_be_there(codec):
         build_codec("pixel").decode(torch.zeros(1, 3, 4, 4), text[:1])
 
 
-def test_networks_of_unit_pixels_take_and_give_pictures_like_any_other(codec):
+def test_pixel_range_of_the_network_is_converted(codec):
     network = FlowTiTok(replace(TINY, pixels="unit"))
     network.load_state_dict(codec.network.state_dict())
     unit = FlowTiTokCodec(network, scale=1.0143)
@@ -68,27 +68,27 @@ def test_rotated_products_depend_on_the_distance_alone():
     cos, sin = rotary_tables(4, 8)
     assert cos.shape == sin.shape == (16, 8)
     q, k = torch.randn(2, 1, 1, 1, 8)
-    turned_q, turned_k = (rotate(x.expand(1, 1, 16, 8), cos, sin).reshape(4, 4, 8) for x in (q, k))
-    products = torch.einsum("ijd,kld->ijkl", turned_q, turned_k)
+    rotated_q, rotated_k = (rotate(x.expand(1, 1, 16, 8), cos, sin).reshape(4, 4, 8) for x in (q, k))
+    products = torch.einsum("ijd,kld->ijkl", rotated_q, rotated_k)
     torch.testing.assert_close(products[0, 0, 1, 2], products[2, 1, 3, 3])
     torch.testing.assert_close(products[3, 2, 1, 2], products[2, 0, 0, 0])
     assert (products[0, 0, 1, 0] - products[0, 0, 0, 1]).abs() > 1e-3
 
 
-def test_tokens_that_are_no_patches_are_not_turned():
+def test_only_patches_are_rotated():
     cos, sin = rotary_tables(2, 8)
     x = torch.randn(1, 2, 7, 8)
-    turned = rotate(x, cos, sin)
-    assert torch.equal(turned[:, :, 4:], x[:, :, 4:])
-    assert torch.equal(turned[:, :, 0], x[:, :, 0])
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    rotated = rotate(x, cos, sin)
+    assert torch.equal(rotated[:, :, 4:], x[:, :, 4:])
+    assert torch.equal(rotated[:, :, 0], x[:, :, 0])
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
 
 
-def test_saved_and_found_again_by_its_folder(codec, tmp_path):
+def test_a_saved_codec_is_loaded_by_its_folder(codec, tmp_path):
     codec.save(tmp_path / "tokenizer")
-    of_a_run = build_codec("flowtitok", source=str(tmp_path / "tokenizer"))
-    assert of_a_run.scale.tolist() == pytest.approx([1.0143] * 4)
-    of_a_run.save(tmp_path / "run")
+    codec_of_run = build_codec("flowtitok", source=str(tmp_path / "tokenizer"))
+    assert codec_of_run.scale.tolist() == pytest.approx([1.0143] * 4)
+    codec_of_run.save(tmp_path / "run")
     assert not (tmp_path / "run" / "weights").exists()
     z, text = torch.randn(1, 5, 4), torch.randn(1, 5, 12)
     assert torch.equal(load_codec(tmp_path / "run").decode(z, text), codec.decode(z, text))
@@ -107,14 +107,14 @@ def test_other_weights_than_recorded_are_refused(codec, tmp_path):
         load_codec(tmp_path / "run", source=str(tmp_path / "other"))
 
 
-def test_only_its_own_size_is_taken(codec):
+def test_other_sizes_are_refused(codec):
     with pytest.raises(UserError, match=r"data\.image_size=32"):
         codec.encode(torch.zeros(1, 3, 64, 64))
     with pytest.raises(UserError, match="multiple of patch = 16"):
         FlowTiTokConfig(image_size=40)
 
 
-def test_damaged_folders_are_told(codec, tmp_path):
+def test_damaged_folders_are_refused(codec, tmp_path):
     with pytest.raises(UserError, match="no FlowTiTok"):
         build_codec("flowtitok", source=str(tmp_path))
     codec.network.save_pretrained(tmp_path)

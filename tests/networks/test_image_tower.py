@@ -1,4 +1,4 @@
-"""The frozen image tower: known by its checksum, complete, trained, and the same for pictures of any size."""
+"""The frozen image tower: identified by its checksum, complete, trained, and independent of the picture's size."""
 
 import json
 import logging
@@ -15,8 +15,8 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 GRID = {"image_size": 16, "patch_size": 8}
 
 
-def as_if_trained(folder):
-    """Moves every weight a little, as training does."""
+def perturb(folder):
+    """Changes every weight a little, as training does."""
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     moved = {key: value + 0.1 * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
@@ -33,13 +33,13 @@ def tower(tmp_path):
         if kind == "timm":
             import timm
 
-            about = {"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 16, "patch_size": 8, "num_classes": 0}
-            network = timm.create_model("vit_tiny_patch16_224", **about)
+            sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 16, "patch_size": 8, "num_classes": 0}
+            network = timm.create_model("vit_tiny_patch16_224", **sizes)
             folder.mkdir()
             save_file(network.state_dict(), folder / "model.safetensors")
             statistics = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 16, 16], "num_classes": 0}
             config = {"architecture": "vit_tiny_patch16_224", "num_features": 16, "pretrained_cfg": statistics}
-            (folder / "config.json").write_text(json.dumps({**config, "model_args": about}))
+            (folder / "config.json").write_text(json.dumps({**config, "model_args": sizes}))
         else:
             import transformers
 
@@ -51,7 +51,7 @@ def tower(tmp_path):
             }[kind]()
             network.save_pretrained(folder)
         if trained:
-            as_if_trained(folder)
+            perturb(folder)
         return folder
 
     return make
@@ -74,7 +74,7 @@ def test_towers_embed_pictures_of_any_size(tower, caplog, kind, width):
     assert not network.train().training
 
 
-def test_siglip_reads_pictures_as_they_are_and_gives_the_pooled_output(tower):
+def test_siglip_gives_the_pooled_output(tower):
     import transformers
 
     folder = tower("siglip")
@@ -83,23 +83,23 @@ def test_siglip_reads_pictures_as_they_are_and_gives_the_pooled_output(tower):
 
 
 @pytest.mark.parametrize("kind", ["siglip", "timm"])
-def test_a_tower_that_was_never_trained_is_refused_unless_asked_for(tower, kind):
+def test_an_untrained_tower_is_refused_unless_allowed(tower, kind):
     folder = str(tower(kind, trained=False))
     with pytest.raises(UserError, match="was never trained"):
         ImageTower.load(TowerSettings(source=folder))
     assert ImageTower.load(TowerSettings(source=folder, allow_random=True))(pictures()).shape == (3, 16)
 
 
-def test_convolutional_towers_are_known_by_the_statistics_of_their_norms():
+def test_an_untrained_convolutional_tower_is_recognised_by_its_statistics():
     tower = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-    nn.init.zeros_(tower[3].weight)  # as residual networks begin
+    nn.init.zeros_(tower[3].weight)  # as residual networks are initialised
     assert _untrained(tower.eval())
     tower.train()(pictures())
     assert not _untrained(tower)
     assert _untrained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))
 
 
-def test_a_tower_without_weights_is_refused_unless_asked_for(tower):
+def test_a_tower_without_weights_is_refused_unless_allowed(tower):
     folder = tower("siglip")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="could not be loaded"):
@@ -121,12 +121,12 @@ def test_another_tower_than_the_recorded_one_is_refused(tower):
     settings = TowerSettings(source=str(folder))
     recorded = ImageTower.load(settings).checksum
     assert ImageTower.load(settings, recorded).checksum == recorded
-    as_if_trained(folder)
+    perturb(folder)
     with pytest.raises(UserError, match="SHA-256"):
         ImageTower.load(settings, recorded)
 
 
-def test_what_a_tower_cannot_be(tower, tmp_path):
+def test_invalid_towers_are_refused(tower, tmp_path):
     with pytest.raises(UserError, match=r"set tower\.source"):
         ImageTower.load(TowerSettings(width=16))
     with pytest.raises(UserError, match=r"tower\.width = 24"):

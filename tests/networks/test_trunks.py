@@ -27,7 +27,7 @@ def test_a_patch_trunk_with_rotary_positions_reads_every_part_of_a_wide_picture_
 
 
 @pytest.mark.parametrize("conv_stem", [False, True])
-def test_a_patch_trunk_knows_where_a_patch_lies_and_what_is_in_it(conv_stem: bool) -> None:
+def test_a_patch_trunk_sees_position_and_content_of_a_patch(conv_stem: bool) -> None:
     torch.manual_seed(0)
     trunk = PatchTrunk(3, 1, width=32, depth=1, patch=4, conv_stem=conv_stem)
     flat = torch.zeros(1, 3, 16, 16)
@@ -39,13 +39,13 @@ def test_a_patch_trunk_knows_where_a_patch_lies_and_what_is_in_it(conv_stem: boo
     assert not torch.allclose(plain, changed)
 
 
-def test_a_convolutional_stem_refuses_patches_it_cannot_halve_to() -> None:
+def test_a_convolutional_stem_takes_powers_of_two() -> None:
     for patch in (1, 3, 12):
-        with pytest.raises(UserError, match=f"not {patch}"):
+        with pytest.raises(UserError, match=f"got {patch}"):
             PatchTrunk(3, 1, width=32, depth=1, patch=patch, conv_stem=True)
 
 
-def test_an_identity_trunk_gives_its_input_as_the_mean() -> None:
+def test_the_mean_of_an_identity_trunk_is_its_input() -> None:
     x = torch.randn(2, 3, 5, 7)
     for variational in (False, True):
         mean, log_var = IdentityTrunk(3, variational)(x).unbind(1)
@@ -53,6 +53,6 @@ def test_an_identity_trunk_gives_its_input_as_the_mean() -> None:
         assert log_var.unique().tolist() == ([-6.0] if variational else [0.0])
 
 
-def test_heads_have_the_sizes_asked_for() -> None:
+def test_heads_have_the_requested_sizes() -> None:
     assert PictureHead(3, 48)(torch.randn(2, 3, 16, 16)).shape == (2, 48)
     assert Reconstructor(1, 3)(torch.randn(2, 1, 6, 8)).shape == (2, 3, 6, 8)
