@@ -53,13 +53,14 @@ def command(
             pipe,
             read_typed(pipe, base),
             **terms,
-            strengths=strengths,
+            strengths=(0.0, *strengths),
             restandardise=restandardise,
             seed=use.seed,
             shared_noise=noise == "shared",
+            output_type="np",
             on_step=on_step,
             **use.settings | ({"mode": True} if mean else {}),
         )
     folder = use.output or Path("outputs") / "arithmetic"
     about: dict[str, Any] = {"base": base, "plus": plus, "minus": minus, "restandardise": restandardise}
-    write_all(use, results, [f"k = {k:g}" for k in strengths], folder, **about, noise=noise, mean=mean)
+    write_all(use, results, ["base", *(f"k = {k:g}" for k in strengths)], folder, **about, noise=noise, mean=mean)

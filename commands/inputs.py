@@ -1,6 +1,5 @@
 """Prompts and pictures as they are typed."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,19 +59,6 @@ def read_inputs(
     for line in bad:
         warn(f"skipped {line}")
     return found
-
-
-def item_ids(asked: Sequence[tuple[str, Any]]) -> list[str]:
-    """What the noise is keyed by: the prompt, or the picture's name, so that one can be made again without the
-    others. A prompt that comes again is another item.
-    """
-    ids: list[str] = []
-    times: Counter[str] = Counter()
-    for name, value in asked:
-        words = value if isinstance(value, str) else name
-        times[words] += 1
-        ids.append(words if times[words] == 1 else f"{words}#{times[words]}")
-    return ids
 
 
 def read_typed(pipe: "Pipeline", text: str | None) -> Any:

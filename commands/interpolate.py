@@ -51,6 +51,7 @@ def command(
             kind=kind,
             seed=use.seed,
             shared_noise=noise == "shared",
+            output_type="np",
             on_step=on_step,
             **use.settings | ({"mode": True} if mean else {}),
         )

@@ -33,7 +33,9 @@ def command(
     belongs_to = read_typed(pipe, source)
     try:
         with progress_bar("inverting") as on_step:
-            z0, again, rmse = latents.invert(pipe, value, source=belongs_to, seed=use.seed, on_step=on_step, **given)
+            inversion = latents.invert(
+                pipe, value, source=belongs_to, seed=use.seed, output_type="np", on_step=on_step, **given
+            )
     except UserError:
         raise
     except ValueError as error:  # of the readers of pictures and depth maps
@@ -41,7 +43,8 @@ def command(
             f"{value} cannot be inverted: {error}. Give what this {pipe.task.name} run makes, see --help."
         ) from error
     folder = use.output or Path("outputs") / "invert"
-    write_all(use, [again], ["re-generated"], folder, input=value, settings=given)
+    write_all(use, inversion.outputs, ["input", "re-generated"], folder, input=value, settings=given)
+    z0 = inversion.z0
     write_tensors(folder / "latent.safetensors", {"z0": z0})
     say(f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "
-        f"Root mean squared error of the re-generated latent: {rmse:.2g}.")  # fmt: skip
+        f"Root mean squared error of the re-generated latent: {inversion.error:.2g}.")  # fmt: skip

@@ -8,7 +8,7 @@ import click
 
 from crossflow.commands.checkpoint import Use, uses_checkpoint
 from crossflow.commands.console import progress_bar, say
-from crossflow.commands.inputs import item_ids, read_inputs
+from crossflow.commands.inputs import read_inputs
 from crossflow.commands.outputs import write_grid
 
 
@@ -46,19 +46,21 @@ def command(
     KEY=VALUE sets any field of the recipe's `sample` section.
     """
     from crossflow.core import distributed
+    from crossflow.engine.inputs import item_ids
 
     pipe = use.pipe
     asked = read_inputs(pipe, prompts, prompt_file, inputs)
     folder = use.output or Path("outputs") / pipe.task.name
-    ids = item_ids(asked)
+    ids = item_ids([value for _, value in asked], num)
     # Several processes take an equal share each; the first writes what all have made.
     size = -(-len(asked) // distributed.world_size())
     shares = [range(start, min(start + size, len(asked))) for start in range(0, len(asked), size)]
     with progress_bar("sampling") as on_step:
 
         def make(share: range) -> list[Any]:
-            values, names = [asked[i][1] for i in share], [ids[i] for i in share]
-            return pipe(values, ids=names, num=num, seed=use.seed, on_step=on_step, **use.settings)
+            values, names = [asked[i][1] for i in share], [ids[i * num + k] for i in share for k in range(num)]
+            made = pipe(values, ids=names, num=num, seed=use.seed, output_type="np", on_step=on_step, **use.settings)
+            return list(made)
 
         results = [result for _, made in distributed.shared(shares, make) for result in made]
     if not distributed.is_main():
@@ -69,7 +71,7 @@ def command(
     for index, result in enumerate(results):
         name, value = asked[index // num]
         stem = folder / (f"{name}_{index % num}" if num > 1 else name)
-        about: dict[str, Any] = {"item": ids[index // num], "number": index % num}
+        about: dict[str, Any] = {"item": ids[index]}
         about |= {"prompt": value} if isinstance(value, str) else {}
         written += pipe.task.write_output(result, stem, use.metadata(**about))
         if isinstance(result, str):

@@ -54,16 +54,32 @@ def load_image(
         ValueError: the picture cannot be read; the text is the reason, ready for a list of bad items.
     """
     with _open(source, max_pixels) as image:
-        try:
-            orientation = _orientation(image)
-            rgb = _to_rgb(image)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise almost any type on damaged data
-            raise ValueError(f"the picture cannot be decoded: {error or type(error).__name__}") from error
+        return picture_pixels(image, upright=upright)
+
+
+def picture_pixels(image: Image.Image, *, upright: bool = True) -> np.ndarray:
+    """The pixels of an open Pillow image as uint8 (H, W, 3) RGB, converted as by `load_image`.
+
+    Raises:
+        ValueError: the picture cannot be decoded, or its pixels have no known brightness.
+    """
+    try:
+        orientation = _orientation(image)
+        rgb = _to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost any type on damaged data
+        raise ValueError(f"the picture cannot be decoded: {error or type(error).__name__}") from error
     if upright and orientation in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[orientation])
     return np.array(rgb)
+
+
+def over_white(rgba: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 4) laid over white: uint8 (H, W, 3)."""
+    values = rgba.astype(np.float64)
+    alpha = values[..., 3:] / 255
+    return np.rint(values[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
 def load_depth_png(source: str | Path | bytes | BinaryIO, *, units_per_metre: float = 1000.0) -> np.ndarray:
@@ -148,9 +164,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known brightness range")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        rgba = np.array(image.convert("RGBA")).astype(np.float64)
-        alpha = rgba[..., 3:] / 255
-        return Image.fromarray(np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8))
+        return Image.fromarray(over_white(np.array(image.convert("RGBA"))))
     return image.convert("RGB")
 
 

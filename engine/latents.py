@@ -1,11 +1,11 @@
 """The latent tools on a pipeline, for any task: interpolation, arithmetic, inversion (CrossFlow section 4.5).
 
-Sources differ by their meaning alone when all of them take the same noise, which is what the tools do unless told
-otherwise. P pieces of an input: 1, or the tiles of a large picture.
+All inputs of a tool take the noise of its first input unless told otherwise, so that they differ by their meaning alone
+and the first input comes out as `pipe(input)` makes it. P pieces of an input: 1, or the tiles of a large picture.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,11 +21,10 @@ from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.solvers import SOLVERS
 from crossflow.data.resize import center_crop_resize
+from crossflow.engine.inputs import item_ids, read_inputs
+from crossflow.engine.outputs import Outputs
 from crossflow.engine.sample import OnStep, Pipeline
 from crossflow.tasks.base import Pieces
-
-SHARED = "shared"
-"""The id whose noise all inputs of a latent tool take."""
 
 
 @dataclass(frozen=True)
@@ -37,44 +36,59 @@ class Encoded:
     z0: Tensor
 
 
+@dataclass(frozen=True)
+class Inversion:
+    """An output that was flowed back to its source latent, and forward again."""
+
+    z0: Tensor
+    """The source latent (P, *latent)."""
+    outputs: Outputs
+    """The output that was inverted, as its latent decodes, and the one generated again from z0."""
+    error: float
+    """Root mean squared error of the latent that was generated again."""
+
+
 @torch.no_grad()
-def encode(pipe: Pipeline, value: Any, *, seed: int = 0, mode: bool = False, noise: str = SHARED) -> Encoded:
-    """One input (a prompt; a picture or its path) as source latents.
+def encode(pipe: Pipeline, value: object, *, seed: int = 0, mode: bool = False, id: str | None = None) -> Encoded:
+    """One input (a prompt; a picture or its path) as source latents, those that `pipe(value, seed=seed)` starts from.
 
-    mode: the means of the posteriors instead of samples; noise: the id whose noise samples take.
+    mode: the means of the posteriors instead of samples; id: what the noise of samples is keyed by (see
+    `inputs.item_ids`) instead of the input itself.
     """
-    return _encode(pipe, pipe.task.pieces(pipe.task.read_input(value)), seed, mode, noise)
+    (read,) = read_inputs([value], pipe.task.input_kind)
+    pieces = pipe.task.pieces(pipe.task.read_input(read))
+    return _encode(pipe, pieces, seed, mode, item_ids([read])[0] if id is None else id)
 
 
-def _encode(pipe: Pipeline, pieces: Pieces, seed: int, mode: bool, noise: str) -> Encoded:
+def _encode(pipe: Pipeline, pieces: Pieces, seed: int, mode: bool, id: str) -> Encoded:
     source = pipe.task.source(pieces.values)
-    return Encoded(pieces, source, pipe.latents(source, _names(noise, len(pieces.values)), seed, mode))
+    names = [id] if len(pieces.values) == 1 else [f"{id}#{index}" for index in range(len(pieces.values))]
+    return Encoded(pieces, source, pipe.latents(source, names, seed, mode))
 
 
-def _names(noise: str, num_pieces: int) -> list[str]:
-    return [noise] if num_pieces == 1 else [f"{noise}#{index}" for index in range(num_pieces)]
-
-
+@torch.no_grad()
 def _encode_all(
-    pipe: Pipeline, values: dict[str, Any], settings: SampleConfig, seed: int, shared_noise: bool
+    pipe: Pipeline, values: Mapping[str, object], seed: int, *, means: Sequence[str], shared_noise: bool
 ) -> dict[str, Encoded]:
     """The inputs, by the part they play, for latents to be mixed: those of other sizes are cropped and resized to the
-    first one's.
+    first one's. means: the parts that enter by the mean of their posterior.
     """
     if pipe.model.source_encoder.kind == "gaussian":
         raise UserError(
             "This model starts from Gaussian noise (source.kind = gaussian), so its source latents carry no meaning to "
             "interpolate or to add. Use a run with a variational, deterministic or noisy source."
         )
-    read = [pipe.task.read_input(value) for value in values.values()]
-    cut = [pipe.task.pieces(value) for value in read]
+    read = read_inputs(list(values.values()), pipe.task.input_kind)
+    ids = item_ids(read)
+    inputs = [pipe.task.read_input(value) for value in read]
+    cut = [pipe.task.pieces(value) for value in inputs]
     fitted = [
-        pieces if pieces.layout == cut[0].layout else pipe.task.pieces(center_crop_resize(value, read[0].shape[:2]))
-        for pieces, value in zip(cut, read, strict=True)
+        pieces if pieces.layout == cut[0].layout else pipe.task.pieces(center_crop_resize(value, inputs[0].shape[:2]))
+        for pieces, value in zip(cut, inputs, strict=True)
     ]
     return {
-        part: _encode(pipe, pieces, seed, settings.mode, SHARED if shared_noise else part)
-        for part, pieces in zip(values, fitted, strict=True)
+        part: _encode(pipe, pieces, seed, part in means, ids[0] if shared_noise else id)
+        for part, pieces, id in zip(values, fitted, ids, strict=True)
     }
 
 
@@ -86,142 +100,183 @@ def _outputs(
     settings: SampleConfig,
     on_step: OnStep | None,
 ) -> list[Any]:
-    """An output for each of the latents (P, *latent), which are made as they are needed, and of the features (P, ...)
-    that a task decodes them with.
+    """An output for each of the latents (P, *latent), which are computed as they are needed, decoded with the features
+    (P, ...) of its source.
     """
     num = len(features)
     num_pieces = len(pieces.values)
-    together = max(1, settings.batch_size // num_pieces)  # outputs whose pieces make a batch
+    together = max(1, settings.batch_size // num_pieces)  # outputs whose pieces fill a batch
     steps = _counted(math.ceil(num / together) * math.ceil(num_pieces / settings.batch_size), settings, on_step)
     outputs: list[Any] = []
     waiting = iter(latents)
     while group := list(islice(waiting, together)):
         parts = torch.cat(group).split(settings.batch_size)
         z1 = [pipe.generate(Source(features=part), part, settings, next(steps)) for part in parts]
-        its = torch.cat(list(features[len(outputs) : len(outputs) + len(group)]))
-        decoded = pipe.task.decode_with(torch.cat(z1).float().cpu(), its)
+        guides = torch.cat(list(features[len(outputs) : len(outputs) + len(group)]))
+        decoded = pipe.task.decode_with(torch.cat(z1).float().cpu(), guides)
         outputs += [pieces.join(decoded[i : i + num_pieces]) for i in range(0, len(decoded), num_pieces)]
-    next(steps, None)  # the last one is over
+    next(steps, None)  # reports the end of the last integration
     return outputs
 
 
 def _counted(num_runs: int, settings: SampleConfig, on_step: OnStep | None) -> Iterator[OnStep]:
-    """For each of `num_runs` integrations what its solver is to call; `on_step` hears of the steps of all of them."""
-    # An adaptive solver says nothing on the way: there an integration is a step.
+    """A callback for each of `num_runs` integrations; `on_step` receives the steps of all of them together."""
+    # An adaptive solver reports no steps: there an integration counts as one.
     steps = 1 if SOLVERS.get(settings.solver).adaptive else settings.steps
-    hear = on_step or (lambda done, total: None)
+    report = on_step or (lambda done, total: None)
     for run in range(num_runs):
 
         def step(done: int, total: int, before: int = run * steps) -> None:
-            hear(before + done, num_runs * steps)
+            report(before + done, num_runs * steps)
 
         yield step
-        hear((run + 1) * steps, num_runs * steps)
+        report((run + 1) * steps, num_runs * steps)
 
 
 def interpolate(
     pipe: Pipeline,
-    a: Any,
-    b: Any,
+    a: object,
+    b: object,
     num_frames: int = 9,
     *,
     kind: str = "lerp",
     seed: int = 0,
     shared_noise: bool = True,
+    output_type: str = "pil",
     on_step: OnStep | None = None,
-    **settings: Any,
-) -> list[Any]:
-    """Outputs for `num_frames` source latents on the way from input a to input b, both included. A picture b of another
-    size than a is cropped and resized to that of a.
+    **settings: object,
+) -> Outputs:
+    """Outputs for `num_frames` source latents on the way from input a to input b, both included.
 
-    kind: lerp | slerp; features that guide a decoder (FlowTiTok) go along a straight line. shared_noise: both ends take
-    the same noise, else each its own. settings: fields of `SampleConfig`; `mode` goes from mean to mean. on_step(done,
-    total) counts solver steps.
+    Args:
+        a, b: as for `Pipeline`. A picture b of another size than a is cropped and resized to that of a.
+        num_frames: at least 2.
+        kind: lerp | slerp. Features that guide a decoder (FlowTiTok) always go along a straight line.
+        shared_noise: both ends take the noise of a; otherwise each its own.
+        settings: fields of `SampleConfig`; with `mode` the walk goes from mean to mean.
+
+    Raises UserError for a model that starts from noise, and for invalid settings.
+
+        frames = interpolate(pipe, "a red cube", "a blue sphere", 5, kind="slerp", seed=1)
+        frames[2].save("half.png")
     """
     chosen = pipe.sample_settings(**settings)
     weights = sampling.frame_weights(num_frames)
-    first, last = _encode_all(pipe, {"from": a, "to": b}, chosen, seed, shared_noise).values()
+    ends = {"a": a, "b": b}
+    encoded = _encode_all(pipe, ends, seed, means=tuple(ends) if chosen.mode else (), shared_noise=shared_noise)
+    first, last = encoded.values()
     frames = (sampling.between(first.z0, last.z0, weight, kind) for weight in weights)
     features = [first.source.features] * num_frames
     if pipe.task.decodes_features:
         features = [torch.lerp(first.source.features, last.source.features, weight) for weight in weights]
-    return _outputs(pipe, frames, features, first.pieces, chosen, on_step)
+    outputs = _outputs(pipe, frames, features, first.pieces, chosen, on_step)
+    return Outputs(tuple(outputs), pipe.task.pictures, seed, output_type=output_type)
 
 
 def arithmetic(
     pipe: Pipeline,
-    base: Any,
+    base: object,
     *,
-    plus: Any = None,
-    minus: Any = None,
+    plus: object = None,
+    minus: object = None,
     strengths: Sequence[float] = (1.0,),
     restandardise: bool = False,
     seed: int = 0,
     shared_noise: bool = True,
+    output_type: str = "pil",
     on_step: OnStep | None = None,
-    **settings: Any,
-) -> list[Any]:
-    """Outputs for base + k (plus - minus), one for each strength k; an absent term counts zero. Pictures of other sizes
-    than the base are cropped and resized to that of the base.
+    **settings: object,
+) -> Outputs:
+    """Outputs for base + k (plus - minus), one for each strength k; an absent term counts zero.
 
-    restandardise: bring each result to mean 0 and deviation 1 over its whole latent, as the released demo does (with
-    strength 1). The other arguments are those of `interpolate`.
+    The result carries noise once: that of plus and minus cancels, and a term without its counterpart enters by its
+    mean. Pictures of other sizes than the base are cropped and resized to that of the base.
+
+    Args:
+        strengths: k; 0 gives the base itself.
+        restandardise: bring each result to mean 0 and deviation 1 over its whole latent, as the released demo does
+            (with strength 1).
+        shared_noise: plus and minus take the noise of the base; otherwise each its own, which does not cancel.
+
+    The other arguments are those of `interpolate`. Raises UserError without a term, and for terms that cancel.
     """
-    given = {part: value for part, value in (("base", base), ("plus", plus), ("minus", minus)) if value is not None}
-    if len(given) < 2:
+    values = {part: value for part, value in (("base", base), ("plus", plus), ("minus", minus)) if value is not None}
+    if len(values) < 2:
         raise UserError("Latent arithmetic needs something to add or to subtract: give plus, minus, or both.")
     chosen = pipe.sample_settings(**settings)
-    encoded = _encode_all(pipe, given, chosen, seed, shared_noise)
+    single = tuple(values)[1:] if len(values) == 2 else ()
+    encoded = _encode_all(pipe, values, seed, means=tuple(values) if chosen.mode else single, shared_noise=shared_noise)
     # All pieces are one sample: its mean and deviation are those of the whole picture.
     terms = [encoded[part].z0[None] if part in encoded else None for part in ("base", "plus", "minus")]
     assert terms[0] is not None
     results = (sampling.arithmetic(terms[0], terms[1], terms[2], k, restandardise)[0] for k in strengths)
     features = [encoded["base"].source.features] * len(strengths)
-    return _outputs(pipe, results, features, encoded["base"].pieces, chosen, on_step)
+    outputs = _outputs(pipe, results, features, encoded["base"].pieces, chosen, on_step)
+    return Outputs(tuple(outputs), pipe.task.pictures, seed, output_type=output_type)
 
 
 def invert(
     pipe: Pipeline,
     value: str | Path | np.ndarray,
     *,
-    source: Any = None,
+    source: object = None,
     solver: str = "heun",
     steps: int = 50,
     seed: int = 0,
+    output_type: str = "pil",
     on_step: OnStep | None = None,
-) -> tuple[Tensor, Any, float]:
-    """Flows a finished output (a picture, a caption, a depth map) back to its source latent and forward again.
+) -> Inversion:
+    """Flows a finished output (a picture, a caption, a depth map) back to its source latent, and forward again.
 
-    source: the input it belongs to, needed by baselines that have a condition, and used by decoders that are guided
-    by it (FlowTiTok; else they decode under an empty text). on_step(done, total) counts solver
-    steps. Returns z0 (P, *latent), the re-generated output and the root mean squared error of the re-generated latent.
+    Args:
+        source: the input it belongs to: needed by baselines that have a condition, and used by decoders that are
+            guided by it (FlowTiTok; otherwise they decode under an empty text).
+        on_step: called with (done, total) solver steps.
+
+    Raises UserError for a value that the task does not make, and where a source is needed or does not fit.
+
+        inversion = invert(pipe, "cube.png")
+        inversion.z0.std(), inversion.error
     """
     chosen = pipe.sample_settings(solver=solver, steps=steps)
     pieces = pipe.task.target(value)
     z1 = torch.stack(list(pieces.values))
-    given, features = Source(z1), None
+    start, features = Source(z1), None
     if source is not None and pipe.task.decodes_features:
         features = encode(pipe, source, seed=seed).source.features.expand(len(z1), -1, -1)
     if pipe.model.source_encoder.kind == "gaussian":
-        if source is None:
-            raise UserError(
-                "This model starts from noise under a condition; say which input the "
-                "output belongs to (source; --source on the command line)."
-            )
-        its = encode(pipe, source, seed=seed)
-        if its.pieces.layout != pieces.layout:
-            ours, theirs = (" x ".join(map(str, one.layout)) for one in (pieces, its.pieces))
-            raise UserError(f"The output is {ours} to the model, what it makes of this source {theirs}: not a pair.")
-        given = replace(given, condition=its.source.condition)
+        start = replace(start, condition=_condition(pipe, source, pieces, seed))
     step = _counted(2 * math.ceil(len(z1) / chosen.batch_size), chosen, on_step)
     z0, again = [], []
-    for start in range(0, len(z1), chosen.batch_size):
-        part = given[start : start + chosen.batch_size].to(pipe.device)
+    for first in range(0, len(z1), chosen.batch_size):
+        part = start[first : first + chosen.batch_size].to(pipe.device)
         options: dict[str, Any] = {"condition": part.condition, "solver": solver, "steps": steps}
         z0.append(sampling.invert(pipe.model, part.features, on_step=next(step), **options))
         again.append(sampling.generate(pipe.model, z0[-1], on_step=next(step), **options).float().cpu())
-    next(step, None)  # the last one is over
+    next(step, None)  # reports the end of the last integration
     whole = torch.cat(again)
     error = (whole - z1).square().mean().sqrt().item()
-    decoded = pipe.task.decode(whole) if features is None else pipe.task.decode_with(whole, features)
-    return torch.cat(z0).cpu(), pieces.join(decoded), error
+    outputs = []
+    for latents in (z1.float().cpu(), whole):
+        decoded = pipe.task.decode(latents) if features is None else pipe.task.decode_with(latents, features)
+        outputs.append(pieces.join(decoded))
+    return Inversion(
+        torch.cat(z0).cpu(), Outputs(tuple(outputs), pipe.task.pictures, seed, output_type=output_type), error
+    )
+
+
+def _condition(pipe: Pipeline, source: object, pieces: Pieces, seed: int) -> Any:
+    """The condition that a model which starts from noise made the pieces under."""
+    if source is None:
+        raise UserError(
+            "This model starts from noise under a condition: name the input that the output belongs to "
+            "(source; --source on the command line)."
+        )
+    encoded = encode(pipe, source, seed=seed)
+    if encoded.pieces.layout != pieces.layout:
+        made, expected = (" x ".join(map(str, each.layout)) for each in (pieces, encoded.pieces))
+        raise UserError(
+            f"The output and its source do not fit: the output is {made} to the model, and an output of this source "
+            f"would be {expected}."
+        )
+    return encoded.source.condition

@@ -1,8 +1,6 @@
-"""`crossflow.load(DIR)`: a task with its trained model, callable and savable; what sampling, evaluation and the latent
-tools use.
+"""`crossflow.load(DIR)`: a task with its trained model, to be called, moved and saved.
 
-pipe = crossflow.load("runs/t2i")
-pictures = pipe(["a red cube"], seed=1)
+B batch.
 """
 
 import shutil
@@ -21,40 +19,54 @@ from crossflow.core.files import read_tensors, write_atomically, write_tensors
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import item_noise
 from crossflow.core.settings import build, dump
-from crossflow.engine.folder import PROVENANCE, WEIGHTS
+from crossflow.engine.folder import CONFIG, PROVENANCE, WEIGHTS, RunFolder
+from crossflow.engine.inputs import item_ids, read_inputs
+from crossflow.engine.outputs import Outputs, check_output_type
 from crossflow.tasks.base import Flow, Task, build_task, load_config
 
 OnStep = Callable[[int, int], None]
+"""Called with (done, total) solver steps."""
+HUB_FILES = ["*.json", "*.yaml", "*.safetensors", "*.txt"]
+"""Files of a hub repository that are downloaded; none that unpickling would have to read."""
 
 
 def load(
-    source: str | Path, *, weights: str | None = None, device: str | None = None, overrides: Sequence[str] = ()
+    source: str | Path,
+    *,
+    weights: str | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    revision: str | None = None,
 ) -> "Pipeline":
     """The pipeline of a run directory, or of a hub repository that holds one.
 
-    weights: "ema" (default when the run has them) or "model"; overrides: key=value settings of the run to be replaced,
-    such as where its frozen networks lie now (text.encoder, codec.source). Raises UserError when files are missing,
-    damaged or do not fit.
+    Args:
+        weights: "ema" (averaged; the default where the run has them) or "model" (of the last step).
+        device: where the model runs, such as "cuda:1"; a GPU by default, if there is one.
+        overrides: settings of the run to replace, as key=value: a new place of a frozen network (text.encoder,
+            codec.source), for example.
+        revision: branch, tag or commit of a hub repository; its main branch by default.
+
+    Raises:
+        UserError: missing or damaged files, weights of another model, a repository that is unavailable.
     """
-    folder = _folder(source)
-    config = load_config(folder, overrides)
-    if weights is not None and weights not in WEIGHTS:
-        raise UserError(f"Unknown weights {weights!r}. Known: {', '.join(WEIGHTS)}.")
+    run = RunFolder(_find(source, revision))
+    config = load_config(run.path, overrides)
+    kind = weights or run.preferred_weights
+    file = run.weights(kind)
     task = build_task(config)
-    task.run_folder = folder
-    task.restore(folder)
-    kind = weights or ("ema" if (folder / WEIGHTS["ema"]).is_file() else "model")
-    model = _load_model(task, folder / WEIGHTS[kind])
-    return Pipeline(task, model, folder=folder, weights=kind, device=device)
+    task.run_folder = run.path
+    task.restore(run.path)
+    return Pipeline(task, _load_model(task, file), folder=run.path, weights=kind, device=device)
 
 
-def _folder(source: str | Path) -> Path:
+def _find(source: str | Path, revision: str | None) -> Path:
+    """The run directory `source`, or the local copy of the hub repository of that name."""
     folder = Path(source).expanduser()
     if folder.is_dir():
-        if not (folder / "config.yaml").is_file():
+        if not RunFolder(folder).is_run:
             raise UserError(
-                f"{folder} is not a run directory: it has no config.yaml. Give the "
-                "folder that `crossflow train` wrote to."
+                f"{folder} is not a run directory: it has no {CONFIG}. Give the folder that `crossflow train` wrote to."
             )
         return folder
     if folder.exists():
@@ -62,18 +74,30 @@ def _folder(source: str | Path) -> Path:
             f"{folder} is a file, but a checkpoint is a run directory. Convert released files with `crossflow convert`."
         )
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise UserError(f"There is no folder {source}. Give a run directory, or a hub id such as owner/name.")
+        raise UserError(f"{source} does not exist. Give a run directory, or a hub id such as owner/name.")
+    return _download(str(source), revision)
+
+
+def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
-        wanted, unwanted = ["*.json", "*.yaml", "*.safetensors", "*.txt"], ["checkpoints/*", "evaluation/*"]
-        return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=unwanted))
-    except Exception as error:  # the hub's client raises many kinds, and each means the same to the user
+        path = snapshot_download(
+            repository, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["checkpoints/*", "evaluation/*"]
+        )
+    except HFValidationError as error:
+        raise UserError(f"{repository} is neither a folder nor a valid hub id: {error}") from error
+    except (HTTPError, OSError) as error:  # refused or interrupted; offline or no space
+        version = f" (revision {revision})" if revision is not None else ""
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"There is no folder {source}, and it cannot be had from the hub "
-            f"({type(error).__name__}). Give a run directory, "
-            "or download the repository and give its folder."
+            f"{repository}{version} is not a folder here, and the hub repository is unavailable: {reason}. "
+            "Give a run directory, or download the repository and give its folder."
         ) from error
+    if not RunFolder(Path(path)).is_run:
+        raise UserError(f"The hub repository {repository} holds no run: it has no {CONFIG}.")
+    return Path(path)
 
 
 def _load_model(task: Task, path: Path) -> CrossFlow:
@@ -111,7 +135,15 @@ def _load_weights(model: CrossFlow, path: Path) -> None:
 
 
 class Pipeline:
-    """A task and its model, ready for use. `weights` says which weights it carries (ema | model)."""
+    """A task with its trained model, ready to use: `crossflow.load` makes one.
+
+        pipe = crossflow.load("runs/t2i")
+        picture = pipe("a red cube", seed=1)[0]
+        pictures = pipe(["a red cube", "a blue sphere"], num=4, steps=20, guidance=2.0).images
+        pipe.save("runs/copy")
+
+    `weights` says which weights it carries (ema | model), `folder` where they came from.
+    """
 
     def __init__(
         self,
@@ -127,47 +159,75 @@ class Pipeline:
         self.folder = folder
         self.weights = weights
         self.weak: CrossFlow | None = None
-        """An under-trained version of the model: guidance is then by it (autoguidance) instead of by the indicator."""
+        """An under-trained version of the model, which then guides (autoguidance) instead of the indicator."""
         self.guided_by: str | None = None
         """The run that `weak` came from."""
         self.device = find_device(device)
         self.model.to(self.device).eval()
 
+    def __repr__(self) -> str:
+        millions = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        settings, guide = self.settings, f" by {self.guided_by}" if self.guided_by is not None else ""
+        return (
+            f"Pipeline({self.task.name}, {self.folder or 'not saved'}, {self.weights} weights, "
+            f"{millions:.2f}M parameters, {self.device}; {settings.solver}, {settings.steps} steps, "
+            f"guidance {settings.guidance:g}{guide})"
+        )
+
     @property
     def settings(self) -> SampleConfig:
+        """The recipe's sampling settings."""
         return self.task.config.sample
 
-    def sample_settings(self, **overrides: Any) -> SampleConfig:
-        """The recipe's sampling settings with some of them replaced; UserError for unknown or impossible ones."""
+    def sample_settings(self, **overrides: object) -> SampleConfig:
+        """The recipe's sampling settings with some of them replaced; UserError for unknown or invalid ones."""
         return build(SampleConfig, {**self.settings.model_dump(), **overrides})
+
+    def to(self, device: str | torch.device) -> "Pipeline":
+        """Moves the model to a device (`cpu`, `cuda:1`, ...); returns self. UserError when it is unavailable."""
+        self.device = find_device(str(device))
+        self.model.to(self.device)
+        if self.weak is not None:
+            self.weak.to(self.device)
+        return self
 
     def __call__(
         self,
-        inputs: Any,
+        inputs: object,
         *,
-        ids: Sequence[str] | None = None,
         num: int = 1,
         seed: int = 0,
+        ids: Sequence[str] | None = None,
+        output_type: str = "pil",
         on_step: OnStep | None = None,
-        **settings: Any,
-    ) -> list[Any]:
-        """Outputs for one input or a list of them (prompts; pictures or their paths), `num` of each, in order.
+        **settings: object,
+    ) -> Outputs:
+        """Outputs for one input or a list of them, `num` of each, in order.
 
-        The noise of output k of input i follows from (seed, ids[i], k) alone; ids default to the inputs' numbers.
-        settings: fields of `SampleConfig` (steps, solver, guidance, ...). on_step(done, total) after each solver step
-        of a batch.
+        Args:
+            inputs: prompts; or pictures: paths, PIL images, arrays or tensors, see `inputs.read_picture`.
+            seed: an output follows from it, the input and the output's number alone, so that
+                `pipe([a, b])[1]` equals `pipe(b)[0]`, and `pipe([a, a])` equals `pipe(a, num=2)`.
+            ids: of the noise, one for each output, instead of those of `inputs.item_ids`.
+            output_type: pil | np | pt, see `Outputs`.
+            on_step: called with (done, total) after each solver step of a batch.
+            settings: fields of `SampleConfig` (steps, solver, guidance, batch_size, ...) instead of the recipe's.
+
+        Raises:
+            UserError: inputs that the task cannot read, invalid settings, NaNs.
         """
-        single = not isinstance(inputs, (list, tuple))
-        given = [inputs] if single else list(inputs)
-        read = [self.task.read_input(value) for value in given]
-        names = list(ids) if ids is not None else [str(index) for index in range(len(given))]
-        repeated = [(value, f"{name}/{k}") for value, name in zip(read, names, strict=True) for k in range(num)]
-        outputs: list[Any] = []
+        check_output_type(output_type)
         chosen = self.sample_settings(**settings)
+        values = read_inputs(inputs, self.task.input_kind)
+        names = list(ids) if ids is not None else item_ids(values, num)
+        if num < 1 or len(names) != len(values) * num:
+            raise UserError(f"{len(names)} ids do not fit {len(values)} inputs with {num} outputs of each.")
+        repeated = [self.task.read_input(value) for value in values for _ in range(num)]
+        outputs: list[Any] = []
         for start in range(0, len(repeated), chosen.batch_size):
-            part = repeated[start : start + chosen.batch_size]
-            outputs += self.outputs([value for value, _ in part], [name for _, name in part], seed, chosen, on_step)
-        return outputs
+            part = slice(start, start + chosen.batch_size)
+            outputs += self.outputs(repeated[part], names[part], seed, chosen, on_step)
+        return Outputs(tuple(outputs), self.task.pictures, seed, tuple(names), output_type)
 
     @torch.no_grad()
     def outputs(
@@ -254,7 +314,7 @@ class Pipeline:
         """Writes a complete run directory (configuration, weights, tokenizer, codec); returns it."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        write_atomically(target / "config.yaml", dump(self.task.config))
+        write_atomically(target / CONFIG, dump(self.task.config))
         for kind in {"model", self.weights}:
             write_tensors(target / WEIGHTS[kind], self.model.state_dict())
         self.task.save(target)
@@ -266,9 +326,9 @@ class Pipeline:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device called so; none: this process's own under a launcher, else a GPU if there is one.
+    """A device by its name; by default the one of this process under a launcher, else a GPU if there is one.
 
-    Raises UserError when there is no such device.
+    Raises UserError when it is unavailable.
     """
     if name is None and distributed.announced():
         return distributed.device()
@@ -277,7 +337,7 @@ def find_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch's words depend on how it was built
-        raise UserError(f"There is no device {name!r} here ({str(error).splitlines()[0]}). Use cpu.") from error
+        raise UserError(f"The device {name!r} is unavailable ({str(error).splitlines()[0]}). Use cpu.") from error
 
 
 def _parts(source: Source, ids: Sequence[str], size: int) -> Iterator[tuple[Source, Sequence[str]]]:

@@ -103,7 +103,7 @@ def test_one_picture_can_be_made_again_alone(tiny_run, tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         np.array(Image.open(together / "0001_0.png")), np.array(Image.open(alone / "0000.png"))
     )
-    assert Image.open(together / "0001_0.png").info["item"] == "a blue sphere"
+    assert Image.open(together / "0001_0.png").info["item"] == "a blue sphere/0"
 
 
 def test_sample_reads_pictures_of_any_size_and_skips_broken_ones(tiny_run, tmp_path: Path, photo: Path, capsys) -> None:

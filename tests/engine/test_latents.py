@@ -1,4 +1,4 @@
-"""The latent tools: their ends are what sampling gives, tiles are one picture, noise is shared."""
+"""The latent tools: their ends are outputs of sampling, tiles are one picture, noise is shared and added once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +10,11 @@ import torch
 from crossflow.core.errors import UserError
 from crossflow.data.resize import center_crop_resize
 from crossflow.engine import latents
-from crossflow.engine.latents import SHARED
 from crossflow.engine.sample import Pipeline, load
 
-RNG = np.random.default_rng(0)
 
-
-def picture(height: int = 20, width: int = 28) -> np.ndarray:
-    return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+def picture(height: int = 20, width: int = 28, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -26,7 +23,7 @@ def pipe(tiny_run) -> Callable[[str], Pipeline]:
 
 
 def ends(task: str) -> tuple:
-    return ("a red cube", "two blue spheres") if task == "t2i" else (picture(), picture())
+    return ("a red cube", "two blue spheres") if task == "t2i" else (picture(seed=1), picture(seed=2))
 
 
 def same(a: object, b: object) -> bool:
@@ -37,7 +34,7 @@ def same(a: object, b: object) -> bool:
 
 
 @pytest.fixture
-def started(monkeypatch) -> list[torch.Tensor]:
+def integrated(monkeypatch) -> list[torch.Tensor]:
     """The source latents of every integration."""
     seen: list[torch.Tensor] = []
     real = Pipeline.generate
@@ -51,41 +48,63 @@ def started(monkeypatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("task", ["t2i", "caption", "depth", "sr"])
-def test_an_interpolation_begins_and_ends_with_what_sampling_gives(pipe, task: str) -> None:
+def test_the_ends_of_an_interpolation_are_the_outputs_of_sampling(pipe, task: str) -> None:
     run, (a, b) = pipe(task), ends(task)
-    frames = latents.interpolate(run, a, b, 3, seed=4)
+    frames = latents.interpolate(run, a, b, 3, seed=4, output_type="np")
     assert len(frames) == 3
-    assert same(frames[0], run.outputs([a], [SHARED], seed=4)[0])
-    assert same(frames[-1], run.outputs([b], [SHARED], seed=4)[0])
+    first = run(a, seed=4, output_type="np")
+    assert same(frames[0], first[0])
+    assert same(frames[-1], run(b, ids=first.ids, seed=4, output_type="np")[0])
+    own = latents.interpolate(run, a, b, 2, seed=4, shared_noise=False, output_type="np")
+    assert same(own[0], first[0])
+    assert same(own[1], run(b, seed=4, output_type="np")[0])
 
 
 @pytest.mark.parametrize("task", ["t2i", "caption", "depth", "sr"])
-def test_adding_and_taking_away_lead_to_the_other_input(pipe, task: str) -> None:
+def test_adding_one_input_and_subtracting_the_other_exchanges_them(pipe, task: str) -> None:
     run, (a, b) = pipe(task), ends(task)
-    start, end = latents.arithmetic(run, a, plus=b, minus=a, strengths=[0, 1])
-    assert same(start, run.outputs([a], [SHARED], seed=0)[0])
-    assert same(end, run.outputs([b], [SHARED], seed=0)[0])
+    start, end = latents.arithmetic(run, a, plus=b, minus=a, strengths=[0, 1], output_type="np")
+    expected = run(a, output_type="np")
+    assert same(start, expected[0])
+    assert same(end, run(b, ids=expected.ids, output_type="np")[0])
 
 
-def test_a_large_picture_goes_through_the_tiles_of_sampling(pipe, started: list[torch.Tensor]) -> None:
-    run, a, b = pipe("sr"), picture(9, 13), picture(9, 13)
-    expected = run(a)[0] if isinstance(run(a), list) else run(a)
-    started.clear()
-    frames = latents.interpolate(run, a, b, 3, batch_size=7)
+@pytest.mark.parametrize("term", ["plus", "minus"])
+def test_the_sum_carries_the_noise_of_the_base_alone(pipe, integrated: list[torch.Tensor], term: str) -> None:
+    run, (a, b) = pipe("t2i"), ends("t2i")
+    latents.arithmetic(run, a, **{term: b})
+    (z0,) = integrated
+    base, mean = latents.encode(run, a).z0, latents.encode(run, b, mode=True).z0
+    torch.testing.assert_close(z0, base + mean if term == "plus" else base - mean)
+    sample = latents.encode(run, b, id="a red cube/0").z0
+    assert (sample - mean).std() > 0.1, "the term has noise that could be added twice"
+
+
+def test_the_noise_of_two_terms_cancels(pipe, integrated: list[torch.Tensor]) -> None:
+    run, (a, b) = pipe("t2i"), ends("t2i")
+    latents.arithmetic(run, a, plus=b, minus=b)
+    torch.testing.assert_close(integrated[0], latents.encode(run, a).z0)
+
+
+def test_a_large_picture_goes_through_the_tiles_of_sampling(pipe, integrated: list[torch.Tensor]) -> None:
+    run, a, b = pipe("sr"), picture(9, 13, seed=1), picture(9, 13, seed=2)
+    expected = run(a, output_type="np")[0]
+    integrated.clear()
+    frames = latents.interpolate(run, a, b, 3, batch_size=7, output_type="np")
     assert frames[0].shape == (36, 52, 3)
     assert same(frames[0], expected)
     num_tiles = len(run.task.pieces(a).values)
     assert num_tiles > 7
-    assert sum(map(len, started)) == 3 * num_tiles
-    assert max(map(len, started)) <= 7
+    assert sum(map(len, integrated)) == 3 * num_tiles
+    assert max(map(len, integrated)) <= 7
 
 
 @pytest.mark.parametrize("kind", ["lerp", "slerp"])
-def test_tiles_are_interpolated_as_one_picture(pipe, started: list[torch.Tensor], kind: str) -> None:
+def test_tiles_are_interpolated_as_one_picture(pipe, integrated: list[torch.Tensor], kind: str) -> None:
     run = pipe("sr")
-    latents.interpolate(run, picture(9, 13), picture(9, 13), 3, kind=kind)
-    num_tiles = sum(map(len, started)) // 3
-    z0 = torch.cat(started)
+    latents.interpolate(run, picture(9, 13, seed=1), picture(9, 13, seed=2), 3, kind=kind)
+    num_tiles = sum(map(len, integrated)) // 3
+    z0 = torch.cat(integrated)
     first, middle, last = z0.split(num_tiles)
     # one pair of weights solves for all tiles
     ends = torch.stack([first.flatten(), last.flatten()], dim=1)
@@ -93,21 +112,21 @@ def test_tiles_are_interpolated_as_one_picture(pipe, started: list[torch.Tensor]
     assert torch.allclose(ends @ weights, middle.flatten()[:, None], atol=1e-4)
 
 
-def test_tiles_are_restandardised_as_one_picture(pipe, started: list[torch.Tensor]) -> None:
+def test_tiles_are_restandardised_as_one_picture(pipe, integrated: list[torch.Tensor]) -> None:
     run = pipe("sr")
-    latents.arithmetic(run, picture(9, 13), plus=picture(9, 13), restandardise=True)
-    z0 = torch.cat(started)
+    latents.arithmetic(run, picture(9, 13, seed=1), plus=picture(9, 13, seed=2), restandardise=True)
+    z0 = torch.cat(integrated)
     assert z0.mean().abs() < 1e-5
     assert z0.std() == pytest.approx(1, abs=1e-4)
     assert (z0.flatten(1).mean(1).abs() > 0.01).any(), "tiles by themselves differ"
 
 
-def test_noise_is_shared_unless_each_input_is_to_have_its_own(pipe, started: list[torch.Tensor]) -> None:
+def test_noise_is_shared_unless_each_input_has_its_own(pipe, integrated: list[torch.Tensor]) -> None:
     run = pipe("t2i")
     latents.interpolate(run, "a cube", "a cube", 2)
     latents.interpolate(run, "a cube", "a cube", 2, shared_noise=False)
     latents.interpolate(run, "a cube", "a cube", 2, shared_noise=False, mode=True)
-    shared, own, mean = started
+    shared, own, mean = integrated
     assert torch.equal(shared[0], shared[1])
     assert not torch.allclose(own[0], own[1], atol=0.1)
     assert torch.equal(mean[0], mean[1])
@@ -115,46 +134,50 @@ def test_noise_is_shared_unless_each_input_is_to_have_its_own(pipe, started: lis
 
 def test_results_do_not_depend_on_the_batch_size(pipe) -> None:
     run = pipe("t2i")
-    whole = latents.interpolate(run, "a red cube", "a blue sphere", 5)
-    parts = latents.interpolate(run, "a red cube", "a blue sphere", 5, batch_size=2)
+    whole = latents.interpolate(run, "a red cube", "a blue sphere", 5, output_type="np")
+    parts = latents.interpolate(run, "a red cube", "a blue sphere", 5, batch_size=2, output_type="np")
     assert all(same(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 @pytest.mark.parametrize(("solver", "batch_size"), [("euler", 2), ("euler", 64), ("dopri5", 2)])
 def test_progress_goes_up_to_its_total(pipe, solver: str, batch_size: int) -> None:
-    heard: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
     latents.interpolate(
-        pipe("t2i"), "a", "b", 5, solver=solver, batch_size=batch_size, on_step=lambda *step: heard.append(step)
+        pipe("t2i"), "a", "b", 5, solver=solver, batch_size=batch_size, on_step=lambda *step: steps.append(step)
     )
-    done = [step for step, _ in heard]
+    done = [step for step, _ in steps]
     assert done == sorted(done)
-    (total,) = {total for _, total in heard}
+    (total,) = {total for _, total in steps}
     assert done[-1] == total == (2 if solver == "euler" else 1) * -(-5 // batch_size)
 
 
 def test_a_large_picture_is_inverted_in_tiles(pipe) -> None:
-    heard: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
     run, made = pipe("sr"), picture(30, 45)
-    z0, again, rmse = latents.invert(run, made, steps=8, on_step=lambda *step: heard.append(step))
+    inversion = latents.invert(run, made, steps=8, output_type="np", on_step=lambda *step: steps.append(step))
+    z0, (shown, again) = inversion.z0, inversion.outputs
     assert z0.shape == (len(run.task.target(made).values), 3, 16, 16)
     assert len(z0) > 4
     assert again.shape == made.shape
     assert np.abs(again.astype(int) - made).mean() < 3
-    assert rmse < 0.05
-    assert heard[-1][0] == heard[-1][1] == 16
+    assert inversion.error < 0.05
+    assert np.array_equal(shown, made), "in pixel space a latent is the picture itself"
+    assert steps[-1][0] == steps[-1][1] == 16
 
 
 def test_depth_is_inverted_and_comes_back_at_its_own_size(pipe) -> None:
-    z0, again, rmse = latents.invert(pipe("depth"), np.full((20, 41), 3.0, np.float32), steps=8)
+    inversion = latents.invert(pipe("depth"), np.full((20, 41), 3.0, np.float32), steps=8)
+    z0, (shown, again) = inversion.z0, inversion.outputs.depth
+    np.testing.assert_allclose(shown, 3.0, rtol=1e-3)
     assert again.shape == (20, 41)
     assert z0.shape[2] == 16
     assert z0.shape[3] > 16
-    assert rmse < 0.05
+    assert inversion.error < 0.05
 
 
 def test_depth_frames_have_the_size_of_the_picture_and_one_scale_of_colours(pipe) -> None:
     run = pipe("depth")
-    frames = latents.interpolate(run, picture(20, 28), picture(20, 28), 3)
+    frames = latents.interpolate(run, picture(20, 28, seed=1), picture(20, 28, seed=2), 3)
     assert {frame.shape for frame in frames} == {(20, 28)}
     near, far = np.full((4, 4), 1.0), np.full((4, 4), 2.0)
     both = run.task.pictures([near, far])
@@ -163,20 +186,21 @@ def test_depth_frames_have_the_size_of_the_picture_and_one_scale_of_colours(pipe
 
 
 @pytest.mark.parametrize(("task", "sizes"), [("sr", ((9, 13), (13, 9))), ("depth", ((20, 40), (40, 20)))])
-def test_a_picture_of_another_size_is_brought_to_that_of_the_first(pipe, task: str, sizes: tuple) -> None:
+def test_a_second_picture_is_resized_to_the_first(pipe, task: str, sizes: tuple) -> None:
     run, (a, b) = pipe(task), (picture(*size) for size in sizes)
-    frames = latents.interpolate(run, a, b, 2)
+    frames = latents.interpolate(run, a, b, 2, output_type="np")
     assert frames[0].shape == frames[1].shape
-    assert same(frames[0], run.outputs([a], [SHARED], seed=0)[0])
-    assert same(frames[1], run.outputs([center_crop_resize(b, sizes[0])], [SHARED], seed=0)[0])
+    first = run(a, output_type="np")
+    assert same(frames[0], first[0])
+    assert same(frames[1], run(center_crop_resize(b, sizes[0]), ids=first.ids, output_type="np")[0])
 
 
-def test_impossible_arithmetic_is_refused(pipe) -> None:
+def test_invalid_arithmetic_is_refused(pipe) -> None:
     run = pipe("t2i")
     with pytest.raises(UserError, match="plus, minus, or both"):
         latents.arithmetic(run, "a cube")
     with pytest.raises(UserError, match="cancel"):
-        latents.arithmetic(run, "a cube", minus="a cube", restandardise=True)
+        latents.arithmetic(run, "a cube", minus="a cube", restandardise=True, mode=True)
     with pytest.raises(UserError, match="stepz"):
         latents.arithmetic(run, "a cube", plus="a cube", stepz=3)
 
@@ -192,10 +216,10 @@ def test_latents_of_noise_are_refused_and_inverted_with_their_source(
     with pytest.raises(UserError, match="carry no meaning"):
         latents.interpolate(run, low, low)
     made = picture(36, 52)
-    z0, again, _ = latents.invert(run, made, source=low, steps=4)
-    assert len(z0) == len(run.task.pieces(low).values)
-    assert again.shape == made.shape
-    with pytest.raises(UserError, match="not a pair"):
+    inversion = latents.invert(run, made, source=low, steps=4, output_type="np")
+    assert len(inversion.z0) == len(run.task.pieces(low).values)
+    assert inversion.outputs[1].shape == made.shape
+    with pytest.raises(UserError, match="do not fit"):
         latents.invert(run, picture(20, 20), source=low, steps=4)
     with pytest.raises(UserError, match="belongs to"):
         latents.invert(run, made)

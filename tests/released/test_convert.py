@@ -70,7 +70,7 @@ def test_pictures_are_those_of_the_reference(files, configs, encoders, runs, kin
     pipe = load(runs(kind))
     assert (pipe.settings.guidance, pipe.settings.time_grid) == (guidance, "released")
     assert pipe.settings.steps == (20 if kind == "flowtok" else 50)
-    pictures = pipe(prompts, ids=["a", "b"], seed=3, steps=5)
+    pictures = pipe(prompts, ids=["a/0", "b/0"], seed=3, steps=5, output_type="np")
 
     model = from_reference(kind, files(kind)[2], configs[kind])
     features, mask = features_by_hand(encoders(encoder), as_read or prompts, 0 if kind == "flowtok" else None)
@@ -103,7 +103,7 @@ def test_flowtoks_features_are_padded_with_zero_and_padding_counts(runs):
 def test_flowtoks_pictures_are_decoded_under_their_texts(runs, monkeypatch):
     """The latent tools too: the ends of an interpolation are what sampling gives, between them are both texts."""
     pipe = load(runs("flowtok"))
-    prompts, settings = ["a red cube", "a blue sphere"], {"steps": 2, "mode": True}
+    prompts, settings = ["a red cube", "a blue sphere"], {"steps": 2, "mode": True, "output_type": "np"}
     seen, decode_with = [], pipe.task.decode_with
 
     def watched(z1, features):
@@ -144,13 +144,13 @@ def test_commands_convert_sample_and_convert_back(files, encoders, tmp_path, cap
 def test_networks_beside_a_run_can_be_replaced(encoders, runs, tmp_path):
     import shutil
 
-    there = load(runs("dimr"))("a red cube", steps=2)
+    there = load(runs("dimr"))("a red cube", steps=2, output_type="np")
     clip = shutil.copytree(encoders("clip"), tmp_path / "clip")
     codec = shutil.copytree(load(runs("dimr")).task.codec.source, tmp_path / "vae")
     moved = load(runs("dimr"), overrides=[f"text.encoder={clip}", f"codec.source={codec}"])
     assert moved.task.text.frozen.settings.source == str(clip)
     assert moved.task.codec.source == str(codec)
-    assert np.array_equal(moved("a red cube", steps=2)[0], there[0])
+    assert np.array_equal(moved("a red cube", steps=2, output_type="np")[0], there[0])
     with pytest.raises(UserError, match=r"feature_width = 768, but .* 4096 wide"):
         load(runs("dimr"), overrides=[f"text.encoder={encoders('t5')}"])
 

@@ -210,7 +210,7 @@ def test_a_run_trains_from_a_cache_resumes_to_the_same_weights_and_samples(
     assert main([*command, "--output", str(tmp_path / "parts"), "train.steps=4", "--resume", "auto"]) == 0
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    (picture,) = load(tmp_path / "parts")("a red cube")
+    (picture,) = load(tmp_path / "parts")("a red cube", output_type="np")
     assert picture.shape == (16, 16, 3)
     assert picture.dtype == np.uint8
 

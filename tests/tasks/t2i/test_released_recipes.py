@@ -72,7 +72,7 @@ def test_recipes_of_the_papers_train_and_sample(networks, blind_judge, tmp_path:
     run = tmp_path / "run"
     assert main(["train", "--config", recipe, "--output", str(run), *small(networks, recipe)]) == 0
     size = load_config(run).data.image_size
-    (picture,) = load(run)("a red cube")
+    (picture,) = load(run)("a red cube", output_type="np")
     assert picture.shape == (size, size, 3)
     if not recipe.startswith("flowtok"):
         assert len(json.loads((run / "image_tower.json").read_text())["checksum"]) == 64

@@ -88,7 +88,7 @@ def test_frozen_encoders_and_autoencoders_train_and_sample(
     if codec != "pixel":
         settings += [f"codec.source={pretrained(codec)}", "backbone.patch=2"]
     assert main(["train", "--task", "t2i", "--output", str(run), *tiny_settings("t2i"), *settings]) == 0
-    (picture,) = load(run)("a red cube")
+    (picture,) = load(run)("a red cube", output_type="np")
     assert picture.shape == (16, 16, 3)
 
 
