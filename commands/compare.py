@@ -22,11 +22,11 @@ def command(first: Path, second: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from crossflow.benchmarks.evaluation.manifest import differences, read_evaluation, score_rows
+    from crossflow.benchmarks.evaluation.compare import compare_scores, differences, read_evaluation
 
     one, other = read_evaluation(first), read_evaluation(second)
     table = Table("score", "first", "second", "difference", "")
-    for name, a, b, word in score_rows(one, other):
+    for name, a, b, word in compare_scores(one, other):
         table.add_row(name, f"{a:.5g}", f"{b:.5g}", f"{b - a:+.3g}", word)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     found = differences(one.manifest, other.manifest)

@@ -15,7 +15,7 @@ def _recall(context: click.Context, _: click.Parameter, value: str | None) -> An
     """The options of the evaluation that is repeated become the defaults of all others."""
     if value is None:
         return None
-    from crossflow.benchmarks.evaluation.manifest import options_of, read_evaluation
+    from crossflow.benchmarks.evaluation.compare import options_of, read_evaluation
 
     before = read_evaluation(value)
     context.default_map = options_of(before.manifest)
@@ -72,8 +72,8 @@ def command(
     it and the rest. Noise follows from the seed and the item's id, so neither batch_size=N nor the number of processes
     (torchrun, accelerate launch) changes the result. A killed evaluation goes on when the command is given again.
     """
+    from crossflow.benchmarks.evaluation.compare import expect_repeated
     from crossflow.benchmarks.evaluation.evaluate import evaluate as run
-    from crossflow.benchmarks.evaluation.manifest import expect_repeated
     from crossflow.benchmarks.evaluation.protocol import load_protocol, protocol_of, roles
 
     pipe, protocol, settings, folder = use.pipe, None, use.settings, use.output

@@ -1,11 +1,9 @@
 """What a number was made of, so that it can be made again, and what differs between two numbers."""
 
 import hashlib
-import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,7 @@ import torch
 from crossflow.benchmarks.evaluation.plan import Cases
 from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core.config import SampleConfig
-from crossflow.core.errors import UserError
 from crossflow.core.sampling import count_evaluations
-from crossflow.core.settings import flat
 from crossflow.engine.folder import WEIGHTS
 from crossflow.engine.provenance import environment
 from crossflow.engine.sample import Pipeline
@@ -132,123 +128,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-# ------------------------------------------------------------------------------------------------- read and compare
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A metrics.json: scores and the manifest that they stand on."""
-
-    path: Path
-    scores: dict[str, float]
-    intervals: dict[str, list[float]]
-    manifest: dict[str, Any]
-
-
-def read_evaluation(source: str | Path) -> Evaluation:
-    """The evaluation in a metrics.json or in its folder. Raises UserError when there is none."""
-    path = Path(source).expanduser()
-    path = path / "metrics.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Evaluation(path, content["scores"], content.get("intervals", {}), content["manifest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no evaluation ({error}). Give the metrics.json that crossflow evaluate wrote, or its folder."
-        ) from error
-
-
-def options_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `crossflow evaluate` that make this evaluation again."""
-    missing = [name for name in ("checkpoint", "weights", "data", "sample", "seed", "num") if name not in manifest]
-    if missing:
-        raise UserError(
-            f"This manifest lacks {', '.join(missing)}: it is from a version that did not keep what repeating needs."
-        )
-    return {
-        "checkpoint": manifest["checkpoint"],
-        "weights": manifest["weights"],
-        "seed": manifest["seed"],
-        "guide_with": manifest["guided_by"],
-        "moved": tuple(manifest.get("set", ())),
-        "data": manifest["data"]["spec"],
-        "split": manifest["data"]["split"],
-        "num": manifest["num"],
-    }
-
-
-EQUAL = 1e-9  # one machine gives the same numbers; this is for their way through JSON
-
-
-def expect_repeated(before: Evaluation, scores: Mapping[str, float], now: Mapping[str, Any]) -> str:
-    """One sentence when the repeated scores are those of `before`. Raises UserError that names what differs."""
-    wrong = [name for name in before.scores if not _close(before.scores[name], scores.get(name))]
-    if not wrong:
-        return f"The same {len(before.scores)} numbers as in {before.path}."
-    told = ", ".join(f"{name} {before.scores[name]:.6g} -> {_number(scores.get(name))}" for name in wrong[:6])
-    causes = [line for lines in differences(before.manifest, now).values() for line in lines]
-    why = f" What differs: {'; '.join(causes[:8])}." if causes else " Nothing that the manifests name differs."
-    raise UserError(f"{len(wrong)} of {len(before.scores)} numbers are not those of {before.path}: {told}.{why}")
-
-
-def _close(a: float, b: float | None) -> bool:
-    return b is not None and (a == b or abs(a - b) <= EQUAL * max(1.0, abs(a)))
-
-
-def _number(value: float | None) -> str:
-    return "missing" if value is None else f"{value:.6g}"
-
-
-GROUPS = {
-    "measured differently, so the numbers do not compare": (
-        "task", "protocol", "data.fingerprint", "data.split", "ids.sha256", "num", "num_items", "networks",
-        "real_statistics", "bad_items",
-    ),
-    "another model, or used otherwise": (
-        "checksums", "weights", "guided_by", "image_size", "resize", "sample", "evaluations", "seed",
-        "precision", "set",
-    ),
-    "should not matter": (),
-}  # fmt: skip
-IGNORED = (
-    "started", "seconds", "ids.first", "data.spec", "protocol.networks", "protocol.notes", "protocol.title",
-    "protocol.layout", "protocol.headline",
-)  # fmt: skip
-"""What says nothing about the numbers, or nothing that a checksum does not say better."""
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What two manifests say differently, by what it means for their numbers: `name: ours -> theirs`."""
-    ours, theirs = flat(a), flat(b)
-    found: dict[str, list[str]] = {group: [] for group in GROUPS}
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) == theirs.get(name) or _is(name, IGNORED):
-            continue
-        group = next((group for group, names in GROUPS.items() if _is(name, names)), "should not matter")
-        found[group].append(f"{name}: {_told(ours, name)} -> {_told(theirs, name)}")
-    return {group: lines for group, lines in found.items() if lines}
-
-
-def _is(name: str, names: Sequence[str]) -> bool:
-    return any(name == one or name.startswith(f"{one}.") for one in names)
-
-
-def _told(values: Mapping[str, Any], name: str) -> str:
-    text = json.dumps(values[name], ensure_ascii=False) if name in values else "not there"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def score_rows(a: Evaluation, b: Evaluation) -> list[tuple[str, float, float, str]]:
-    """(name, ours, theirs, what their 95 % intervals say) for every number that both have."""
-    rows = []
-    for name, value in a.scores.items():
-        if name not in b.scores:
-            continue
-        word = "equal" if _close(value, b.scores[name]) else ""
-        if not word and name in a.intervals and name in b.intervals:
-            (low, high), (other_low, other_high) = a.intervals[name], b.intervals[name]
-            word = "intervals overlap" if low <= other_high and other_low <= high else "intervals apart"
-        rows.append((name, value, b.scores[name], word))
-    return rows

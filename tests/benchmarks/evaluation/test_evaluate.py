@@ -113,7 +113,7 @@ def test_an_evaluation_is_repeated_from_its_manifest_and_differences_are_named(
     assert main(["evaluate", "--repeat", str(tmp_path / "a")]) == 2
     assert "data.fingerprint" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "nowhere")]) == 2
-    assert "no evaluation" in capsys.readouterr().err
+    assert "not an evaluation" in capsys.readouterr().err
 
 
 def test_a_manifest_tells_what_a_number_was_made_of(sr, tmp_path: Path) -> None:
