@@ -1,4 +1,4 @@
-"""Annotations that others wrote: JSON, JSON lines and captions, with a reason for whatever cannot be used."""
+"""Annotations written by others: JSON files, JSON lines and captions, with a reason for everything unusable."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from crossflow.core.errors import UserError
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """(line number from 1, object) for each line that is not blank; for a bad line a text that says why it is bad."""
+    """(line number from 1, object) for each non-blank line; for a bad line, (number, reason)."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -22,7 +22,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
 
 
 def json_file(path: Path) -> object:
-    """The content of a JSON file; raises UserError that names it."""
+    """The content of a JSON file. Raises UserError with its name when it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
@@ -30,9 +30,12 @@ def json_file(path: Path) -> object:
 
 
 def clean_captions(values: object) -> tuple[str, ...]:
-    """Captions from a string or a list of strings: white space becomes single blanks, empty captions go.
+    """Captions from a string or a list of strings: white space becomes single blanks, empty captions are dropped.
 
-    Raises ValueError for other things.
+    Raises ValueError for other types.
+
+    >>> clean_captions(["  a red\\n cube ", "", None])
+    ('a red cube',)
     """
     texts = [values] if isinstance(values, str) else [] if values is None else values
     if not isinstance(texts, list | tuple):
@@ -41,7 +44,7 @@ def clean_captions(values: object) -> tuple[str, ...]:
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"caption is {type(text).__name__}, not text")
-        # Half of a surrogate pair, as cut JSON escapes leave it, cannot be encoded or tokenized.
+        # Half of a surrogate pair, as truncated JSON escapes leave it, can be neither encoded nor tokenized.
         whole = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         captions.append(" ".join(whole.split()))
     return tuple(caption for caption in captions if caption)

@@ -78,7 +78,7 @@ class Examples(Generic[T]):
         for _, index in wanted:
             if not 0 <= index < total:
                 raise IndexError(f"index {index} of {total} examples")
-        loaded, chance = self._load(wanted), _Chance(self.seed)
+        loaded, chance = self._load(wanted), _ItemGenerator(self.seed)
         return [self._example(epoch, index, loaded, chance) for epoch, index in wanted]
 
     def first(self, count: int) -> list[T]:
@@ -89,7 +89,7 @@ class Examples(Generic[T]):
         """The good items themselves, in the reader's order, at most `limit`; bad ones are left out and counted."""
         start, left = 0, len(self) if limit is None else limit
         while start < len(self) and left > 0:
-            stop = min(start + min(left, max(16, self.reader.together)), len(self))
+            stop = min(start + min(left, max(16, self.reader.batch_hint)), len(self))
             for item in self.items_at(range(start, stop)):
                 left -= 1
                 yield item
@@ -116,7 +116,7 @@ class Examples(Generic[T]):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cached": {}, "_used_bytes": 0}
 
-    def _example(self, epoch: int, index: int, loaded: dict[int, Item | BadItem], chance: "_Chance") -> T:
+    def _example(self, epoch: int, index: int, loaded: dict[int, Item | BadItem], chance: "_ItemGenerator") -> T:
         total = len(self)
         for distance in range(total):
             candidate = (index + distance) % total
@@ -148,7 +148,7 @@ class Examples(Generic[T]):
 
     def _ahead(self, epoch: int, index: int, missing: Sequence[int]) -> list[int]:
         """What to load along with the missing ones: those that follow in the epoch, if there is room to keep them."""
-        room = self.reader.together - len(missing)
+        room = self.reader.batch_hint - len(missing)
         if room <= 0 or self._used_bytes >= self._budget():
             return []
         sequence = order(self.seed, epoch, len(self))
@@ -189,7 +189,7 @@ class Examples(Generic[T]):
         return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
 
 
-class _Chance:
+class _ItemGenerator:
     """The generator of an example, keyed by (seed, epoch, index). One is set anew for each: making one takes longer
     than reading an example from a feature cache.
     """
@@ -225,7 +225,7 @@ def check(
     """Read every item. `on_progress(done, total)` is called now and then, `on_item` with each good one."""
     bad: dict[str, str] = {}
     num_captions = 0
-    stride = max(16, reader.together)
+    stride = max(16, reader.batch_hint)
     for start in range(0, len(reader), stride):
         indices = range(start, min(start + stride, len(reader)))
         for item in reader.load(indices):

@@ -1,6 +1,6 @@
-"""Files that a data set names: which there are, which may be read, and where a list's images lie.
+"""Files that a data set names: which exist, which may be read, and which folder holds a list's images.
 
-Names come from annotations that others wrote, so each is checked before it is opened.
+The names come from annotations written by others, so each is checked before its file is opened.
 """
 
 import logging
@@ -8,13 +8,17 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
+from crossflow.core.files import write_array
+
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 
 
 def existing(location: str) -> Path | None:
-    """The path, with ~ expanded, if there is something."""
+    """The path with ~ expanded, or None when nothing exists there."""
     try:
         path = Path(location).expanduser()
         return path if path.exists() else None
@@ -23,20 +27,20 @@ def existing(location: str) -> Path | None:
 
 
 def inside(root: Path, name: str, allowed: Collection[Path]) -> Path:
-    """The file `name` under `root`. Raises ValueError with the reason when it is none or leaves the `allowed` folders.
+    """The file `name` under `root`.
 
-    Names come from files that others wrote, so neither `..` nor an absolute path nor a link may lead to the rest of the
-    disk. `allowed` are resolved paths.
+    Neither `..` nor an absolute path nor a link may lead to the rest of the disk: the file must lie in one of the
+    `allowed` folders (resolved paths). Raises ValueError with the reason otherwise.
     """
     if not name or "\0" in name:
-        raise ValueError(f"{name!r} names no file")
+        raise ValueError(f"{name!r} is not a file name")
     if leaves(name):
         raise ValueError(f"path {name!r} leaves the data folder; only paths below it are read")
     path = root / name
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
-        raise ValueError(f"path {name!r} cannot be followed: {error}") from error
+        raise ValueError(f"path {name!r} cannot be resolved: {error}") from error
     if not any(resolved.is_relative_to(folder) for folder in allowed):
         raise ValueError(f"{name!r} is a link that leaves the data folder; only files inside it are read")
     if not path.exists():
@@ -47,18 +51,18 @@ def inside(root: Path, name: str, allowed: Collection[Path]) -> Path:
 
 
 def leaves(name: str) -> bool:
-    """Whether the path `name` leads out of the folder that it is relative to, links aside."""
+    """Whether the path `name` leads out of the folder that it is relative to; links are not considered."""
     pure = PurePosixPath(name)
     return pure.is_absolute() or ".." in pure.parts
 
 
 def with_links(path: Path) -> tuple[Path, ...]:
-    """`path` and the folders in it, each of which may be a link to where its files are kept."""
+    """`path` and the folders in it, each of which may be a link to the place that holds its files."""
     return (path, *(child for child in sorted(path.iterdir()) if child.is_dir()))
 
 
 def image_files(folder: Path) -> list[str]:
-    """Images below `folder`, without hidden ones, as sorted names relative to it. Links to folders are not followed."""
+    """The images below `folder` as sorted names relative to it. Hidden files and links to folders are left out."""
     names = []
     for parent, folders, files in os.walk(folder):
         linked = [name for name in folders if (Path(parent) / name).is_symlink()]
@@ -75,7 +79,15 @@ def image_files(folder: Path) -> list[str]:
 
 
 def fullest_folder(candidates: Sequence[Path], names: Sequence[str]) -> Path:
-    """The candidate that holds most of the first names (the first candidate on a tie): where a list's images lie."""
-    usual = [name for name in names if name and "\0" not in name and not leaves(name)][:20]
+    """The candidate that holds most of the first 20 names, the first one on a tie: the folder of a list's images."""
+    first = [name for name in names if name and "\0" not in name and not leaves(name)][:20]
     present = [folder for folder in candidates if folder.is_dir()] or list(candidates[:1])
-    return max(present, key=lambda folder: sum(os.path.isfile(folder / name) for name in usual))
+    return max(present, key=lambda folder: sum(os.path.isfile(folder / name) for name in first))
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array to the user's cache directory; logs a warning when that is not writable."""
+    try:
+        write_array(path, array)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s), so it will be computed again.", path, error)

@@ -12,7 +12,7 @@ from crossflow.core.config import Section
 from crossflow.core.errors import UserError
 from crossflow.core.noise import item_noise
 from crossflow.core.source import Posterior
-from crossflow.data.cache.training import Gathered, cache_of, pixel_pictures
+from crossflow.data.cache.training import CachedBatch, cache_of, pixel_pictures
 from crossflow.data.dataset import Examples
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.codecs.registry import build_codec, load_codec
@@ -97,7 +97,7 @@ def encode(codec: Codec, images: Tensor, seeds: Sequence[int] | None = None) -> 
     return draw(codec.encode(images), seeds)
 
 
-def latents(codec: Codec, examples: Sequence[Any], cached: Gathered | None) -> Tensor:
+def latents(codec: Codec, examples: Sequence[Any], cached: CachedBatch | None) -> Tensor:
     """The scaled latents (B, *latent) of training examples, sampled with their seeds: from their pictures, or from the
     moments in a cache.
     """

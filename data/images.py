@@ -24,6 +24,7 @@ from crossflow.core.files import write_atomically
 MAX_PIXELS = 100_000_000  # a 10,000 x 10,000 picture: 300 MB once decoded
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # none that starts another program
 EXIF_ORIENTATION = 0x0112
+GREY_MODES = ("1", "L", "LA", "La")
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -102,6 +103,20 @@ def load_depth_png(source: str | Path | bytes | BinaryIO, *, units_per_metre: fl
         except Exception as error:
             raise ValueError(f"the depth map cannot be decoded: {error or type(error).__name__}") from error
     return (units.astype(np.float64) / units_per_metre).astype(np.float32)
+
+
+def is_grey(image: np.ndarray, source: str | Path | bytes) -> bool:
+    """Whether the file `source`, decoded to `image` uint8 (H, W, 3), stores a single channel, with or without alpha.
+
+    The file is opened only if all three channels are equal. False for anything that is not a picture file.
+    """
+    if not all(np.array_equal(image[..., 0], image[..., channel]) for channel in (1, 2)):
+        return False
+    try:
+        with _open(source, MAX_PIXELS) as file:
+            return file.mode in GREY_MODES or file.mode.startswith("I")
+    except ValueError:
+        return False
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

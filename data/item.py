@@ -1,4 +1,4 @@
-"""One example of a data set, and the record of it before its files are read.
+"""One example of a data set, and its record before any file is read.
 
 H height, W width of an image in pixels.
 """
@@ -11,28 +11,33 @@ import numpy as np
 if TYPE_CHECKING:
     from crossflow.data.scenes import Scene
 
-
 FIELDS = ("image", "captions", "depth", "scene", "features", "released")
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One example; what a format lacks is empty.
+    """One example; fields that a format lacks are empty.
 
-    `image` uint8 (H, W, 3) RGB; `depth` float32 (H, W) metres, 0 = no measurement.
+    >>> item = Item("000001", np.zeros((4, 6, 3), np.uint8), ("a red cube", "a cube"))
+    >>> item.image.shape, len(item.captions), item.depth
+    ((4, 6, 3), 2, None)
     """
 
     id: str
     image: np.ndarray | None = None
+    """uint8 (H, W, 3) RGB."""
     captions: tuple[str, ...] = ()
     depth: np.ndarray | None = None
+    """float32 (H, W) in metres, 0 where nothing was measured."""
     scene: "Scene | None" = None
     features: Any = None
-    """What was computed from the item before: where it lies in a cache, or the arrays of a released feature file."""
+    """Precomputed features: the `Entry` of a cache, or the arrays of a released feature file by name."""
+    grey: bool = False
+    """Whether the file stores a single channel, which `image` repeats three times."""
 
 
 class BadItem(Exception):
-    """Item `id` cannot be used, for `reason`."""
+    """Item `id` is unusable, for `reason`."""
 
     def __init__(self, id: str, reason: str) -> None:
         super().__init__(id, reason)
@@ -44,7 +49,10 @@ class BadItem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One item before it is read, its files named relative to the reader's root. `problem`: why it is bad, if known."""
+    """One item before its files are read. File names are relative to the reader's root.
+
+    A non-empty `problem` says why the item is known to be bad.
+    """
 
     id: str
     image: str = ""

@@ -1,4 +1,7 @@
-"""Splits of a data set: their usual names, data divided by a hash of the items' names, and subsets of a fixed size."""
+"""Splits of a data set: their names, data divided by a hash of the items' names, and subsets of a given size.
+
+Every division depends on the names alone, so adding items moves no other item from one split to another.
+"""
 
 import hashlib
 import logging
@@ -15,71 +18,115 @@ SPLIT_WORDS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+VAL_SHARE = 0.02  # of the training items, where the published data have no validation split
 
 
 def split_word(name: str) -> str:
-    """`train`, `val` or `test` for the usual words for them in any case (`dev`, `Validation`), otherwise ""."""
+    """`train`, `val` or `test` for the usual words in any case (`dev`, `Validation`), otherwise ""."""
     return next((split for split, words in SPLIT_WORDS.items() if name.lower() in words), "")
 
 
 def split_folders(path: Path) -> dict[str, Path]:
-    """The sub-folders of `path` that hold a split each: `train` -> path/training."""
+    """The sub-folders of `path` that hold one split each: `train` -> path/training."""
     folders = (child for child in sorted(path.iterdir()) if child.is_dir())
     return {split_word(child.name): child for child in folders if split_word(child.name)}
 
 
-def refuse_split(spec: str, split: str, there: Collection[str], why: str = "") -> None:
-    """Raises UserError unless data with the splits `there` have the one that is asked for."""
-    if split == "all" or split in there:
+def require_split(spec: str, split: str, available: Collection[str], reason: str = "") -> None:
+    """Raises UserError unless `split` is `all` or one of the `available` splits."""
+    if split == "all" or split in available:
         return
-    names = [name for name in SPLITS if name in there]
+    names = [name for name in SPLITS if name in available]
     has = f"has {', '.join(names)} but" if names else "has"
-    take = f" Write '{spec}@{names[-1]}' to use that split instead." if names else ""
-    raise UserError(f"{spec!r} {has} nothing for {split!r}{f' ({why})' if why else ''}.{take}")
+    # Never a test split in place of another one: models must not be chosen on what they are scored on.
+    others = [name for name in names if name != "test"]
+    if split == "val":
+        advice = " Give other data for validation: data.val=SPEC."
+    else:
+        advice = f" To use another split, write '{spec}@{others[-1]}'." if others else ""
+    raise UserError(f"{spec!r} {has} nothing for {split!r}{f' ({reason})' if reason else ''}.{advice}")
+
+
+# -- validation items taken from the training split
+
+
+def published_split(split: str, available: Collection[str]) -> str:
+    """The published split that contains `split`: that of `val` is `train` where no validation split is published."""
+    return "train" if split == "val" and "val" not in available and "train" in available else split
+
+
+def select_split(ids: Sequence[str], split: str, available: Collection[str]) -> list[int]:
+    """The indices of the items of `split`, among the `ids` of `published_split(split, available)`.
+
+    Where the data come with a training split and no validation split, 2 % of the training items (at least one), chosen
+    by a hash of their ids, are `val` and never `train`. In all other cases every index is returned.
+    """
+    if "train" not in available or "val" in available or split not in ("train", "val"):
+        return list(range(len(ids)))
+    held_out = validation_ids(ids)
+    return [index for index, id in enumerate(ids) if (id in held_out) == (split == "val")]
+
+
+def validation_ids(ids: Iterable[str]) -> set[str]:
+    """The ids, 2 % and at least one, that are held out of training for validation; none of a single id."""
+    ranks = {id: _rank(f"validation\x1f{id}") for id in ids}
+    if len(ranks) < 2:
+        return set()
+    return {id for id, rank in ranks.items() if rank < VAL_SHARE} or {min(ranks, key=lambda id: (ranks[id], id))}
+
+
+# -- data without splits
 
 
 def hashed_split(names: Iterable[str]) -> dict[str, str]:
-    """Each name's split: 90 % train, 5 % val, 5 % test by a hash of the name alone, so new images move no old ones.
+    """name -> split: 90 % train, 5 % val, 5 % test.
 
-    From three names on, val and test get at least one each: the names with the highest hashes.
+    From three names on, val and test have at least one each: the names with the highest hashes.
     """
-    ranks = {
-        name: int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest()) / 2**64
-        for name in names
-    }
+    ranks = {name: _rank(name) for name in names}
     splits = {name: "train" if rank < 0.90 else "val" if rank < 0.95 else "test" for name, rank in ranks.items()}
     if len(splits) >= 3:
-        *_, before, last = sorted(ranks, key=lambda name: (ranks[name], name))
+        *_, second, last = sorted(ranks, key=lambda name: (ranks[name], name))
         splits[last] = "test"
         if "val" not in splits.values():
-            splits[before] = "val"
+            splits[second] = "val"
     return splits
 
 
 def split_by_hash(spec: str, names: Iterable[str], split: str) -> set[str]:
-    """The names in `split` of data that bring no splits of their own; raises UserError when that leaves none."""
+    """The names in `split` of data that come without splits. Raises UserError when it is empty."""
     names = list(names)
     if split == "all":
         return set(names)
     splits = hashed_split(names)
     counts = {word: list(splits.values()).count(word) for word in SPLIT_WORDS}
-    sentence = ", ".join(f"{count} {word}" for word, count in counts.items())
+    listed = ", ".join(f"{count} {word}" for word, count in counts.items())
     if names and not counts[split]:
         raise UserError(
-            f"{spec!r} has no splits of its own, and by a hash of the names its {len(names)} items are {sentence}: "
-            f"none for {split!r}. Give more items or their splits, or write '{spec}@all' to use all of them."
+            f"{spec!r} comes without splits, and a hash of the names divides its {len(names)} items into {listed}: "
+            f"none for {split!r}. Add items, define the splits, or write '{spec}@all' to use all items."
         )
     if len(names) < 100:
-        logger.warning("%s brings no splits of its own; by a hash of the names its items are %s.", spec, sentence)
+        logger.warning("%s comes without splits; a hash of the names divides it into %s.", spec, listed)
     return {name for name, where in splits.items() if where == split}
 
 
-def chosen(ids: Sequence[str], limit: int, seed: int) -> list[int]:
-    """The indices of `limit` ids in their order, picked by a hash of (seed, id), so that a few frames are not all of
-    one scene.
+def choose(ids: Sequence[str], limit: int, seed: int) -> list[int]:
+    """The indices of `limit` ids, in ascending order.
+
+    They are chosen by a hash of (seed, id), so that a few frames of a video data set come from many scenes.
     """
 
     def rank(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}\x1f{ids[index]}".encode("utf-8", "replace"), digest_size=8).digest()
+        return _digest(f"{seed}\x1f{ids[index]}")
 
     return sorted(sorted(range(len(ids)), key=rank)[:limit])
+
+
+def _rank(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(_digest(name)) / 2**64
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()

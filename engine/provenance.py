@@ -20,7 +20,7 @@ from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.data.dataset import Examples
 from crossflow.data.reader import Reader
-from crossflow.data.readers import located
+from crossflow.data.readers import resolve_spec
 from crossflow.engine.folder import MANIFEST, RunFolder
 
 PACKAGES = ("crossflow-toolkit", "torch", "accelerate", "transformers", "diffusers", "numpy")
@@ -85,7 +85,7 @@ def open_again(open_spec: Callable[[str], Reader], spec: str, run: Path) -> Read
     """
     directory = RunFolder(run).read_manifest().get("directory")
     try:
-        return open_spec(located(spec, Path(directory)) if isinstance(directory, str) else spec)
+        return open_spec(resolve_spec(spec, Path(directory)) if isinstance(directory, str) else spec)
     except UserError as error:
         origin = f", where a relative path starts at {directory}" if directory else ""
         raise UserError(

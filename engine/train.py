@@ -24,7 +24,7 @@ from crossflow.core.training.tracking import Progress, Silent
 from crossflow.core.training.trainer import DryRun, Trainer, TrainResult
 from crossflow.data.dataset import Examples
 from crossflow.data.images import save_png
-from crossflow.data.readers import located
+from crossflow.data.readers import resolve_spec
 from crossflow.engine.folder import RunFolder, Snapshot
 from crossflow.engine.provenance import changed, expect_same, manifest
 from crossflow.engine.sample import Pipeline
@@ -345,7 +345,7 @@ class _Preparation:
         """
         old, new = before.data.model_dump(), self.config.data.model_dump()
         moved = {
-            name: located(new[name], Path.cwd(), here_first=False)
+            name: resolve_spec(new[name], Path.cwd(), prefer_current=False)
             for name in ("train", "val")
             if new[name] is not None and new[name] != old[name]
         }

@@ -24,7 +24,7 @@ from crossflow.core.noise import order
 from crossflow.core.source import Posterior
 from crossflow.data.cache.build import Builder, Settings
 from crossflow.data.cache.extract import Extractor, Options
-from crossflow.data.cache.training import gathered
+from crossflow.data.cache.training import cached_batch
 from crossflow.data.captioned import captioned_example
 from crossflow.data.dataset import Examples
 from crossflow.data.image_latents import draw
@@ -132,7 +132,7 @@ def cached_examples(folder: Path) -> Examples:
 def read_cached(examples: Examples, places: Sequence[tuple[int, int]]) -> tuple[Batch, list[int]]:
     """A batch the way training reads it from a cache, and the seeds of its latents."""
     some = examples.__getitems__(list(places))
-    found = gathered(some, 256)
+    found = cached_batch(some, 256)
     assert found is not None
     return (found.moments(), *found.text()), [one["seed"] for one in some]
 

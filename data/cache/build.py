@@ -210,7 +210,7 @@ class Builder:
         with ThreadPoolExecutor(self.settings.workers) as pool:
 
             def begin(indices: Sequence[int]) -> list[Future[list[Item | BadItem]]]:
-                share = max(1, -(-len(indices) // self.settings.workers), reader.together)
+                share = max(1, -(-len(indices) // self.settings.workers), reader.batch_hint)
                 pieces = [indices[start : start + share] for start in range(0, len(indices), share)]
                 return [pool.submit(reader.load, piece) for piece in pieces]
 

@@ -21,7 +21,7 @@ TOGETHER = 64  # pictures decoded at once
 
 
 @dataclass(frozen=True)
-class Gathered:
+class CachedBatch:
     """The cached features of a batch: entries of one cache, the captions drawn, the picture size in pixels."""
 
     cache: Cache
@@ -50,13 +50,13 @@ class Gathered:
         return self.cache.fixed(self.entries, f"tower_{self.size}")
 
 
-def gathered(examples: Sequence[Any], size: int) -> Gathered | None:
+def cached_batch(examples: Sequence[Any], size: int) -> CachedBatch | None:
     """The cached features of examples; None when they are not from a cache."""
     if "entry" not in examples[0]:
         return None
     entries, which = [one["entry"] for one in examples], [one["which"] for one in examples]
     entries[0].cache.fetch(entries, which, size)
-    return Gathered(entries[0].cache, entries, which, size)
+    return CachedBatch(entries[0].cache, entries, which, size)
 
 
 def cache_of(reader: Reader) -> Cache | None:

@@ -150,7 +150,7 @@ def compare(folder: Path, readers: Mapping[str, Reader], on_progress: OnProgress
         keys = {
             cache.id(entry): _key(cache, entry) for entry in map(cache.rows(split).__getitem__, _count(cache, split))
         }
-        stride = max(16, reader.together)
+        stride = max(16, reader.batch_hint)
         for start in range(0, len(reader), stride):
             for item in reader.load(range(start, min(start + stride, len(reader)))):
                 done += 1

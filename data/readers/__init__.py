@@ -1,4 +1,4 @@
-"""Data by name: `open_reader("coco:DIR", "train")`. A new format is one file here and one line in the table below."""
+"""Data by name: `open_reader("coco:DIR", "train")`. A format is one file in this folder and one line in the table."""
 
 import logging
 from collections.abc import Collection
@@ -35,7 +35,7 @@ from crossflow.data.readers.scenes import ScenesReader
 from crossflow.data.readers.skimage import SkimageReader
 from crossflow.data.readers.wds import WdsReader
 from crossflow.data.readers.zero_shot import DiodeReader, Eth3dReader, ScannetReader, VirtualKittiReader
-from crossflow.data.spec import split_location
+from crossflow.data.spec import split_forced, split_location
 from crossflow.data.splits import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -75,81 +75,78 @@ def open_reader(
 ) -> Reader:
     """The items of a data set.
 
+    >>> open_reader("scenes", "test", image_size=16, limit=2).ids
+    ['test/000000', 'test/000001']
+
     Args:
-        spec: `PREFIX:PLACE` (`coco:DIR`), `scenes`, `skimage`, or the bare path of data that can be recognised.
-            `@train`, `@val`, `@test` or `@all` behind it takes that split whichever one is asked for:
-            `folder:Set5@all` validates on all of a small set. Settings of the format come behind a question mark,
-            before that: `kitti:DIR?crop=eigen&cap=none@test`. Several data sets are joined by a plus between spaces:
-            `hypersim:DIR + vkitti:DIR`.
+        spec: `PREFIX:LOCATION` (`coco:DIR`), `scenes`, `skimage`, or the bare path of data in a recognisable format.
+            A final `@train`, `@val`, `@test` or `@all` overrides `split`: `folder:Set5@all` validates on all of a
+            small set. Options of the format come before that, after a question mark: `kitti:DIR?crop=eigen@test`.
+            Data sets are joined by a plus between spaces: `hypersim:DIR + vkitti:DIR`.
         split: train, val, test, or all.
         image_size: side in pixels at which scenes are rendered (default 64); files keep their own size.
-        limit: at most that many items; of files a choice keyed by `seed`, spread over the split.
-        seed: decides nothing but which items `limit` keeps. Splits never depend on it, so that no run trains on what
+        limit: maximum number of items; files are chosen by a hash keyed by `seed`, spread over the split.
+        seed: decides only which items `limit` keeps. Splits never depend on it, so that no run trains on what
             another one tests on.
 
     Raises:
-        UserError: unknown prefix, nothing at the place, a layout that does not fit, or no item in the split.
+        UserError: unknown prefix, missing location, unknown layout, or no item in the split.
     """
-    asked, spec = spec, spec.strip()
     if SEPARATOR in spec and existing(spec) is None:
         parts = [open_reader(part, split, image_size=image_size) for part in spec.split(SEPARATOR)]
         return JoinedReader(parts, limit, seed)
-    place, at, forced = spec.rpartition("@")
-    if at and forced in SPLITS and existing(spec) is None:
-        spec, split = place, forced
+    location, forced = split_forced(spec)
+    split = forced or split
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; it must be at least 1 item.")
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size is {image_size}; it must be at least 1 pixel.")
-    prefix, colon, location = spec.partition(":")
-    if prefix not in READERS.names() or not (colon or _is_embedded(prefix)):
-        prefix, location = _recognise(spec, asked)
+    prefix, location = _parse(location) or _recognise(location, spec)
     return READERS.get(prefix)(location, split, image_size=image_size, limit=limit, seed=seed)
 
 
-def located(spec: str, folder: Path, *, here_first: bool = True) -> str:
-    """`spec` with its relative place taken from `folder`, if there is something.
+def resolve_spec(spec: str, folder: Path, *, prefer_current: bool = True) -> str:
+    """`spec` with its relative path taken from `folder`, if something exists there; otherwise unchanged.
 
-    here_first: only when there is nothing at the place from here.
+    prefer_current: also unchanged if the path exists relative to the current folder.
     """
     if SEPARATOR in spec and existing(spec) is None:
-        return SEPARATOR.join(located(part, folder, here_first=here_first) for part in spec.split(SEPARATOR))
-    place, at, forced = spec.strip().rpartition("@")
-    split = f"@{forced}" if at and forced in SPLITS else ""
-    place = place if split else spec.strip()
-    prefix, colon, location = place.partition(":")
-    if prefix in READERS.names() and (not colon or _is_embedded(prefix)):
+        parts = (resolve_spec(part, folder, prefer_current=prefer_current) for part in spec.split(SEPARATOR))
+        return SEPARATOR.join(parts)
+    rest, split = split_forced(spec)
+    parsed = _parse(rest)
+    if parsed is not None and _is_embedded(parsed[0]):
         return spec
-    before = f"{prefix}:" if prefix in READERS.names() else ""
-    location, settings = split_location(location if before else place)
-    there = existing(str(folder / location)) if location else None
-    if there is None or (here_first and existing(location) is not None):
+    prefix, location = parsed or ("", rest)
+    location, options = split_location(location)
+    path = existing(str(folder / location)) if location else None
+    if path is None or (prefer_current and existing(location) is not None):
         return spec
-    return f"{before}{there}{'?' if settings else ''}{settings}{split}"
+    return (f"{prefix}:" if prefix else "") + str(path) + (f"?{options}" if options else "") + (split and f"@{split}")
 
 
 def require(reader: Reader, fields: Collection[str], task: str) -> Reader:
-    """`reader` as `task` needs it, which is what the task must go on with: every good item has all of `fields`.
+    """The data as `task` needs them: an item without one of `fields` is bad.
 
-    Raises UserError when the data lack one of `fields` altogether. Single items that lack one are bad items then.
+    Raises UserError when the data lack one of `fields` altogether.
     """
     missing = [field for field in fields if field not in reader.fields]
     if not missing:
-        return reader.having(fields)
+        return reader.with_required(fields)
     reasons = [f"{id}: {reason}" for id, reason in reader.problems.items()]
     if len(reasons) == len(reader):
         raise UserError(f"All {len(reader)} items of {reader.spec!r} are bad, such as {'; '.join(reasons[:3])}.")
-    fitting = [name for name in READERS.names() if READERS.get(name).offers.issuperset(fields)]
+    suitable = [name for name in READERS.names() if READERS.get(name).offers.issuperset(fields)]
     raise UserError(
-        f"Task {task!r} needs {_listed(fields)}, but {reader.spec!r} (split {reader.split!r}) has only "
-        f"{_listed(reader.fields)}: no {_listed(missing)}. "
-        f"Formats that can hold what it needs: {', '.join(fitting) or 'none'}."
+        f"Task {task!r} needs {_join(fields)}, but {reader.spec!r} (split {reader.split!r}) has only "
+        f"{_join(reader.fields)}: no {_join(missing)}. "
+        f"Formats that can provide them: {', '.join(suitable) or 'none'}."
     )
 
 
-def _listed(fields: Collection[str]) -> str:
+def _join(fields: Collection[str]) -> str:
     return " and ".join(sorted(fields)) or "nothing readable"
 
 
@@ -157,31 +154,38 @@ def _is_embedded(prefix: str) -> bool:
     return READERS.get(prefix).embedded
 
 
-def _recognise(spec: str, asked: str) -> tuple[str, str]:
-    """(prefix, location) for the bare path `spec`; raises UserError when it is no path or looks like nothing known."""
-    path = existing(spec) if spec else None
+def _parse(spec: str) -> tuple[str, str] | None:
+    """(prefix, location) of `PREFIX:LOCATION`, or of the bare prefix of embedded data; None for anything else."""
+    prefix, colon, location = spec.partition(":")
+    is_format = prefix in READERS.names() and bool(colon or _is_embedded(prefix))
+    return (prefix, location) if is_format else None
+
+
+def _recognise(location: str, spec: str) -> tuple[str, str]:
+    """(prefix, location) for a bare path, the location of `spec`. Raises UserError when it is not recognisable."""
+    path = existing(location) if location else None
     if path is None:
-        prefix, colon, _ = spec.partition(":")
+        prefix, colon, _ = location.partition(":")
         if prefix in READERS.names():
-            raise UserError(f"{asked!r} names no place: write {prefix}:PATH with {READERS.get(prefix).layout}.")
-        problem = unknown_name("data format", prefix if colon else spec, READERS.names())
-        raise UserError(f"{problem} A path without a format in front must exist; {spec!r} does not.")
+            raise UserError(f"{spec!r} has no location: write {prefix}:PATH with {READERS.get(prefix).layout}.")
+        problem = unknown_name("data format", prefix if colon else location, READERS.names())
+        raise UserError(f"{problem} A spec without a format must be an existing path, and {location!r} is not.")
     for prefix in sorted(READERS.names(), key=lambda name: name == "folder"):  # any image makes a folder, so it is last
-        found = READERS.get(prefix).recognise(path)
-        if found and prefix == "folder":
-            _refuse_a_collection(path, asked)
-        if found:
-            logger.warning("Reading %s as '%s:%s', because of %s.", spec, prefix, spec, found)
-            return prefix, spec
+        evidence = READERS.get(prefix).recognise(path)
+        if evidence and prefix == "folder":
+            _refuse_a_collection(path, spec)
+        if evidence:
+            logger.warning("Reading %s as '%s:%s', because it has %s.", location, prefix, location, evidence)
+            return prefix, location
     content = sorted(child.name for child in path.iterdir())[:5] if path.is_dir() else [path.name]
     layouts = "; ".join(f"{name}: for {READERS.get(name).layout}" for name in READERS.names() if not _is_embedded(name))
     raise UserError(
-        f"{asked!r} looks like no known data ({', '.join(content) or 'it is empty'}). "
-        f"Write the format in front of it: {layouts}."
+        f"{spec!r} is in no recognisable format ({', '.join(content) or 'it is empty'}). "
+        f"Write the format before the path: {layouts}."
     )
 
 
-def _refuse_a_collection(path: Path, asked: str) -> None:
+def _refuse_a_collection(path: Path, spec: str) -> None:
     """A folder whose sub-folders are data sets of their own is not one folder of images."""
     inner = [
         f"{prefix}:{child}"
@@ -191,5 +195,5 @@ def _refuse_a_collection(path: Path, asked: str) -> None:
     ]
     if inner:
         raise UserError(
-            f"{asked!r} holds several data sets: write one of {', '.join(inner)}, or folder:{path} for all its images."
+            f"{spec!r} holds several data sets: write one of {', '.join(inner)}, or folder:{path} for all its images."
         )

@@ -8,7 +8,7 @@ from crossflow.core.errors import UserError
 from crossflow.data.files import existing
 from crossflow.data.item import Item
 from crossflow.data.reader import LazyIds, Reader
-from crossflow.data.splits import chosen
+from crossflow.data.splits import choose
 
 if TYPE_CHECKING:
     from crossflow.data.cache.store import Cache, Rows
@@ -35,7 +35,7 @@ class CacheReader(Reader):
         ids = _Ids(self.cache, self.rows)
         self.places: Sequence[int] = range(len(self.rows))
         if limit is not None and limit < len(ids):
-            self.places = chosen(ids, limit, seed)
+            self.places = choose(ids, limit, seed)
         self.ids = _Ids(self.cache, self.rows, self.places)
 
     def __len__(self) -> int:
@@ -64,5 +64,5 @@ class _Ids(LazyIds):
     def __len__(self) -> int:
         return len(self.places)
 
-    def one(self, index: int) -> str:
+    def id_at(self, index: int) -> str:
         return self.cache.id(self.rows[self.places[index]])

@@ -1,13 +1,13 @@
-"""What the readers of depth benchmarks share: the crop and the cap of their tables, and lists of pairs.
+"""Base of the readers of depth benchmarks: the crop and the cap of their tables, and lists of pairs.
 
-Where a benchmark scores part of a picture, depth outside of it is 0 (no measurement) in the items of `val` and `test`,
-at the size of the files: so it stays outside when a task cuts or resizes the picture afterwards.
+Where a benchmark scores part of a picture, the depth outside that part is 0 (no measurement) in the items of `val` and
+`test`, at the resolution of the files, so it stays excluded when a task crops or resizes the picture afterwards.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from crossflow.data.files import with_links
 from crossflow.data.item import Record
 from crossflow.data.reader import FileReader, Listing
 from crossflow.data.spec import Option, Options
+from crossflow.data.splits import published_split, require_split, select_split
+
+T = TypeVar("T")
 
 CROPS = {  # top, bottom, left, right, as shares of height and width
     "none": (0.0, 1.0, 0.0, 1.0),
@@ -25,7 +28,7 @@ CROPS = {  # top, bottom, left, right, as shares of height and width
 }
 
 
-def scored(depth: np.ndarray, crop: str = "none", cap: float | None = None) -> np.ndarray:
+def mask_unscored(depth: np.ndarray, crop: str = "none", cap: float | None = None) -> np.ndarray:
     """float32 (H, W) metres with 0 outside the named crop, and where depth is `cap` metres or more."""
     height, width = depth.shape
     top, bottom, left, right = CROPS[crop]
@@ -37,51 +40,69 @@ def scored(depth: np.ndarray, crop: str = "none", cap: float | None = None) -> n
 
 
 def crop_option(default: str, *others: str) -> Option:
-    return Option("the part that val and test score", default, tuple(dict.fromkeys((default, *others, "none"))))
+    """The option `crop`: one of the names in CROPS."""
+    return Option(
+        "part of the picture that val and test score", default, tuple(dict.fromkeys((default, *others, "none")))
+    )
 
 
 def cap_option(default: str) -> Option:
-    return Option("metres from which on val and test score nothing", default, number=True)
+    """The option `cap`, in metres."""
+    return Option("depth in metres from which val and test score nothing", default, number=True)
 
 
-LIST = Option("text file with a picture and its depth on each line, instead of the splits", is_place=True)
+LIST = Option("text file with a picture and its depth on each line, which replaces the splits", is_place=True)
 
 
 class DepthReader(FileReader):
-    """Pictures with depth. A subclass gives `list_pairs`, and `read_pair` where depth is no PNG in millimetres."""
+    """Pictures with depth. A subclass defines `list_pairs`, and `read_pair` unless depth is PNG in millimetres."""
 
     offers = frozenset(("image", "depth"))
     options: ClassVar[Options] = {"list": LIST, "cap": cap_option("none")}
-    bases: ClassVar[tuple[str, ...]] = ()  # folders below the place from which lists name files, besides the place
+    bases: ClassVar[tuple[str, ...]] = ()  # folders that file names in lists may be relative to, besides the location
 
     def listing(self, path: Path, split: str) -> Listing:
-        file = self.place("list", path if path.is_dir() else path.parent)
+        """The pairs of the option `list`, or those of `list_pairs`."""
+        file = self.path_option("list", path if path.is_dir() else path.parent)
         if file is None:
             return self.list_pairs(path, split)
-        return Listing(path, listed_pairs(file, Bases(path, self.bases)), with_links(path))
+        return Listing(path, read_pairs(file, Bases(path, self.bases)), with_links(path))
 
     @abstractmethod
     def list_pairs(self, path: Path, split: str) -> Listing:
-        """As `listing`, of data without a list of pairs."""
+        """As `listing`, without the option `list`."""
+
+    def published_records(
+        self, split: str, published: Mapping[str, T], records: Callable[[T], list[Record]]
+    ) -> list[Record]:
+        """The records of `split` of data that publish some splits, such as train and test, in `published`.
+
+        records: the records of one of its values. Without a validation split, part of train is `val`.
+        """
+        name = published_split(split, published)
+        require_split(self.spec, name, published)
+        chosen = [record for word, value in published.items() if name in (word, "all") for record in records(value)]
+        return [chosen[index] for index in select_split([record.id for record in chosen], split, published)]
 
     def read(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """The image uint8 (H, W, 3) and the depth float32 (H, W) in metres, 0 = no measurement or not scored."""
         image, depth = self.read_pair(record)
         depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
         if self.split in ("val", "test"):
-            depth = scored(depth, self.option.get("crop", "none"), self.number("cap"))
+            depth = mask_unscored(depth, self.option.get("crop", "none"), self.number_option("cap"))
         return image, depth
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """The picture, and its depth in metres; what is not finite or not above 0 is no measurement."""
+        """The image and its depth in metres; values that are not finite or not above 0 are no measurement."""
         image, depth = super().read(record)
         assert depth is not None
         return image, depth
 
 
 class Bases:
-    """Where below `root` the files of a list lie: the place itself, or one of the folders `bases`.
+    """The folders below `root` that the names of a list may be relative to: `root` itself and `bases`.
 
-    Lists of one benchmark name some files from a sub-folder, and its parts lie in several.
+    The lists of a benchmark name some files relative to a sub-folder, and its parts are unpacked in several.
     """
 
     def __init__(self, root: Path, bases: Sequence[str]) -> None:
@@ -89,18 +110,18 @@ class Bases:
         self.bases = ["", *(base for base in bases if (root / base).is_dir())]
 
     def find(self, name: str) -> str:
-        """The file `name` relative to the root; as it is when there is none."""
+        """The file `name` relative to the root; `name` itself when it does not exist."""
         for base in self.bases:
             whole = str(PurePosixPath(base, name))
             if (self.root / whole).is_file():
                 self.bases.remove(base)
-                self.bases.insert(0, base)  # the next one probably lies there too
+                self.bases.insert(0, base)  # the next file is probably there too
                 return whole
         return name
 
 
-def listed_pairs(file: Path, bases: Bases) -> list[Record]:
-    """The pairs of a list: a picture and its depth on each line, and what else is not needed."""
+def read_pairs(file: Path, bases: Bases) -> list[Record]:
+    """The pairs of a list: the first two words of each line are a picture and its depth, the rest is ignored."""
     records = []
     for number, fields in list_lines(file):
         if len(fields) < 2:
@@ -109,12 +130,12 @@ def listed_pairs(file: Path, bases: Bases) -> list[Record]:
         rgb, depth = fields[0].lstrip("/"), fields[1].lstrip("/")
         records.append(Record(stem(rgb), bases.find(rgb), depth=bases.find(depth)))
     if not records:
-        raise UserError(f"{str(file)!r} lists nothing. Each line names a picture and its depth.")
+        raise UserError(f"{str(file)!r} lists no pairs. Each line must name a picture and its depth.")
     return records
 
 
 def list_lines(file: Path) -> list[tuple[int, list[str]]]:
-    """(number from 1, words) of each line that is not blank; raises UserError when the file is no text."""
+    """(number from 1, words) of each line that is not blank; raises UserError when the file is not text."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -128,7 +149,7 @@ def stem(name: str) -> str:
 
 
 def read_npy_array(path: Path, dimensions: Collection[int] = (2,)) -> np.ndarray:
-    """A plain array file; raises ValueError for one that holds objects, or has another number of dimensions."""
+    """The array of a .npy file. Raises ValueError for objects, or for a number of dimensions not in `dimensions`."""
     try:
         array = np.load(path, allow_pickle=False)
     except EOFError as error:
@@ -139,7 +160,7 @@ def read_npy_array(path: Path, dimensions: Collection[int] = (2,)) -> np.ndarray
 
 
 def open_hdf5(path: Path) -> Any:
-    """An HDF5 file for reading; UserError that names the extra when h5py is not there."""
+    """An HDF5 file opened for reading. Raises UserError, which names the extra, when h5py is not installed."""
     try:
         import h5py
     except ImportError as error:

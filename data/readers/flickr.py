@@ -15,7 +15,7 @@ from crossflow.data.files import fullest_folder, with_links
 from crossflow.data.item import Record
 from crossflow.data.reader import FileReader, Listing
 from crossflow.data.readers.karpathy import FOLDERS
-from crossflow.data.splits import SPLIT_WORDS, refuse_split
+from crossflow.data.splits import SPLIT_WORDS, require_split
 
 TOKEN_FILES = ("Flickr8k.token.txt", "results_20130124.token", "results.csv", "captions.txt")
 LISTS = ("Flickr_8k.{}Images.txt", "flickr30k_{}.txt", "{}.txt")
@@ -47,7 +47,7 @@ class FlickrReader(FileReader):
                 f"{LISTS[0].format('train')}, .dev and .test there (or train.txt, val.txt, test.txt), or write "
                 f"'{self.spec}@all'."
             )
-        refuse_split(self.spec, split, lists)
+        require_split(self.spec, split, lists)
         names = list(captions) if split == "all" else _listed(lists[split])
         places = [*(path / folder for folder in FOLDERS), path]
         folder = fullest_folder(places, names)

@@ -1,7 +1,7 @@
 """`hf:NAME`: anything that the library `datasets` reads: data sets of the Hugging Face hub, folders of Parquet files or
-pictures, and what `save_to_disk` wrote. Local folders need no network.
+pictures, and the output of `save_to_disk`. Local folders need no network.
 
-Columns are found by their types and names, or said: `hf:NAME?image=img&caption=text`.
+Columns are recognised by their types and names, or set by options: `hf:NAME?image=img&caption=text`.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
 from crossflow.data.readers.jsonl import CAPTION_KEYS
 from crossflow.data.spec import Option, Options, parse_options, split_location
-from crossflow.data.splits import chosen, refuse_split, split_by_hash, split_word
+from crossflow.data.splits import choose, published_split, require_split, select_split, split_by_hash, split_word
+
+Rows = Any  # a `datasets.Dataset` or a `_Stream`; the library's types are imported late
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +32,12 @@ DEPTHS = ("depth", "depth_map", "depth_image")
 
 
 class HfReader(Reader):
-    """Pictures with captions or depth. Splits are those of the data set (`validation` is val), or by a hash of the
-    items' names where it has nothing but `train`.
+    """Pictures with captions or depth.
 
-    `stream=N` takes the first N rows of a split without downloading the rest, and holds them (encoded) in memory: so
+    Splits are those of the data set (`validation` is val). If it has `train` and `test` only, 2 % of the training rows
+    are val (see `splits.select_split`); if it has nothing but `train`, a hash of the items' names divides it.
+
+    `stream=N` takes the first N rows of a split without downloading the rest, and holds them (encoded) in memory, so
     they are shuffled, divided and resumed like any other data.
     """
 
@@ -46,9 +50,9 @@ class HfReader(Reader):
         "image": Option("column of the pictures"),
         "caption": Option("column of the captions"),
         "depth": Option("column of the depth maps"),
-        "id": Option("column of the items' names; without, the row numbers"),
-        "units": Option("what one metre is in 16-bit depth", "1000", number=True),
-        "stream": Option("so many rows only, without downloading the rest", "none", number=True),
+        "id": Option("column of the items' names (row numbers if not set)"),
+        "units": Option("value of one metre in 16-bit depth", "1000", number=True),
+        "stream": Option("number of rows to take, without downloading the rest", "none", number=True),
     }
 
     def __init__(
@@ -58,65 +62,67 @@ class HfReader(Reader):
         self.place, settings = split_location(location)
         self.option = parse_options(settings, self.options, self.spec)
         if not self.place:
-            raise UserError(f"{self.spec!r} names no data set: write hf:NAME with {self.layout}.")
+            raise UserError(f"{self.spec!r} has no name: write hf:NAME with {self.layout}.")
         parts = self._parts()
         words = {split_word(name) or name: name for name in parts}
-        # What has nothing but one `train` is divided; a lone `test` is there to be scored as a whole.
+        # A lone `train` is divided; a lone `test` is scored as a whole.
         self.hashed = len(parts) == 1 and split != "all" and not {"val", "test"} & set(words)
+        published = published_split(split, words)
         if not self.hashed:
-            refuse_split(self.spec, split, words)
-        names = list(parts) if split == "all" or self.hashed else [words[split]]
+            require_split(self.spec, published, words)
+        names = list(parts) if split == "all" or self.hashed else [words[published]]
         self.rows: list[tuple[str, int]] = []  # (split, row) of each item
-        self.data = {name: self._opened(name, parts[name]) for name in names}
+        self.data = {name: self._open_part(name, parts[name]) for name in names}
         self.columns = self._columns(next(iter(self.data.values())))
         for name, data in self.data.items():
             self.rows += [(name, row) for row in range(len(data))]
         ids = self._all_ids()
         if self.hashed:
             members = split_by_hash(self.spec, ids, split)
-            kept = [index for index, id in enumerate(ids) if id in members]
-            self.rows, ids = [self.rows[index] for index in kept], [ids[index] for index in kept]
-        if limit is not None and limit < len(ids):
-            kept = chosen(ids, limit, seed)
-            self.rows, ids = [self.rows[index] for index in kept], [ids[index] for index in kept]
-        if not ids:
-            raise UserError(f"{self.spec!r} has no rows in its split {split!r}.")
-        self.ids: Sequence[str] = ids
+            indices = [index for index, id in enumerate(ids) if id in members]
+        else:
+            indices = select_split(ids, split, words)
+        if limit is not None and limit < len(indices):
+            indices = [indices[place] for place in choose([ids[index] for index in indices], limit, seed)]
+        if not indices:
+            raise UserError(f"{self.spec!r} has no rows in split {split!r}.")
+        self.rows = [self.rows[index] for index in indices]
+        self.ids: Sequence[str] = [ids[index] for index in indices]
         fields = {"image": "image", "caption": "captions", "depth": "depth"}
         self.fields = frozenset(fields[key] for key in self.columns)
 
     # -- opening
 
     def _parts(self) -> dict[str, Any]:
-        """split -> its rows, when they are on this machine; None when they are still to be had."""
+        """split -> its rows, or None when they are not opened yet."""
         import datasets
 
         folder = existing(self.place)
         streamed = self.option["stream"] != "none"
         try:
             if folder is not None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-                found = datasets.load_from_disk(str(folder))
-                return dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
-            given = self._given()
+                data = datasets.load_from_disk(str(folder))
+                return dict(data) if isinstance(data, dict) else {str(data.split or "train"): data}
+            arguments = self._arguments()
             if streamed:
-                return dict(datasets.load_dataset(self.place, streaming=True, **given))
+                return dict(datasets.load_dataset(self.place, streaming=True, **arguments))
             return dict.fromkeys(
-                datasets.get_dataset_split_names(self.place, given["name"], revision=given["revision"])
+                datasets.get_dataset_split_names(self.place, arguments["name"], revision=arguments["revision"])
             )
         except UserError:
             raise
         except Exception as error:  # the library raises almost any type: no network, unknown name, wrong folder
-            raise self._failed(error) from error
+            raise self._open_error(error) from error
 
-    def _given(self) -> dict[str, str | None]:
+    def _arguments(self) -> dict[str, str | None]:
         return {"name": self.option["config"] or None, "revision": self.option["revision"] or None}
 
-    def _opened(self, name: str, part: Any) -> Any:
+    def _open_part(self, name: str, part: Rows | None) -> Rows:
         """The rows of a split, with pictures left encoded."""
         import datasets
 
         try:
-            part = datasets.load_dataset(self.place, split=name, **self._given()) if part is None else part
+            part = datasets.load_dataset(self.place, split=name, **self._arguments()) if part is None else part
             for column, feature in (part.features or {}).items():
                 if isinstance(feature, datasets.Image):
                     part = part.cast_column(column, datasets.Image(decode=False))
@@ -125,40 +131,40 @@ class HfReader(Reader):
             count = int(float(self.option["stream"]))
             if isinstance(part, datasets.Dataset):
                 return part.select(range(min(count, len(part))))
-            return _Rows(list(part.take(count)), part.features)
+            return _Stream(list(part.take(count)), part.features)
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._open_error(error) from error
 
-    def _failed(self, error: Exception) -> UserError:
+    def _open_error(self, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         return UserError(
-            f"{self.spec!r} cannot be opened by the library `datasets`: {reason}. Check the name; without a network, "
-            "give the folder of a copy on this machine."
+            f"{self.spec!r} cannot be opened by the library `datasets`: {reason}. Check the name; without network "
+            "access, give the folder of a local copy."
         )
 
-    def _columns(self, data: Any) -> dict[str, str]:
-        """image, caption, depth -> column, of those that there are."""
+    def _columns(self, data: Rows) -> dict[str, str]:
+        """image, caption, depth -> column, of the columns that exist."""
         import datasets
 
         features: Mapping[str, Any] = data.features or dict.fromkeys(data[0] if len(data) else {})
         pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        found = {
+        columns = {
             "image": next((name for name in ("image", "img", "jpg", "png") if name in pictures), "")
             or next((name for name in pictures if name not in DEPTHS), ""),
             "caption": next((name for name in CAPTIONS if name in features and name not in pictures), ""),
             "depth": next((name for name in DEPTHS if name in features), ""),
         }
-        for key in found:
-            asked = self.option[key]
-            if asked and asked not in features:
-                raise UserError(f"{self.spec!r} has no column {asked!r}; it has {', '.join(features)}.")
-            found[key] = asked or found[key]
-        if not any(found.values()):
+        for key in columns:
+            name = self.option[key]
+            if name and name not in features:
+                raise UserError(f"{self.spec!r} has no column {name!r}; it has {', '.join(features)}.")
+            columns[key] = name or columns[key]
+        if not any(columns.values()):
             raise UserError(
-                f"{self.spec!r}: none of its columns ({', '.join(features)}) is known to hold pictures or captions. "
-                "Say which do: ?image=COLUMN&caption=COLUMN."
+                f"{self.spec!r}: no column is recognisable as pictures or captions ({', '.join(features)}). "
+                "Name them: ?image=COLUMN&caption=COLUMN."
             )
-        return {key: column for key, column in found.items() if column}
+        return {key: column for key, column in columns.items() if column}
 
     def _all_ids(self) -> list[str]:
         several = len(self.data) > 1
@@ -173,7 +179,7 @@ class HfReader(Reader):
                 )
             ids += [f"{name}/{value}" if several else str(value) for value in data[column]]
         if len(set(ids)) < len(ids):
-            raise UserError(f"{self.spec!r}: the column {column!r} names several items alike; names must be unique.")
+            raise UserError(f"{self.spec!r}: column {column!r} gives several rows the same name; names must be unique.")
         return ids
 
     # -- reading
@@ -182,37 +188,41 @@ class HfReader(Reader):
         id, (name, row) = self.ids[index], self.rows[index]
         try:
             values = self.data[name][row]
-            image = self._image(values)
+            image, grey = self._image(values)
             captions = clean_captions(_texts(values.get(self.columns.get("caption", ""))))
             depth = self._depth(values)
             lacking = {"captions": not captions, "depth": depth is None}
-            missing = [field for field, lacks in lacking.items() if lacks and field in self.needs]
+            missing = [field for field, lacks in lacking.items() if lacks and field in self.required]
             if missing:
                 raise ValueError(f"has no {' and no '.join(missing)}")
             if image is not None and depth is not None and depth.shape != image.shape[:2]:
                 raise ValueError(f"depth is {depth.shape}, the image {image.shape[:2]} pixels (height, width)")
         except (ValueError, TypeError, OSError) as error:
             raise BadItem(id, str(error)) from error
-        return Item(id, image, captions, depth)
+        return Item(id, image, captions, depth, grey=grey)
 
     def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of item `index`, without its picture; none when they are unreadable."""
         column = self.columns.get("caption")
         if column is None:
             return ()
         name, row = self.rows[index]
         data = self.data[name]
-        values = data[row] if isinstance(data, _Rows) else data.select_columns([column])[row]
+        values = data[row] if isinstance(data, _Stream) else data.select_columns([column])[row]
         try:
             return clean_captions(_texts(values[column]))
         except ValueError:
             return ()
 
-    def _image(self, values: Mapping[str, Any]) -> np.ndarray | None:
-        from crossflow.data.images import load_image
+    def _image(self, values: Mapping[str, Any]) -> tuple[np.ndarray | None, bool]:
+        """The image uint8 (H, W, 3), if the rows have any, and whether its file stores a single channel."""
+        from crossflow.data.images import is_grey, load_image
 
         if "image" not in self.columns:
-            return None
-        return load_image(_encoded(values[self.columns["image"]], self.place))
+            return None, False
+        content = _encoded(values[self.columns["image"]], self.place)
+        image = load_image(content)
+        return image, is_grey(image, content)
 
     def _depth(self, values: Mapping[str, Any]) -> np.ndarray | None:
         from PIL import Image
@@ -234,7 +244,7 @@ class HfReader(Reader):
         return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
 
     def fingerprint(self) -> str:
-        """Of the settings, all names, and the content of up to 256 rows."""
+        """From the options, all names, and the content of up to 256 rows."""
         settings = {key: self.option[key] for key in ("config", "units")} | self.columns
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
         digest.update(json.dumps(list(self.ids)).encode())
@@ -247,14 +257,15 @@ class HfReader(Reader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """The file that `save_to_disk` writes."""
         names = ("dataset_dict.json", "state.json") if path.is_dir() else ()
         return next((name for name in names if (path / name).is_file()), "")
 
 
-class _Rows:
-    """The first rows of a stream, kept."""
+class _Stream:
+    """The first rows of a stream, in memory."""
 
-    def __init__(self, rows: list[dict[str, Any]], features: Any) -> None:
+    def __init__(self, rows: list[dict[str, Any]], features: Mapping[str, object] | None) -> None:
         self.rows, self.features = rows, features
 
     def __len__(self) -> int:
@@ -264,14 +275,14 @@ class _Rows:
         return self.rows[key] if isinstance(key, int) else [row[key] for row in self.rows]
 
 
-def _encoded(value: Any, place: str) -> bytes:
+def _encoded(value: object, place: str) -> bytes:
     """The bytes of a picture that was left encoded: {"bytes", "path"}.
 
-    The library names pictures inside of archives and on the hub by chained addresses: zip://a.png::/data/train.zip.
-    What they lead to must be on the hub, in the library's cache, or below `place`: a row may name any file.
+    The library names pictures in archives and on the hub by chained addresses: zip://a.png::/data/train.zip. A row may
+    name any file, so only files on the hub, in the library's cache and below `place` are read. Raises ValueError.
     """
     if not isinstance(value, Mapping):
-        raise ValueError("has no picture" if value is None else f"its picture is {type(value).__name__}, not encoded")
+        raise ValueError("has no picture" if value is None else f"its picture is {type(value).__name__}, not a file")
     if value.get("bytes"):
         return value["bytes"]
     if value.get("path"):
@@ -296,17 +307,17 @@ def _is_below(file: str, place: str) -> bool:
 
     if "://" in file:
         return False
-    file = LocalFileSystem._strip_protocol(file)  # what fsspec will open: without "file:", with "~" expanded
+    file = LocalFileSystem._strip_protocol(file)  # as fsspec opens it: without "file:", with "~" expanded
     folder = existing(place)
     caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
     folders = [*map(Path, caches), *([folder if folder.is_dir() else folder.parent] if folder is not None else [])]
-    return any(Path(file).resolve().is_relative_to(Path(one).resolve()) for one in folders)
+    return any(Path(file).resolve().is_relative_to(Path(parent).resolve()) for parent in folders)
 
 
-def _texts(value: Any) -> Any:
-    """Captions as a text or a list of texts; COCO-like rows hold {"raw": ...} objects."""
+def _texts(value: object) -> object:
+    """Captions as a string or a list of strings; COCO-like rows hold {"raw": ...} objects."""
     if isinstance(value, Mapping):
         return value.get("raw")
     if isinstance(value, list):
-        return [one.get("raw") if isinstance(one, Mapping) else one for one in value]
+        return [text.get("raw") if isinstance(text, Mapping) else text for text in value]
     return value

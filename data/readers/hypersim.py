@@ -18,7 +18,7 @@ from crossflow.data.item import Record
 from crossflow.data.reader import Listing
 from crossflow.data.readers.depth import LIST, DepthReader, cap_option, open_hdf5
 from crossflow.data.spec import Options
-from crossflow.data.splits import refuse_split, split_by_hash, split_word
+from crossflow.data.splits import require_split, split_by_hash, split_word
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class HypersimReader(DepthReader):
             for row in rows
             if row["scene_name"] in there and row.get("included_in_public_release", "True").lower() == "true"
         ]
-        refuse_split(self.spec, split, sorted({split_word(row["split_partition_name"]) for row in kept} - {""}))
+        require_split(self.spec, split, sorted({split_word(row["split_partition_name"]) for row in kept} - {""}))
         return [
             _record(row["scene_name"], row["camera_name"], int(row["frame_id"]))
             for row in kept

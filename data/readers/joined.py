@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
-from crossflow.data.splits import chosen
+from crossflow.data.splits import choose
 
 SEPARATOR = " + "
 
@@ -26,10 +26,10 @@ class JoinedReader(Reader):
         self.spec = SEPARATOR.join(reader.spec for reader in readers)
         self.split = readers[0].split if len({reader.split for reader in readers}) == 1 else "all"
         self.fields = frozenset.intersection(*(reader.fields for reader in readers))
-        self.together = max(reader.together for reader in readers)
+        self.batch_hint = max(reader.batch_hint for reader in readers)
         self._starts = [0, *accumulate(len(reader) for reader in readers)]
         ids = [self._name(number, id) for number, reader in enumerate(readers) for id in reader.ids]
-        self._places = range(len(ids)) if limit is None or limit >= len(ids) else chosen(ids, limit, seed)
+        self._places = range(len(ids)) if limit is None or limit >= len(ids) else choose(ids, limit, seed)
         self.ids = [ids[place] for place in self._places]
 
     def _name(self, number: int, id: str) -> str:
@@ -49,11 +49,11 @@ class JoinedReader(Reader):
 
     def load(self, indices: Sequence[int]) -> list[Item | BadItem]:
         """Each data set loads its items in one call."""
-        located = [self._locate(index) for index in indices]
-        items: list[Item | BadItem | None] = [None] * len(located)
+        places = [self._locate(index) for index in indices]
+        items: list[Item | BadItem | None] = [None] * len(places)
         for number, reader in enumerate(self.readers):
-            slots = [slot for slot, (owner, _) in enumerate(located) if owner == number]
-            for slot, item in zip(slots, reader.load([located[slot][1] for slot in slots]), strict=True):
+            slots = [slot for slot, (owner, _) in enumerate(places) if owner == number]
+            for slot, item in zip(slots, reader.load([places[slot][1] for slot in slots]), strict=True):
                 name = self._name(number, item.id)
                 items[slot] = BadItem(name, item.reason) if isinstance(item, BadItem) else replace(item, id=name)
         return [item for item in items if item is not None]
@@ -70,10 +70,10 @@ class JoinedReader(Reader):
             for id, reason in reader.problems.items()
         }
 
-    def having(self, fields: Collection[str]) -> "JoinedReader":
+    def with_required(self, fields: Collection[str]) -> "JoinedReader":
         reader = copy.copy(self)
-        reader.readers = [part.having(fields) for part in self.readers]
-        reader.needs = frozenset(fields)
+        reader.readers = [part.with_required(fields) for part in self.readers]
+        reader.required = frozenset(fields)
         reader.__dict__.pop("problems", None)
         return reader
 

@@ -17,7 +17,7 @@ from crossflow.data.files import fullest_folder, with_links
 from crossflow.data.item import Record
 from crossflow.data.reader import FileReader, Listing
 from crossflow.data.spec import Option, Options
-from crossflow.data.splits import refuse_split, split_word
+from crossflow.data.splits import require_split, split_word
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class KarpathyReader(FileReader):
         file = self._file(path)
         entries = read_entries(file)
         counts = Counter(split_of(entry) for entry in entries)
-        refuse_split(self.spec, split, counts)
+        require_split(self.spec, split, counts)
         records = [_record(number, entry, file) for number, entry in enumerate(entries)]
         records = [record for record, entry in zip(records, entries, strict=True) if split in ("all", split_of(entry))]
         name = file.stem.removeprefix("dataset_")
@@ -60,7 +60,7 @@ class KarpathyReader(FileReader):
                 "%s has %d pictures for %s; the published one has %d: scores are not those of the tables.",
                 *(file, len(records), split, expected),
             )
-        folder = self.place("images", file.parent)
+        folder = self.path_option("images", file.parent)
         if folder is None:
             above = (file.parent, file.parent.parent)
             places = [file.parent, *(parent / name for parent in above for name in FOLDERS), file.parent.parent]

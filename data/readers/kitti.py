@@ -1,7 +1,8 @@
 """`kitti:DIR`: KITTI with the split lists of Eigen et al. (2014), and annotated depth (Uhrig et al., 2017).
 
 Depth is sparse: 16-bit PNG, metres * 256, 0 where the laser measured nothing. `val` and `test` are scored inside the
-crop of Garg et al. (2016) and below 80 m.
+crop of Garg et al. (2016) and below 80 m. The Eigen split has no validation list, so 2 % of the training frames are
+`val` (see `splits.select_split`).
 """
 
 import logging
@@ -24,18 +25,18 @@ from crossflow.data.readers.depth import (
     stem,
 )
 from crossflow.data.spec import Option, Options
-from crossflow.data.splits import SPLIT_WORDS, refuse_split
+from crossflow.data.splits import SPLIT_WORDS
 
 logger = logging.getLogger(__name__)
 
 UNITS_PER_METRE = 256.0
 SIDES = {"l": "02", "r": "03"}  # of the colour cameras
-BENCHMARK = (352, 1216)  # height and width to which the depth benchmark cuts pictures
+BENCHMARK = (352, 1216)  # height and width to which the depth benchmark crops pictures
 NUM_TEST, NUM_MEASURED = 697, 652  # frames of Eigen's test list, and those of them with annotated depth
 
 
 class KittiReader(DepthReader):
-    """Street scenes. Frames of a list for which nothing was measured are left out."""
+    """Street scenes. Frames without annotated depth are left out."""
 
     prefix = "kitti"
     layout = (
@@ -46,7 +47,9 @@ class KittiReader(DepthReader):
     options: ClassVar[Options] = {
         "crop": crop_option("garg", "eigen"),
         "cap": cap_option("80"),
-        "benchmark": Option("cut all pictures to the depth benchmark's 352 x 1216, bottom centre", "no", ("yes", "no")),
+        "benchmark": Option(
+            "crop all pictures to the depth benchmark's 352 x 1216, bottom centre", "no", ("yes", "no")
+        ),
         "list": LIST,
     }
     bases = (
@@ -56,27 +59,33 @@ class KittiReader(DepthReader):
     )
 
     def listing(self, path: Path, split: str) -> Listing:
+        """The frames of the option `list`, or those of the Eigen lists."""
         bases = Bases(path, self.bases)
-        file = self.place("list", path)
+        file = self.path_option("list", path)
         if file is not None:
-            return Listing(path, self._frames(file, bases, ""), with_links(path))
+            return Listing(path, self._frames(file, bases), with_links(path))
         return self.list_pairs(path, split)
 
     def list_pairs(self, path: Path, split: str) -> Listing:
         lists = list_files(path)
         if not lists:
             raise UserError(f"{self.spec!r} has no lists of the Eigen split. Expected {self.layout}.")
-        refuse_split(self.spec, split, lists)
         bases = Bases(path, self.bases)
-        records = [
-            record
-            for name, file in lists.items()
-            if split in (name, "all")
-            for record in self._frames(file, bases, name)
-        ]
+        records = self.published_records(split, lists, lambda file: self._frames(file, bases))
+        if split == "test":
+            self._require_complete(lists["test"], records)
         return Listing(path, records, with_links(path))
 
-    def _frames(self, file: Path, bases: Bases, split: str) -> list[Record]:
+    def _require_complete(self, file: Path, records: list[Record]) -> None:
+        """Raises UserError when annotated depth of the published test list is missing."""
+        if len(list_lines(file)) == NUM_TEST and len(records) != NUM_MEASURED:
+            raise UserError(
+                f"{self.spec!r}: of the {NUM_TEST} frames of the Eigen test list, {NUM_MEASURED} have annotated depth, "
+                f"but the depth of {len(records)} exists. A score on these would not be comparable; check that "
+                "the depth is complete (drives of data_depth_annotated/train and val)."
+            )
+
+    def _frames(self, file: Path, bases: Bases) -> list[Record]:
         records, unmeasured, lines = [], 0, list_lines(file)
         for number, fields in lines:
             try:
@@ -84,25 +93,19 @@ class KittiReader(DepthReader):
             except ValueError as error:
                 records.append(Record(f"{file.name}:{number}", problem=f"line {number} of {file.name} {error}"))
                 continue
-            named = fields[1].isdigit()  # the list names frames, so whether there is depth shows only from the files
-            found = bases.find(depth) if depth else ""
-            if not depth or (named and not (bases.root / found).is_file()):
+            by_number = fields[1].isdigit()  # such a list does not say which frames have depth; the files do
+            depth = bases.find(depth) if depth else ""
+            if not depth or (by_number and not (bases.root / depth).is_file()):
                 unmeasured += 1
                 continue
             image = bases.find(rgb)
             if not (bases.root / image).is_file():
                 image = bases.find(str(PurePosixPath(rgb).with_suffix(".jpg")))
-            records.append(Record(stem(rgb), image, depth=found))
+            records.append(Record(stem(rgb), image, depth=depth))
         if unmeasured:
             logger.info("%s: %d of %d frames have no annotated depth and are left out.", file, unmeasured, len(lines))
-        if split == "test" and len(lines) == NUM_TEST and len(records) != NUM_MEASURED:
-            raise UserError(
-                f"{self.spec!r}: of the {NUM_TEST} frames of the Eigen test list, {NUM_MEASURED} have annotated depth, "
-                f"but {len(records)} were found. A score on these could not be compared; is the depth complete (drives "
-                "of data_depth_annotated/train and val)?"
-            )
         if not records:
-            raise UserError(f"{self.spec!r}: no depth was found for any of the {len(lines)} frames of {file.name}.")
+            raise UserError(f"{self.spec!r}: none of the {len(lines)} frames of {file.name} has annotated depth.")
         return records
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +117,9 @@ class KittiReader(DepthReader):
             return image, depth
         height, width = BENCHMARK
         if depth.shape[0] < height or depth.shape[1] < width:
-            raise ValueError(f"a picture of {depth.shape[0]}x{depth.shape[1]} cannot be cut to {height}x{width}")
+            raise ValueError(
+                f"a picture of {depth.shape[0]}x{depth.shape[1]} is too small for the crop of {height}x{width}"
+            )
         top, left = depth.shape[0] - height, (depth.shape[1] - width) // 2
         part = (slice(top, top + height), slice(left, left + width))
         return np.ascontiguousarray(image[part]), np.ascontiguousarray(depth[part])
@@ -125,18 +130,18 @@ class KittiReader(DepthReader):
 
 
 def list_files(path: Path) -> dict[str, Path]:
-    """split -> list."""
+    """split -> its list, of those that exist."""
     if not path.is_dir():
         return {}
     patterns = ("eigen_{}_files_with_gt.txt", "eigen_{}_files.txt", "{}_files_with_gt.txt", "{}_files.txt")
     folders = [path / name for name in ("", "splits", "splits/eigen", "eigen")]
-    found = {}
+    lists = {}
     for split in SPLIT_WORDS:
         files = (folder / pattern.format(split) for pattern in patterns for folder in folders)
         file = next((file for file in files if file.is_file()), None)
         if file is not None:
-            found[split] = file
-    return found
+            lists[split] = file
+    return lists
 
 
 def _frame(fields: list[str]) -> tuple[str, str]:

@@ -103,7 +103,7 @@ class NpyReader(FileReader):
             raise ValueError(f"{beside} does not hold moments (2C, h, w)")
         return {f"image_latent_{8 * moments.shape[-1]}": moments}  # the released autoencoder shrinks 8 times
 
-    def having(self, fields: Collection[str]) -> "NpyReader":
+    def with_required(self, fields: Collection[str]) -> "NpyReader":
         """Whether an item has what is needed is known when its file is read."""
         assert self.fields.issuperset(fields)
         return self

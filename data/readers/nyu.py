@@ -1,11 +1,12 @@
 """`nyu:DIR`: NYU Depth V2 (Silberman et al., 2012): the labelled .mat file, or folders of the official split.
 
 The file is HDF5: images (1449, 3, 640, 480) and depths in metres (1449, 640, 480), transposed as MATLAB writes them.
-`val` and `test` are scored inside Eigen's crop and below 10 m.
+`val` and `test` are scored inside Eigen's crop and below 10 m. The published data have no validation split, so 2 % of
+the training pictures are `val` (see `splits.select_split`).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +22,12 @@ from crossflow.data.readers.depth import (
     DepthReader,
     cap_option,
     crop_option,
-    listed_pairs,
     open_hdf5,
+    read_pairs,
     stem,
 )
 from crossflow.data.spec import Option, Options
-from crossflow.data.splits import refuse_split, split_folders
+from crossflow.data.splits import split_folders
 
 LABELLED = "nyu_depth_v2_labeled.mat"
 LISTS = {split: f"nyudepthv2_{split}_files_with_gt.txt" for split in ("train", "test")}
@@ -35,7 +36,7 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 class NyuReader(DepthReader):
-    """RGB + Kinect depth. Depth is `raw`, with holes, as in the tables, or `filled` in by the authors' colouring."""
+    """RGB + Kinect depth: `raw`, with holes, as the tables use it, or `filled` in by the authors' colourisation."""
 
     prefix = "nyu"
     layout = (
@@ -45,8 +46,8 @@ class NyuReader(DepthReader):
     options: ClassVar[Options] = {
         "crop": crop_option("nyu"),
         "cap": cap_option("10"),
-        "depth": Option("which of the two depth maps", "raw", ("raw", "filled")),
-        "splits": Option("splits.mat, when it lies elsewhere", is_place=True),
+        "depth": Option("raw depth with holes, or depth filled in", "raw", ("raw", "filled")),
+        "splits": Option("path of splits.mat, unless it lies beside the data", is_place=True),
         "list": LIST,
     }
     bases = ("sync", "official_splits/test", "official_splits/train", "nyu_depth_v2/sync", "test", "train")
@@ -57,17 +58,15 @@ class NyuReader(DepthReader):
             return self._labelled(file, split)
         lists = {name: path / list for name, list in LISTS.items() if (path / list).is_file()}
         if lists:
-            refuse_split(self.spec, split, lists)
             bases = Bases(path, self.bases)
-            files = [file for name, file in lists.items() if split in (name, "all")]
-            return Listing(path, [record for file in files for record in listed_pairs(file, bases)], with_links(path))
+            records = self.published_records(split, lists, lambda file: read_pairs(file, bases))
+            return Listing(path, records, with_links(path))
         folder = path / "official_splits" if (path / "official_splits").is_dir() else path
         folders = split_folders(folder)
         if not folders:
             raise UserError(f"{self.spec!r} is not laid out as NYU Depth V2. Expected {self.layout}.")
-        refuse_split(self.spec, split, folders, "NYU Depth V2 has 795 pictures for training and 654 for testing")
-        wanted = [where for name, where in folders.items() if split in (name, "all")]
-        return Listing(path, [record for where in wanted for record in self._folder(path, where)], with_links(folder))
+        records = self.published_records(split, folders, lambda inner: self._folder(path, inner))
+        return Listing(path, records, with_links(folder))
 
     def _folder(self, root: Path, folder: Path) -> list[Record]:
         names = ("filled_",) if self.option["depth"] == "filled" else ("sync_depth_", "depth_")
@@ -80,7 +79,7 @@ class NyuReader(DepthReader):
             depths = [beside / f"{prefix}{match[1]}.png" for prefix in names]
             depth = next((file for file in depths if file.is_file()), None)
             image = (folder / name).relative_to(root).as_posix()
-            problem = "" if depth else f"there is no {depths[0].name} beside it"
+            problem = "" if depth else f"{depths[0].name} is missing beside it"
             records.append(
                 Record(stem(image), image, depth=depth.relative_to(root).as_posix() if depth else "", problem=problem)
             )
@@ -92,25 +91,32 @@ class NyuReader(DepthReader):
         try:
             with file.open("rb") as opened:
                 start = opened.read(520)
-            if HDF5_SIGNATURE not in (start[:8], start[512:]):  # MATLAB puts 512 bytes of its own in front
-                raise UserError(f"{str(file)!r} is no MATLAB 7.3 file, which {LABELLED} is.")
+            if HDF5_SIGNATURE not in (start[:8], start[512:]):  # MATLAB writes 512 bytes before the HDF5 content
+                raise UserError(f"{str(file)!r} is not a MATLAB 7.3 file, unlike the published {LABELLED}.")
             with open_hdf5(file) as content:
                 total = int(_of(content, "images", 4).shape[0])
         except (ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{str(file)!r} cannot be read as {LABELLED}: {error}.") from error
-        numbers = range(1, total + 1) if split == "all" else self._members(file, split, total)
-        # Both names are the file itself: the record's id is the number of its picture, counted from 1 as in MATLAB.
-        return Listing(file.parent, [Record(f"{number:04d}", file.name, depth=file.name) for number in numbers])
+
+        def numbered(numbers: Iterable[int]) -> list[Record]:
+            # Both names are the file itself: the record's id is the number of its picture, counted from 1 as in MATLAB.
+            return [Record(f"{number:04d}", file.name, depth=file.name) for number in numbers]
+
+        if split == "all":
+            return Listing(file.parent, numbered(range(1, total + 1)))
+        published = {name: name for name in LISTS}
+        records = self.published_records(split, published, lambda name: numbered(self._members(file, name, total)))
+        return Listing(file.parent, records)
 
     def _members(self, file: Path, split: str, total: int) -> list[int]:
-        refuse_split(self.spec, split, LISTS, "NYU Depth V2 has 795 pictures for training and 654 for testing")
-        splits = self.place("splits", file.parent) or file.parent / "splits.mat"
+        """The numbers of the pictures of a published split, from 1."""
+        splits = self.path_option("splits", file.parent) or file.parent / "splits.mat"
         if not splits.is_file():
             raise UserError(
                 f"{self.spec!r} needs the official splits: put splits.mat (trainNdxs and testNdxs, from the data set's "
-                f"page) beside {file.name}, say where it is by ?splits=FILE, or write '{self.spec}@all'."
+                f"page) beside {file.name}, give its path by ?splits=FILE, or write '{self.spec}@all'."
             )
         numbers = _indices(splits, f"{split}Ndxs")
         beyond = [number for number in numbers if not 1 <= number <= total]

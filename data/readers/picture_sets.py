@@ -10,12 +10,12 @@ from typing import ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.core.files import user_cache, write_array
-from crossflow.data.files import IMAGE_SUFFIXES, image_files, inside, with_links
+from crossflow.core.files import user_cache
+from crossflow.data.files import IMAGE_SUFFIXES, image_files, inside, save_array, with_links
 from crossflow.data.item import Record
 from crossflow.data.reader import FileReader, Listing
 from crossflow.data.spec import Option, Options
-from crossflow.data.splits import refuse_split, split_folders
+from crossflow.data.splits import require_split, split_folders
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,14 @@ class ImagenetReader(FileReader):
         folders = split_folders(root)
         if not folders:
             raise UserError(f"{self.spec!r} has neither train/ nor val/. Expected {self.layout}.")
-        refuse_split(self.spec, split, folders)
+        require_split(self.spec, split, folders)
         names = [
             f"{folder.name}/{name}"
             for word, folder in folders.items()
             if split in (word, "all")
             for name in image_files(folder)
         ]
-        least = self.number("min_side") or 0
+        least = self.number_option("min_side") or 0
         sides = shorter_sides(root, names, with_links(root))
         records = [
             Record(name, name, problem="" if side else "its size cannot be read")
@@ -67,7 +67,7 @@ class ImagenetReader(FileReader):
         from crossflow.data.resize import center_crop_resize
 
         image, _ = super().read(record)
-        size = self.number("size")
+        size = self.number_option("size")
         return center_crop_resize(image, min(image.shape[:2]) if size is None else int(size)), None
 
     @classmethod
@@ -89,7 +89,7 @@ class Div2kReader(FileReader):
         there = {word: part for word, part in self.parts.items() if (path / part[0]).is_dir()}
         if not there:
             raise UserError(f"{self.spec!r} has neither of its folders. Expected {self.layout}.")
-        refuse_split(self.spec, split, there, "the test pictures were never published")
+        require_split(self.spec, split, there, "the test pictures were never published")
         records = []
         for folder, count in (part for word, part in there.items() if split in (word, "all")):
             names = image_files(path / folder)
@@ -113,7 +113,7 @@ class PictureSet(FileReader):
     count: ClassVar[int]
 
     def listing(self, path: Path, split: str) -> Listing:
-        refuse_split(self.spec, split, ("val", "test"), "it is scored, never trained on")
+        require_split(self.spec, split, ("val", "test"), "it is scored, never trained on")
         inner = ("", "original", "HR", "image_SRF_4", "image_SRF_2", "image_SRF_3")
         folders = [path / name / part for name in ("", *self.names) for part in inner]
         found = {folder: _pictures(folder) for folder in folders if folder.is_dir()}
@@ -179,7 +179,7 @@ def shorter_sides(root: Path, names: Sequence[str], allowed: Sequence[Path]) -> 
         logger.warning("Reading the sizes of %d pictures once.", len(names))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda name: _shorter_side(root, name, folders), names, chunksize=64))
-    keep(kept, np.array(found, dtype=np.int32))
+    save_array(kept, np.array(found, dtype=np.int32))
     return found
 
 
@@ -191,11 +191,3 @@ def _shorter_side(root: Path, name: str, allowed: Sequence[Path]) -> int:
             return min(image.size)
     except Exception:  # Pillow's readers raise almost any type on damaged data
         return 0
-
-
-def keep(path: Path, array: np.ndarray) -> None:
-    """Writes an array to the cache directory; says so when that cannot be written to."""
-    try:
-        write_array(path, array)
-    except OSError as error:
-        logger.warning("%s cannot be written (%s), so it will be computed again.", path, error)

@@ -22,7 +22,7 @@ class ScenesReader(Reader):
     layout = "nothing behind it: the scenes are made on the fly"
     embedded = True
     offers = frozenset(("image", "captions", "depth", "scene"))
-    together = 32
+    batch_hint = 32
 
     def __init__(
         self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0

@@ -84,7 +84,7 @@ class SkimageReader(Reader):
             raise BadItem(piece.id, f"{error} ({piece.file} of the installed scikit-image)") from error
         return Item(piece.id, np.ascontiguousarray(image), depth=None if depth is None else np.ascontiguousarray(depth))
 
-    def having(self, fields: Collection[str]) -> "SkimageReader":
+    def with_required(self, fields: Collection[str]) -> "SkimageReader":
         """With depth: only the pieces that have it."""
         assert self.fields.issuperset(fields)
         reader = copy.copy(self)

@@ -1,19 +1,17 @@
 """`wds:DIR`: shards of LAION's kind (webdataset, img2dataset): tar files with KEY.jpg, KEY.txt and KEY.json per sample.
 
-The headers of each local shard are read once and kept as an index of offsets; then any sample can be had by one seek.
-So shards are read like any other data: shuffled over all shards anew each epoch, by (seed, epoch); divided among
-processes and workers without repeating or dropping a sample; and resumed exactly, without the state of a stream.
-About 60 bytes of memory per sample.
+The headers of each local shard are read once and kept as an index of offsets; then one seek reads any sample.
+So shards are read like any other data: shuffled across all shards by (seed, epoch); divided among processes and workers
+without repeating or dropping a sample; and resumed exactly, without the state of a stream. The index takes about 60
+bytes of memory per sample.
 """
 
 import hashlib
 import json
 import logging
-import re
 import tarfile
 import time
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,26 +20,26 @@ import numpy as np
 from crossflow.core.errors import UserError
 from crossflow.core.files import user_cache
 from crossflow.data.annotations import clean_captions
-from crossflow.data.files import IMAGE_SUFFIXES, existing
+from crossflow.data.files import IMAGE_SUFFIXES, existing, save_array
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import LazyIds, Reader
 from crossflow.data.readers.jsonl import CAPTION_KEYS
-from crossflow.data.readers.picture_sets import keep
 from crossflow.data.spec import Option, Options, parse_options, split_location
-from crossflow.data.splits import chosen, split_by_hash, split_word
+from crossflow.data.splits import choose, split_by_hash, split_word
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"  # of the index; another one when what it holds changes
+VERSION = "1"  # of the index; changes with its content
 PARTS = ("image", "text", "json")
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-EDGE = 65536  # bytes at either end of a shard that tell whether it is the same
+EDGE = 65536  # bytes at either end of a shard that identify it
 LARGEST = 2**28  # bytes of one sample's file
 
 
 class WdsReader(Reader):
-    """Pictures with captions in local tar shards. Splits: the folders train/, val/, test/ that the shards lie in, or a
-    hash of the samples' names. Samples without a picture, and what is missing of a truncated shard, are bad items.
+    """Pictures with captions in local tar shards.
+
+    Splits are the folders train/, val/ and test/ that hold the shards, or else a hash of the samples' names. Samples
+    without a picture are bad items, and so is the missing end of a truncated shard.
     """
 
     prefix = "wds"
@@ -50,7 +48,7 @@ class WdsReader(Reader):
         "with KEY.jpg, KEY.txt and KEY.json"
     )
     offers = frozenset(("image", "captions"))
-    options: ClassVar[Options] = {"caption": Option("field of KEY.json that holds the caption, instead of KEY.txt")}
+    options: ClassVar[Options] = {"caption": Option("field of KEY.json with the caption, instead of KEY.txt")}
 
     def __init__(
         self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0
@@ -60,11 +58,11 @@ class WdsReader(Reader):
         self.caption = parse_options(settings, self.options, self.spec)["caption"]
         self.shards = shard_files(place, self.spec)
         indices, self.damaged = [], {}
-        told = time.monotonic()
+        last_message = time.monotonic()
         for number, shard in enumerate(self.shards):
-            if time.monotonic() - told > 15:
-                told = time.monotonic()
-                logger.warning("%s: indexing shard %d of %d, once.", self.spec, number + 1, len(self.shards))
+            if time.monotonic() - last_message > 15:
+                last_message = time.monotonic()
+                logger.warning("%s: indexing shard %d of %d (only once).", self.spec, number + 1, len(self.shards))
             index, damage = shard_index(shard)
             if damage:
                 self.damaged[number] = damage
@@ -75,61 +73,64 @@ class WdsReader(Reader):
         self.names = [shard.relative_to(root).with_suffix("").as_posix() for shard in self.shards]
         self.rows = rows[self._members(rows)]
         if not len(self.rows):
-            raise UserError(f"{self.spec!r} has no samples in its split {split!r}. Expected {self.layout}.")
+            raise UserError(f"{self.spec!r} has no samples in split {split!r}. Expected {self.layout}.")
         self.ids = _Ids(self.names, self.rows)
         if limit is not None and limit < len(self.rows):
-            self.rows = self.rows[chosen(self.ids, limit, seed)]
+            self.rows = self.rows[choose(self.ids, limit, seed)]
             self.ids = _Ids(self.names, self.rows)
         with_text = bool((self.rows["json_size" if self.caption else "text_size"] > 0).any())
         with_text = with_text or bool((self.rows["json_size"] > 0).any())
         self.fields = frozenset(("image", "captions") if with_text else ("image",))
 
     def _members(self, rows: np.ndarray) -> np.ndarray:
-        """Boolean, which rows are in the split; samples lost with a truncated shard are in each."""
+        """Which rows are in the split, bool (rows,). The lost samples of a truncated shard are in every split."""
         if self.split == "all":
             return np.ones(len(rows), dtype=bool)
         words = [next(filter(None, map(split_word, reversed(Path(name).parts[:-1]))), "") for name in self.names]
         if any(words):
-            there = np.array([word == self.split for word in words])
-            if not there.any():
+            matches = np.array([word == self.split for word in words])
+            if not matches.any():
                 raise UserError(
                     f"{self.spec!r} has shards for {', '.join(sorted(set(words) - {''}))} but none for {self.split!r}."
                 )
-            return there[rows["shard"]]
+            return matches[rows["shard"]]
         ids = _Ids(self.names, rows)
         members = split_by_hash(self.spec, ids, self.split)
         return np.fromiter((id in members for id in ids), dtype=bool, count=len(rows)) | (rows["key"] == b"")
 
     def __getitem__(self, index: int) -> Item:
-        from crossflow.data.images import load_image
+        from crossflow.data.images import is_grey, load_image
 
         row, id = self.rows[index], self.ids[index]
         try:
-            described = self._json(row)
-            status = described.get("status")
+            metadata = self._json(row)
+            status = metadata.get("status")
             if isinstance(status, str) and status != "success":
-                raise ValueError(f"it was not downloaded: {described.get('error_message') or status}")
+                raise ValueError(f"it was not downloaded: {metadata.get('error_message') or status}")
             if not row["image_size"]:
                 raise ValueError(self._problem(row))
-            captions = self._captions(row, described)
-            if "captions" in self.needs and not captions:
+            captions = self._captions(row, metadata)
+            if "captions" in self.required and not captions:
                 raise ValueError("has no caption")
-            return Item(id, load_image(self._bytes(row, "image")), captions)
+            content = self._bytes(row, "image")
+            image = load_image(content)
+            return Item(id, image, captions, grey=is_grey(image, content))
         except (ValueError, OSError) as error:
             raise BadItem(id, str(error)) from error
 
     def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of item `index`, without its picture; none when they are unreadable."""
         try:
             return self._captions(self.rows[index], self._json(self.rows[index]))
         except (ValueError, OSError):
             return ()
 
-    def _captions(self, row: np.void, described: dict) -> tuple[str, ...]:
+    def _captions(self, row: np.void, metadata: dict) -> tuple[str, ...]:
         if self.caption:
-            return clean_captions(described.get(self.caption))
+            return clean_captions(metadata.get(self.caption))
         if row["text_size"]:
             return clean_captions(self._bytes(row, "text").decode("utf-8", "replace"))
-        return clean_captions(next((described[key] for key in CAPTION_KEYS if key in described), None))
+        return clean_captions(next((metadata[key] for key in CAPTION_KEYS if key in metadata), None))
 
     def _json(self, row: np.void) -> dict:
         if not row["json_size"]:
@@ -139,11 +140,11 @@ class WdsReader(Reader):
         except RecursionError as error:
             raise ValueError("its json is nested too deeply") from error
         if not isinstance(content, dict):
-            raise ValueError("its json is no object")
+            raise ValueError("its json is not an object")
         return content
 
     def _bytes(self, row: np.void, part: str) -> bytes:
-        """Opened anew each time: no state that threads, forks or pickling could share, and cheap beside decoding."""
+        """One part of a sample. Opening the shard each time leaves no state to share, and is cheap beside decoding."""
         size = int(row[f"{part}_size"])
         if size > LARGEST:
             raise ValueError(f"its {part} has {size:,} bytes, the limit is {LARGEST:,}")
@@ -151,7 +152,7 @@ class WdsReader(Reader):
             file.seek(int(row[part]))
             content = file.read(size)
         if len(content) < size:
-            raise ValueError("the shard has become shorter since it was indexed")
+            raise ValueError("the shard is shorter than when it was indexed")
         return content
 
     def _problem(self, row: np.void) -> str:
@@ -159,13 +160,14 @@ class WdsReader(Reader):
 
     @property
     def problems(self) -> dict[str, str]:
+        """Samples without a picture: id -> reason."""
         return {
             self.ids[index]: self._problem(self.rows[index])
             for index in np.flatnonzero(self.rows["image_size"] == 0).tolist()
         }
 
     def fingerprint(self) -> str:
-        """Of the samples' names, places and sizes, and the ends of up to 256 shards."""
+        """From the samples' names, offsets and sizes, and the ends of up to 256 shards."""
         digest = hashlib.blake2b(f"{self.caption} {len(self.rows)}".encode(), digest_size=16)
         digest.update(json.dumps(self.names).encode())
         for field in ("key", "shard", *PARTS):
@@ -176,13 +178,14 @@ class WdsReader(Reader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """The name of a tar file."""
         if path.is_file():
             return path.name if path.suffix == ".tar" else ""
         return next((file.name for file in sorted(path.glob("*.tar"))), "") if path.is_dir() else ""
 
 
 class _Ids(LazyIds):
-    """SHARD/KEY of each row, made when asked for: there are millions."""
+    """SHARD/KEY of each row."""
 
     def __init__(self, names: Sequence[str], rows: np.ndarray) -> None:
         self.names, self.shards, self.keys = names, rows["shard"], rows["key"]
@@ -190,17 +193,18 @@ class _Ids(LazyIds):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def one(self, index: int) -> str:
+    def id_at(self, index: int) -> str:
+        """SHARD/KEY, or SHARD/(truncated) for the lost end of a shard."""
         key = self.keys[index].decode("utf-8", "replace")
         return f"{self.names[self.shards[index]]}/{key or '(truncated)'}"
 
 
 def shard_files(place: str, spec: str) -> list[Path]:
-    """The shards that `place` names, in order; raises UserError when there are none, or when they are not local."""
+    """The shards that `place` names, in order. Raises UserError when none exist or when they are not local."""
     if "://" in place or place.startswith("pipe:"):
         raise UserError(
-            f"{spec!r} names shards on another machine. They are read from local files, in any order, so that runs can "
-            "shuffle and resume exactly: download them first and give their folder."
+            f"{spec!r} names shards on another machine. Shards are read from local files, in any order, so that runs "
+            "can shuffle and resume exactly: download them first and give their folder."
         )
     path = existing(place) if place else None
     if path is not None and path.is_dir():
@@ -212,39 +216,39 @@ def shard_files(place: str, spec: str) -> list[Path]:
     zipped = [file for file in files if file.suffix != ".tar"]
     if zipped:
         raise UserError(
-            f"{spec!r}: {zipped[0].name!r} is no plain .tar file; a compressed one cannot be read in places."
+            f"{spec!r}: {zipped[0].name!r} is not a plain .tar file; compressed shards allow no random access."
         )
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
-        what = f"{len(missing)} of its shards, such as {missing[0]}, are not there" if missing else "has no .tar files"
-        raise UserError(f"{spec!r}: {what}. Expected {WdsReader.layout}.")
+        problem = f"{len(missing)} shards do not exist, such as {missing[0]}" if missing else "no .tar files"
+        raise UserError(f"{spec!r}: {problem}. Expected {WdsReader.layout}.")
     return [file.absolute() for file in files]
 
 
 def _pattern(place: str) -> list[Path]:
-    """The files that `{00000..00099}` and `*` stand for; of a range also those that are not there."""
-    ranges = list(RANGE.finditer(place))
-    choices = [
-        [f"{number:0{len(match[1])}d}" for number in range(int(match[1]), int(match[2]) + 1)] for match in ranges
-    ]
-    template, names = RANGE.sub("\0", place), []
-    for values in product(*choices):
-        parts = template.split("\0")
-        names.append("".join(part + value for part, value in zip(parts, (*values, ""), strict=True)))
-    files = []
+    """The files that brace patterns (`{00000..00099}`, `{a,b}`) and `*` stand for, missing ones of a range included."""
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        names = list(braceexpand(place))
+    except UnbalancedBracesError as error:
+        raise UserError(f"{place!r} is not a valid brace pattern: {error}.") from error
+    files: list[Path] = []
     for name in filter(None, names):
         path = Path(name).expanduser()
         if "*" in name:
             anchor = Path(path.anchor) if path.is_absolute() else Path()
-            files += list(anchor.glob(str(path.relative_to(path.anchor)) if path.is_absolute() else name))
+            files += anchor.glob(str(path.relative_to(path.anchor)) if path.is_absolute() else name)
         else:
             files.append(path)
     return files
 
 
 def shard_index(shard: Path) -> tuple[np.ndarray, str]:
-    """(a row per sample: key, and offset and size of each part; why the rest of the shard is lost, or ""). The index
-    of a whole shard is kept in the user's cache directory. A damaged one has a row without a key at the end.
+    """(one row per sample: key, and offset and size of each part; why the rest of the shard is lost, or "").
+
+    The index of an intact shard is kept in the user's cache directory. That of a damaged shard ends with a row without
+    a key.
     """
     try:
         status = shard.stat()
@@ -252,17 +256,17 @@ def shard_index(shard: Path) -> tuple[np.ndarray, str]:
         name.update(_edges(shard))
     except OSError as error:
         return _rows({}, lost=True), f"the shard cannot be read: {error}"
-    kept = user_cache() / "tar-index" / f"{name.hexdigest()}.npy"
+    index = user_cache() / "tar-index" / f"{name.hexdigest()}.npy"
     try:
-        rows = np.load(kept, allow_pickle=False)
+        rows = np.load(index, allow_pickle=False)
         if rows.dtype.names == _rows({}).dtype.names:
             return rows, ""
     except (OSError, ValueError, EOFError):
-        pass  # not there yet, or damaged: made again
+        pass  # missing or damaged: built again
     samples, damage = _scan(shard, status.st_size)
     rows = _rows(samples, lost=bool(damage))
     if not damage:
-        keep(kept, rows)
+        save_array(index, rows)
     return rows, damage
 
 
@@ -272,20 +276,20 @@ def _scan(shard: Path, size: int) -> tuple[dict[str, dict[str, tuple[int, int]]]
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # they would all be kept
+                tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all of them
                 part, key = _part(member.name)
                 if not part or member.type not in tarfile.REGULAR_TYPES or member.issparse():
                     continue
                 if member.offset_data + member.size > size:
-                    return samples, f"the shard is truncated in {member.name!r}; the samples behind it are lost"
+                    return samples, f"the shard is truncated in {member.name!r}; the samples after it are lost"
                 samples.setdefault(key, {}).setdefault(part, (member.offset_data, member.size))
-            end = tar.offset  # where the next header would stand
+            end = tar.offset  # of the next header
         with shard.open("rb") as file:
             file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes half a header for an end
-                return samples, f"the shard ends without the mark of its end, behind {len(samples)} samples"
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile accepts half a header as the end
+                return samples, f"the shard lacks its end marker, after {len(samples)} samples"
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        return samples, f"the shard is damaged behind {len(samples)} samples: {error}"
+        return samples, f"the shard is damaged after {len(samples)} samples: {error}"
     return samples, ""
 
 
@@ -315,7 +319,7 @@ def _rows(samples: dict[str, dict[str, tuple[int, int]]], lost: bool = False) ->
 
 
 def _numbered(rows: np.ndarray, number: int) -> np.ndarray:
-    """The rows of a shard with its number."""
+    """The rows of a shard, with its number as another column."""
     result = np.zeros(len(rows), dtype=[*rows.dtype.descr, ("shard", "<u4")])
     for name in rows.dtype.names or ():
         result[name] = rows[name]
@@ -324,7 +328,7 @@ def _numbered(rows: np.ndarray, number: int) -> np.ndarray:
 
 
 def _common_root(shards: Sequence[Path]) -> Path:
-    """The folder above all shards; one level more when that is itself called train, val or test."""
+    """The folder above all shards; its parent when the folder itself is called train, val or test."""
     root = shards[0].parent
     while not all(shard.is_relative_to(root) for shard in shards):
         root = root.parent

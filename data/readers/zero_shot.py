@@ -12,7 +12,7 @@ from crossflow.data.item import Record
 from crossflow.data.reader import Listing
 from crossflow.data.readers.depth import LIST, DepthReader, cap_option, read_npy_array, stem
 from crossflow.data.spec import Option, Options
-from crossflow.data.splits import refuse_split, split_by_hash, split_folders
+from crossflow.data.splits import require_split, split_by_hash, split_folders
 
 
 class VirtualKittiReader(DepthReader):
@@ -60,7 +60,7 @@ class Eth3dReader(DepthReader):
     options: ClassVar[Options] = {"cap": cap_option("none"), "list": LIST}
 
     def list_pairs(self, path: Path, split: str) -> Listing:
-        refuse_split(self.spec, split, ("test",), "it is scored, never trained on")
+        require_split(self.spec, split, ("test",), "it is scored, never trained on")
         records = []
         for folder in sorted(path.glob("*/images/dslr_images")):
             scene = folder.parent.parent
@@ -116,11 +116,11 @@ class ScannetReader(DepthReader):
                 f"{self.spec!r} has no lists of scenes. Put scannetv2_train.txt, scannetv2_val.txt and "
                 f"scannetv2_test.txt (from the data set's repository) there, or write '{self.spec}@all'."
             )
-        refuse_split(self.spec, split, lists)
+        require_split(self.spec, split, lists)
         wanted = sorted(scenes)
         if split != "all":
             wanted = lists[split].read_text(encoding="utf-8-sig").split()
-        step = self.number("every")
+        step = self.number_option("every")
         if step is None or step != int(step):
             raise UserError(f"{self.spec!r}: every is {self.option['every']!r}; it must be a whole number.")
         records = []
@@ -171,7 +171,7 @@ class DiodeReader(DepthReader):
         folders = split_folders(path)
         if not folders:
             raise UserError(f"{self.spec!r} has neither train/ nor val/. Expected {self.layout}.")
-        refuse_split(self.spec, split, folders, "the tables are of val")
+        require_split(self.spec, split, folders, "the tables are of val")
         parts = ("indoors", "outdoor", "outdoors") if self.option["part"] == "both" else (self.option["part"],)
         records = []
         for folder in (where for name, where in folders.items() if split in (name, "all")):

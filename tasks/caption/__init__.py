@@ -28,7 +28,7 @@ from crossflow.core.noise import key, keyed_generator
 from crossflow.core.objective import Objective
 from crossflow.core.source import Posterior, SourceEncoder
 from crossflow.data.cache.extract import Extractor, Options
-from crossflow.data.cache.training import gathered
+from crossflow.data.cache.training import cached_batch
 from crossflow.data.captioned import captioned_example
 from crossflow.data.dataset import Examples
 from crossflow.data.image_latents import (
@@ -322,7 +322,7 @@ class Adapter(Task[CaptionConfig]):
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         texts = [one["caption"] for one in examples]
-        source = self._source(latents(self.codec, examples, gathered(examples, self.config.data.image_size)))
+        source = self._source(latents(self.codec, examples, cached_batch(examples, self.config.data.image_size)))
         ids, _ = self.text.tokenize(texts)
         return Batch(
             features=source.features,

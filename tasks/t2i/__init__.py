@@ -22,7 +22,7 @@ from crossflow.core.noise import key
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
 from crossflow.data.cache.extract import Extractor, Options
-from crossflow.data.cache.training import Gathered, gathered
+from crossflow.data.cache.training import CachedBatch, cached_batch
 from crossflow.data.captioned import captioned_example
 from crossflow.data.dataset import Examples
 from crossflow.data.image_latents import (
@@ -215,7 +215,7 @@ class Adapter(Task[T2IConfig]):
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         texts = [one["caption"] for one in examples]
-        cached = gathered(examples, self.config.data.image_size)
+        cached = cached_batch(examples, self.config.data.image_size)
         reads_cache = cached is not None and self.text.frozen is not None
         source = self._as_source(*(cached.text() if cached and reads_cache else self.text.features(texts)))
         return Batch(
@@ -228,7 +228,7 @@ class Adapter(Task[T2IConfig]):
         )
 
     def _alignment(
-        self, features: Tensor, texts: Sequence[str], examples: Sequence[Example], cached: Gathered | None
+        self, features: Tensor, texts: Sequence[str], examples: Sequence[Example], cached: CachedBatch | None
     ) -> Tensor | None:
         """What the encoder loss compares z0 with."""
         aligned = self._aligned_with

@@ -12,7 +12,7 @@ from PIL import Image
 from crossflow.core import noise
 from crossflow.core.errors import UserError
 from crossflow.core.noise import order
-from crossflow.data.dataset import Examples, _Chance, check
+from crossflow.data.dataset import Examples, _ItemGenerator, check
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
 from crossflow.data.readers import open_reader
@@ -26,7 +26,7 @@ class CountingReader(Reader):
     def __init__(self, location="", split="train", *, image_size=None, limit=None, seed=0, broken=(), together=1):
         self.spec, self.split, self.fields = "counting", split, self.offers
         self.ids = [f"item{index}" for index in range(limit)]
-        self.broken, self.together = set(broken), together
+        self.broken, self.batch_hint = set(broken), together
         self.calls: list[list[int]] = []
 
     def __getitem__(self, index):
@@ -274,7 +274,7 @@ def test_examples_of_scenes_render_together_and_repeat():
 
 
 def test_chance_is_that_of_a_generator_of_its_own_keyed_by_epoch_and_index():
-    chance = _Chance(3)
+    chance = _ItemGenerator(3)
     for epoch, index in ((0, 0), (0, 1), (2, 1), (0, 0)):
         own = np.random.Generator(np.random.Philox(key=noise.key("augment", 3, epoch, index)))
         given = chance.of(epoch, index)

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from crossflow.cli import main
-from crossflow.data.readers import located
+from crossflow.data.readers import resolve_spec
 from crossflow.engine.sample import load
 
 
@@ -67,10 +67,10 @@ def test_the_present_directory_is_searched_first(run: Path, elsewhere: Path) -> 
 def test_a_message_says_how_to_name_data_that_have_moved(run: Path, elsewhere: Path, capsys) -> None:
     (run.parent / "pictures").rename(elsewhere / "moved")
     error = refused(capsys, "evaluate", "--checkpoint", str(run), "--num", "2", "--weights", "model")
-    for words in ("there is no 'pictures'", str(run.parent), "--data SPEC", "--resume auto --data SPEC"):
+    for words in ("'pictures' does not exist", str(run.parent), "--data SPEC", "--resume auto --data SPEC"):
         assert words in error
     assert main(["evaluate", "--checkpoint", str(run), "--data", "folder:moved@all", "--num", "2"]) == 0
-    assert "there is no 'pictures'" in refused(capsys, "train", "--output", str(run), "--resume", "auto")
+    assert "'pictures' does not exist" in refused(capsys, "train", "--output", str(run), "--resume", "auto")
     argv = ["train", "--output", str(run), "--resume", "auto", "train.max_minutes=null", "--data", "folder:moved@all"]
     assert main(argv) == 0
     kept = yaml.safe_load((run / "config.yaml").read_text())["data"]["train"]
@@ -119,7 +119,7 @@ def test_relative_specs_are_resolved_in_a_folder(place: Path, tmp_path: Path, mo
         (f"folder:{there}", f"folder:{there}"),
         ("nofmt:pictures", "nofmt:pictures"),
     ]:
-        assert located(spec, place) == expected
+        assert resolve_spec(spec, place) == expected
     (tmp_path / "pictures").mkdir()
-    assert located("folder:pictures", place) == "folder:pictures"
-    assert located("folder:pictures", place, here_first=False) == f"folder:{there}"
+    assert resolve_spec("folder:pictures", place) == "folder:pictures"
+    assert resolve_spec("folder:pictures", place, prefer_current=False) == f"folder:{there}"

@@ -465,7 +465,7 @@ def test_jsonl_bad_lines_are_counted_with_their_numbers(tmp_path):
         "../outside.png": "path '../outside.png' leaves the data folder",
         str(tmp_path / "outside.png"): "leaves the data folder",
         "link.png": "is a link that leaves the data folder",
-        "a\0b.png": "names no file",
+        "a\0b.png": "is not a file name",
         "n" * 5000 + ".png": "",
         "x.jsonl:14": "line 14 of x.jsonl is not JSON",
         ".": "not a regular file",
@@ -574,7 +574,7 @@ def test_small_folder_says_how_the_splits_come_out(tmp_path, caplog):
         picture(tmp_path / f"{number}.png")
     ids = [id for split in ("train", "val", "test") for id in open_reader(f"folder:{tmp_path}", split).ids]
     assert sorted(ids) == [f"{number}.png" for number in range(6)]
-    assert "its items are 4 train, 1 val, 1 test" in caplog.text
+    assert "divides it into 4 train, 1 val, 1 test" in caplog.text
     single = picture(tmp_path / "one/a.png").parent
     with pytest.raises(UserError, match=f"none for 'val'.*'folder:{single}@all'"):
         open_reader(f"folder:{single}", "val")

@@ -11,7 +11,7 @@ from PIL import Image
 from crossflow.core.errors import UserError
 from crossflow.data.item import BadItem
 from crossflow.data.reader import Reader
-from crossflow.data.readers import located, open_reader
+from crossflow.data.readers import open_reader, resolve_spec
 
 
 def picture(path: Path) -> Path:
@@ -211,10 +211,10 @@ def test_coco_of_both_years_lets_choose(tmp_path, caplog):
 
 def test_data_with_settings_are_found_from_where_a_run_was_started(tmp_path):
     karpathy(tmp_path / "started/coco", COCO)
-    assert located("karpathy:coco?incomplete=skip@val", tmp_path / "started") == (
+    assert resolve_spec("karpathy:coco?incomplete=skip@val", tmp_path / "started") == (
         f"karpathy:{tmp_path}/started/coco?incomplete=skip@val"
     )
-    assert located("karpathy:coco?incomplete=skip", tmp_path) == "karpathy:coco?incomplete=skip"
+    assert resolve_spec("karpathy:coco?incomplete=skip", tmp_path) == "karpathy:coco?incomplete=skip"
 
 
 def mjhq(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from crossflow.core.errors import UserError
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
 from crossflow.data.readers import open_reader, require
-from crossflow.data.readers.depth import CROPS, scored
+from crossflow.data.readers.depth import CROPS, mask_unscored
 from crossflow.data.readers.hypersim import planar_depth
 from crossflow.tasks.depth import metric as depth_metric
 
@@ -61,9 +61,9 @@ def test_the_crops_are_those_that_the_metric_names():
 
 def test_the_crops_of_the_tables_in_pixels():
     """Garg's rows 153 to 371 and columns 44 to 1197 of 375 x 1242, Eigen's rows 45 to 471 and columns 41 to 601."""
-    rows, columns = np.nonzero(scored(np.ones((375, 1242)), "garg"))
+    rows, columns = np.nonzero(mask_unscored(np.ones((375, 1242)), "garg"))
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (153, 371, 44, 1197)
-    rows, columns = np.nonzero(scored(np.ones((480, 640)), "nyu"))
+    rows, columns = np.nonzero(mask_unscored(np.ones((480, 640)), "nyu"))
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (45, 471, 41, 601)
 
 
@@ -72,7 +72,7 @@ def test_scoring_what_the_reader_left_equals_scoring_in_the_metrics_own_crop(cro
     truth = rng.uniform(0.5, 120, (375, 1242)).astype(np.float32) * (rng.random((375, 1242)) < 0.2)
     guess = rng.uniform(0.5, 80, truth.shape).astype(np.float32)
     own = depth_metric.DepthMetric(max_depth=80, crop=crop).score(guess, truth)
-    given = depth_metric.DepthMetric(max_depth=80).score(guess, scored(truth, crop, 80))
+    given = depth_metric.DepthMetric(max_depth=80).score(guess, mask_unscored(truth, crop, 80))
     assert own == given
     assert own["num_pixels"] > 1000
 
@@ -99,9 +99,9 @@ def labelled_file(folder: Path, rng: np.random.Generator, total: int = 4) -> dic
 
 def test_nyu_labelled_file(tmp_path, rng):
     arrays = labelled_file(tmp_path, rng)
-    train, test = (open_reader(f"nyu:{tmp_path}", split) for split in ("train", "test"))
-    assert (train.ids, test.ids) == (["0001", "0004"], ["0002", "0003"])
-    item = train[1]
+    train, val, test = (open_reader(f"nyu:{tmp_path}", split) for split in ("train", "val", "test"))
+    assert (train.ids, val.ids, test.ids) == (["0004"], ["0001"], ["0002", "0003"])
+    item = train[0]
     np.testing.assert_array_equal(item.image, arrays["images"][3].transpose(2, 1, 0))
     np.testing.assert_array_equal(item.depth, arrays["rawDepths"][3].T)  # training sees all of it
     scored_depth, raw = test[0].depth, arrays["rawDepths"][1].T
@@ -116,8 +116,6 @@ def test_nyu_labelled_file(tmp_path, rng):
 
 def test_nyu_says_what_is_missing(tmp_path, rng, monkeypatch):
     labelled_file(tmp_path, rng, total=4)
-    with pytest.raises(UserError, match=r"795 pictures for training and 654.*@test"):
-        open_reader(f"nyu:{tmp_path}", "val")
     (tmp_path / "splits.mat").rename(tmp_path / "elsewhere.mat")
     with pytest.raises(UserError, match=r"put splits\.mat.*@all"):
         open_reader(f"nyu:{tmp_path}", "test")
@@ -129,22 +127,25 @@ def test_nyu_says_what_is_missing(tmp_path, rng, monkeypatch):
     with pytest.raises(UserError, match=r"pip install h5py, or .crossflow-toolkit\[hdf5\]"):
         open_reader(f"nyu:{tmp_path}", "all")
     (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(b"MATLAB 5.0 MAT-file")
-    with pytest.raises(UserError, match=r"no MATLAB 7\.3 file"):
+    with pytest.raises(UserError, match=r"not a MATLAB 7\.3 file"):
         open_reader(f"nyu:{tmp_path}", "all")
 
 
 def test_nyu_folders_of_the_official_split(tmp_path, rng):
     millimetres = rng.integers(500, 9000, (480, 640))
-    for split, number in (("train", 3), ("train", 4), ("test", 45)):
+    for split, number in (("train", 3), ("train", 4), ("train", 5), ("test", 45)):
         picture(tmp_path / f"official_splits/{split}/kitchen/rgb_{number:05d}.jpg", 480, 640)
         png16(tmp_path / f"official_splits/{split}/kitchen/sync_depth_{number:05d}.png", millimetres)
-    (tmp_path / "official_splits/train/kitchen/sync_depth_00004.png").unlink()
-    train, test = (open_reader(f"nyu:{tmp_path}", split) for split in ("train", "test"))
-    np.testing.assert_allclose(items(train)["official_splits/train/kitchen/rgb_00003"].depth, millimetres / 1000)
-    assert "no sync_depth_00004.png" in next(iter(reasons(train).values()))
+    train, val, test = (open_reader(f"nyu:{tmp_path}", split) for split in ("train", "val", "test"))
+    whole = {f"official_splits/train/kitchen/rgb_{number:05d}" for number in (3, 4, 5)}
+    assert (len(train), len(val)) == (2, 1)
+    assert {*train.ids, *val.ids} == whole
+    np.testing.assert_allclose(train[0].depth, millimetres / 1000)
+    number = train.ids[0][-5:]
+    (tmp_path / f"official_splits/train/kitchen/sync_depth_{number}.png").unlink()
+    train = open_reader(f"nyu:{tmp_path}", "train")
+    assert reasons(train)[train.ids[0]] == f"sync_depth_{number}.png is missing beside it"
     assert test[0].depth[44].max() == 0 < test[0].depth[45].max()
-    with pytest.raises(UserError, match="train, test but nothing for 'val'"):
-        open_reader(f"nyu:{tmp_path}", "val")
 
 
 def test_nyu_lists_of_pairs(tmp_path):
@@ -209,17 +210,35 @@ def test_kitti_eigen_split(tmp_path, caplog):
 
 def test_kitti_lists_that_name_frames(tmp_path):
     kitti(tmp_path, frames=(5,), part="train")
-    text(tmp_path / "splits/eigen/train_files.txt", f"{DRIVE} 5 l", f"{DRIVE} 6 l", f"{DRIVE} 5 x")
-    reader = open_reader(f"kitti:{tmp_path}", "train")
+    text(tmp_path / "splits/eigen/test_files.txt", f"{DRIVE} 5 l", f"{DRIVE} 6 l", f"{DRIVE} 5 x")
+    reader = open_reader(f"kitti:{tmp_path}", "test")
     assert list(items(reader)) == [f"{DRIVE}/image_02/data/{5:010d}"]
     assert "side 'x'" in next(iter(reasons(reader).values()))
+
+
+def test_kitti_parts_validation_frames_off_the_eigen_training_list(tmp_path):
+    """The Eigen split has no validation list; testing on the test list would choose models on what they are scored on."""
+    kitti(tmp_path, frames=tuple(range(70)), part="train")
+    text(tmp_path / "eigen_train_files_with_gt.txt", *(line(frame) for frame in range(60)))
+    text(tmp_path / "eigen_test_files_with_gt.txt", *(line(frame) for frame in range(60, 70)))
+    ids = {split: open_reader(f"kitti:{tmp_path}", split).ids for split in ("train", "val", "test", "all")}
+    assert 1 <= len(ids["val"]) <= 4
+    assert sorted([*ids["train"], *ids["val"]]) == sorted(ids["all"][:60])
+    assert len(ids["test"]) == 10
+    text(tmp_path / "eigen_train_files_with_gt.txt", *(line(frame) for frame in range(50)))
+    assert set(open_reader(f"kitti:{tmp_path}", "train").ids) <= set(ids["train"])  # no frame moves
+    val = open_reader(f"kitti:{tmp_path}@val", "train")[0].depth
+    assert np.nonzero(val)[0].min() >= 153  # scored in the crop of the tables, as the test frames are
+    text(tmp_path / "eigen_val_files_with_gt.txt", line(69))
+    assert open_reader(f"kitti:{tmp_path}", "val").ids == [f"{DRIVE}/image_02/data/{69:010d}"]
+    assert len(open_reader(f"kitti:{tmp_path}", "train")) == 50  # all of it, beside a list of its own
 
 
 def test_kitti_refuses_an_incomplete_test_set_and_wrong_settings(tmp_path):
     kitti(tmp_path)
     lines = [line(69), line(70), *[line(number, depth=False) for number in range(100, 795)]]
     text(tmp_path / "eigen_test_files_with_gt.txt", *lines)
-    with pytest.raises(UserError, match="652 have annotated depth, but 2 were found"):
+    with pytest.raises(UserError, match="652 have annotated depth, but the depth of 2 exists"):
         open_reader(f"kitti:{tmp_path}", "test")
     text(tmp_path / "eigen_test_files_with_gt.txt", line(500))
     reader = open_reader(f"kitti:{tmp_path}", "test")
@@ -227,7 +246,9 @@ def test_kitti_refuses_an_incomplete_test_set_and_wrong_settings(tmp_path):
     for settings, said in (("crob=garg", "Did you mean 'crop'"), ("crop=gard", "'garg'"), ("cap=-1", "above 0")):
         with pytest.raises(UserError, match=said):
             open_reader(f"kitti:{tmp_path}?{settings}", "test")
-    with pytest.raises(UserError, match="nothing for 'val'"):
+    with pytest.raises(
+        UserError, match=r"has test but nothing for 'val'\. Give other data for validation: data\.val=SPEC"
+    ):
         open_reader(f"kitti:{tmp_path}", "val")
     with pytest.raises(UserError, match="no lists of the Eigen split"):
         open_reader(f"kitti:{tmp_path}/{DRIVE}", "test")
@@ -334,7 +355,7 @@ def test_eth3d(tmp_path, rng):
     assert reader[0].image.shape == (H, W, 3)
     truth.write_bytes(metres.tobytes()[:-4])
     assert f"{H * W - 1} values" in reasons(reader)["courtyard/DSC_0286"]
-    with pytest.raises(UserError, match=r"never trained on.*@test"):
+    with pytest.raises(UserError, match="has test but nothing for 'train'.*never trained on"):
         open_reader(f"eth3d:{tmp_path}", "train")
 
 

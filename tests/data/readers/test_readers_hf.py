@@ -83,12 +83,22 @@ def test_a_stream_takes_the_first_rows_and_no_more(tmp_path):
     (tmp_path / "data").mkdir()
     rows(40).to_parquet(tmp_path / "data/train.parquet")
     rows(5, 40).to_parquet(tmp_path / "data/test.parquet")
+    rows(2, 50).to_parquet(tmp_path / "data/validation.parquet")
     reader = open_reader(f"hf:{tmp_path}/data?stream=7", "train")
     assert len(reader) == 7
     assert reader[6].captions == reader.captions(6) == ("picture 6",)
     assert tuple(reader[6].image[0, 0]) == (6, 90, 30)
     assert len(open_reader(f"hf:{tmp_path}/data?stream=7", "test")) == 5
     assert reader.fingerprint() == open_reader(f"hf:{tmp_path}/data?stream=7", "train").fingerprint()
+
+
+def test_validation_rows_come_from_train_where_only_train_and_test_are_published(saved, tmp_path):
+    datasets.DatasetDict({"train": rows(60), "test": rows(3, 60)}).save_to_disk(tmp_path / "two")
+    ids = {split: open_reader(f"hf:{tmp_path}/two", split).ids for split in ("train", "val", "test")}
+    assert 1 <= len(ids["val"]) <= 4
+    assert sorted([*ids["train"], *ids["val"]]) == [f"{row:08d}" for row in range(60)]
+    assert len(ids["test"]) == 3
+    assert len(open_reader(f"hf:{saved}", "train")) == 6  # which has a validation split
 
 
 def test_columns_by_name(saved, tmp_path):
