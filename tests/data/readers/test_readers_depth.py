@@ -217,7 +217,7 @@ def test_kitti_lists_that_name_frames(tmp_path):
 
 
 def test_kitti_parts_validation_frames_off_the_eigen_training_list(tmp_path):
-    """The Eigen split has no validation list; testing on the test list would choose models on what they are scored on."""
+    """Validating on the test list instead would choose models by their score."""
     kitti(tmp_path, frames=tuple(range(70)), part="train")
     text(tmp_path / "eigen_train_files_with_gt.txt", *(line(frame) for frame in range(60)))
     text(tmp_path / "eigen_test_files_with_gt.txt", *(line(frame) for frame in range(60, 70)))
@@ -355,7 +355,7 @@ def test_eth3d(tmp_path, rng):
     assert reader[0].image.shape == (H, W, 3)
     truth.write_bytes(metres.tobytes()[:-4])
     assert f"{H * W - 1} values" in reasons(reader)["courtyard/DSC_0286"]
-    with pytest.raises(UserError, match="has test but nothing for 'train'.*never trained on"):
+    with pytest.raises(UserError, match=r"has test but nothing for 'train'.*never trained on"):
         open_reader(f"eth3d:{tmp_path}", "train")
 
 

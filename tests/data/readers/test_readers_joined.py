@@ -8,7 +8,7 @@ from PIL import Image
 
 from crossflow.core.errors import UserError
 from crossflow.data.item import BadItem
-from crossflow.data.readers import located, open_reader, require
+from crossflow.data.readers import open_reader, require, resolve_spec
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def test_a_limit_spreads_over_all_data_sets(folders: tuple[str, str]):
 def test_joined_data_have_the_fields_that_all_parts_have(folders: tuple[str, str]):
     reader = open_reader(f"{folders[0]} + scenes", "train", image_size=8, limit=4)
     assert reader.fields == {"image"}
-    assert require(reader, {"image"}, "sr").needs == {"image"}
+    assert require(reader, {"image"}, "sr").required == {"image"}
     with pytest.raises(UserError, match="no depth"):
         require(reader, {"image", "depth"}, "depth")
 
 
 def test_each_part_is_looked_for_where_the_run_was_started(tmp_path: Path, folders: tuple[str, str]):
-    assert located("folder:a@all + scenes + folder:b", tmp_path) == (
+    assert resolve_spec("folder:a@all + scenes + folder:b", tmp_path) == (
         f"folder:{tmp_path}/a@all + scenes + folder:{tmp_path}/b"
     )
