@@ -1,4 +1,4 @@
-"""`crossflow cache`: a recipe and a data set -> a feature cache, or what it would take; data beside their cache."""
+"""Feature caches: what builds one for a recipe and a data set, and a comparison of a cache with its data."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -29,32 +29,39 @@ def builder(
     num: int | None = None,
     settings: Settings | None = None,
 ) -> Builder:
-    """What makes the cache of `spec` for the recipe `config` in `folder`; nothing is computed or written yet.
+    """The builder of a cache of the data `spec` for the recipe `config` in `folder`; nothing is computed or written
+    yet.
 
-    splits: those to cache, none: train, and val where the data have one; sizes: of pictures in pixels, none: the
-    recipe's; num: at most so many items of each split. Raises UserError for data, recipes and folders that do not go
-    together.
+    Args:
+        splits: those to cache; by default train, and val where the data have one.
+        sizes: of pictures in pixels; by default the recipe's.
+        storage: number format of features on disk.
+        device: where the frozen networks run.
+        num: maximum number of items of each split.
+        settings: of the builder; by default with the recipe's data.max_bad.
+
+    Raises UserError for data, recipes and folders that do not fit together.
     """
     sizes = tuple(dict.fromkeys(sizes)) or (config.data.image_size,)
     readers, limits = _readers(config, spec, splits, max(sizes), num)
     fields = frozenset.intersection(*(reader.fields for reader in readers.values()))
     if "features" in fields:
-        raise UserError(f"{spec!r} is a cache already. Give the data that it was made from.")
-    taken_over = "released" in fields
+        raise UserError(f"{spec!r} is already a cache. Give the data it was made from.")
+    imported = "released" in fields
     task = build_task(config)
     task.open_frozen()
-    extractor = task.extractor(Options(sizes, storage, device, images=taken_over or "image" in fields))
-    needs = {"captions", "released"} if taken_over else extractor.needs
+    extractor = task.extractor(Options(sizes, storage, device, images=imported or "image" in fields))
+    needs = {"captions", "released"} if imported else extractor.needs
     readers = {split: require(reader, needs, f"{config.task} (cache)") for split, reader in readers.items()}
-    made = Builder(folder, readers, extractor, settings or Settings(max_bad=config.data.max_bad), limits)
-    made.compare_imported()
-    return made
+    result = Builder(folder, readers, extractor, settings or Settings(max_bad=config.data.max_bad), limits)
+    result.compare_imported()
+    return result
 
 
 def _readers(
     config: Config, spec: str, splits: Sequence[str], size: int, num: int | None
 ) -> tuple[dict[str, Reader], dict[str, tuple[int | None, int]]]:
-    """split -> reader, and split -> (limit, seed). A spec that forces a split (`coco:DIR@all`) gives that one alone."""
+    """split -> reader, and split -> (limit, seed). A spec with a split of its own (`coco:DIR@all`) gives that alone."""
     readers: dict[str, Reader] = {}
     limits: dict[str, tuple[int | None, int]] = {}
     for split in dict.fromkeys(splits or USUAL_SPLITS):
@@ -62,7 +69,7 @@ def _readers(
         try:
             reader = open_reader(spec, split, image_size=size, limit=limit, seed=config.seed)
         except UserError:
-            if splits or not readers:  # asked for, or not even train is there
+            if splits or not readers:  # requested, or even train is missing
                 raise
             continue
         if reader.split not in readers:
@@ -80,11 +87,11 @@ def own_device() -> str | None:
 
 
 def differences(folder: Path, spec: str, on_progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """What is in the data `spec` otherwise than in the cache in `folder` that was made from them, by content."""
+    """How the content of the data `spec` differs from the cache in `folder` made from them; empty if it does not."""
     cache = Cache(folder)
     sizes = [int(name.partition("_")[2]) for name in cache.features["parts"] if name.startswith("moments")]
     readers = {
-        split: open_reader(spec, split, image_size=max(sizes, default=None), limit=about["limit"], seed=about["seed"])
-        for split, about in cache.plan["data"].items()
+        split: open_reader(spec, split, image_size=max(sizes, default=None), limit=plan["limit"], seed=plan["seed"])
+        for split, plan in cache.plan["data"].items()
     }
     return compare(folder, readers, on_progress).problems

@@ -199,6 +199,8 @@ def arithmetic(
         shared_noise: plus and minus take the noise of the base; otherwise each its own, which does not cancel.
 
     The other arguments are those of `interpolate`. Raises UserError without a term, and for terms that cancel.
+
+        base, half, whole = arithmetic(pipe, "a red cube", plus="blue", minus="red", strengths=[0, 0.5, 1])
     """
     values = {part: value for part, value in (("base", base), ("plus", plus), ("minus", minus)) if value is not None}
     if len(values) < 2:

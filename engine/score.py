@@ -1,13 +1,13 @@
-"""Scores of a trained model on a split: run every case, score every output, keep what a picture page needs."""
+"""Scores of a model on a split, the pictures that show them, and its loss on held-out items."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from crossflow.core.config import GuidanceConfig, LossConfig, SampleConfig
+from crossflow.core.config import GuidanceConfig, LossConfig
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import training_noise
 from crossflow.core.objective import Objective
@@ -24,8 +24,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Scores:
-    """Averages by name, their 95 % intervals, one row per item, the tiles of the first cases, and what should be
-    said beside.
+    """The scores of a split: averages by name, their 95 % intervals, one row per item, the tiles of the first cases,
+    and notes for the reader.
     """
 
     values: dict[str, float]
@@ -35,62 +35,38 @@ class Scores:
     notes: list[str] = field(default_factory=list)
 
 
-def score(
-    pipe: Pipeline,
-    cases: Sequence[Case],
-    *,
-    seed: int = 0,
-    settings: SampleConfig | None = None,
-    num_tiles: int = 16,
-    thorough: bool = False,
-    progress: Progress | None = None,
-) -> Scores:
-    """Runs the cases in batches of settings.batch_size and scores them. Noise follows from (seed, case id)."""
-    chosen = settings or pipe.settings
-    parts = list(batches(cases, chosen.batch_size))
-    made = ((part, _run(pipe, part, seed, chosen)) for part in parts)
-    return _scored(pipe, len(cases), made, num_tiles, thorough, progress)
+def score(pipe: Pipeline, cases: Sequence[Case], *, seed: int = 0, num_tiles: int = 16) -> Scores:
+    """Runs and scores the cases, in batches of the recipe's sampling; the noise follows from (seed, case id).
 
-
-def _run(pipe: Pipeline, part: Sequence[Case], seed: int, settings: SampleConfig) -> list[Any]:
-    return pipe.outputs([case.input for case in part], [case.id for case in part], seed, settings)
-
-
-def _scored(
-    pipe: Pipeline,
-    num: int,
-    made: Iterable[tuple[Sequence[Case], list[Any]]],
-    num_tiles: int,
-    thorough: bool,
-    progress: Progress | None,
-) -> Scores:
-    metric = pipe.task.metric(thorough)
+    num_tiles: number of cases whose tiles are kept.
+    """
+    metric = pipe.task.metric()
     pages: list[list[Tile]] = []
-    done = 0
-    for part, outputs in made:
-        for case, output in zip(part, outputs, strict=True):
+    for part in batches(cases, pipe.settings.batch_size):
+        for case, output in zip(part, _outputs(pipe, part, seed), strict=True):
             metric.add(case.id, output, case.truth)
             if len(pages) < num_tiles:
                 pages.append(pipe.task.tiles(case, output))
-        done += len(part)
-        if progress is not None:
-            progress("scoring", done, num)
     values = metric.compute()
     return Scores(values, metric.intervals(), metric.rows, pages, metric.notes)
 
 
-def seen_in_training(train: Examples, held_out: Examples) -> list[str]:
-    """A note when items that are scored are among those trained on, as when both are `folder:DIR@all`."""
-    ours, theirs = held_out.reader, train.reader
-    if ours.spec != theirs.spec or not (ours.split == theirs.split or "all" in (ours.split, theirs.split)):
-        return []
-    return [f"these scores are on training data: {ours.spec} ({ours.split}) is what the run trains on"]
-
-
 def show(pipe: Pipeline, cases: Sequence[Case], *, seed: int = 0) -> list[list[Tile]]:
-    """The tiles of some cases, not scored."""
-    outputs = pipe.outputs([case.input for case in cases], [case.id for case in cases], seed)
-    return [pipe.task.tiles(case, output) for case, output in zip(cases, outputs, strict=True)]
+    """The tiles of some cases, without scores."""
+    return [pipe.task.tiles(case, output) for case, output in zip(cases, _outputs(pipe, cases, seed), strict=True)]
+
+
+def _outputs(pipe: Pipeline, cases: Sequence[Case], seed: int) -> list[Any]:
+    return pipe.outputs([case.input for case in cases], [case.id for case in cases], seed)
+
+
+def seen_in_training(train: Examples, held_out: Examples) -> list[str]:
+    """A note when scored items are among those trained on, as when both are `folder:DIR@all`; otherwise nothing."""
+    scored, trained = held_out.reader, train.reader
+    same_split = scored.split == trained.split or "all" in (scored.split, trained.split)
+    if scored.spec != trained.spec or not same_split:
+        return []
+    return [f"these scores are on training data: the run trains on {scored.spec} ({scored.split})"]
 
 
 def arrange(pages: Sequence[Sequence[Tile]], cell: int) -> np.ndarray:
@@ -101,6 +77,11 @@ def arrange(pages: Sequence[Sequence[Tile]], cell: int) -> np.ndarray:
 
 
 def batches(cases: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The cases in order, `size` at a time; the last batch may be smaller.
+
+    >>> list(batches("abcde", 2))
+    ['ab', 'cd', 'e']
+    """
     for start in range(0, len(cases), size):
         yield cases[start : start + size]
 
@@ -109,7 +90,7 @@ def batches(cases: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def held_out_loss(task: Task, model: CrossFlow, examples: Examples, *, batch_size: int = 64) -> dict[str, float]:
     """Flow-matching loss on held-out items, each at one keyed time and noise: {"flow", "flow_shuffled"}.
 
-    `flow_shuffled` gives each target the source of another item: how much the source tells shows in the difference.
+    `flow_shuffled` gives each target the source of another item: the difference shows how much the source matters.
     """
     config = task.config
     plain = config.model_copy(
@@ -131,8 +112,8 @@ def held_out_loss(task: Task, model: CrossFlow, examples: Examples, *, batch_siz
             mask=None if batch.mask is None else batch.mask[other],
             condition=None if batch.condition is None else batch.condition[other],
         )
-        for name, given in (("flow", batch), ("flow_shuffled", shuffled)):
-            sums[name] += objective(given, noise)["flow"].item() * len(places)
+        for name, inputs in (("flow", batch), ("flow_shuffled", shuffled)):
+            sums[name] += objective(inputs, noise)["flow"].item() * len(places)
         count += len(places)
     model.train(was_training)
     return {name: total / count for name, total in sums.items()}

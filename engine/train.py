@@ -141,9 +141,11 @@ def dry_run(config: Config, *, progress: Progress | None = None) -> DryRun:
 class Run:
     """A run directory with its task, model and data, ready to train: `Run.open` makes one.
 
-    run = Run.open(load_config("depth_tiny"), Path("runs/depth"))
-    run.model.num_parameters()
-    outcome = run.train()
+        run = Run.open(load_config("depth_tiny"), Path("runs/depth"))
+        run.model.num_parameters()
+        outcome = run.train()
+
+    `objective` holds the model and the learned parts of its losses.
     """
 
     config: Config

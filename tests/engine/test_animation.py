@@ -1,4 +1,4 @@
-"""Animations: every frame is there, in order, at its own speed; small frames grow by whole pixels."""
+"""Animations hold every frame in order at the requested speed; small frames are enlarged by whole pixels."""
 
 import importlib.util
 import sys
@@ -16,7 +16,7 @@ COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 FRAMES = [np.full((5, 7, 3), colour, np.uint8) for colour in COLOURS]
 
 
-def test_a_gif_holds_the_frames_in_order_and_goes_on_for_ever(tmp_path: Path) -> None:
+def test_a_gif_holds_the_frames_in_order_and_loops(tmp_path: Path) -> None:
     path = animation.save_gif(FRAMES, tmp_path / "new" / "a.gif", fps=4)
     with Image.open(path) as gif:
         assert gif.n_frames == 3
@@ -29,25 +29,25 @@ def test_a_gif_holds_the_frames_in_order_and_goes_on_for_ever(tmp_path: Path) ->
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.gif"]
 
 
-def test_a_gif_of_large_frames_is_smaller_than_they(tmp_path: Path) -> None:
+def test_large_frames_are_reduced_in_a_gif(tmp_path: Path) -> None:
     path = animation.save_gif([np.zeros((100, 1000, 3), np.uint8)] * 2, tmp_path / "a.gif")
     assert Image.open(path).size == (640, 64)
 
 
-def test_frames_of_two_sizes_or_none_are_no_animation(tmp_path: Path) -> None:
+def test_frames_of_two_sizes_or_none_are_refused(tmp_path: Path) -> None:
     for frames in ([], [FRAMES[0], FRAMES[0][:3]]):
         with pytest.raises(ValueError, match="of one size"):
             animation.save_gif(frames, tmp_path / "a.gif")
 
 
-def test_without_the_extra_an_mp4_names_it(tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(animation, "can_write_mp4", lambda: False)
     with pytest.raises(UserError, match=r"crossflow-toolkit\[video\]"):
         animation.save_mp4(FRAMES, tmp_path / "a.mp4")
 
 
 class Writer:
-    """What imageio-ffmpeg gives, without an ffmpeg: keeps what it is sent."""
+    """Stands in for imageio-ffmpeg: keeps the frames it receives."""
 
     def __init__(self, fails: bool = False) -> None:
         self.fails, self.frames, self.size, self.options = fails, [], (0, 0), {}
@@ -64,7 +64,7 @@ class Writer:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_mp4_has_even_sides_and_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch, fails: bool) -> None:
+def test_an_mp4_has_even_sides_and_is_written_atomically(tmp_path: Path, monkeypatch, fails: bool) -> None:
     writer = Writer(fails)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", types.SimpleNamespace(write_frames=writer.write_frames))
     monkeypatch.setattr(animation, "can_write_mp4", lambda: True)
@@ -84,7 +84,7 @@ def test_an_mp4_has_even_sides_and_is_there_whole_or_not_at_all(tmp_path: Path, 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("imageio_ffmpeg") is None, reason="imageio-ffmpeg is not installed")
-def test_an_mp4_can_be_read_again(tmp_path: Path) -> None:
+def test_an_mp4_reads_back(tmp_path: Path) -> None:
     import imageio_ffmpeg
 
     path = animation.save_mp4(FRAMES, tmp_path / "a.mp4", fps=5)
