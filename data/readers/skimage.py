@@ -73,7 +73,7 @@ class SkimageReader(Reader):
         self.ids = [piece.id for piece in pieces]
 
     def __getitem__(self, index: int) -> Item:
-        from crossflow.data.images import load_image
+        from crossflow.data.images import is_grey, load_image
 
         piece = self.pieces[index]
         top, bottom, left, right = piece.box or (None, None, None, None)
@@ -82,7 +82,12 @@ class SkimageReader(Reader):
             depth = _depth(self.folder / piece.disparity)[top:bottom, left:right] if piece.disparity else None
         except (ValueError, OSError) as error:
             raise BadItem(piece.id, f"{error} ({piece.file} of the installed scikit-image)") from error
-        return Item(piece.id, np.ascontiguousarray(image), depth=None if depth is None else np.ascontiguousarray(depth))
+        return Item(
+            piece.id,
+            np.ascontiguousarray(image),
+            depth=None if depth is None else np.ascontiguousarray(depth),
+            grey=is_grey(image, self.folder / piece.file),
+        )
 
     def with_required(self, fields: Collection[str]) -> "SkimageReader":
         """With depth: only the pieces that have it."""

@@ -197,7 +197,9 @@ class Adapter(Task[SrConfig]):
     def case(self, item: Item) -> Case | None:
         assert item.image is not None
         sharp = to_multiple(item.image, self.scale)
-        return Case(item.id, reduce(sharp, self.scale), sharp, item) if min(sharp.shape[:2]) >= self._smallest else None
+        if min(sharp.shape[:2]) < self._smallest:
+            return None
+        return Case(item.id, reduce(sharp, self.scale), sharp[..., 0] if item.grey else sharp, item)
 
     def metric(self, thorough: bool = False) -> TaskMetric:
         from crossflow.tasks.sr.metric import SrMetric
@@ -215,5 +217,5 @@ class Adapter(Task[SrConfig]):
         return [
             Tile(enlarge(case.input, self.scale), "bicubic"),
             Tile(output, "output"),
-            Tile(case.truth, "truth"),
+            Tile(case.truth if case.truth.ndim == 3 else np.stack([case.truth] * 3, axis=-1), "truth"),
         ]

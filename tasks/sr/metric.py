@@ -1,7 +1,8 @@
 """How near an enlarged picture is to the real one: PSNR and SSIM, on RGB and on luma, as the tables use them.
 
 PSNR = 10 log10(255^2 / mean (a - b)^2). SSIM as Wang et al. (2004): an 11 x 11 Gaussian window of sigma 1.5, K = 0.01
-and 0.03, only windows that lie inside the picture. Luma is MATLAB's, rounded to whole numbers as there.
+and 0.03, only windows that lie inside the picture. Luma is MATLAB's, rounded to whole numbers as there; a picture
+stored with one channel is scored on that channel, which spans 0 to 255 where luma spans 16 to 235.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,10 @@ SSIM_WINDOW = 11
 
 
 class SrMetric(TaskMetric):
-    """psnr_y, ssim_y, psnr_rgb, ssim_rgb for uint8 (H, W, 3) pictures, dB and 0..1.
+    """psnr_y, ssim_y, psnr_rgb, ssim_rgb for uint8 (H, W, 3) outputs and (H, W, 3) or grey (H, W) truths, dB and 0..1.
+
+    A grey truth is scored on its own channel instead of luma (psnr_y, ssim_y), as the tables' MATLAB scripts do; a
+    coloured output is converted to grey.
 
     Both pictures are cropped from the top left to a multiple of the scale, then `shave` pixels are left out at every
     side. SSIM on RGB is the mean over the three channels. A side shorter than 11 pixels has no SSIM: its row says None.
@@ -46,6 +50,9 @@ class SrMetric(TaskMetric):
             self.names = (*self.names, "lpips")
 
     def score(self, output: np.ndarray, truth: np.ndarray) -> Row:
+        is_grey = truth.ndim == 2
+        if is_grey:
+            truth = np.repeat(truth[..., None], 3, axis=-1)
         for name, picture in (("output", output), ("truth", truth)):
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
                 raise ValueError(
@@ -61,7 +68,7 @@ class SrMetric(TaskMetric):
             )
         inside = (slice(self.shave, height - self.shave), slice(self.shave, width - self.shave))
         a, b = output[inside], truth[inside]
-        y_a, y_b = (np.floor(rgb_to_y(picture) + 0.5) for picture in (a, b))
+        y_a, y_b = (_grey(picture) if is_grey else np.floor(rgb_to_y(picture) + 0.5) for picture in (a, b))
         row: Row = {
             "psnr_y": psnr(y_a, y_b),
             "ssim_y": ssim(y_a, y_b),
@@ -69,6 +76,11 @@ class SrMetric(TaskMetric):
             "ssim_rgb": ssim(a, b),
         }
         return row if self._lpips is None else row | {"lpips": self._lpips(a, b)}
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Grey values 0..255, whole numbers (H, W), of uint8 (H, W, 3); the channel itself where all three are equal."""
+    return np.floor((rgb_to_y(image) - 16) * (255 / 219) + 0.5)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

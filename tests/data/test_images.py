@@ -56,6 +56,20 @@ def test_grey_and_bilevel_are_repeated():
     np.testing.assert_array_equal(images.load_image(bits)[..., 0], np.where(grey > 127, 255, 0))
 
 
+@pytest.mark.parametrize(
+    ("mode", "grey"), [("L", True), ("1", True), ("LA", True), ("I;16", True), ("RGB", False), ("P", False)]
+)
+def test_a_file_with_one_channel_is_grey_and_one_with_three_equal_ones_is_not(mode, grey):
+    picture = Image.fromarray(noise(5, 6, channels=0))
+    if mode == "I;16":
+        picture = Image.fromarray(noise(5, 6, channels=0).astype(np.uint16) * 257)
+    content = encode(picture if mode == "I;16" else picture.convert(mode))
+    image = images.load_image(content)
+    assert (image[..., 0] == image[..., 2]).all()
+    assert images.is_grey(image, content) == grey
+    assert not images.is_grey(np.dstack([image[..., :2], 255 - image[..., 0]]), content)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_transparency_is_laid_over_white(mode):
     rgba = np.zeros((1, 3, 4), np.uint8)

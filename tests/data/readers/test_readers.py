@@ -685,6 +685,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     items = by_id(open_reader(f"folder:{tmp_path}@all", "train"))
     assert len(items) == 6
     assert all(item.image.dtype == np.uint8 and item.image.shape[2] == 3 for item in items.values())
+    assert {id for id, item in items.items() if item.grey} == {"grey.png", "deep.png"}
     assert np.all(items["grey.png"].image == 77)
     assert np.all(items["clear.png"].image == 255)
     assert items["cmyk.jpg"].image[0, 0].argmax() == 0

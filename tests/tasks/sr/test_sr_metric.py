@@ -72,6 +72,19 @@ def test_row_is_on_the_shaved_crop_and_rounded_luma():
     assert row == {"psnr_y": psnr(y_a, y_b), "ssim_y": ssim(y_a, y_b), "psnr_rgb": psnr(a, b), "ssim_rgb": ssim(a, b)}
 
 
+def test_a_grey_truth_is_scored_on_its_own_channel():
+    """Luma squeezes 0..255 into 16..235, which is worth 20 log10(255 / 219) = 1.32 dB."""
+    truth = noise(24, 28, channels=0)
+    errors = np.random.default_rng(1).integers(-20, 20, truth.shape)
+    output = np.clip(truth.astype(int) + errors, 0, 255).astype(np.uint8)
+    row = SrMetric(scale=4).score(np.stack([output] * 3, axis=-1), truth)
+    inside = (slice(4, 20), slice(4, 24))
+    assert row["psnr_y"] == row["psnr_rgb"] == psnr(output[inside], truth[inside])
+    assert row["ssim_y"] == ssim(output[inside], truth[inside])
+    as_colour = SrMetric(scale=4).score(np.stack([output] * 3, axis=-1), np.stack([truth] * 3, axis=-1))
+    assert as_colour["psnr_y"] - row["psnr_y"] == pytest.approx(1.32, abs=0.05)
+
+
 def test_output_may_have_the_cropped_size():
     truth, output = noise(30, 35), noise(30, 35, seed=1)
     assert SrMetric(scale=4).score(output[:28, :32], truth) == SrMetric(scale=4).score(output, truth)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from crossflow.core.errors import UserError
+from crossflow.data.item import Item
 from crossflow.tasks.base import load_config
 from crossflow.tasks.sr import Adapter
 from crossflow.tasks.sr.dataset import enlarge, random_pair, reduce, to_multiple
@@ -87,3 +88,12 @@ def test_scales_are_whole_or_ratios(given: str, ratio: Fraction) -> None:
 def test_scales_that_cannot_be_are_refused(settings: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         Adapter(load_config("sr_tiny", settings))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_picture_stored_with_one_channel_is_scored_on_that_channel(grey: bool) -> None:
+    image = np.repeat(smooth(64, 64)[..., :1], 3, axis=-1)
+    case = Adapter(load_config("sr_tiny", [])).case(Item("a", image, grey=grey))
+    assert case is not None
+    assert case.truth.shape == ((64, 64) if grey else (64, 64, 3))
+    assert case.input.ndim == 3  # the network always sees three channels
