@@ -36,8 +36,6 @@ def command(
             inversion = latents.invert(
                 pipe, value, source=belongs_to, seed=use.seed, output_type="np", on_step=on_step, **given
             )
-    except UserError:
-        raise
     except ValueError as error:  # of the readers of pictures and depth maps
         raise UserError(
             f"{value} cannot be inverted: {error}. Give what this {pipe.task.name} run makes, see --help."

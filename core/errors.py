@@ -1,15 +1,30 @@
-"""What a user did wrong, said in one paragraph: what came, what was possible, what to do."""
+"""Errors a user can correct, in one paragraph: what was given, what is possible, what to do."""
 
 import difflib
+import struct
+import zlib
 from collections.abc import Iterable
 
+# What third-party parsers (Pillow, numpy, scipy, torch, json) raise for the content of a damaged file.
+PARSING_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, SyntaxError, EOFError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
-class UserError(ValueError):
-    """An error the user can mend. The command line prints its text without a traceback and exits with status 2."""
+
+class UserError(Exception):
+    """An error the user can correct. The command line prints its text without a traceback and exits with status 2.
+
+    It is not a ValueError: code that handles the bad values of one item does not swallow what stops the whole command.
+    """
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a `name` that is not among the `known` names of a `kind`: near names first, then all of them."""
+    """The error for a `name` that is not among the `known` names of a `kind`: near names first, then all of them.
+
+    >>> print(unknown_name("solver", "euller", ["euler", "heun"]))
+    Unknown solver 'euller'. Did you mean 'euler'? Known: euler, heun.
+    """
     names = sorted(known)
     prefix = name[: name.rfind(".") + 1]  # that of a setting ("train."), which would make all of them look near
     ends = {known_name.removeprefix(prefix): known_name for known_name in names}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from crossflow.core.errors import PARSING_ERRORS
 from crossflow.core.files import write_atomically
 
 MAX_PIXELS = 100_000_000  # a 10,000 x 10,000 picture: 300 MB once decoded
@@ -67,9 +68,7 @@ def picture_pixels(image: Image.Image, *, upright: bool = True) -> np.ndarray:
     try:
         orientation = _orientation(image)
         rgb = _to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise almost any type on damaged data
+    except PARSING_ERRORS as error:
         raise ValueError(f"the picture cannot be decoded: {error or type(error).__name__}") from error
     if upright and orientation in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[orientation])
@@ -98,9 +97,7 @@ def load_depth_png(source: str | Path | bytes | BinaryIO, *, units_per_metre: fl
             raise ValueError(f"a depth map is a 16-bit grey PNG, this picture has mode {image.mode}")
         try:
             units = np.array(image)
-        except MemoryError:
-            raise
-        except Exception as error:
+        except PARSING_ERRORS as error:
             raise ValueError(f"the depth map cannot be decoded: {error or type(error).__name__}") from error
     return (units.astype(np.float64) / units_per_metre).astype(np.float32)
 
@@ -141,9 +138,7 @@ def _open(source: str | Path | bytes | BinaryIO, max_pixels: int) -> Image.Image
         raise ValueError(
             f"not a picture in a known format ({_describe(source)}; known: {', '.join(FORMATS)})"
         ) from error
-    except MemoryError:
-        raise
-    except Exception as error:
+    except PARSING_ERRORS as error:
         raise ValueError(f"the file cannot be opened: {error or type(error).__name__}") from error
     width, height = image.size
     if width * height > max_pixels:
@@ -164,7 +159,7 @@ def _describe(source: str | Path | bytes | BinaryIO) -> str:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # a damaged EXIF block says nothing about the pixels
+    except PARSING_ERRORS:  # a damaged EXIF block says nothing about the pixels
         return 1
 
 

@@ -185,8 +185,6 @@ class FileReader(Reader):
         try:
             image, depth = self.read(record)
             grey = self._is_grey(record, image)
-        except UserError:  # concerns all items, such as a library that is not installed
-            raise
         except (ValueError, OSError) as error:
             raise BadItem(record.id, str(error)) from error
         if depth is not None and depth.shape != image.shape[:2]:

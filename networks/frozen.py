@@ -82,9 +82,7 @@ def load_public(load: Callable[..., Any], source: str, *, files: str, **options:
     """`load(source, **options)`. Raises UserError that says which files to put where when `source` is unavailable."""
     try:
         return load(source, **options)
-    except (
-        Exception
-    ) as error:  # connection errors come as four unrelated classes, depending on the library and its version
+    except Exception as error:  # tokenizers raises bare Exception, and connection errors differ between versions
         raise UserError(_not_available(source, files, error)) from error
 
 

@@ -109,8 +109,6 @@ def empty(kind: str, config: ReferenceConfig, keys: Collection[str]) -> nn.Modul
     try:
         with torch.device("meta"):
             return known.build(config, keys)
-    except UserError:
-        raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(
             f"No {kind!r} network can be made with this config; one of its settings is not what the reference's code "

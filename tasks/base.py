@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crossflow.core.batch import Batch, Source
 from crossflow.core.config import Config
-from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.errors import PARSING_ERRORS, UserError, unknown_name
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
@@ -108,9 +108,7 @@ class Task(ABC, Generic[C]):
         """`load`, with a UserError whatever is wrong with the files."""
         try:
             self.load(folder)
-        except UserError:
-            raise
-        except Exception as error:  # damaged JSON, tensors, tokenizers: each reader raises something else
+        except PARSING_ERRORS as error:
             raise UserError(
                 f"What the run in {folder} keeps beside its weights (tokenizer, codec, scales) cannot be read: "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

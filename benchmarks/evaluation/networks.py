@@ -7,6 +7,7 @@ what to put where; nothing is replaced by something else.
 import functools
 import io
 import os
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crossflow.core.errors import UserError
+from crossflow.core.errors import PARSING_ERRORS, UserError
 from crossflow.core.files import read_tensors
 from crossflow.networks.frozen import freeze, load_public, weights_checksum
 
@@ -83,7 +84,7 @@ def _inception(source: str, place: str) -> FeatureNetwork:
     if not path.is_file() and not place and os.environ.get("HF_HUB_OFFLINE") != "1":
         try:
             torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, progress=False, weights_only=True)
-        except Exception:  # said below, with what to do about it
+        except (OSError, RuntimeError):  # no connection, or a wrong checksum; reported below
             path.with_suffix(".part").unlink(missing_ok=True)
     if not path.is_file():
         raise UserError(
@@ -156,7 +157,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return read_tensors(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader raises something else on damaged files
+    except (*PARSING_ERRORS, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path} holds no table of tensors.")

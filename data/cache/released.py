@@ -45,8 +45,6 @@ def imported(extractor: Extractor, item: Item) -> Features | BadItem | None:
             return checked(item, Features(seen))
         tokens, length = token_features(item.features, extractor.text.width, extractor.text.max_length)
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         return BadItem(item.id, str(error))
     kept = extractor.stored(torch.from_numpy(tokens))
     pooled = list(extractor.stored(extractor.text.pooled(item.captions))) if extractor.pooled else []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossflow.core.errors import UserError
 from crossflow.data.cache import shards
 from crossflow.data.cache.extract import STORAGE
 from crossflow.data.cache.keys import KEY_BYTES, item_key
@@ -63,7 +64,7 @@ def _shard_problems(
     try:
         beside = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         shard = shards.Shard(path)
-    except (OSError, ValueError) as error:  # a UserError is a ValueError
+    except (OSError, ValueError, UserError) as error:
         yield str(error)
         return
     if beside != record:

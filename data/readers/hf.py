@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from crossflow.core.errors import UserError
+from crossflow.core.errors import PARSING_ERRORS, UserError
 from crossflow.data.annotations import clean_captions
 from crossflow.data.files import existing
 from crossflow.data.item import BadItem, Item
@@ -109,9 +109,7 @@ class HfReader(Reader):
             return dict.fromkeys(
                 datasets.get_dataset_split_names(self.place, arguments["name"], revision=arguments["revision"])
             )
-        except UserError:
-            raise
-        except Exception as error:  # the library raises almost any type: no network, unknown name, wrong folder
+        except _errors() as error:
             raise self._open_error(error) from error
 
     def _arguments(self) -> dict[str, str | None]:
@@ -132,7 +130,7 @@ class HfReader(Reader):
             if isinstance(part, datasets.Dataset):
                 return part.select(range(min(count, len(part))))
             return _Stream(list(part.take(count)), part.features)
-        except Exception as error:
+        except _errors() as error:
             raise self._open_error(error) from error
 
     def _open_error(self, error: Exception) -> UserError:
@@ -294,7 +292,7 @@ def _encoded(value: object, place: str) -> bytes:
         try:
             with fsspec.open(value["path"], "rb") as file:
                 return file.read()
-        except Exception as error:  # a file system raises what its library does
+        except _errors() as error:
             raise ValueError(f"{value['path']} cannot be read: {error}") from error
     raise ValueError("has no picture")
 
@@ -321,3 +319,10 @@ def _texts(value: object) -> object:
     if isinstance(value, list):
         return [text.get("raw") if isinstance(text, Mapping) else text for text in value]
     return value
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What `datasets` and the file systems below it raise: no network, unknown name, wrong folder, damaged file."""
+    from datasets.exceptions import DatasetsError
+
+    return (*PARSING_ERRORS, ImportError, DatasetsError)

@@ -7,13 +7,14 @@ that build plain values and numeric arrays are followed one by one by `read_pick
 import math
 import pickletools
 import re
+import tokenize
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from crossflow.core.errors import UserError
+from crossflow.core.errors import PARSING_ERRORS, UserError
 from crossflow.data.annotations import json_lines
 from crossflow.data.files import inside
 from crossflow.data.item import BadItem, Item, Record
@@ -86,8 +87,6 @@ class NpyReader(FileReader):
             }
             arrays |= self._moments_beside(record)
             image = load_image(inside(self.root, record.image, self.allowed)) if record.image else None
-        except UserError:  # a file that tries to run something is not skipped in silence
-            raise
         except (ValueError, OSError) as error:
             raise BadItem(record.id, str(error)) from error
         return Item(record.id, image, (caption,), features=arrays)
@@ -146,7 +145,7 @@ def read_npy(path: Path) -> Any:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
-        except Exception as error:  # of tokenizing and parsing: almost any kind, on a damaged header
+        except (*PARSING_ERRORS, tokenize.TokenError) as error:
             raise ValueError(f"{path.name} is no .npy file: {error}") from error
         if dtype.hasobject:
             if shape != ():
@@ -200,8 +199,6 @@ def read_pickled(file: BinaryIO, path: Path) -> Any:
             if opcode.name == "STOP":
                 return {key: _plain(value) for key, value in machine.top_dictionary().items()}
             machine.follow(opcode.name, argument)
-    except UserError:
-        raise
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path.name} is damaged: {type(error).__name__} {error}") from error
     raise ValueError(f"{path.name} is damaged: it has no end")

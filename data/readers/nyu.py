@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from crossflow.core.errors import UserError
+from crossflow.core.errors import PARSING_ERRORS, UserError
 from crossflow.data.files import image_files, with_links
 from crossflow.data.item import Record
 from crossflow.data.reader import Listing
@@ -96,8 +96,6 @@ class NyuReader(DepthReader):
             with open_hdf5(file) as content:
                 total = int(_of(content, "images", 4).shape[0])
         except (ValueError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{str(file)!r} cannot be read as {LABELLED}: {error}.") from error
 
         def numbered(numbers: Iterable[int]) -> list[Record]:
@@ -147,9 +145,10 @@ def _of(content: Mapping[str, Any], name: str, dimensions: int) -> Any:
 def _indices(file: Path, name: str) -> list[int]:
     """The numbers `name` of a MATLAB 5 file."""
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     try:
         content = loadmat(file, variable_names=[name])
         return [int(number) for number in np.ravel(content[name])]
-    except Exception as error:  # scipy raises almost any type on damaged files
+    except (*PARSING_ERRORS, MatReadError) as error:
         raise UserError(f"{str(file)!r} cannot be read as splits.mat with {name!r}: {error}.") from error

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from crossflow.core.errors import UserError
+from crossflow.core.errors import PARSING_ERRORS, UserError
 from crossflow.core.files import user_cache
 from crossflow.data.files import IMAGE_SUFFIXES, image_files, inside, save_array, with_links
 from crossflow.data.item import Record
@@ -189,5 +189,5 @@ def _shorter_side(root: Path, name: str, allowed: Sequence[Path]) -> int:
     try:
         with Image.open(inside(root, name, allowed)) as image:
             return min(image.size)
-    except Exception:  # Pillow's readers raise almost any type on damaged data
+    except (*PARSING_ERRORS, Image.DecompressionBombError):
         return 0

@@ -241,8 +241,6 @@ class FlowTiTok(nn.Module):
             with torch.device("meta"):
                 network = cls(config)
             network.load_state_dict(read_tensors(folder / WEIGHTS_FILE), assign=True)
-        except UserError:
-            raise
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"The FlowTiTok in {folder} cannot be read: {' '.join(str(error).split())[:300]}"

@@ -293,7 +293,7 @@ def meteor(captions: list[str], references: list[list[str]], seconds: float) -> 
     texts = {index: [text or "." for text in group] for index, group in enumerate(references)}
     try:
         value, values = scorer.compute_score(texts, {index: [text or "."] for index, text in enumerate(captions)})
-    except Exception as error:  # a dead process shows as a broken pipe, or as an answer that is no number
+    except (OSError, ValueError, AssertionError, LookupError) as error:  # a dead process: a broken pipe, or no number
         reason = f"it took longer than {seconds:g} seconds" if late.is_set() else f"Java failed: {error}"
         raise JavaUnavailable(reason) from error
     finally:
