@@ -23,9 +23,11 @@ class CommandTable(click.Group):
     """Imports a command's file when the command is used, and suggests near names for an unknown one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        """The command from its file. Raises UserError with near names for an unknown one."""
         if cmd_name not in COMMANDS:
             raise unknown_name("command", cmd_name, COMMANDS)
         command: click.Command = import_module(f"crossflow.commands.{cmd_name}").command

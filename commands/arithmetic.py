@@ -1,4 +1,4 @@
-"""``crossflow arithmetic``."""
+"""``crossflow arithmetic``: sums and differences of source latents."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,17 +6,20 @@ from typing import Any
 
 import click
 
-from crossflow.commands.checkpoint import Use, uses_checkpoint
+from crossflow.commands import options
+from crossflow.commands.checkpoint import Model, uses_model
 from crossflow.commands.console import progress_bar
-from crossflow.commands.inputs import read_typed
-from crossflow.commands.outputs import mixes_latents, write_all
+from crossflow.commands.inputs import typed_input
+from crossflow.commands.outputs import write_results
+from crossflow.core.errors import UserError
+from crossflow.core.output import output_folder
 
 
 @click.command("arithmetic")
-@uses_checkpoint()
-@click.option("--base", required=True, help="A prompt, or the path of a picture.")
-@click.option("--plus", help="What is added.")
-@click.option("--minus", help="What is subtracted.")
+@uses_model("outputs/arithmetic")
+@click.option("--base", required=True, help="Prompt, or path of a picture.")
+@click.option("--plus", help="Prompt or picture to add.")
+@click.option("--minus", help="Prompt or picture to subtract.")
 @click.option(
     "--strength",
     "strengths",
@@ -24,16 +27,17 @@ from crossflow.commands.outputs import mixes_latents, write_all
     type=float,
     default=(1.0,),
     show_default=True,
-    help="k of base + k (plus - minus); may be given several times.",
+    help="k of base + k (plus - minus); repeatable.",
 )
 @click.option(
     "--restandardise",
     is_flag=True,
     help="Bring the result to mean 0 and deviation 1 over its whole latent, as the released demo does.",
 )
-@mixes_latents
+@options.latent_noise
+@options.latent_means
 def command(
-    use: Use,
+    model: Model,
     base: str, plus: str | None, minus: str | None,
     strengths: Sequence[float], restandardise: bool, noise: str, mean: bool,
 ) -> None:  # fmt: skip
@@ -43,24 +47,29 @@ def command(
       crossflow arithmetic --checkpoint runs/t2i_small --base "a red cube" --minus red --plus blue --strength 0.5
       --strength 1
       crossflow arithmetic --checkpoint runs/t2i_small --base "a red cube" --plus "a blue sphere" --restandardise
+
+    The output for the base itself comes first.
     """
     from crossflow.engine import latents
 
-    pipe = use.pipe
-    terms = {"plus": read_typed(pipe, plus), "minus": read_typed(pipe, minus)}
+    if plus is None and minus is None:
+        raise UserError("Latent arithmetic needs something to add or to subtract: give --plus, --minus, or both.")
+    pipe = model.pipe
     with progress_bar("computing") as on_step:
         results = latents.arithmetic(
             pipe,
-            read_typed(pipe, base),
-            **terms,
+            typed_input(pipe, base),
+            plus=typed_input(pipe, plus),
+            minus=typed_input(pipe, minus),
             strengths=(0.0, *strengths),
             restandardise=restandardise,
-            seed=use.seed,
+            seed=model.seed,
             shared_noise=noise == "shared",
             output_type="np",
             on_step=on_step,
-            **use.settings | ({"mode": True} if mean else {}),
+            **model.settings | ({"mode": True} if mean else {}),
         )
-    folder = use.output or Path("outputs") / "arithmetic"
-    about: dict[str, Any] = {"base": base, "plus": plus, "minus": minus, "restandardise": restandardise}
-    write_all(use, results, ["base", *(f"k = {k:g}" for k in strengths)], folder, **about, noise=noise, mean=mean)
+    names = ["base", *(f"k = {k:g}" for k in strengths)]
+    details: dict[str, Any] = {"base": base, "plus": plus, "minus": minus, "restandardise": restandardise}
+    with output_folder(Path("outputs/arithmetic"), model.output, overwrite=model.overwrite) as folder:
+        write_results(model, results, names, folder, **details, noise=noise, mean=mean)

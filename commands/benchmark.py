@@ -1,4 +1,4 @@
-"""``crossflow benchmark quality|speed``."""
+"""``crossflow benchmark quality|speed``: results beside the papers' tables; times on this machine."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from crossflow.commands import options
 from crossflow.commands.console import progress_bar, say, warn
+from crossflow.core.output import check_output, output_folder
 from crossflow.tasks import task_names
 
 
@@ -18,27 +20,30 @@ def command() -> None:
 @command.command()
 @click.option(
     "--runs",
-    "given",
+    "places",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
-    help="Run directory, folder of runs or evaluations, or JSON file; may be given several times.",
+    type=options.PATH,
+    help="Run directory, folder of runs or evaluations, or JSON file; repeatable.",
 )
-@click.option("--output", type=click.Path(path_type=Path), default=Path("quality"), show_default=True)
-@click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="[DIR]...")
-def quality(given: Sequence[Path], output: Path, more: Sequence[Path]) -> None:
-    """One page: what was measured beside the papers' tables, what makes rows incomparable, and what each task costs.
+@options.output_folder("quality")
+@options.overwrite
+@click.argument("more", nargs=-1, type=options.PATH, metavar="[DIR]...")
+def quality(places: Sequence[Path], output: Path | None, overwrite: bool, more: Sequence[Path]) -> None:
+    """One page: measured scores beside the papers' tables, what makes rows incomparable, and what each task costs.
 
     \b
       crossflow benchmark quality --runs runs
       crossflow benchmark quality --runs runs/sr_tiny runs/depth_tiny --output page
 
-    It reads what `crossflow evaluate` has written; a run that was never evaluated is shown with the scores of the end
-    of its training. Writes quality.md, with its pictures beside it, and quality.html, which holds everything.
+    Reads the results of `crossflow evaluate`; a run that was never evaluated is shown with the scores of the end of its
+    training. Writes quality.md with its pictures beside it, and quality.html as a single file.
     """
-    from crossflow.benchmarks.report.quality import quality as compare
+    from crossflow.benchmarks.report.quality import quality as write_page
 
-    markdown, html, problems = compare([*given, *more], output)
+    check_output(output, overwrite=overwrite)
+    with output_folder(Path("quality"), output, overwrite=overwrite) as folder:
+        markdown, html, problems = write_page([*places, *more], folder)
     for problem in problems:
         warn(f"not read: {problem}")
     say(f"Wrote {html} and {markdown}.")
@@ -49,18 +54,20 @@ def quality(given: Sequence[Path], output: Path, more: Sequence[Path]) -> None:
     "--recipe",
     "recipes",
     multiple=True,
-    help="Recipes whose training steps or sampling are timed. Default: every tiny one, for sampling the papers'.",
+    help="Recipe whose training steps or sampling are timed; repeatable. Default: every tiny one; for sampling, the "
+    "papers'.",
 )
 @click.option(
     "--part",
     "parts",
     multiple=True,
     type=click.Choice(["scenes", "training", "cache", "sampling"]),
-    help="What is measured; may be given several times. Default: everything but sampling.",
+    help="What is measured; repeatable. Default: everything but sampling.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="JSON file to write.")
-def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None) -> None:
-    """Scenes rendered, seconds per training step, samples read and pictures made per second, on this machine.
+@click.option("--output", type=options.PATH, help="JSON file to write. Default: none.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None, overwrite: bool) -> None:
+    """Scenes rendered, seconds per training step, samples read and pictures sampled per second, on this machine.
 
     The part `cache` reads a feature cache and, side by side, files as the released CrossFlow scripts write them (one
     pickle per sample): `clip` holds what a 256 px CLIP model needs, `all` everything those scripts put into a file;
@@ -74,16 +81,17 @@ def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None) -> 
     from crossflow.benchmarks.speed import measures
     from crossflow.core.files import write_atomically
 
+    check_output(output, overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="crossflow-speed-") as folder, progress_bar("measuring") as on_step:
-        found = measures.speed(
+        results = measures.speed(
             recipes or [f"{task}_tiny" for task in task_names()],
             Path(folder),
             parts=parts or measures.USUAL,
             sampled=recipes or measures.generation.RECIPES,
             progress=on_step,
         )
-    for row in [row for part in measures.PARTS for row in found.get(part, [])]:
+    for row in [row for part in measures.PARTS for row in results.get(part, [])]:
         say("  ".join(f"{name} {value}" for name, value in row.items()))
     if output is not None:
-        write_atomically(output, json.dumps(found, indent=1))
+        write_atomically(output, json.dumps(results, indent=1))
         say(f"Wrote {output}.")

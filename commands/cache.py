@@ -1,32 +1,38 @@
-"""``crossflow cache``."""
+"""``crossflow cache``: features of a data set, computed once."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from crossflow.commands.console import progress_bar, say, warn
+from crossflow.commands import options
+from crossflow.commands.console import is_first_process, progress_bar, say, warn_each
 from crossflow.core.errors import UserError
+
+if TYPE_CHECKING:
+    from crossflow.data.cache.build import Builder
 
 
 @click.command("cache")
-@click.option("--config", "recipe", help="The recipe that will be trained: a shipped name, a YAML file, or a run.")
+@click.option(
+    "--config", "recipe", help="Recipe to be trained from the cache: shipped name, YAML file or run directory."
+)
 @click.option("--data", help="jsonl:FILE, coco:DIR, folder:DIR, prompts:FILE, npy:DIR, ... (crossflow list datasets).")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the cache; give it again to go on.")
+@click.option("--output", type=options.PATH, help="Folder of the cache; an unfinished cache there is continued.")
 @click.option(
     "--split",
     "splits",
     multiple=True,
-    type=click.Choice(["train", "val", "test", "all"]),
-    help="May be given several times. Default: train, and val where the data have one.",
+    type=options.ANY_SPLIT,
+    help="Split to cache; repeatable. Default: train, and val where the data have one.",
 )
 @click.option(
     "--resolution",
     "sizes",
     multiple=True,
     type=click.IntRange(4, 4096),
-    help="Side of the pictures in pixels; may be given several times. Default: the recipe's data.image_size.",
+    help="Side of the pictures in pixels; repeatable. Default: the recipe's data.image_size.",
 )
 @click.option(
     "--precision",
@@ -36,7 +42,7 @@ from crossflow.core.errors import UserError
     type=click.Choice(["float16", "bfloat16", "float32"]),
     help="Type that features are stored in.",
 )
-@click.option("--num", type=click.IntRange(1), help="Items of each split at most.")
+@click.option("--num", type=click.IntRange(1), help="Maximum number of items per split.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Items encoded at once.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Threads that decode pictures.")
 @click.option(
@@ -44,37 +50,26 @@ from crossflow.core.errors import UserError
     default=1000,
     show_default=True,
     type=click.IntRange(1),
-    help="Items per file, and what a killed run computes again at most.",
+    help="Items per file, which is also the most that a killed run computes again.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
-@click.option("--dry-run", is_flag=True, help="Say how large the cache will be; nothing is written.")
+@options.device
+@click.option("--dry-run", is_flag=True, help="Print the expected size; nothing is written.")
 @click.option(
     "--verify",
     "verified",
-    type=click.Path(path_type=Path),
-    help="Check the cache in this folder instead; with --data also whether pictures or captions changed since.",
+    type=options.PATH,
+    help="Check the cache in this folder instead; with --data, also whether pictures or captions have changed since.",
 )
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@options.settings
 def command(
-    recipe: str | None,
-    data: str | None,
-    output: Path | None,
-    splits: Sequence[str],
-    sizes: Sequence[int],
-    storage: str,
-    num: int | None,
-    batch_size: int,
-    workers: int,
-    shard_items: int,
-    device: str | None,
-    dry_run: bool,
-    verified: Path | None,
-    overrides: Sequence[str],
-) -> None:
-    """Compute what frozen networks make of a data set once, so that training only reads it.
+    recipe: str | None, data: str | None, output: Path | None, dry_run: bool, verified: Path | None,
+    overrides: Sequence[str], **encoding: Any,
+) -> None:  # fmt: skip
+    """Compute the features that frozen networks give for a data set once, so that training only reads them.
 
-    Kept are the moments of pictures (each epoch draws a new latent from them), the features of all captions without
-    padding, and what the recipe's encoder loss aligns with: embeddings of the image tower, or small pictures.
+    The cache holds the moments of pictures (each epoch draws a new latent from them), the features of all captions
+    without padding, and the alignment target of the recipe's encoder loss: embeddings of the image tower, or small
+    pictures.
 
     \b
       crossflow cache --config t2i_256_clip_dimr --data jsonl:jdb/img_text_pair.jsonl --output cached \\
@@ -84,80 +79,97 @@ def command(
       crossflow cache --config mine.yaml --data npy:jdb --output cached     feature files of the released scripts
       crossflow cache --verify cached
 
-    A run that was killed goes on when the same command is given again, and ends with the same bytes. Several processes
-    share the work under torchrun or accelerate launch. A cache is bound to the weights of its networks, and training
-    refuses one that was made with others.
+    A killed run continues when the same command is given again, and ends with the same bytes. Several processes share
+    the work under torchrun or accelerate launch. A cache is bound to the weights of its networks: training refuses one
+    made with others.
     """
     if verified is not None:
-        _verify_cache(verified, data)
+        _verify(verified, data)
         return
-    given = {"--config": recipe, "--data": data, "--output": output}
-    missing = [name for name, value in given.items() if value is None]
     if recipe is None or data is None or output is None:
-        raise UserError(f"A cache needs {' and '.join(missing)}; see crossflow cache --help.")
-    from crossflow.core.files import size_in_words
+        needed = {"--config": recipe, "--data": data, "--output": output}
+        missing = [name for name, value in needed.items() if value is None]
+        raise UserError(f"A cache needs {' and '.join(missing)}; see `crossflow cache --help`.")
+    builder = _builder(recipe, data, output, overrides, encoding)
+    expected = builder.estimate()
+    _show_plan(builder, output)
+    expected.require(output)
+    if not dry_run:
+        complete = _run(builder, output)
+        if complete and any("moments" in part for part in builder.extractor.describe()["parts"]):
+            _say(f"Train on it: crossflow train --config {recipe} --data cache:{output} {' '.join(overrides)}".rstrip())
+
+
+def _say(text: str) -> None:
+    """Processes of a launcher share the work without waiting for each other; the first one prints for all."""
+    if is_first_process():
+        say(text)
+
+
+def _builder(recipe: str, data: str, output: Path, overrides: Sequence[str], encoding: dict[str, Any]) -> "Builder":
+    """The builder of the cache; encoding: the options of the command that say how it is computed."""
     from crossflow.data.cache.build import Settings
-    from crossflow.engine import cache as caching
+    from crossflow.engine import cache
     from crossflow.engine.sample import find_device
     from crossflow.tasks.base import load_config
 
     config = load_config(recipe, overrides)
-    builder = caching.builder(
+    return cache.builder(
         config,
         data,
         output,
-        splits=splits,
-        sizes=sizes,
-        storage=storage,
-        device=str(find_device(device or caching.own_device())),
-        num=num,
-        settings=Settings(shard_items, batch_size, workers, config.data.max_bad),
+        splits=encoding["splits"],
+        sizes=encoding["sizes"],
+        storage=encoding["storage"],
+        device=str(find_device(encoding["device"] or cache.own_device())),
+        num=encoding["num"],
+        settings=Settings(encoding["shard_items"], encoding["batch_size"], encoding["workers"], config.data.max_bad),
     )
-    # Processes of a launcher share the work without waiting for each other; the first one speaks for all.
-    tell = say if os.environ.get("RANK", "0") == "0" else _say_nothing
+
+
+def _show_plan(builder: "Builder", output: Path) -> None:
+    from crossflow.core.files import size_in_words
+
     expected = builder.estimate()
     counts = ", ".join(f"{len(reader)} {split}" for split, reader in builder.readers.items())
     parts = ", ".join(builder.extractor.describe()["parts"])
-    tell(
+    _say(
         f"{counts} items, {parts}: about {size_in_words(expected.num_bytes)} "
         f"({size_in_words(expected.bytes_per_item)} per item) in {output}; {size_in_words(expected.free)} are free."
     )
     if expected.finished:
-        tell(f"Going on: {size_in_words(expected.finished)} are there already.")
-    expected.require(output)
-    if dry_run:
-        return
+        _say(f"Continuing: {size_in_words(expected.finished)} are cached already.")
+
+
+def _run(builder: "Builder", output: Path) -> bool:
+    """Builds the cache; returns whether it is complete (of several processes, only the last one's view is)."""
+    from crossflow.core.files import size_in_words
+
     with progress_bar("caching") as on_step:
         summary = builder.run(on_step)
-    for id, reason in list(summary.bad.items())[:20]:
-        warn(f"skipped {id}: {reason}")
-    tell(
-        f"{'Cached' if summary.complete else 'So far cached'} {summary.num_items} items "
-        f"({summary.new_items} new, {len(summary.bad)} skipped"
-        f"{', listed in the .json files there' if len(summary.bad) > 20 else ''}), "
-        f"{size_in_words(summary.num_bytes)} in {output}."
+    warn_each([f"skipped {id}: {reason}" for id, reason in summary.bad.items()], "in the .json files of the cache")
+    _say(
+        f"{'Cached' if summary.complete else 'Cached so far'} {summary.num_items} items "
+        f"({summary.new_items} new, {len(summary.bad)} skipped), {size_in_words(summary.num_bytes)} in {output}."
     )
-    if summary.complete and any("moments" in part for part in builder.extractor.describe()["parts"]):
-        tell(f"Train from it: crossflow train --config {recipe} --data cache:{output} {' '.join(overrides)}".rstrip())
+    return bool(summary.complete)
 
 
-def _say_nothing(text: str = "") -> None: ...
-
-
-def _verify_cache(folder: Path, data: str | None) -> None:
+def _verify(folder: Path, data: str | None) -> None:
+    """Raises UserError with the problems of a cache, or with its differences from the data it was made from."""
     from crossflow.core.files import size_in_words
     from crossflow.data.cache.verify import verify
-    from crossflow.engine import cache as caching
+    from crossflow.engine import cache
 
     with progress_bar("verifying") as on_step:
         report = verify(folder, on_step)
     problems, advice = report.problems, "Remove the .json files of these shards and cache again; the others are kept."
     if data is not None and not problems:
         with progress_bar("comparing with the data") as on_step:
-            problems = caching.differences(folder, data, on_step)
-        advice = "The data are not those that were cached: cache them again, in another folder."
+            problems = cache.differences(folder, data, on_step)
+        advice = "The data differ from those that were cached: cache them again, in another folder."
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(f"The cache in {folder} has {len(problems)} problems:{listed}{more}\n{advice}")
-    say(f"{folder} is as it was written: {report.num_items} items, {size_in_words(report.num_bytes)}.")
+    say(f"{folder} is intact: {report.num_items} items, {size_in_words(report.num_bytes)}.")

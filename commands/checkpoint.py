@@ -1,100 +1,129 @@
-"""The options of commands that use a trained model."""
+"""The options of commands that use a trained model: which one, how it is sampled, where results go."""
 
+import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from crossflow.commands import options
+from crossflow.commands.console import is_first_process
+from crossflow.core.errors import UserError
+from crossflow.core.output import check_output
+
 if TYPE_CHECKING:
     from crossflow.engine.sample import Pipeline
-
 
 Command = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Use:
-    """A trained model as a command was told to use it."""
+class Model:
+    """A trained model with the options of the command line; it is loaded when `pipe` is first used."""
 
     checkpoint: str
-    pipe: "Pipeline"
-    settings: dict[str, Any]
-    """Fields of SampleConfig that were given."""
+    weights: str | None
+    device: str | None
+    replaced: Sequence[str]
+    """Settings of the run that --set replaces, as KEY=VALUE."""
     seed: int
+    solver: str | None
+    steps: int | None
+    guidance: float | None
+    guide_with: str | None
     output: Path | None
-    moved: Sequence[str] = ()
-    """Settings of the run that were replaced by --set."""
+    overwrite: bool
+    overrides: Sequence[str]
+    """Further fields of SampleConfig, as KEY=VALUE."""
 
-    def metadata(self, **more: Any) -> dict[str, str]:
-        """What every file that is written says of how it was made; all of it text."""
+    @functools.cached_property
+    def pipe(self) -> "Pipeline":
+        """The loaded model. Raises UserError for settings that do not exist or are out of range."""
+        from crossflow.engine.sample import load
+
+        pipe = load(self.checkpoint, weights=self.weights, device=self.device, overrides=self.replaced)
+        pipe.sample_settings(**self.settings)
+        if self.guide_with is not None:
+            pipe.guide_with(load(self.guide_with, device=self.device, overrides=self.replaced))
+        return pipe
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The fields of SampleConfig that the command line gives."""
+        from crossflow.core.settings import parse_overrides
+
+        parsed = parse_overrides(self.overrides)
+        if isinstance(section := parsed.get("sample"), Mapping):
+            words = [f"--{name} VALUE" if name in OWN_OPTION else f"{name}=VALUE" for name in section]
+            raise UserError(f"Settings of sampling are given without `sample.`: write {' '.join(words)}.")
+        options = {name: getattr(self, name) for name in OWN_OPTION}
+        return parsed | {name: value for name, value in options.items() if value is not None}
+
+    def metadata(self, **details: object) -> dict[str, str]:
+        """How a result was made, as text, for the files that carry it; details: more about this one result."""
         settings = self.pipe.sample_settings(**self.settings).model_dump(mode="json")
-        made: dict[str, Any] = {
-            "seed": self.seed,
-            "checkpoint": self.checkpoint,
-            "weights": self.pipe.weights,
-            "settings": settings,
+        values: dict[str, Any] = {"seed": self.seed, "checkpoint": self.checkpoint, "weights": self.pipe.weights}
+        values |= {"settings": settings}
+        values |= {"guided_by": self.pipe.guided_by} if self.pipe.guided_by is not None else {}
+        return {
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in (values | details).items()
         }
-        made |= {"guided_by": self.pipe.guided_by} if self.pipe.guided_by is not None else {}
-        return {name: one if isinstance(one, str) else json.dumps(one) for name, one in (made | more).items()}
 
+
+OWN_OPTION = ("solver", "steps", "guidance")
+"""Fields of SampleConfig that are options."""
 
 OPTIONS = (
-    click.option("--checkpoint", required=True, help="A run directory, or a hub id."),
+    click.option("--checkpoint", required=True, help="Run directory, or hub id (owner/name)."),
     click.option("--weights", type=click.Choice(["ema", "model"]), help="Default: the averaged ones (ema)."),
-    click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one."),
-    click.option("--seed", default=0, show_default=True, help="The noise follows from it and the item alone."),
-    click.option("--solver", help="crossflow list solvers."),
-    click.option("--steps", type=int, help="Solver steps."),
-    click.option("--guidance", type=float, help="Guidance scale; 1: none."),
-    click.option("--guide-with", help="Run directory of a weaker version of the model: autoguidance."),
+    options.device,
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0),
+        help="Noise depends on the seed and the item alone.",
+    ),
+    click.option("--solver", help="ODE solver (crossflow list solvers). Default: the recipe's."),
+    click.option("--steps", type=click.IntRange(1), help="Solver steps. Default: the recipe's."),
+    click.option("--guidance", type=float, help="Guidance scale; 1 turns guidance off. Default: the recipe's."),
+    click.option("--guide-with", metavar="DIR", help="Autoguidance: run directory of a weaker version of the model."),
     click.option(
         "--set",
-        "moved",
+        "replaced",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Replace a setting of the run, such as text.encoder=FOLDER or codec.source=FOLDER.",
+        help="Replace a setting of the run, such as text.encoder=FOLDER or codec.source=FOLDER; repeatable.",
     ),
-    click.option("--output", type=click.Path(path_type=Path), help="Folder to write to."),
-    click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
 )
 
 
-def uses_checkpoint(*, shared: bool = False) -> Callable[[Command], Command]:
-    """Gives a command the options of a checkpoint and its solver, and calls it with a `Use` in front.
+def uses_model(default_output: str, *, shared: bool = False) -> Callable[[Command], Command]:
+    """Gives a command the options of a trained model and its output, and calls it with a `Model` in front.
 
-    shared: whether the processes of a launcher share the command's items; otherwise only the first one works.
+    default_output: how the help names the folder that is used without --output; shared: whether the processes of a
+    launcher share the command's items; otherwise all but the first return at once.
     """
 
     def decorate(function: Command) -> Command:
-        @functools.wraps(function)
-        def run(
-            checkpoint: str, weights: str | None, device: str | None, seed: int, output: Path | None, **others: Any
-        ) -> None:
-            from crossflow.core import distributed
-            from crossflow.core.settings import parse_overrides
-            from crossflow.engine.sample import load
+        fields = [field.name for field in dataclasses.fields(Model)]
 
-            if distributed.announced():
-                distributed.device()  # joins the processes of a launcher
-                if not distributed.is_main() and not shared:
-                    return
-            settings = parse_overrides(others.pop("overrides"))
-            asked = {name: others.pop(name) for name in ("solver", "steps", "guidance")}
-            settings |= {name: value for name, value in asked.items() if value is not None}
-            moved = others.pop("moved")
-            pipe = load(checkpoint, weights=weights, device=device, overrides=moved)
-            pipe.sample_settings(**settings)  # tells what is wrong with them before any work
-            guide = others.pop("guide_with")
-            if guide is not None:
-                pipe.guide_with(load(guide, device=device, overrides=moved))
-            function(Use(checkpoint, pipe, settings, seed, output, moved), **others)
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            model = Model(**{name: values.pop(name) for name in fields})
+            if not (shared or is_first_process()):
+                return
+            if not shared:
+                check_output(model.output, overwrite=model.overwrite)
+            function(model, **values)
 
         decorated: Command = run
-        for option in reversed(OPTIONS):
+        output = options.output_folder(default_output)
+        for option in reversed((*OPTIONS, output, options.overwrite, options.settings)):
             decorated = option(decorated)
         return decorated
 

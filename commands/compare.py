@@ -1,16 +1,16 @@
-"""``crossflow compare``."""
+"""``crossflow compare``: two evaluations side by side."""
 
-import sys
 from pathlib import Path
 
 import click
 
-from crossflow.commands.console import say
+from crossflow.commands import options
+from crossflow.commands.console import print_table, say
 
 
 @click.command("compare")
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("first", type=options.PATH)
+@click.argument("second", type=options.PATH)
 def command(first: Path, second: Path) -> None:
     """Two evaluations side by side: their numbers, and everything in which they differ.
 
@@ -19,20 +19,15 @@ def command(first: Path, second: Path) -> None:
     \b
       crossflow compare runs/a/evaluation/set5-x4-Set5-all-euler1 runs/b/evaluation/set5-x4-Set5-all-euler1
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from crossflow.benchmarks.evaluation.compare import compare_scores, differences, read_evaluation
 
-    one, other = read_evaluation(first), read_evaluation(second)
-    table = Table("score", "first", "second", "difference", "")
-    for name, a, b, word in compare_scores(one, other):
-        table.add_row(name, f"{a:.5g}", f"{b:.5g}", f"{b - a:+.3g}", word)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    found = differences(one.manifest, other.manifest)
-    for meaning, lines in found.items():
+    left, right = read_evaluation(first), read_evaluation(second)
+    rows = [(name, f"{a:.5g}", f"{b:.5g}", f"{b - a:+.3g}", note) for name, a, b, note in compare_scores(left, right)]
+    print_table(rows, ("score", "first", "second", "difference", ""))
+    differing = differences(left.manifest, right.manifest)
+    for meaning, lines in differing.items():
         say(f"{meaning}:")
         for line in lines:
             say(f"  {line}")
-    if not found:
-        say("Nothing that decides the numbers differs.")
+    if not differing:
+        say("The two evaluations agree in everything that the numbers depend on.")

@@ -1,15 +1,23 @@
-"""What commands print: lines, tables, progress."""
+"""What commands print: lines, tables, scores, progress, and the message for an error."""
 
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
+from crossflow.core.errors import UserError
 from crossflow.core.files import is_full
+
+if TYPE_CHECKING:
+    from crossflow.core.training.tracking import RichProgress
+
+MAX_LISTED = 20
+"""Longer lists of problems are cut, with a line that says how many follow."""
 
 
 def say(text: str = "") -> None:
@@ -22,39 +30,61 @@ def warn(text: str) -> None:
     click.echo(text, err=True)
 
 
-@contextmanager
-def progress_bar(label: str, after: float = 2.0, every: float = 15.0) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that shows itself when the work takes longer than `after` seconds; (done, total) moves it. Where
-    there is no terminal, a line each `every` seconds. Of several processes the first one tells.
-    """
+def is_first_process() -> bool:
+    """Whether this is the first process of a launcher, or the only one; answered without joining the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 file`, `3 files`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def warn_each(lines: Sequence[str], where: str = "") -> None:
+    """Prints the first lines to stderr, and how many more there are; where: how to see those."""
+    for line in lines[:MAX_LISTED]:
+        warn(line)
+    if len(lines) > MAX_LISTED:
+        warn(f"and {len(lines) - MAX_LISTED} more{where and f' {where}'}")
+
+
+def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+    """Prints rows in columns, as wide as the terminal, or 160 characters where there is none."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
 
-    console, is_first = Console(), os.environ.get("RANK", "0") == "0"
-    bar = Progress(console=console, transient=True, disable=not (console.is_terminal and is_first))
-    task, told = bar.add_task(label, total=None), time.monotonic()
-    # A clock of its own: the first step of a large model, or a solver that counts none, may take long.
-    clock = threading.Timer(after, bar.start)
-    clock.daemon = True
-    clock.start()
-
-    def move(done: int, total: int) -> None:
-        nonlocal told
-        bar.update(task, completed=done, total=total)
-        if is_first and not console.is_terminal and time.monotonic() - told > every:
-            told = time.monotonic()
-            say(f"{label}: {done} of {total}")
-
-    try:
-        yield move
-    finally:
-        clock.cancel()
-        clock.join()
-        if bar.live.is_started:
-            bar.stop()
+    table = Table(*header) if header else Table(box=None, show_header=False)
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: square brackets are not markup
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def training_progress() -> Any:
+def show_scores(
+    values: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+    baseline: Mapping[str, float],
+    headline: Sequence[str],
+) -> None:
+    """Prints a table of scores, those of the headline first, beside their intervals and the trivial baseline.
+
+    A score `shuffled_NAME` is the control of NAME (inputs exchanged between items) and stands in its baseline column.
+    """
+    controls = {name: f"shuffled_{name}" for name in values if f"shuffled_{name}" in values}
+    names = [name for name in values if name not in controls.values()]
+    names.sort(key=lambda name: headline.index(name) if name in headline else len(headline))
+    baselines = {name: f"{baseline[name]:.4g}" for name in names if name in baseline}
+    baselines |= {name: f"{values[control]:.4g} (shuffled)" for name, control in controls.items()}
+    rows = []
+    for name in names:
+        low, high = intervals.get(name, (None, None))
+        interval = "" if low is None else f"{low:.4g} to {high:.4g}"
+        rows.append((name, f"{values[name]:.4g}", interval, *([baselines.get(name, "")] if baselines else [])))
+    print_table(rows, ("score", "this run", "95 % interval", *(["trivial baseline"] if baselines else [])))
+
+
+def training_progress() -> "RichProgress":
+    """The progress display of a training."""
     from rich.console import Console
 
     from crossflow.core.training.tracking import RichProgress
@@ -62,30 +92,41 @@ def training_progress() -> Any:
     return RichProgress(Console(stderr=False))
 
 
-def show_scores(
-    values: dict[str, float],
-    intervals: dict[str, tuple[float, float]],
-    baseline: dict[str, float],
-    headline: Sequence[str],
-) -> None:
+@contextmanager
+def progress_bar(label: str, after: float = 2.0, every: float = 15.0) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, moved by calls of the yielded function with (done, total).
+
+    It appears when the work takes longer than `after` seconds; without a terminal, a line is printed each `every`
+    seconds instead. Of several processes only the first one shows anything.
+    """
     from rich.console import Console
-    from rich.table import Table
+    from rich.progress import Progress
 
-    table = Table("score", "this run", "95 % interval", *(["trivial baseline"] if baseline else []))
-    names = [name for name in headline if name in values] + [name for name in values if name not in headline]
-    for name in names:
-        low, high = intervals.get(name, (None, None))
-        span = "" if low is None else f"{low:.4g} to {high:.4g}"
-        table.add_row(
-            name,
-            f"{values[name]:.4g}",
-            span,
-            *([f"{baseline[name]:.4g}" if name in baseline else ""] if baseline else []),
-        )
-    Console().print(table)
+    console, is_first = Console(), is_first_process()
+    bar = Progress(console=console, transient=True, disable=not (console.is_terminal and is_first))
+    task, last_line = bar.add_task(label, total=None), time.monotonic()
+    # A timer of its own: the first step of a large model, or a solver that reports no steps, may take long.
+    timer = threading.Timer(after, bar.start)
+    timer.daemon = True
+    timer.start()
+
+    def move(done: int, total: int) -> None:
+        nonlocal last_line
+        bar.update(task, completed=done, total=total)
+        if is_first and not console.is_terminal and time.monotonic() - last_line > every:
+            last_line = time.monotonic()
+            say(f"{label}: {done} of {total}")
+
+    try:
+        yield move
+    finally:
+        timer.cancel()
+        timer.join()
+        if bar.live.is_started:
+            bar.stop()
 
 
-def explain(error: Exception) -> str | None:
+def explain(error: UserError | OSError | click.ClickException) -> str | None:
     """What a user can do about an error, in one paragraph; None for an error that is not the user's."""
     if isinstance(error, click.UsageError) and error.ctx is not None:
         return f"{error.format_message()} See `{error.ctx.command_path} --help`."

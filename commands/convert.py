@@ -1,30 +1,31 @@
-"""``crossflow convert``."""
+"""``crossflow convert``: released files to run directories, and back."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from crossflow.commands import options
 from crossflow.commands.console import progress_bar, say
 from crossflow.core.errors import UserError
 
 
 @click.command("convert")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option("--kind", help="dimr, dit, flowtok, flowtitok or autoencoder_kl; needed for other than released files.")
+@click.argument("source", type=options.PATH)
+@click.argument("target", type=options.PATH)
+@click.option("--kind", help="dimr, dit, flowtok, flowtitok or autoencoder_kl; needed for files that are not released.")
 @click.option(
     "--config",
     "reference",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSON or YAML file of the reference's own settings; needed for other than released files.",
+    type=options.EXISTING_FILE,
+    help="JSON or YAML file with the reference's own settings; needed for files that are not released.",
 )
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@options.settings
 def command(source: Path, target: Path, kind: str | None, reference: Path | None, overrides: Sequence[str]) -> None:
     """Turn a released CrossFlow or FlowTok file into a run directory, or a run directory back into such a file.
 
-    SOURCE is a file (.pth, .bin, .pt, .safetensors) and TARGET a new folder, or the other way round. The released files
-    are recognised by their tensors: CrossFlow on DiMR (256 and 512 px, CLIP and T5) and on DiT, FlowTok-XL and -H, the
+    SOURCE is a file (.pth, .bin, .pt, .safetensors) and TARGET a new folder, or the other way round. Released files are
+    recognised by their tensors: CrossFlow on DiMR (256 and 512 px, CLIP and T5) and on DiT, FlowTok-XL and -H, the
     FlowTiTok tokenizer, and the autoencoder of Stable Diffusion under its original names.
 
     \b
@@ -36,25 +37,25 @@ def command(source: Path, target: Path, kind: str | None, reference: Path | None
       crossflow convert runs/released original.pth            back to the original keys, bit for bit
       crossflow convert small.pth runs/small --kind dimr --config settings.json
 
-    KEY=VALUE overrides settings of the run. Its text encoder (CLIP ViT-L/14, T5-XXL) and autoencoder are named, not
-    copied: by hub id unless text.encoder and codec.source say another id or a folder, and they can be replaced later by
-    --set. No code in a file is ever run, and it is read piece by piece, never into memory as a whole.
+    KEY=VALUE overrides settings of the run. Its text encoder (CLIP ViT-L/14, T5-XXL) and autoencoder are referenced,
+    not copied: by hub id unless text.encoder and codec.source give another id or a folder, and --set can replace them
+    later. Files are read tensor by tensor, and no code in them is run.
     """
     from crossflow.released.convert import from_file
     from crossflow.released.restore import to_file
 
     back = source.is_dir()
     if back and (reference is not None or overrides):
-        raise UserError("A folder is written back as it is: --config and KEY=VALUE belong to the way there.")
+        raise UserError("A run directory is converted back as it is: leave out --config and KEY=VALUE.")
     with progress_bar("converting") as on_bytes:
         if back:
-            done = to_file(source, target, kind=kind, progress=on_bytes)
+            result = to_file(source, target, kind=kind, progress=on_bytes)
         else:
-            done = from_file(source, target, kind=kind, config=reference, overrides=overrides, progress=on_bytes)
-    say(f"{done.name}, kind {done.kind}: {done.num_tensors} tensors. Wrote {done.path}.")
-    for reason, keys in done.dropped.items():
+            result = from_file(source, target, kind=kind, config=reference, overrides=overrides, progress=on_bytes)
+    say(f"{result.name}, kind {result.kind}: {result.num_tensors} tensors. Wrote {result.path}.")
+    for reason, keys in result.dropped.items():
         say(f"{'Left out then' if back else 'Left out'}: {len(keys)} tensors ({keys[0]}, ...), {reason}.")
-    for note in done.notes:
+    for note in result.notes:
         say(note)
-    if not back and (done.path / "config.yaml").is_file():
-        say(f'Use it: crossflow sample --checkpoint {done.path} --prompt "..."')
+    if not back and (result.path / "config.yaml").is_file():
+        say(f'Use it: crossflow sample --checkpoint {result.path} --prompt "..."')

@@ -1,73 +1,78 @@
-"""Prompts and pictures as they are typed."""
+"""Prompts and pictures as they are given on the command line."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossflow.commands.console import warn
+from crossflow.commands.console import count, warn
 from crossflow.core.errors import UserError
 
 if TYPE_CHECKING:
     from crossflow.engine.sample import Pipeline
 
 
-def read_inputs(
-    pipe: "Pipeline", prompts: Sequence[str], prompt_file: Path | None, inputs: Sequence[Path]
-) -> list[tuple[str, Any]]:
-    """(name, input) of everything asked for; raises UserError when it does not fit the task."""
+def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of a file with one per line. Raises UserError for no UTF-8 text."""
+    if file is None:
+        return list(prompts)
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not a text file in UTF-8: {error}.") from error
+    return [*prompts, *(line.strip() for line in lines if line.strip())]
+
+
+def named_inputs(pipe: "Pipeline", prompts: Sequence[str], paths: Sequence[Path]) -> list[tuple[str, Any]]:
+    """(name of the output, input) of every prompt, or of every picture in the paths.
+
+    Pictures that cannot be read are skipped with a warning. Raises UserError when none can be read, or when the run
+    takes the other kind of input.
+    """
+    if pipe.task.input_kind == "text":
+        if paths:
+            raise UserError(
+                f"This {pipe.task.name} run takes prompts: give --prompt or --prompts instead of --input. To turn a "
+                "picture into its latent, use `crossflow invert`."
+            )
+        return [(f"{number:04d}", pipe.task.read_input(text)) for number, text in enumerate(prompts)]
+    if prompts:
+        raise UserError(f"This {pipe.task.name} run takes pictures: give --input FILE or FOLDER instead of a prompt.")
+    return _pictures(paths)
+
+
+def _pictures(paths: Sequence[Path]) -> list[tuple[str, Any]]:
+    """(name, picture) of the picture files in the paths; files of one name in several folders are numbered."""
     from crossflow.data.files import IMAGE_SUFFIXES
     from crossflow.data.images import load_image
 
-    if pipe.task.input_kind == "text":
-        if inputs:
-            raise UserError(
-                "This is a text-to-image run: give --prompt or --prompts, not --input. To turn a "
-                "picture into its latent use `crossflow invert`."
-            )
-        texts = list(prompts)
-        if prompt_file is not None:
-            try:
-                lines = prompt_file.read_text(encoding="utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{prompt_file} is not a text file in UTF-8: {error}.") from error
-            texts += [line.strip() for line in lines if line.strip()]
-        if not texts:
-            raise UserError(
-                'Say what to draw: --prompt "a red cube" (several times if you like), '
-                "or --prompts FILE with one per line."
-            )
-        return [(f"{number:04d}", pipe.task.read_input(text)) for number, text in enumerate(texts)]
-    if prompts or prompt_file is not None:
-        raise UserError(
-            f"This is a {pipe.task.name} run, which takes pictures: give --input FILE or FOLDER, not a prompt."
-        )
-    files = [file for path in inputs for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES or file in inputs]
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES or file in paths]
     if not files:
-        raise UserError("No pictures came. Give --input with a picture or a folder of pictures (png, jpg, webp, ...).")
-    found: list[tuple[str, Any]] = []
-    bad: list[str] = []
+        raise UserError(f"There are no pictures (png, jpg, webp, ...) in {', '.join(map(str, paths))}.")
+    pictures: dict[str, Any] = {}
+    problems: list[str] = []
     for file in files:
         try:
-            picture, taken = load_image(file), {name for name, _ in found}
-            others = (f"{file.stem}_{number}" for number in range(1, len(files) + 1))
-            found.append((next(name for name in (file.stem, *others) if name not in taken), picture))
-        except (ValueError, OSError) as error:
-            bad.append(f"{file}: {error}")
-    if not found:
-        raise UserError(f"None of the {len(files)} files could be read as a picture. {bad[0]}")
-    for line in bad:
-        warn(f"skipped {line}")
-    return found
+            picture = load_image(file)
+        except (UserError, ValueError, OSError) as error:
+            problems.append(f"{file}: {error}")
+            continue
+        names = (file.stem, *(f"{file.stem}_{number}" for number in range(1, len(files) + 1)))
+        pictures[next(name for name in names if name not in pictures)] = picture
+    if not pictures:
+        raise UserError(f"None of {count(len(files), 'file')} could be read as a picture. {problems[0]}")
+    for problem in problems:
+        warn(f"skipped {problem}")
+    return list(pictures.items())
 
 
-def read_typed(pipe: "Pipeline", text: str | None) -> Any:
-    """An input as typed: a prompt for text-to-image, else the path of a picture."""
+def typed_input(pipe: "Pipeline", text: str | None) -> Any:
+    """A prompt, or the picture at a path, whichever the run takes; None stays None."""
     if text is None or pipe.task.input_kind == "text":
         return None if text is None else pipe.task.read_input(text)
     path = Path(text)
     if not path.is_file():
-        raise UserError(f"This is a {pipe.task.name} run, which takes pictures, and there is no file {text}.")
+        raise UserError(f"This {pipe.task.name} run takes pictures, and there is no file {text}.")
     try:
         return pipe.task.read_input(path)
     except ValueError as error:

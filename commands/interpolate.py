@@ -1,21 +1,22 @@
-"""``crossflow interpolate``."""
+"""``crossflow interpolate``: a walk between two source latents."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from crossflow.commands.checkpoint import Use, uses_checkpoint
+from crossflow.commands import options
+from crossflow.commands.checkpoint import Model, uses_model
 from crossflow.commands.console import progress_bar
-from crossflow.commands.inputs import read_typed
-from crossflow.commands.outputs import animate, mixes_latents, write_all
+from crossflow.commands.inputs import typed_input
+from crossflow.commands.outputs import write_animation, write_results
+from crossflow.core.output import output_folder
 
 
 @click.command("interpolate")
-@uses_checkpoint()
-@click.option("--from", "start", required=True, help="A prompt, or the path of a picture.")
-@click.option("--to", "end", required=True, help="A prompt, or the path of a picture.")
-@click.option("--frames", default=9, show_default=True, type=click.IntRange(2))
+@uses_model("outputs/interpolate")
+@click.option("--from", "start", required=True, help="Prompt, or path of a picture.")
+@click.option("--to", "end", required=True, help="Prompt, or path of a picture.")
+@click.option("--frames", default=9, show_default=True, type=click.IntRange(2), help="Number of frames, both ends in.")
 @click.option(
     "--kind",
     default="lerp",
@@ -23,17 +24,14 @@ from crossflow.commands.outputs import animate, mixes_latents, write_all
     type=click.Choice(["lerp", "slerp"]),
     help="Straight line or great circle.",
 )
-@mixes_latents
+@options.latent_noise
+@options.latent_means
 @click.option("--fps", default=8.0, show_default=True, type=click.FloatRange(0.1, 60), help="Frames per second.")
-def command(
-    use: Use,
-    start: str, end: str, frames: int, kind: str, noise: str, mean: bool, fps: float,
-) -> None:  # fmt: skip
-    """Walk from one source to another in the latent space; a picture of another size than the first is cropped and
-    resized to it.
+def command(model: Model, start: str, end: str, frames: int, kind: str, noise: str, mean: bool, fps: float) -> None:
+    """Walk from one source to another in the latent space.
 
-    Writes what the task makes of every frame and, of pictures, a grid, an animated GIF and (with the extra `video`) an
-    MP4.
+    A picture of another size than the first is cropped and resized to it. Writes the task's output for every frame
+    and, for pictures, a grid, an animated GIF and (with the extra `video`) an MP4.
 
     \b
       crossflow interpolate --checkpoint runs/t2i_tiny --from "a red cube" --to "a blue sphere" --frames 16
@@ -41,22 +39,22 @@ def command(
     """
     from crossflow.engine import latents
 
-    pipe = use.pipe
-    ends = read_typed(pipe, start), read_typed(pipe, end)
-    with progress_bar("walking") as on_step:
+    pipe = model.pipe
+    ends = typed_input(pipe, start), typed_input(pipe, end)
+    with progress_bar("interpolating") as on_step:
         results = latents.interpolate(
             pipe,
             *ends,
             frames,
             kind=kind,
-            seed=use.seed,
+            seed=model.seed,
             shared_noise=noise == "shared",
             output_type="np",
             on_step=on_step,
-            **use.settings | ({"mode": True} if mean else {}),
+            **model.settings | ({"mode": True} if mean else {}),
         )
     names = [f"{index / (frames - 1):.2f}" for index in range(frames)]
-    folder = use.output or Path("outputs") / "interpolate"
-    about: dict[str, Any] = {"from": start, "to": end, "kind": kind, "noise": noise, "mean": mean}
-    write_all(use, results, names, folder, **about)
-    animate(use, results, folder, fps)
+    details = {"from": start, "to": end, "kind": kind, "noise": noise, "mean": mean}
+    with output_folder(Path("outputs/interpolate"), model.output, overwrite=model.overwrite) as folder:
+        write_results(model, results, names, folder, **details)
+        write_animation(pipe.task.pictures(results), folder, fps)

@@ -1,48 +1,58 @@
-"""``crossflow invert``."""
+"""``crossflow invert``: from an output back to its source latent."""
 
 from pathlib import Path
 
 import click
 
-from crossflow.commands.checkpoint import Use, uses_checkpoint
+from crossflow.commands.checkpoint import Model, uses_model
 from crossflow.commands.console import progress_bar, say
-from crossflow.commands.inputs import read_typed
-from crossflow.commands.outputs import write_all
+from crossflow.commands.inputs import typed_input
+from crossflow.commands.outputs import write_results
 from crossflow.core.errors import UserError
+from crossflow.core.output import output_folder
 
 
 @click.command("invert")
-@uses_checkpoint()
+@uses_model("outputs/invert")
 @click.option(
-    "--input", "value", required=True, help="What the task makes: a picture, a caption, a depth PNG in millimetres."
+    "--input", "value", required=True, help="An output of the task: a picture, a caption, a depth PNG in millimetres."
 )
-@click.option("--source", help="The input it belongs to; only for noise-source baselines.")
-def command(
-    use: Use,
-    value: str, source: str | None,
-) -> None:  # fmt: skip
-    """Flow an output back to its source latent, and forward again; writes the latent and what came of it."""
+@click.option("--source", help="The input that belongs to it; needed by noise-source baselines alone.")
+def command(model: Model, value: str, source: str | None) -> None:
+    """Flow an output back to its source latent, and forward again; writes the latent and the output re-generated
+    from it, for pictures beside the input.
+
+    \b
+      crossflow invert --checkpoint runs/t2i_tiny --input outputs/t2i/0000.png --steps 50
+    """
     from crossflow.core.files import write_tensors
     from crossflow.engine import latents
 
-    pipe, given = use.pipe, {"solver": "heun", "steps": 50, **use.settings}
-    if len(given) > 2:
-        raise UserError(
-            "An inversion runs the plain flow backwards: it takes --solver and --steps, and no other setting."
-        )
-    belongs_to = read_typed(pipe, source)
+    settings = {"solver": "heun", "steps": 50, **model.settings}
+    if len(settings) > 2:
+        raise UserError("An inversion runs the plain flow backwards: it takes --solver and --steps, no other setting.")
+    pipe = model.pipe
     try:
         with progress_bar("inverting") as on_step:
             inversion = latents.invert(
-                pipe, value, source=belongs_to, seed=use.seed, output_type="np", on_step=on_step, **given
+                pipe,
+                value,
+                source=typed_input(pipe, source),
+                seed=model.seed,
+                output_type="np",
+                on_step=on_step,
+                **settings,
             )
     except ValueError as error:  # of the readers of pictures and depth maps
         raise UserError(
-            f"{value} cannot be inverted: {error}. Give what this {pipe.task.name} run makes, see --help."
+            f"{value} cannot be inverted: {error}. Give an output of this {pipe.task.name} run; see "
+            "`crossflow invert --help`."
         ) from error
-    folder = use.output or Path("outputs") / "invert"
-    write_all(use, inversion.outputs, ["input", "re-generated"], folder, input=value, settings=given)
-    z0 = inversion.z0
-    write_tensors(folder / "latent.safetensors", {"z0": z0})
-    say(f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "
-        f"Root mean squared error of the re-generated latent: {inversion.error:.2g}.")  # fmt: skip
+    with output_folder(Path("outputs/invert"), model.output, overwrite=model.overwrite) as folder:
+        write_results(model, inversion.outputs, ["input", "re-generated"], folder, input=value, inversion=settings)
+        z0 = inversion.z0
+        write_tensors(folder / "latent.safetensors", {"z0": z0})
+        say(
+            f"The source latent is {folder / 'latent.safetensors'}: mean {z0.mean():.3f}, deviation {z0.std():.3f}. "
+            f"Root mean squared error of the re-generated latent: {inversion.error:.2g}."
+        )

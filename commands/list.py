@@ -1,62 +1,81 @@
-"""``crossflow list``."""
+"""``crossflow list``: the names that options accept."""
 
+import re
 import sys
 
 import click
 
+from crossflow.commands.console import print_table
 from crossflow.tasks import task_names
+
+Row = tuple[str, ...]
 
 
 @click.command("list")
 @click.argument("what", type=click.Choice(["tasks", "configs", "datasets", "protocols", "solvers", "backbones"]))
 def command(what: str) -> None:
-    """Names that can be used: tasks, configs, datasets, protocols, solvers, backbones."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """Names that options accept: tasks, configs, datasets, protocols, solvers, backbones."""
+    rows = {
+        "tasks": _tasks,
+        "configs": _configs,
+        "datasets": _datasets,
+        "protocols": _protocols,
+        "solvers": _solvers,
+        "backbones": _backbones,
+    }
+    print_table(rows[what]())
 
-    table = Table(box=None, show_header=False)
-    for row in names(what):
-        table.add_row(*map(Text, row))  # as it is: brackets are no markup
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a docstring or comment, in one line; a sentence may go over several lines."""
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split())
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph)[0]
 
 
-def names(what: str) -> list[tuple[str, ...]]:
-    if what == "tasks":
-        from crossflow.tasks.base import task_class
+def _tasks() -> list[Row]:
+    from crossflow.tasks.base import task_class
 
-        return [
-            (name, (sys.modules[task_class(name).__module__].__doc__ or "").splitlines()[0]) for name in task_names()
-        ]
-    if what == "configs":
-        from crossflow.core.settings import shipped
+    return [(name, first_sentence(sys.modules[task_class(name).__module__].__doc__ or "")) for name in task_names()]
 
-        return [(name, path.read_text().splitlines()[0].lstrip("# ")) for name, path in shipped().items()]
-    if what == "datasets":
-        from crossflow.data.readers import READERS
 
-        return [
-            (
-                name,
-                "\n".join(
-                    [
-                        READERS.get(name).layout,
-                        *(f"?{key}={option.describe()}" for key, option in READERS.get(name).options.items()),
-                    ]
-                ),
-                "has " + ", ".join(sorted(READERS.get(name).offers)),
-            )
-            for name in READERS.names()
-        ]
-    if what == "protocols":
-        from crossflow.benchmarks.evaluation.protocol import load_protocol, protocols
+def _configs() -> list[Row]:
+    from crossflow.core.settings import shipped
 
-        known = [(name, load_protocol(name)) for name in protocols()]
-        return [(name, one.task, one.title, one.layout or f"embedded: {one.data}") for name, one in known]
-    if what == "solvers":
-        from crossflow.core.solvers import SOLVERS
+    rows = []
+    for name, path in shipped().items():
+        comment = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))
+        rows.append((name, first_sentence(comment[0].replace("#", " ") if comment else "")))
+    return rows
 
-        return [(name, SOLVERS.get(name).summary) for name in SOLVERS.names()]
+
+def _datasets() -> list[Row]:
+    from crossflow.data.readers import READERS
+
+    rows = []
+    for name in READERS.names():
+        reader = READERS.get(name)
+        options = [f"?{key}={option.describe()}" for key, option in reader.options.items()]
+        rows.append((name, "\n".join([reader.layout, *options]), "has " + ", ".join(sorted(reader.offers))))
+    return rows
+
+
+def _protocols() -> list[Row]:
+    from crossflow.benchmarks.evaluation.protocol import load_protocol, protocols
+
+    loaded = [(name, load_protocol(name)) for name in protocols()]
+    return [
+        (name, protocol.task, protocol.title, protocol.layout or f"embedded: {protocol.data}")
+        for name, protocol in loaded
+    ]
+
+
+def _solvers() -> list[Row]:
+    from crossflow.core.solvers import SOLVERS
+
+    return [(name, SOLVERS.get(name).summary) for name in SOLVERS.names()]
+
+
+def _backbones() -> list[Row]:
     from crossflow.core.backbones import size_tables
 
     return [

@@ -1,9 +1,15 @@
-"""Types of options that several commands share."""
+"""Option types and options that several commands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from crossflow.core.errors import unknown_name
 from crossflow.tasks import task_names
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class TaskName(click.ParamType):
@@ -12,6 +18,7 @@ class TaskName(click.ParamType):
     name = "task"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """The choices as the help shows them."""
         return f"[{'|'.join(task_names())}]"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -19,3 +26,27 @@ class TaskName(click.ParamType):
         if value not in task_names():
             raise unknown_name("task", value, task_names())
         return value
+
+
+PATH = click.Path(path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+ANY_SPLIT = click.Choice(["train", "val", "test", "all"])
+
+device = click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace earlier results in --output; other files are kept.")
+settings = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def output_folder(default: str) -> Callable[[Command], Command]:
+    """--output for a folder of results; default: how the help names the folder that is used without it."""
+    return click.option("--output", type=PATH, help=f"Empty or new folder. Default: {default}, numbered if taken.")
+
+
+latent_noise = click.option(
+    "--noise",
+    type=click.Choice(["shared", "own"]),
+    default="shared",
+    show_default=True,
+    help="shared: samples take the same noise, so that they differ by their meaning alone; own: each its own.",
+)
+latent_means = click.option("--mean", is_flag=True, help="Take means of the source posteriors instead of samples.")

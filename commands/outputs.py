@@ -1,16 +1,18 @@
-"""Files that the commands write."""
+"""Result files of the commands: what the task writes for each output, a grid, an animation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
+from crossflow.commands.checkpoint import Model
+from crossflow.commands.console import count, say
 
-from crossflow.commands.checkpoint import Use
-from crossflow.commands.console import say
+if TYPE_CHECKING:
+    import numpy as np
 
 
-def write_grid(pictures: Sequence[Any], names: Sequence[str], path: Path) -> Path:
+def write_grid(pictures: "Sequence[np.ndarray]", names: Sequence[str], path: Path) -> Path:
+    """Writes pictures (H, W, 3) uint8 side by side with the names under them; returns the path."""
     from crossflow.data.images import save_png
     from crossflow.data.sheet import sheet
 
@@ -18,24 +20,25 @@ def write_grid(pictures: Sequence[Any], names: Sequence[str], path: Path) -> Pat
     return save_png(sheet(list(pictures), list(names), columns=columns, cell=cell), path)
 
 
-def write_all(use: Use, results: Sequence[Any], names: Sequence[str], folder: Path, **about: Any) -> None:
-    """What the task writes for every result, and a grid of them."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_results(model: Model, results: Sequence[Any], names: Sequence[str], folder: Path, **details: object) -> None:
+    """Writes what the task makes of every result, and a grid of pictures; prints captions.
+
+    details: metadata that all the files carry.
+    """
     written: list[Path] = []
     for index, (result, name) in enumerate(zip(results, names, strict=True)):
-        written += use.pipe.task.write_output(result, folder / f"{index:03d}", use.metadata(what=name, **about))
+        written += model.pipe.task.write_output(result, folder / f"{index:03d}", model.metadata(what=name, **details))
         if isinstance(result, str):
             say(f"{name}: {result}")
-    if pictures := use.pipe.task.pictures(results):
+    if pictures := model.pipe.task.pictures(results):
         written.append(write_grid(pictures, names, folder / "grid.png"))
-    say(f"Wrote {len(written)} files to {folder} ({written[-1].name}).")
+    say(f"Wrote {count(len(written), 'file')} to {folder} ({written[-1].name}).")
 
 
-def animate(use: Use, results: Sequence[Any], folder: Path, fps: float) -> None:
-    """An animated GIF of results that are pictures, and an MP4 where that can be written."""
+def write_animation(pictures: "Sequence[np.ndarray]", folder: Path, fps: float) -> None:
+    """Writes pictures (H, W, 3) uint8 as an animated GIF, and as an MP4 where the extra for it is installed."""
     from crossflow.engine import animation
 
-    pictures = use.pipe.task.pictures(results)
     if not pictures:
         return
     say(f"Animated: {animation.save_gif(pictures, folder / 'animation.gif', fps)}")
@@ -43,17 +46,3 @@ def animate(use: Use, results: Sequence[Any], folder: Path, fps: float) -> None:
         say(f"Animated: {animation.save_mp4(pictures, folder / 'animation.mp4', fps)}")
     else:
         say(f"For an MP4 beside it: {animation.VIDEO_EXTRA}")
-
-
-def mixes_latents(function: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command of `uses_checkpoint` the options that say which source latents are mixed."""
-    function = click.option("--mean", is_flag=True, help="Take means of the source posteriors instead of samples.")(
-        function
-    )
-    return click.option(
-        "--noise",
-        type=click.Choice(["shared", "own"]),
-        default="shared",
-        show_default=True,
-        help="Samples take the same noise, so that they differ by their meaning alone, or each its own.",
-    )(function)

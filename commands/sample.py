@@ -1,4 +1,4 @@
-"""``crossflow sample``."""
+"""``crossflow sample``: outputs for prompts or pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,77 +6,95 @@ from typing import Any
 
 import click
 
-from crossflow.commands.checkpoint import Use, uses_checkpoint
-from crossflow.commands.console import progress_bar, say
-from crossflow.commands.inputs import read_inputs
+from crossflow.commands import options
+from crossflow.commands.checkpoint import Model, uses_model
+from crossflow.commands.console import count, progress_bar, say
+from crossflow.commands.inputs import named_inputs, read_prompts
 from crossflow.commands.outputs import write_grid
+from crossflow.core.errors import UserError
+from crossflow.core.output import check_output, output_folder
 
 
 @click.command("sample")
-@uses_checkpoint(shared=True)
-@click.option("--prompt", "prompts", multiple=True, help="A prompt, for text-to-image; may be given several times.")
-@click.option(
-    "--prompts",
-    "prompt_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A file with one prompt per line.",
-)
+@uses_model("outputs/TASK", shared=True)
+@click.option("--prompt", "prompts", multiple=True, help="A prompt, for runs that take text; repeatable.")
+@click.option("--prompts", "prompt_file", type=options.EXISTING_FILE, help="Text file with one prompt per line.")
 @click.option(
     "--input",
-    "inputs",
+    "paths",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
-    help="A picture or a folder of pictures, for the other tasks.",
+    help="A picture or a folder of pictures, for runs that take pictures; repeatable.",
 )
 @click.option("--num", default=1, show_default=True, type=click.IntRange(1), help="Outputs per input.")
-def command(
-    use: Use,
-    prompts: Sequence[str],
-    prompt_file: Path | None,
-    inputs: Sequence[Path],
-    num: int,
-) -> None:
-    """Make pictures from prompts, or captions, depth maps, sharper pictures from pictures.
+def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, paths: Sequence[Path], num: int) -> None:
+    """Make pictures from prompts, or captions, depth maps and sharper pictures from pictures.
 
     \b
       crossflow sample --checkpoint runs/t2i_tiny --prompt "a red cube left of a blue sphere" --num 4
       crossflow sample --checkpoint runs/depth_tiny --input photo.jpg
       crossflow sample --checkpoint runs/t2i_tiny --prompt "a cube" --guidance 3 guidance_interval=[0.1,0.8] zero_init=1
 
-    KEY=VALUE sets any field of the recipe's `sample` section.
+    KEY=VALUE sets any field of the recipe's `sample` section. Noise depends on the seed and the prompt (or the picture)
+    alone, so one output can be made again without the others. Under torchrun or accelerate launch the processes share
+    the inputs.
     """
     from crossflow.core import distributed
     from crossflow.engine.inputs import item_ids
 
-    pipe = use.pipe
-    asked = read_inputs(pipe, prompts, prompt_file, inputs)
-    folder = use.output or Path("outputs") / pipe.task.name
-    ids = item_ids([value for _, value in asked], num)
-    # Several processes take an equal share each; the first writes what all have made.
-    size = -(-len(asked) // distributed.world_size())
-    shares = [range(start, min(start + size, len(asked))) for start in range(0, len(asked), size)]
+    texts = read_prompts(prompts, prompt_file)
+    if not texts and not paths:
+        raise UserError(
+            'There is nothing to sample from. Give --prompt "a red cube" (repeatable) or --prompts FILE to a run that '
+            "takes text, --input FILE or FOLDER to one that takes pictures."
+        )
+    check_output(model.output, overwrite=model.overwrite)
+    if distributed.announced():
+        distributed.device()  # joins the processes of a launcher
+    inputs = named_inputs(model.pipe, texts, paths)
+    ids = item_ids([value for _, value in inputs], num)
+    results = _sample(model, [value for _, value in inputs], ids)
+    if distributed.is_main():
+        _write(model, inputs, ids, results)
+
+
+def _sample(model: Model, values: Sequence[Any], ids: Sequence[str]) -> list[Any]:
+    """The results of all ids, equally many of each value; in the first of several processes, none in the others."""
+    from crossflow.core import distributed
+
+    num = len(ids) // len(values)
+    size = -(-len(values) // distributed.world_size())  # several processes take equal shares
+    shares = [range(start, min(start + size, len(values))) for start in range(0, len(values), size)]
     with progress_bar("sampling") as on_step:
 
-        def make(share: range) -> list[Any]:
-            values, names = [asked[i][1] for i in share], [ids[i * num + k] for i in share for k in range(num)]
-            made = pipe(values, ids=names, num=num, seed=use.seed, output_type="np", on_step=on_step, **use.settings)
-            return list(made)
+        def run(share: range) -> list[Any]:
+            outputs = model.pipe(
+                [values[i] for i in share],
+                ids=ids[share.start * num : share.stop * num],
+                num=num,
+                seed=model.seed,
+                output_type="np",
+                on_step=on_step,
+                **model.settings,
+            )
+            return list(outputs)
 
-        results = [result for _, made in distributed.shared(shares, make) for result in made]
-    if not distributed.is_main():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+        return [result for _, part in distributed.shared(shares, run) for result in part]
+
+
+def _write(model: Model, inputs: Sequence[tuple[str, Any]], ids: Sequence[str], results: Sequence[Any]) -> None:
+    task, num = model.pipe.task, len(ids) // len(inputs)
     written: list[Path] = []
-    names = []
-    for index, result in enumerate(results):
-        name, value = asked[index // num]
-        stem = folder / (f"{name}_{index % num}" if num > 1 else name)
-        about: dict[str, Any] = {"item": ids[index]}
-        about |= {"prompt": value} if isinstance(value, str) else {}
-        written += pipe.task.write_output(result, stem, use.metadata(**about))
-        if isinstance(result, str):
-            say(f"{name}: {result}")
-        names.append(value if isinstance(value, str) else name)
-    if len(results) > 1 and (shown := pipe.task.pictures(results)):
-        written.append(write_grid(shown, names, folder / "grid.png"))
-    say(f"Wrote {len(written)} files to {folder}" + (f" ({written[-1].name})" if written else "") + ".")
+    labels: list[str] = []
+    with output_folder(Path("outputs") / task.name, model.output, overwrite=model.overwrite) as folder:
+        for index, result in enumerate(results):
+            name, value = inputs[index // num]
+            stem = folder / (f"{name}_{index % num}" if num > 1 else name)
+            prompt = {"prompt": value} if isinstance(value, str) else {}
+            written += task.write_output(result, stem, model.metadata(item=ids[index], **prompt))
+            if isinstance(result, str):
+                say(f"{name}: {result}")
+            labels.append(value if isinstance(value, str) else name)
+        if len(results) > 1 and (pictures := task.pictures(results)):
+            written.append(write_grid(pictures, labels, folder / "grid.png"))
+        say(f"Wrote {count(len(written), 'file')} to {folder} ({written[-1].name}).")

@@ -1,103 +1,100 @@
-"""``crossflow train``."""
+"""``crossflow train``: a run from a recipe, or the continuation of one."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
+from crossflow.commands import options
 from crossflow.commands.console import say, show_scores, training_progress
-from crossflow.commands.options import TaskName
 from crossflow.core.errors import UserError
 from crossflow.tasks import task_names
 
+if TYPE_CHECKING:
+    from crossflow.core.config import Config
+    from crossflow.engine.train import DryRun, Outcome, Run
+
 
 @click.command("train")
-@click.option("--task", type=TaskName(), help="What to train; needed unless --config says it.")
-@click.option(
-    "--config", "recipe", help="A shipped recipe (crossflow list configs) or a YAML file. Default: TASK_tiny."
-)
+@click.option("--task", type=options.TaskName(), help="The task; not needed when --config names a recipe.")
+@click.option("--config", "recipe", help="Shipped recipe (crossflow list configs) or YAML file. Default: TASK_tiny.")
 @click.option(
     "--data", help="Training data: scenes, coco:DIR, jsonl:FILE, folder:DIR, pairs:DIR, ... (crossflow list datasets)."
 )
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="Run directory. Default: runs/RECIPE, numbered if taken."
-)
-@click.option("--resume", help="auto: the newest good checkpoint of --output; or a checkpoint's folder.")
-@click.option("--data-changed", is_flag=True, help="Resume although the training data are not what they were.")
-@click.option(
-    "--dry-run", is_flag=True, help="Say parameters, memory, time and disk of the flow's training; nothing is kept."
-)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--output", type=options.PATH, help="Run directory. Default: runs/RECIPE, numbered if taken.")
+@click.option("--resume", help="auto: from the newest intact checkpoint of --output; or a checkpoint's folder.")
+@click.option("--data-changed", is_flag=True, help="Resume although the training data have changed.")
+@click.option("--dry-run", is_flag=True, help="Print parameters, memory, time and disk; nothing is kept.")
+@options.settings
 def command(
-    task: str | None,
-    recipe: str | None,
-    data: str | None,
-    output: Path | None,
-    resume: str | None,
-    data_changed: bool,
-    dry_run: bool,
-    overrides: Sequence[str],
-) -> None:
+    task: str | None, recipe: str | None, data: str | None, output: Path | None,
+    resume: str | None, data_changed: bool, dry_run: bool, overrides: Sequence[str],
+) -> None:  # fmt: skip
     """Train a model; KEY=VALUE overrides any setting of the recipe.
 
     \b
       crossflow train --task sr train.steps=2000 sr.scale=2
       crossflow train --task t2i --data coco:~/flickr8k --output runs/mine
-      crossflow train --task t2i --output runs/mine --resume auto
+      crossflow train --output runs/mine --resume auto
       crossflow train --task depth source.kind=gaussian      the noise-source baseline
       accelerate launch -m crossflow train --task t2i        on many GPUs
 
     Ctrl-C ends cleanly with a checkpoint. The run directory holds config, weights, samples, metrics and checkpoints.
     """
+    if resume is not None and output is None:
+        raise UserError("--resume continues the run in --output; add --output DIR.")
     from crossflow.core import distributed
     from crossflow.engine.folder import new_folder
     from crossflow.engine.train import Run, finished
-    from crossflow.engine.train import dry_run as measure
     from crossflow.tasks.base import load_config, task_class
 
     distributed.device()  # joins the processes of a launcher, if there are several
-    resumed = (
-        output
-        if resume is not None and recipe is None and output is not None and (output / "config.yaml").exists()
-        else None
-    )
-    if task is None and recipe is None and resumed is None:
-        raise UserError(
-            f"Say what to train: --task {'|'.join(task_names())}, or --config with a recipe (crossflow list configs)."
-        )
-    name = recipe or f"{task}_tiny"
-    given = ([f"data.train={data}"] if data is not None else []) + list(overrides)
-    config = load_config(resumed or name, given, task)
-    if resume is not None and output is None:
-        raise UserError("--resume continues the run in --output; say which directory that is.")
-    progress = training_progress()
+    source = _source(task, recipe, output if resume is not None else None)
+    settings = ([f"data.train={data}"] if data is not None else []) + list(overrides)
+    config = load_config(source, settings, task)
     if dry_run:
-        config = load_config(resumed or name, [*given, *task_class(config.task).quick], task)
-        report = measure(config, progress=progress)
-        if distributed.is_main():
-            _show_dry_run(report)
+        _dry_run(load_config(source, [*settings, *task_class(config.task).quick], task))
         return
-    # With several processes each must name the same new folder: only the first may look what is taken.
-    folder = output or Path(distributed.on_main(lambda: str(new_folder(Path("runs"), Path(name).stem))))
+    # All processes must name the same new folder, so the first one looks which names are taken.
+    folder = output or Path(distributed.on_main(lambda: str(new_folder(Path("runs"), Path(source).stem))))
     if resume is not None and (outcome := finished(config, folder)) is not None:
         if distributed.is_main():
             say(f"The run in {folder} is finished: {outcome.result.step} of {config.train.steps} steps, and scored.")
-            say("Train it further with train.steps=N.")
+            say("To train it further, give a larger train.steps=N.")
         return
-    run = Run.open(config, folder, resume=resume, data_changed=data_changed, progress=progress)
+    run = Run.open(config, folder, resume=resume, data_changed=data_changed, progress=training_progress())
     if distributed.is_main():
-        parts = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in run.model.num_parameters().items())
-        say(f"Training {config.task} into {folder} ({parts}; {config.train.steps} steps of {config.train.batch_size}).")
+        _show_start(config, run, folder)
     outcome = run.train()
-    if not distributed.is_main():
-        return
+    if distributed.is_main():
+        _show_end(run, outcome, folder)
+
+
+def _source(task: str | None, recipe: str | None, resumed: Path | None) -> str | Path:
+    """Where the configuration comes from: the recipe, the resumed run's own folder, or the task's tiny recipe."""
+    if recipe is not None:
+        return recipe
+    if resumed is not None and (resumed / "config.yaml").exists():
+        return resumed
+    if task is None:
+        raise UserError(
+            f"Nothing says what to train. Give --task {'|'.join(task_names())}, or --config with a recipe (crossflow "
+            "list configs)."
+        )
+    return f"{task}_tiny"
+
+
+def _show_start(config: "Config", run: "Run", folder: Path) -> None:
+    parts = ", ".join(f"{part} {number / 1e6:.2f}M" for part, number in run.model.num_parameters().items())
+    say(f"Training {config.task} into {folder} ({parts}; {config.train.steps} steps of {config.train.batch_size}).")
+
+
+def _show_end(run: "Run", outcome: "Outcome", folder: Path) -> None:
     result = outcome.result
     if result.status == "stopped":
-        say(
-            f"Stopped after step {result.step} ({result.reason}); continue with: "
-            f"crossflow train --output {folder} --resume auto"
-        )
+        say(f"Stopped after step {result.step} ({result.reason}). Continue with:")
+        say(f"  crossflow train --output {folder} --resume auto")
         return
     say(f"Trained {result.step} steps in {result.seconds / 60:.1f} minutes. Samples: {folder / 'samples'}")
     if outcome.scores is not None:
@@ -105,17 +102,23 @@ def command(
         for note in outcome.scores.notes:
             say(f"note: {note}")
     prompt = '"a red cube"' if run.config.data.train == "scenes" else "TEXT"
-    given_input = f"--prompt {prompt}" if run.task.input_kind == "text" else "--input PICTURE"
-    say(f"The run is in {folder}. Use it: crossflow sample --checkpoint {folder} {given_input}")
+    example = f"--prompt {prompt}" if run.task.input_kind == "text" else "--input PICTURE"
+    say(f"The run is in {folder}. Use it: crossflow sample --checkpoint {folder} {example}")
 
 
-def _show_dry_run(report: Any) -> None:
-    say("parameters      " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in report.parameters.items()))
-    say(
-        "memory          "
-        + ", ".join(f"{name} {count / 2**20:.0f} MiB" for name, count in report.memory.items())
-        + ", and activations"
-    )
+def _dry_run(config: "Config") -> None:
+    from crossflow.core import distributed
+    from crossflow.engine.train import dry_run
+
+    report = dry_run(config, progress=training_progress())
+    if distributed.is_main():
+        _show_dry_run(report)
+
+
+def _show_dry_run(report: "DryRun") -> None:
+    memory = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in report.memory.items())
+    say("parameters      " + ", ".join(f"{name} {number / 1e6:.2f}M" for name, number in report.parameters.items()))
+    say(f"memory          {memory}, and activations")
     if report.peak_memory is not None:
         say(f"peak            {report.peak_memory / 2**30:.2f} GiB")
     say(

@@ -74,11 +74,11 @@ def output_folder(default: Path, requested: Path | None = None, *, overwrite: bo
     that is still empty then is removed. Arguments and errors are those of `claim`.
     """
     folder = claim(default, requested, overwrite=overwrite)
-    before = _files(folder)
+    before = output_files(folder)
     try:
         yield folder
     finally:
-        record(folder, _files(folder) - before)
+        record(folder, output_files(folder) - before)
         if not any(folder.iterdir()):
             folder.rmdir()
 
@@ -90,7 +90,8 @@ def record(folder: Path, names: set[str]) -> None:
         write_atomically(folder / RECORD, json.dumps({"files": sorted(names)}, indent=1) + "\n")
 
 
-def _files(folder: Path) -> set[str]:
+def output_files(folder: Path) -> set[str]:
+    """Paths, relative to the folder, of all files in and below it but the record."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {RECORD}
 
 

@@ -83,7 +83,7 @@ def test_sample_draws_prompts_several_times_and_says_so_in_the_file(tiny_run, tm
     folder = tmp_path / "out"
     argv = ["sample", "--checkpoint", str(tiny_run("t2i")), "--prompt", "a red cube", "--prompt", "كرة حمراء 🎉"]
     assert main([*argv, "--num", "2", "--seed", "5", "--output", str(folder)]) == 0
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     assert names == ["0000_0.png", "0000_1.png", "0001_0.png", "0001_1.png", "grid.png"]
     picture = Image.open(folder / "0000_1.png")
     assert picture.info["prompt"] == "a red cube"
@@ -188,7 +188,7 @@ def test_latent_tools_say_how_they_were_told_to_work(tiny_run, tmp_path: Path, c
         assert (picture.info["restandardise"], picture.info["mean"], picture.info["what"]) == ("true", "true", "k = 1")
     assert "'seed'" in refused(capsys, "sample", "--checkpoint", run, "--prompt", "a", "seed=3")
     argv = ["arithmetic", "--checkpoint", run, "--base", "a"]
-    assert "plus, minus, or both" in refused(capsys, *argv)
+    assert "--plus, --minus, or both" in refused(capsys, *argv)
     assert "NaNs" in refused(capsys, *argv, "--plus", "b", "--strength", "1e30", "--output", str(tmp_path / "n"))
 
 
@@ -395,11 +395,11 @@ def test_a_run_with_damaged_files_is_neither_used_nor_resumed(capsys, tiny_run, 
     shutil.copytree(tiny_run("t2i"), broken)
     (broken / kept).write_bytes((broken / kept).read_bytes()[:40])
     assert str(broken) in refused(capsys, "sample", "--checkpoint", str(broken), "--prompt", "a cube")
-    assert str(broken) in refused(capsys, "train", "--output", str(broken), "--resume", "auto")
+    assert str(broken) in refused(capsys, "train", "--output", str(broken), "--resume", "auto", "train.steps=3")
 
 
 def test_checkpoints_of_another_task_or_damaged_ones_are_refused(capsys, tiny_run, tmp_path: Path, photo: Path) -> None:
-    assert "text-to-image" in refused(capsys, "sample", "--checkpoint", str(tiny_run("t2i")), "--input", str(photo))
+    assert "takes prompts" in refused(capsys, "sample", "--checkpoint", str(tiny_run("t2i")), "--input", str(photo))
     assert "takes pictures" in refused(capsys, "sample", "--checkpoint", str(tiny_run("sr")), "--prompt", "a red cube")
     broken = tmp_path / "broken"
     shutil.copytree(tiny_run("sr"), broken)
@@ -467,4 +467,4 @@ def test_a_full_disk_is_one_sentence(capsys, tiny_run, tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", full)
     argv = ["sample", "--checkpoint", run, "--prompt", "a cube", "--output", str(tmp_path / "out")]
     assert "disk is full" in refused(capsys, *argv)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()

@@ -24,9 +24,12 @@ from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
 from crossflow.core.metrics import TaskMetric
+from crossflow.core.output import claim, output_files, record
 from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Progress, Scores, batches, seen_in_training
 
+UNFINISHED = ".unfinished"
+"""Subfolder of the results that holds what is finished of an interrupted evaluation."""
 NUM_TILES = 24
 USUAL_NUM = 1000
 EVERY = 10**9
@@ -50,6 +53,8 @@ def evaluate(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     folder: Path | None = None,
+    default: Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
     protocol: Protocol | None = None,
     statistics: Path | None = None,
@@ -62,7 +67,10 @@ def evaluate(
     Args:
         split, num: as the protocol says when None, else `test` and 1,000.
         settings: fields of SampleConfig.
-        folder: where to write; by default RUN/evaluation/DATA-SPLIT-SOLVER and whatever differs from the recipe.
+        folder: an empty or new folder to write to, or one where this evaluation was interrupted.
+        default: without `folder`, where to write, numbered if taken: RUN/evaluation/DATA-SPLIT-SOLVER and all that
+            differs from the recipe when None.
+        overwrite: replace earlier results in the folder.
         protocol: what is scored and how; None: the task's own rules.
         statistics: a file of `distribution.Statistics` of the real pictures, instead of computing them.
         moved: settings of the run that were replaced when it was loaded, for the manifest.
@@ -80,16 +88,31 @@ def evaluate(
         work.examples.cache_bytes = MEMORY
     real = _real(pipe, work, protocol, networks, statistics, spec, split, progress)
     about = manifest.identity(pipe, work.cases, protocol, chosen, seed=seed, num=num)
-    target = folder or (pipe.folder or Path("outputs")) / "evaluation" / _label(
-        pipe, work.cases, chosen, seed, protocol
-    )
+    named = (pipe.folder or Path("outputs")) / "evaluation" / _label(pipe, work.cases, chosen, seed, protocol)
+    target = _claim(default or named, folder, overwrite, about)
+    before = output_files(target)
     metric = work.metric()
     ledger = _run(pipe, work, metric, networks, about, chosen, seed, target, progress, with_features=real is not None)
     if ledger is None:
         return None
     report = _finish(pipe, work, metric, ledger, protocol, real, networks, about, begun, target, moved)
     ledger.remove()
+    record(target, output_files(target) - before)
     return report
+
+
+def _claim(default: Path, folder: Path | None, overwrite: bool, about: Mapping[str, Any]) -> Path:
+    """The folder of this evaluation in every process: where it was interrupted, else one without results."""
+
+    def interrupted(place: Path) -> bool:
+        return not (place / "metrics.json").exists() and Ledger.holds(place / UNFINISHED, _same(about))
+
+    return Path(distributed.on_main(lambda: str(claim(default, folder, overwrite=overwrite, resumable=interrupted))))
+
+
+def _same(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What an interrupted evaluation must agree in to be continued; batches change nothing but the last bits."""
+    return {**about, "sample": {**about["sample"], "batch_size": None}}
 
 
 def _real(
@@ -122,9 +145,7 @@ def _run(
     seed: int, target: Path, progress: Progress | None, *, with_features: bool,
 ) -> Ledger | None:  # fmt: skip
     """Works off what is not finished; the first process gets the ledger, the others None."""
-    # Batches change nothing but the last bits, so an evaluation may go on with others.
-    same = {**about, "sample": {**about["sample"], "batch_size": None}}
-    ledger = Ledger(target / ".unfinished", same) if distributed.is_main() else None
+    ledger = Ledger(target / UNFINISHED, _same(about)) if distributed.is_main() else None
     finished = set(json.loads(distributed.on_main(lambda: json.dumps(sorted(ledger.finished())) if ledger else "[]")))
     todo = [number for number in range(len(work.cases)) if number not in finished]
 

@@ -38,11 +38,16 @@ class Ledger:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        if folder.is_dir() and (folder / "identity").is_file() and (folder / "identity").read_text() != key:
+        if folder.is_dir() and not self.holds(folder, identity):
             self.remove()
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "identity", key)
+        write_atomically(folder / "identity", _key(identity))
+
+    @staticmethod
+    def holds(folder: Path, identity: Mapping[str, Any]) -> bool:
+        """Whether the folder holds finished batches of the evaluation with this identity."""
+        file = folder / "identity"
+        return file.is_file() and file.read_text() == _key(identity)
 
     def add(self, part: Part) -> None:
         tiles = {
@@ -76,6 +81,10 @@ class Ledger:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _key(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _read(path: Path) -> Part | None:

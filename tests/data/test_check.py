@@ -60,7 +60,11 @@ def test_the_command_writes_what_it_found_and_lists_bad_items(pairs, tmp_path, c
     assert (out / "all_bad.tsv").read_text().startswith("03\tnot a picture")
     assert Image.open(out / "all.png").text["spec"] == f"pairs:{pairs}"
     Image.new("RGB", (12, 8)).save(pairs / "rgb/03.png")
-    assert main(["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(out)]) == 0
+    again = ["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(out)]
+    assert main(again) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "all_bad.tsv").exists()
+    assert main([*again, "--overwrite"]) == 0
     assert not (out / "all_bad.tsv").exists()
 
 
@@ -69,8 +73,8 @@ def test_too_many_bad_items_are_an_error(pairs, tmp_path, capsys):
         (pairs / f"depth/{number:02d}.png").write_bytes(b"broken")
     given = ["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(tmp_path / "out")]
     assert main(given) == 2
-    assert "2 of the 20 items of all are bad, and at most 5%" in capsys.readouterr().err
-    assert main([*given, "--max-bad", "0.2"]) == 0
+    assert "2 of the 20 items of all are bad; the limit is 5%" in capsys.readouterr().err
+    assert main([*given, "--overwrite", "--max-bad", "0.2"]) == 0
 
 
 def test_all_splits_that_there_are_and_what_they_share(pairs, tmp_path, capsys):
@@ -79,10 +83,15 @@ def test_all_splits_that_there_are_and_what_they_share(pairs, tmp_path, capsys):
         Image.new("RGB", (6, 4)).save(tmp_path / f"sorted/{split}/a.png")
     assert list(open_splits(f"folder:{tmp_path}/sorted")) == ["train", "test"]
     assert main(["data", "check", f"folder:{tmp_path}/sorted", "--output", str(tmp_path / "out")]) == 0
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"train.json", "train.png", "test.json", "test.png"}
+    assert {file.name for file in (tmp_path / "out").glob("[!.]*")} == {
+        "train.json",
+        "train.png",
+        "test.json",
+        "test.png",
+    }
     readers = {split: open_reader(f"pairs:{pairs}@all", split) for split in ("val", "test")}
     assert shared_ids(readers) == {("test", "val"): list(readers["val"].ids)}
-    assert main(["data", "check", f"folder:{tmp_path}/nowhere", "--output", str(tmp_path / "out")]) == 2
+    assert main(["data", "check", f"folder:{tmp_path}/nowhere", "--output", str(tmp_path / "other")]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert main(["data", "check", f"folder:{tmp_path}/sorted", "--split", "val"]) == 2
 

@@ -73,7 +73,10 @@ def test_what_another_evaluation_left_unfinished_is_not_taken(sr, tmp_path: Path
     options = {"spec": spec, "folder": tmp_path / "out", "protocol": load_protocol("set5-x4")}
     with pytest.raises(KeyboardInterrupt):
         evaluate(sr, progress=kill, seed=1, **options)
-    other = evaluate(sr, **options)
+    with pytest.raises(UserError, match="--overwrite"):
+        evaluate(sr, **options)
+    assert (tmp_path / "out" / ".unfinished").is_dir()
+    other = evaluate(sr, overwrite=True, **options)
     assert len(other.scores.rows) == 3
     assert other.manifest["seed"] == 0
 
@@ -101,7 +104,7 @@ def test_an_evaluation_is_repeated_from_its_manifest_and_differences_are_named(
     assert before["scores"] == after["scores"]
     assert before["manifest"]["sample"] == after["manifest"]["sample"]
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "a" / "repeated")]) == 0
-    assert "Nothing that decides" in capsys.readouterr().out
+    assert "agree in everything" in capsys.readouterr().out
     assert main([*argv, "--steps", "1", "--output", str(tmp_path / "b")]) == 0
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
@@ -117,8 +120,10 @@ def test_an_evaluation_is_repeated_from_its_manifest_and_differences_are_named(
 
 
 def test_a_manifest_tells_what_a_number_was_made_of(sr, tmp_path: Path) -> None:
-    report = evaluate(sr, spec=pictures(tmp_path / "data", 5), protocol=load_protocol("set5-x4"), folder=tmp_path)
-    told = metrics(tmp_path)["manifest"]
+    report = evaluate(
+        sr, spec=pictures(tmp_path / "data", 5), protocol=load_protocol("set5-x4"), folder=tmp_path / "out"
+    )
+    told = metrics(tmp_path / "out")["manifest"]
     assert told == json.loads(json.dumps(report.manifest))
     assert told["protocol"]["sr"] == {"scale": 4, "crop": None, "shave": 4}
     assert told["num_items"] == 5
@@ -190,7 +195,7 @@ def test_protocols_refuse_what_does_not_fit_them(sr, tmp_path: Path) -> None:
 @pytest.mark.skipif("CROSSFLOW_TEST_DATA" not in os.environ, reason="needs the real pictures")
 def test_the_bicubic_row_of_set5_is_the_published_one(sr, tmp_path: Path) -> None:
     spec = f"folder:{os.environ['CROSSFLOW_TEST_DATA']}/data/sr/Set5@all"
-    report = evaluate(sr, spec=spec, protocol=load_protocol("set5-x4"), folder=tmp_path, settings={"steps": 1})
+    report = evaluate(sr, spec=spec, protocol=load_protocol("set5-x4"), folder=tmp_path / "out", settings={"steps": 1})
     assert report.baseline["psnr_y"] == pytest.approx(28.42, abs=0.05)
     assert report.baseline["ssim_y"] == pytest.approx(0.8104, abs=0.002)
     assert report.scores.notes == []
