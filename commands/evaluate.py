@@ -72,8 +72,8 @@ def command(
     batch_size=N nor the number of processes (torchrun, accelerate launch) changes the result. A killed evaluation
     continues when the same command is given again.
     """
-    from crossflow.benchmarks.evaluation.evaluate import evaluate
     from crossflow.benchmarks.evaluation.compare import expect_repeated
+    from crossflow.benchmarks.evaluation.evaluate import evaluate
     from crossflow.core import distributed
 
     if distributed.announced():

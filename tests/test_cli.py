@@ -184,8 +184,10 @@ def test_latent_tools_say_how_they_were_told_to_work(tiny_run, tmp_path: Path, c
         assert (gif.n_frames, gif.info["duration"]) == (3, 250)
     argv = ["arithmetic", "--checkpoint", run, "--base", "a red cube", "--plus", "a ball", "--restandardise", "--mean"]
     assert main([*argv, "mode=true", "--output", str(tmp_path / "a")]) == 0
-    with Image.open(tmp_path / "a" / "000.png") as picture:
-        assert (picture.info["restandardise"], picture.info["mean"], picture.info["what"]) == ("true", "true", "k = 1")
+    for file, label in (("000.png", "base"), ("001.png", "k = 1")):
+        with Image.open(tmp_path / "a" / file) as picture:
+            assert picture.info["what"] == label
+            assert (picture.info["restandardise"], picture.info["mean"]) == ("true", "true")
     assert "'seed'" in refused(capsys, "sample", "--checkpoint", run, "--prompt", "a", "seed=3")
     argv = ["arithmetic", "--checkpoint", run, "--base", "a"]
     assert "--plus, --minus, or both" in refused(capsys, *argv)
@@ -323,7 +325,7 @@ def test_list_names_what_there_is(capsys, what: str) -> None:
         (["train", "--task", "t2i", "--data", "coco:nowhere", "--dry-run"], "nowhere"),
         (["train", "--task", "t2i", "--data", "cocoa:nowhere", "--dry-run"], "coco"),
         (["train", "--task", "t2i", "--resume", "auto"], "--output"),
-        (["sample", "--checkpoint", "nowhere", "--prompt", "a"], "no folder nowhere"),
+        (["sample", "--checkpoint", "nowhere", "--prompt", "a"], "nowhere does not exist"),
         (["evaluate", "--checkpoint", "."], "not a run directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -430,7 +432,7 @@ def test_unreadable_inputs_are_refused_by_name(capsys, tiny_run, tmp_path: Path)
     latin = tmp_path / "prompts.txt"
     latin.write_bytes("ein grüner Würfel".encode("latin-1"))
     assert "UTF-8" in refused(capsys, "sample", "--checkpoint", str(tiny_run("t2i")), "--prompts", str(latin))
-    assert "no device" in refused(capsys, "evaluate", "--checkpoint", run, "--device", "gpu7")
+    assert "unavailable" in refused(capsys, "evaluate", "--checkpoint", run, "--device", "gpu7")
 
 
 def test_a_jointly_trained_text_decoder_is_the_one_that_is_used(tiny_settings, tmp_path: Path) -> None:

@@ -37,10 +37,10 @@ def test_all_of_them_in_a_file_and_in_the_latent_tools(tiny_run, tmp_path: Path)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
     assert main(["sample", "--checkpoint", run, "--prompts", str(prompts), "--output", str(tmp_path / "out")]) == 0
-    assert len(list((tmp_path / "out").iterdir())) == len(lines) + 1
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(lines) + 1
     for start, end in (("empty", "long words"), ("right to left", "emoji"), ("not a text", "one long word")):
         argv = ["interpolate", "--checkpoint", run, "--from", TEXTS[start], "--to", TEXTS[end], "--frames", "2"]
-        assert main([*argv, "--output", str(tmp_path / "walk")]) == 0
+        assert main([*argv, "--output", str(tmp_path / f"{start} to {end}")]) == 0
 
 
 @pytest.fixture
