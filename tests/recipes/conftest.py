@@ -71,7 +71,7 @@ def make_coco(root: Path) -> None:
 
 
 def make_nyu(root: Path) -> None:
-    for split, numbers in (("train", range(1, 9)), ("test", (45, 46))):
+    for split, numbers in (("train", range(1, 6)), ("test", (45, 46))):
         for number in numbers:
             folder = root / f"official_splits/{split}/kitchen"
             write_picture(folder / f"rgb_{number:05d}.jpg", 480, 640, number)
@@ -80,7 +80,7 @@ def make_nyu(root: Path) -> None:
 
 def make_kitti(root: Path) -> None:
     lines: dict[str, list[str]] = {"train": [], "test": []}
-    for split, frames in (("train", range(8)), ("test", (69, 70))):
+    for split, frames in (("train", range(4)), ("test", (69, 70))):
         for frame in frames:
             name = f"{DRIVE}/image_02/data/{frame:010d}.png"
             drive = f"{DRIVE.split('/')[1]}/proj_depth/groundtruth/image_02/{frame:010d}.png"
@@ -121,9 +121,9 @@ def make_vkitti(root: Path) -> None:
 
 
 def make_imagenet(root: Path) -> None:
-    for split, count in (("train", 8), ("val", 4)):
-        for number in range(count):
-            write_picture(root / split / f"n01440764/{split}_{number}.JPEG", 256, 300, number)
+    for split, name, count in (("train", "n01440764_{}", 8), ("val", "ILSVRC2012_val_00000{}", 3)):
+        for number in range(293, 293 + count):
+            write_picture(root / split / f"n01440764/{name.format(number)}.JPEG", 256, 260, number)
 
 
 @pytest.fixture(scope="session")

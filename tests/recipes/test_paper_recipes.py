@@ -33,7 +33,7 @@ OF_TASK = {
         "caption.autoencoder.width=16",
     ],
     "depth": PIXELS,
-    "sr": ["backbone.depth=1"],
+    "sr": ["backbone.depth=1", "data.image_size=64", "sr.tile=256", "sr.overlap=16"],
 }
 
 
