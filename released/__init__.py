@@ -1,10 +1,10 @@
-"""The released CrossFlow and FlowTok weights <-> our networks, tensor by tensor and exactly, in both directions.
+"""The released CrossFlow and FlowTok weights <-> networks of this package, tensor by tensor, exact in both directions.
 
-model = from_reference("dimr", torch.load("t2i_256px_clip_dimr.pth", weights_only=True, mmap=True), config)
-state = to_reference(model)
+    model = from_reference("dimr", torch.load("t2i_256px_clip_dimr.pth", weights_only=True, mmap=True), config)
+    state = to_reference(model)
 
 Kinds: dimr, dit, flowtok (a CrossFlow, its loss heads in `.objective`), flowtitok, autoencoder_kl (codecs). A kind is a
-table of rules, see `kinds.py` (how one is added) and `rules.py`.
+table of rules: see rules.py, and kinds.py for how to add one.
 """
 
 import logging
@@ -36,35 +36,45 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 HEADS = "objective."
-"""What the tensors of a CrossFlow's objective are called beside those of the generator."""
+"""Prefix of the tensors of a CrossFlow's objective, beside those of the generator."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a network came from: its kind, the reference's settings, the optional keys its file lacked, and the keys
-    that were dropped, each with the reason.
-    """
+    """The released file that a network comes from."""
 
     kind: str
     config: ReferenceConfig
+    """The reference's own settings."""
     absent: tuple[str, ...] = ()
+    """Optional keys that the file lacks."""
     dropped: Mapping[str, str] | None = None
+    """{unused key: the reason}."""
 
 
 def from_reference(kind: str, state_dict: Mapping[str, Tensor], config: ReferenceConfig) -> Any:
-    """The network that a released file stands for, in evaluation mode and in the file's own precision.
+    """The network of a released file, in evaluation mode and in the file's own precision.
 
     kind: dimr | dit | flowtok -> CrossFlow with `.objective`; flowtitok | autoencoder_kl -> codec.
-    state_dict: the file's keys and tensors (any device, also meta). They are taken over without a copy where nothing
-    has to be rearranged, so do not write to them afterwards. config: the reference's own settings.
-    What was dropped is logged and listed in `.reference.dropped`.
-    Raises UserError that lists every missing, misshapen and unknown key.
+    state_dict: the file's keys and tensors (any device, including meta). The network shares their memory where nothing
+    is rearranged, so do not modify them afterwards. config: the reference's own settings.
+    Dropped keys are logged and listed in `.reference.dropped`.
+    Raises UserError that lists every missing, mismatched and unknown key.
+
+    >>> vae = {"ch": 32, "ch_mult": [1, 1, 1, 1], "in_channels": 3, "out_ch": 3, "num_res_blocks": 1, "z_channels": 4}
+    >>> shapes = expected("autoencoder_kl", vae, ())
+    >>> state = {key: torch.randn(shape) for key, shape in shapes.items()}
+    >>> codec = from_reference("autoencoder_kl", state, vae)
+    >>> codec.latent_shape(64)
+    (4, 8, 8)
+    >>> all(torch.equal(tensor, state[key]) for key, tensor in to_reference(codec).items())
+    True
     """
     known = kind_named(kind)
     module = empty(kind, config, state_dict)
-    ours = tensors(module)
-    table = entries(ours, known.rules)
-    shapes = expected_shapes(ours, table)
+    own = tensors(module)
+    table = entries(own, known.rules)
+    shapes = expected_shapes(own, table)
     unused = check(state_dict, shapes, known.dropped, kind)
     _fill(module, join_all(state_dict, table))
     known.finish(module)
@@ -77,60 +87,68 @@ def from_reference(kind: str, state_dict: Mapping[str, Tensor], config: Referenc
 
 
 def to_reference(model: nn.Module, kind: str | None = None, config: ReferenceConfig | None = None) -> dict[str, Tensor]:
-    """The tensors of `model` under the released keys, the exact inverse of `from_reference`; memory is shared with it
-    where nothing has to be rearranged.
+    """The tensors of `model` under the released keys: the exact inverse of `from_reference`. Memory is shared where
+    nothing is rearranged.
 
-    kind: only for a model that did not come from `from_reference` but has the same parts (one trained here from a
-    released recipe). Keys that were dropped, or that the file lacked, are not made up. A CrossFlow without `.objective`
-    gives the generator's keys alone.
-    Raises UserError when the kind is not known.
+    kind: only for a model that `from_reference` did not create but that has the same parts, such as one trained on a
+    released recipe. Dropped keys and keys that the file lacked are left out. A CrossFlow without `.objective` gives the
+    generator's keys alone.
+    Raises UserError when the kind is unknown or missing.
     """
     origin: Reference | None = getattr(model, "reference", None)
     if origin is None:
         if kind is None:
-            raise UserError("This network did not come from a released file: say its kind, and the reference's config.")
+            raise UserError(
+                "This network does not come from a released file: pass its kind and the reference's config."
+            )
         origin = Reference(kind, dict(config or {}))
-    ours = tensors(model)
-    state = split_all(ours, entries(ours, kind_named(origin.kind).rules))
+    own = tensors(model)
+    state = split_all(own, entries(own, kind_named(origin.kind).rules))
     return {key: tensor for key, tensor in state.items() if key not in origin.absent}
 
 
 def settings(kind: str, config: ReferenceConfig, keys: Collection[str]) -> dict[str, Any]:
-    """Our recipe's settings for a released flow model, for `crossflow.core.settings.build` or a config.yaml."""
+    """The recipe of a released flow model, for `crossflow.core.settings.build` or a config.yaml.
+
+    Raises UserError for a codec, which has no recipe, and for unsupported settings.
+    """
     known = kind_named(kind)
     if known.settings is None:
-        raise UserError(f"A {kind!r} network is a codec; it has no recipe of its own.")
+        raise UserError(f"A {kind!r} network is a codec and has no recipe; use from_reference.")
     return known.settings(config, keys)
 
 
 def empty(kind: str, config: ReferenceConfig, keys: Collection[str]) -> nn.Module:
-    """The network on the meta device: shapes without memory. Raises UserError for settings that make no network."""
+    """The network on the meta device: shapes without memory. Raises UserError for invalid settings."""
     known = kind_named(kind)
     try:
         with torch.device("meta"):
             return known.build(config, keys)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(
-            f"No {kind!r} network can be made with this config; one of its settings is not what the reference's code "
-            f"takes ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+            f"This config does not describe a {kind!r} network; a setting has another type or value than in the "
+            f"reference's code ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
         ) from error
 
 
 def expected(kind: str, config: ReferenceConfig, keys: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """{reference key: shape} of all that a file of that kind and config can hold and we use."""
-    ours = tensors(empty(kind, config, keys))
-    shapes = expected_shapes(ours, entries(ours, kind_named(kind).rules))
+    """{reference key: shape} of all tensors that a file of this kind and config may hold, without dropped ones.
+
+    keys: of the file, which decide between variants with the same settings; () for none.
+    """
+    own = tensors(empty(kind, config, keys))
+    shapes = expected_shapes(own, entries(own, kind_named(kind).rules))
     return {key: tuple(shape) for key, (shape, _) in shapes.items()}
 
 
 def _parts(module: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose tensors belong to a network, by prefix of their names."""
+    """The modules with the tensors of a network, by the prefix of their names."""
     objective = module.objective if isinstance(module, CrossFlow) else None
     return {"": module} if objective is None else {"": module, HEADS: objective}
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a network by name; the objective's without the generator it trains."""
+    """All tensors of a network by name, including those of its objective."""
     return {
         prefix + name: tensor
         for prefix, part in _parts(module).items()
@@ -139,9 +157,9 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _fill(module: nn.Module, filled: Mapping[str, Tensor]) -> None:
+def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     for prefix, part in _parts(module).items():
-        own = {name.removeprefix(prefix): tensor for name, tensor in filled.items() if name.startswith(prefix)}
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         part.load_state_dict(own, strict=False, assign=True)
 
 

@@ -1,9 +1,9 @@
-"""The released codecs: FlowTiTok, and Stable Diffusion's autoencoder under its original (latent diffusion) names."""
+"""The released codecs: FlowTiTok, and Stable Diffusion's autoencoder under its original (latent diffusion) keys."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import isqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from crossflow.core.errors import UserError
 from crossflow.networks.codecs.autoencoders import AutoencoderKLCodec
 from crossflow.networks.codecs.flowtitok import FlowTiTokCodec
 from crossflow.networks.codecs.flowtitok_network import FlowTiTok, FlowTiTokConfig, rotary_tables
+from crossflow.networks.codecs.network import NetworkCodec
 from crossflow.released.kinds import KINDS, Kind, ReferenceConfig
 from crossflow.released.rules import Rule
 
@@ -19,10 +20,10 @@ logger = logging.getLogger(__name__)
 CROSSFLOW_SCALE = 0.23010
 """Factor on the autoencoder's latents in the released CrossFlow models."""
 NUM_LEVELS = 4
-"""Resolutions of the autoencoder."""
+"""Number of resolutions of the autoencoder."""
 
 
-# -- how tensors lie there
+# -- layouts of single tensors
 
 
 def _matrix(conv: Tensor) -> Tensor:
@@ -41,8 +42,8 @@ def _leading(vector: Tensor, count: int) -> tuple[Tensor, ...]:
     return (vector[None, None],)
 
 
-def _of_patches(conv: Tensor) -> Tensor:
-    """(D, 3, p, p) -> (D, p * p * 3), colour fastest, as `core.layers.patchify` cuts."""
+def _patch_matrix(conv: Tensor) -> Tensor:
+    """(D, 3, p, p) -> (D, p * p * 3), colour fastest, the order of `core.layers.patchify`."""
     return conv.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
@@ -51,34 +52,34 @@ def _patch_conv(matrix: Tensor, count: int) -> tuple[Tensor, ...]:
     return (matrix.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2).contiguous(),)
 
 
-def _computed(which: str) -> Any:
-    """Rotary tables are computed, whatever a file holds; one that disagrees is reported."""
+def _rotary(function: Literal["cos", "sin"]) -> Callable[[Tensor], Tensor]:
+    """A `join` that computes the rotary table, and warns when the file's table differs."""
 
-    def table(given: Tensor) -> Tensor:
-        cos, sin = rotary_tables(isqrt(len(given)), given.shape[1])
-        right = cos if which == "cos" else sin
-        if given.device.type != "meta" and not torch.allclose(given.float().cpu(), right, atol=1e-4):
-            logger.warning("The file's rotary tables (%s) are not those of its grid; computed ones are used.", which)
-        return right.to(given.device)
+    def table(stored: Tensor) -> Tensor:
+        cos, sin = rotary_tables(isqrt(len(stored)), stored.shape[1])
+        computed = cos if function == "cos" else sin
+        if stored.device.type != "meta" and not torch.allclose(stored.float().cpu(), computed, atol=1e-4):
+            logger.warning("The file's rotary tables (%s) do not fit its grid; computed ones are used.", function)
+        return computed.to(stored.device)
 
     return table
 
 
-def _meta_free(codec: type, network: nn.Module, **options: Any) -> nn.Module:
-    """A codec around a network on the meta device; its scale is a number that is known already."""
+def _around(codec: Callable[[nn.Module], NetworkCodec], network: nn.Module) -> NetworkCodec:
+    """`codec` around a network on the meta device; its scale is on the CPU, since it is not in the file."""
     with torch.device("cpu"):
-        made: nn.Module = codec(network, **options)
-    return made
+        return codec(network)
 
 
-def _section(config: ReferenceConfig, name: str, needed: str) -> Mapping[str, Any]:
-    """A section of the reference's settings; raises UserError when it lacks one of those that are `needed`."""
+def _section(config: ReferenceConfig, name: str, required: str) -> Mapping[str, Any]:
+    """A section of the reference's settings. Raises UserError when one of the `required` settings is missing."""
     section = config.get(name)
-    missing = [one for one in needed.split() if one not in section] if isinstance(section, Mapping) else [name]
+    present = section if isinstance(section, Mapping) else None
+    missing = [name] if present is None else [setting for setting in required.split() if setting not in present]
     if missing:
         raise UserError(
             f"The config of this released codec lacks {', '.join(missing)}. Give the reference's own settings, with "
-            f"{', '.join(needed.split())} under {name}."
+            f"{', '.join(required.split())} under {name}."
         )
     assert isinstance(section, Mapping)
     return section
@@ -88,13 +89,14 @@ def _section(config: ReferenceConfig, name: str, needed: str) -> Mapping[str, An
 
 
 def _build_flowtitok(config: ReferenceConfig, keys: Collection[str]) -> nn.Module:
-    return _meta_free(FlowTiTokCodec, FlowTiTok(flowtitok_config(config)))
+    return _around(FlowTiTokCodec, FlowTiTok(flowtitok_config(config)))
 
 
 def flowtitok_config(config: ReferenceConfig) -> FlowTiTokConfig:
-    """Our settings of the tokenizer from the reference's (`vq_model`, `dataset.crop_size`); UserError for variants
-    that were not released. Pictures pass as they are: a run's tokenizer (`crossflow convert`) sets what it was trained
-    on, [0, 1], as it sets the scale.
+    """The sizes of the tokenizer from the reference's settings (`vq_model`, `dataset.crop_size`).
+
+    The range of pixels stays [-1, 1]; `crossflow convert` sets the range of training, [0, 1], with the scale.
+    Raises UserError for variants that were not released.
     """
     model = _section(
         config,
@@ -107,7 +109,7 @@ def flowtitok_config(config: ReferenceConfig) -> FlowTiTokConfig:
     if model["vit_enc_patch_size"] != model["vit_dec_patch_size"]:
         other.append("different patch sizes of encoder and decoder")
     if other:
-        raise UserError(f"FlowTiTok with {' and '.join(other)} is not among the released tokenizers.")
+        raise UserError(f"No FlowTiTok with {' and '.join(other)} was released, so it is not supported.")
     return FlowTiTokConfig(
         image_size=int(image_size),
         encoder=model["vit_enc_model_size"],
@@ -127,7 +129,7 @@ FLOWTITOK_RULES = (
     Rule(_SIDE + "positions", (r"\1.latent_token_positional_embedding",)),
     Rule(r"network\.decoder\.text_positions", ("decoder.text_guidance_positional_embedding",)),
     Rule(r"network\.decoder\.mask_token", ("decoder.mask_token",), _vector, _leading),
-    Rule(r"network\.encoder\.embed\.weight", ("encoder.patch_embed.weight",), _of_patches, _patch_conv),
+    Rule(r"network\.encoder\.embed\.weight", ("encoder.patch_embed.weight",), _patch_matrix, _patch_conv),
     Rule(r"network\.encoder\.embed\.bias", ("encoder.patch_embed.bias",)),
     Rule(rf"network\.decoder\.embed\.{_LINEAR}", (r"decoder.decoder_embed.\1",)),
     Rule(rf"network\.decoder\.embed_text\.{_LINEAR}", (r"decoder.text_guidance_proj.\1",)),
@@ -135,7 +137,7 @@ FLOWTITOK_RULES = (
         Rule(
             rf"{_SIDE}tower\.{part}",
             (rf"\1.positional_embedding.freqs_{part}",),
-            join=_computed(part),
+            join=_rotary(part),
             optional=True,
         )
         for part in ("cos", "sin")
@@ -161,13 +163,13 @@ def _build_autoencoder(config: ReferenceConfig, keys: Collection[str]) -> nn.Mod
     """diffusers' `AutoencoderKL` for the reference's own settings (`ddconfig`, `scale_factor`)."""
     from diffusers import AutoencoderKL
 
-    given = config if "ddconfig" in config else {"ddconfig": config}
-    settings = _section(given, "ddconfig", "ch ch_mult in_channels out_ch num_res_blocks z_channels")
+    nested = config if "ddconfig" in config else {"ddconfig": config}
+    settings = _section(nested, "ddconfig", "ch ch_mult in_channels out_ch num_res_blocks z_channels")
     widths = tuple(settings["ch"] * factor for factor in settings["ch_mult"])
     if settings.get("attn_resolutions") or not settings.get("double_z", True) or len(widths) != NUM_LEVELS:
         raise UserError(
-            f"Of the KL autoencoders those with {NUM_LEVELS} resolutions (ch_mult), a variance (double_z) and no "
-            "attention but in the middle (attn_resolutions) can be read, as Stable Diffusion's is."
+            f"A KL autoencoder must have {NUM_LEVELS} resolutions (ch_mult), a variance (double_z), and attention only "
+            "in the middle (attn_resolutions empty), as Stable Diffusion's has."
         )
     network = AutoencoderKL(
         in_channels=settings["in_channels"],
@@ -180,15 +182,15 @@ def _build_autoencoder(config: ReferenceConfig, keys: Collection[str]) -> nn.Mod
         sample_size=settings.get("resolution", 256),
         scaling_factor=float(config.get("scale_factor", CROSSFLOW_SCALE)),
     )
-    return _meta_free(AutoencoderKLCodec, network)
+    return _around(AutoencoderKLCodec, network)
 
 
-def _residual_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """Of a residual block; `theirs` may use the groups of `ours`."""
-    last = ours.count("(") + 1  # the number of the first group after those of `ours`
+def _residual_rules(pattern: str, key: str) -> tuple[Rule, ...]:
+    """The rules of a residual block; `key` may refer to the groups of `pattern`."""
+    group = pattern.count("(") + 1  # the first group after those of `pattern`
     return (
-        Rule(rf"{ours}\.(norm|conv)([12])\.{_LINEAR}", (rf"{theirs}.\{last}\{last + 1}.\{last + 2}",)),
-        Rule(rf"{ours}\.conv_shortcut\.{_LINEAR}", (rf"{theirs}.nin_shortcut.\{last}",)),
+        Rule(rf"{pattern}\.(norm|conv)([12])\.{_LINEAR}", (rf"{key}.\{group}\{group + 1}.\{group + 2}",)),
+        Rule(rf"{pattern}\.conv_shortcut\.{_LINEAR}", (rf"{key}.nin_shortcut.\{group}",)),
     )
 
 
@@ -201,13 +203,13 @@ AUTOENCODER_RULES = (
         rf"network\.encoder\.down_blocks\.(\d)\.downsamplers\.0\.conv\.{_LINEAR}",
         (r"encoder.down.\1.downsample.conv.\2",),
     ),
-    *(  # the decoder's resolutions are counted from the other end
+    *(  # the reference counts the decoder's resolutions from the other end
         rule
         for level in range(NUM_LEVELS)
-        for ours, theirs in ((rf"network\.decoder\.up_blocks\.{level}", rf"decoder.up.{NUM_LEVELS - 1 - level}"),)
+        for pattern, key in ((rf"network\.decoder\.up_blocks\.{level}", rf"decoder.up.{NUM_LEVELS - 1 - level}"),)
         for rule in (
-            *_residual_rules(rf"{ours}\.resnets\.(\d)", rf"{theirs}.block.\1"),
-            Rule(rf"{ours}\.upsamplers\.0\.conv\.{_LINEAR}", (rf"{theirs}.upsample.conv.\1",)),
+            *_residual_rules(rf"{pattern}\.resnets\.(\d)", rf"{key}.block.\1"),
+            Rule(rf"{pattern}\.upsamplers\.0\.conv\.{_LINEAR}", (rf"{key}.upsample.conv.\1",)),
         )
     ),
     *_residual_rules(rf"{_SIDE}mid_block\.resnets\.0", r"\1.mid.block_1"),

@@ -1,7 +1,7 @@
-"""Released files -> our folders, tensor by tensor: what `crossflow convert FILE DIR` does.
+"""Released files -> run directories and codec folders, tensor by tensor: `crossflow convert FILE DIR`.
 
-A flow model becomes a run directory, a codec a codec's folder. Beside the weights, released.json says what the file
-was, so that the folder can be written back under the original keys (restore.py).
+A flow model becomes a run directory, a codec becomes a codec folder. Beside the weights, released.json records the
+origin, from which restore.py writes the original keys again.
 """
 
 import functools
@@ -40,12 +40,13 @@ from crossflow.released.folders import (
     Progress,
     check_free,
     counter,
-    whole,
+    new_folder,
 )
 from crossflow.released.kinds import Kind, kind_named
 from crossflow.released.known import Known, identify, read_config
 from crossflow.released.rules import Entry, check, entries, expected_shapes
-from crossflow.tasks.base import build_task, task_class
+from crossflow.tasks.base import build_task
+from crossflow.tasks.t2i import T2IConfig
 from crossflow.tasks.t2i.encoder import FROZEN_FILE
 
 
@@ -58,27 +59,31 @@ def from_file(
     overrides: Sequence[str] = (),
     progress: Progress = lambda done, total: None,
 ) -> Converted:
-    """Writes the run directory, or the codec's folder, of a released file; it appears whole or not at all.
+    """Converts a released file into a run directory or a codec folder, which appears complete or not at all.
 
-    kind, config: of a network that is not one of the released files; config: a JSON or YAML file of the reference's
-    own settings. overrides: key=value settings of a flow model's run, above all text.encoder and codec.source.
-    The file is read tensor by tensor; at no time is more than the file itself held in memory.
-    Raises UserError: wrong kind, missing or misshapen or unknown tensors, unreadable files, folders that are not empty,
-    full disks, overrides that would change the network.
+    kind, config: of a network that is not one of the released files; config is a JSON or YAML file of the reference's
+    own settings. overrides: key=value settings of a flow model's run, such as text.encoder and codec.source.
+    progress: called with bytes written and total. Tensors are read one by one; the memory in use never exceeds the size
+    of the file.
+    Raises UserError for a wrong kind, missing, mismatched or unknown tensors, an unreadable file, a folder that is not
+    empty, a full disk, and overrides that would change the network.
+
+        converted = from_file("t2i_256px_clip_dimr.pth", "runs/clip")
+        pipe = crossflow.load(converted.path)
     """
     folder = Path(folder)
     check_free(folder)
     weights = read_weights(source)
-    said, settings = read_config(Path(config)) if config is not None else (None, None)
-    known = identify(weights.empty, kind or said, settings, weights.path)
+    config_kind, settings = read_config(Path(config)) if config is not None else (None, None)
+    known = identify(weights.empty, kind or config_kind, settings, weights.path)
     rules = kind_named(known.kind)
     module = released.empty(known.kind, known.config, list(weights))
-    ours = released.tensors(module)
-    table = entries(ours, rules.rules)
-    shapes = expected_shapes(ours, table)
+    own = released.tensors(module)
+    table = entries(own, rules.rules)
+    shapes = expected_shapes(own, table)
     _check_kind(weights, shapes, known, rules)
     unused = check(weights.empty, shapes, rules.dropped, known.kind)
-    pieces = [piece for entry in table for piece in _piece(entry, weights, ours[entry.name])]
+    pieces = [piece for entry in table for piece in _piece(entry, weights, own[entry.name])]
     dropped = _by_reason(unused, rules)
     origin = {
         "kind": known.kind,
@@ -91,84 +96,88 @@ def from_file(
     if isinstance(module, CrossFlow):
         run = _run_config(known, list(weights), overrides, module)
         notes = _notes(run)
-        with whole(folder, size_of(pieces)) as part:
+        with new_folder(folder, size_of(pieces)) as part:
             _write_run(part, run, pieces, counter(progress, pieces))
             _write_origin(part, origin, run)
     else:
-        _refuse_overrides(overrides, known)
-        notes = [f"A run uses it by codec.source={folder}."]
-        with whole(folder, size_of(pieces)) as part:
+        if overrides:
+            raise UserError(
+                f"{known.name} is a codec and has no settings to override: leave out {' '.join(overrides)}."
+            )
+        notes = [f"To use it in a run: codec.source={folder}"]
+        with new_folder(folder, size_of(pieces)) as part:
             _write_codec(part, module, pieces, counter(progress, pieces))
             _write_origin(part, origin, None)
     return Converted(folder, known.name, known.kind, len(weights) - len(unused), dropped, notes)
 
 
 def _check_kind(weights: Weights, shapes: Mapping[str, Any], known: Known, kind: Kind) -> None:
-    """A file of another kind is told as such, instead of by hundreds of tensors that do not fit."""
-    fitting = sum(key in weights and weights.empty[key].shape == shape for key, (shape, _) in shapes.items())
+    """Raises UserError for a file of another kind, instead of listing hundreds of mismatched tensors."""
+    matching = sum(key in weights and weights.empty[key].shape == shape for key, (shape, _) in shapes.items())
     used = {key for key in weights if not any(re.fullmatch(pattern, key) for pattern in kind.dropped)}
-    if fitting < len(used | shapes.keys()) / 2:
+    if matching < len(used | shapes.keys()) / 2:
         raise UserError(
-            f"{weights.path} holds {fitting} of the {len(shapes)} tensors of a {known.kind!r} network with these "
-            f"settings, and {len(used) - fitting} others: it is another network. Look at --kind and --config."
+            f"{weights.path} holds {matching} of the {len(shapes)} tensors of a {known.kind!r} network with these "
+            f"settings, and {len(used) - matching} others: it is another network. Check --kind and --config."
         )
 
 
-def _piece(entry: Entry, weights: Weights, built: Tensor) -> Iterator[Piece]:
-    """One tensor of ours: from the file, or what the network was built with where the file need not hold it."""
+def _piece(entry: Entry, weights: Weights, initial: Tensor) -> Iterator[Piece]:
+    """One tensor of the network: from the file, or its initial value where the file lacks an optional one."""
     if all(key in weights for key in entry.keys):
         empty = entry.join(weights.empty[key] for key in entry.keys)
         yield Piece(entry.name, empty, lambda: entry.join(weights[key] for key in entry.keys))
-    elif not built.is_meta:
-        yield Piece(entry.name, built.to("meta"), lambda: built)
+    elif not initial.is_meta:
+        yield Piece(entry.name, initial.to("meta"), lambda: initial)
 
 
 def _by_reason(unused: Sequence[str], kind: Kind) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    keys: dict[str, list[str]] = {}
     for key in unused:
         reason = next(reason for pattern, reason in kind.dropped.items() if re.fullmatch(pattern, key))
-        found.setdefault(reason, []).append(key)
-    return found
+        keys.setdefault(reason, []).append(key)
+    return keys
 
 
-def _run_config(known: Known, keys: Sequence[str], overrides: Sequence[str], module: CrossFlow) -> Config:
-    """The configuration of the run; raises UserError for overrides after which it builds another network."""
+def _run_config(known: Known, keys: Sequence[str], overrides: Sequence[str], module: CrossFlow) -> T2IConfig:
+    """The configuration of the run. Raises UserError for overrides that would change the network."""
     settings = released.settings(known.kind, known.config, keys)
     if settings["codec"]["kind"] == AutoencoderKLCodec.kind:
         settings["codec"]["source"] = AutoencoderKLCodec.example
     settings = merge(settings, parse_overrides(overrides))
     for section, name in (("text", "encoder"), ("codec", "source")):
         settings[section] = {**settings[section], name: _local(f"{section}.{name}", settings[section].get(name))}
-    config = build(task_class("t2i").Config, settings)
+    config = build(T2IConfig, settings)
     task = build_task(config)
     task.assume()
     with torch.device("meta"):
         built = task.build_model().state_dict()
     converted = module.state_dict()
-    other = [key for key in {**built, **converted} if key not in built or key not in converted]
-    other += [key for key in built if key in converted and built[key].shape != converted[key].shape]
-    if other:
+    different = [key for key in {**built, **converted} if key not in built or key not in converted]
+    different += [key for key in built if key in converted and built[key].shape != converted[key].shape]
+    if different:
         raise UserError(
-            f"With {' '.join(overrides)} the network would have other tensors than {known.name}: {', '.join(other[:3])}"
-            f"{' and more' if len(other) > 3 else ''}. Override what it is used with (text.encoder, codec.source, "
-            "sample.*), not its shape."
+            f"With {' '.join(overrides)} the network would have other tensors than {known.name}: "
+            f"{', '.join(different[:3])}{' and more' if len(different) > 3 else ''}. Only settings outside the network "
+            "can be overridden, such as text.encoder, codec.source and sample.*."
         )
     return config
 
 
 def _local(name: str, value: str | None) -> str | None:
-    """A folder by its absolute path, since a run is also used from elsewhere; a hub id as it is."""
+    """The absolute path of a folder, since a run is also used from other folders; a hub id unchanged."""
     if value is None:
         return None
     folder = Path(value).expanduser()
     if folder.is_dir():
         return str(folder.resolve())
     if value.startswith((".", "/", "~")):
-        raise UserError(f"{name} = {value}: there is no such folder. Give a folder, or a hub id such as owner/name.")
+        raise UserError(f"{name} = {value}: this folder does not exist. Give a folder, or a hub id such as owner/name.")
     return value
 
 
-def _notes(config: Any) -> list[str]:
+def _notes(config: T2IConfig) -> list[str]:
+    """What the user still has to set, or may replace: the networks beside the converted one."""
     text, codec = config.text, config.codec
     notes = []
     for name, value, example in (
@@ -176,18 +185,13 @@ def _notes(config: Any) -> list[str]:
         ("codec.source", codec.source, "the folder that the tokenizer was converted to"),
     ):
         if value is None:
-            notes.append(f"Not set yet: {name}. Give {name}=..., {example}; or when sampling, --set {name}=...")
+            notes.append(f"Not set: {name}. Give {name}=..., {example}; or --set {name}=... when sampling.")
         else:
-            notes.append(f"{name}: {value}. Elsewhere: --set {name}=FOLDER when sampling.")
+            notes.append(f"{name}: {value}. To use another place: --set {name}=FOLDER when sampling.")
     return notes
 
 
-def _refuse_overrides(overrides: Sequence[str], known: Known) -> None:
-    if overrides:
-        raise UserError(f"{known.name} is a codec and has no settings to override; {' '.join(overrides)} came.")
-
-
-def _write_run(folder: Path, config: Any, pieces: Sequence[Piece], on_bytes: Callable[[int], None]) -> None:
+def _write_run(folder: Path, config: T2IConfig, pieces: Sequence[Piece], on_bytes: Callable[[int], None]) -> None:
     heads = [
         piece._replace(name=piece.name.removeprefix(released.HEADS))
         for piece in pieces
@@ -214,7 +218,7 @@ def _write_run(folder: Path, config: Any, pieces: Sequence[Piece], on_bytes: Cal
 def _write_codec(folder: Path, codec: nn.Module, pieces: Sequence[Piece], on_bytes: Callable[[int], None]) -> None:
     assert isinstance(codec, NetworkCodec)
     (folder / WEIGHTS_FOLDER).mkdir()
-    if isinstance(codec, FlowTiTokCodec):  # trained on pictures in [0, 1], which neither its weights nor settings say
+    if isinstance(codec, FlowTiTokCodec):  # trained on pictures in [0, 1], which its settings do not record
         codec.network.config = replace(codec.network.config, pixels="unit")
     codec.network.save_config(folder / WEIGHTS_FOLDER)
     digests: list[bytes] = []
@@ -222,7 +226,7 @@ def _write_codec(folder: Path, codec: nn.Module, pieces: Sequence[Piece], on_byt
     def digested(piece: Piece) -> Tensor:
         tensor = piece.make()
         if tensor.is_floating_point():
-            digests.append(digest(tensor.float()))  # as a codec holds it
+            digests.append(digest(tensor.float()))  # a codec is loaded in float32
         return tensor
 
     own = [

@@ -1,6 +1,4 @@
-"""Folders of converted networks: their files beside those of any run or codec, and how they come to be, whole or not
-at all.
-"""
+"""Folders of converted networks: the files that conversion adds to a run's or codec's, and the checks beforehand."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,34 +11,36 @@ from crossflow.core.files import replacing_folder
 from crossflow.released.files import Piece, size_of
 
 ORIGIN_FILE = "released.json"
-"""What the file was: its kind, the reference's settings, the keys it lacked and those that were dropped."""
+"""The origin of the weights: kind, the reference's settings, absent keys and dropped keys."""
 OBJECTIVE_FILE = "objective.safetensors"
 """The learned parts of a flow model's losses."""
 CODEC_WEIGHTS = {"flowtitok": "model.safetensors", "autoencoder_kl": "diffusion_pytorch_model.safetensors"}
 CODEC_PREFIX = "network."
-"""Of a codec's tensors: in its weights file they are called as in its network."""
+"""Prefix of a codec's tensors, without which they are written to its weights file."""
 SPARE_BYTES = 2**24
-"""Room left on the disk beside the weights."""
+"""Free space that the disk must have beside the weights."""
 Progress = Callable[[int, int], None]
-"""Told how many of how many bytes are written."""
+"""Called with the number of bytes written and the total."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What came of a conversion: where it lies, what the file was (name and kind), how many tensors were used, which
-    were dropped {reason: keys}, and what is still to be said to its user.
-    """
+    """The result of a conversion."""
 
     path: Path
     name: str
+    """Of the released file."""
     kind: str
     num_tensors: int
+    """Number of reference tensors that were used."""
     dropped: Mapping[str, Sequence[str]]
+    """{reason: unused reference keys}."""
     notes: Sequence[str] = ()
+    """What the user has to know or set before using the result."""
 
 
 def counter(progress: Progress, pieces: Sequence[Piece]) -> Callable[[int], None]:
-    """Adds up the bytes that the writing of `pieces` tells of."""
+    """A callback for the writers of `pieces` that reports the sum of the bytes to `progress`."""
     done, total = 0, size_of(pieces)
 
     def on_bytes(count: int) -> None:
@@ -52,27 +52,27 @@ def counter(progress: Progress, pieces: Sequence[Piece]) -> Callable[[int], None
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError unless `folder` is empty or not there."""
+    """Raises UserError unless `folder` is empty or missing."""
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty. Give a new folder, so that nothing is mixed with what lies there.")
+        raise UserError(f"{folder} is not empty. Give a new folder, so that nothing in it is mixed with the result.")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; the converted model becomes a folder. Give another name.")
+        raise UserError(f"{folder} is a file, but the converted model is a folder. Give another name.")
 
 
 def check_disk(path: Path, size: int) -> None:
-    """Raises UserError unless `size` bytes fit where `path` will lie."""
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(there).free
+    """Raises UserError unless the disk of `path` has room for `size` bytes."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
     if free < size + SPARE_BYTES:
         raise UserError(
-            f"The converted weights take {size / 2**30:.2f} GiB, and the disk of {there} has {free / 2**30:.2f} GiB "
-            "left. Make room, or write to another disk."
+            f"The converted weights take {size / 2**30:.2f} GiB, but the disk of {folder} has only "
+            f"{free / 2**30:.2f} GiB left. Free some space, or write to another disk."
         )
 
 
 @contextmanager
-def whole(folder: Path, size: int) -> Iterator[Path]:
-    """A folder that is filled beside `folder` and takes its name at the end; UserError unless `size` bytes fit."""
+def new_folder(folder: Path, size: int) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end. Raises UserError unless `size` bytes fit on the disk."""
     check_disk(folder, size)
     with replacing_folder(folder) as temporary:
         yield temporary

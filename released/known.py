@@ -1,7 +1,4 @@
-"""The released files: how each is recognised by its tensors, and the settings it leaves to the code.
-
-Settings have the names of the reference's own configuration.
-"""
+"""The released files: the tensors that identify each, and its settings by the names of the reference's config."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,12 +15,14 @@ from crossflow.released.kinds import KINDS, ReferenceConfig, kind_named
 
 @dataclass(frozen=True)
 class Known:
-    """A released file. marks: tensors that no other kind or size has, with their shapes."""
+    """A released file."""
 
     name: str
     kind: str
     marks: Mapping[str, Sequence[int]]
+    """Tensors, with their shapes, that no other kind or size has."""
     config: ReferenceConfig
+    """The reference's own settings."""
 
 
 def _text(num_blocks: int) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def _text(num_blocks: int) -> dict[str, Any]:
     }
 
 
-def _crossflow(text_width: int, cfg_indicator: float, **backbone: Any) -> dict[str, Any]:
+def _crossflow(text_width: int, cfg_indicator: float, backbone: dict[str, Any]) -> dict[str, Any]:
     return {
         "channels": 4,
         "block_grad_to_lowres": False,
@@ -50,7 +49,7 @@ def _crossflow(text_width: int, cfg_indicator: float, **backbone: Any) -> dict[s
     }
 
 
-def _stage(block: str, dim: int, num_blocks: int, side: int, ratio: int, **more: Any) -> dict[str, Any]:
+def _stage(block: str, dim: int, num_blocks: int, side: int, ratio: int) -> dict[str, Any]:
     return {
         "block_type": block,
         "dim": dim,
@@ -62,16 +61,15 @@ def _stage(block: str, dim: int, num_blocks: int, side: int, ratio: int, **more:
         "input_feature_ratio": ratio,
         "final_kernel_size": 3,
         "dropout_prob": 0,
-        **more,
     }
 
 
 def _stages(latent_size: int) -> list[dict[str, Any]]:
-    """The stages of DiMR from 16 x 16 up to the latent's size, each of half the width of the one before."""
-    first = _stage("TransformerBlock", 1024, 65, 16, latent_size // 16, num_attention_heads=16)
+    """The stages of DiMR from 16 x 16 to the latent's size; each has half the width of the one before."""
+    first = _stage("TransformerBlock", 1024, 65, 16, latent_size // 16) | {"num_attention_heads": 16}
     sides = [side for side in (32, 64) if side <= latent_size]
-    later = [_stage("ConvNeXtBlock", 512 * 32 // side, 33, side, latent_size // side, kernel_size=7) for side in sides]
-    return [first, *later]
+    later = [_stage("ConvNeXtBlock", 512 * 32 // side, 33, side, latent_size // side) for side in sides]
+    return [first, *(stage | {"kernel_size": 7} for stage in later)]
 
 
 def _flowtok(width: int, depth: int, heads: int) -> dict[str, Any]:
@@ -115,25 +113,25 @@ _XL_STAGE, _LAST_STAGE = {"stages.0.blocks.64.block1.dense.weight": (1024, 1024)
 _LINEAR, _ADAPTOR = "context_encoder.linear.weight", "context_encoder.adaptor.fc1.weight"
 
 FILES = (
-    Known("t2i_256px_clip_dimr", "dimr", _XL_STAGE | {_LINEAR: (8192, 7392)}, _crossflow(768, 0.1, **_DIMR_256)),
-    Known("t2i_256px_t5_dimr", "dimr", _XL_STAGE | {_LINEAR: (8192, 9856)}, _crossflow(4096, 0.1, **_DIMR_256)),
+    Known("t2i_256px_clip_dimr", "dimr", _XL_STAGE | {_LINEAR: (8192, 7392)}, _crossflow(768, 0.1, _DIMR_256)),
+    Known("t2i_256px_t5_dimr", "dimr", _XL_STAGE | {_LINEAR: (8192, 9856)}, _crossflow(4096, 0.1, _DIMR_256)),
     Known(
         "t2i_512px_clip_dimr",
         "dimr",
         {_LAST_STAGE: (256, 1, 7, 7), _ADAPTOR: (4096, 7392)},
-        _crossflow(768, 0.15, **_DIMR_512),
+        _crossflow(768, 0.15, _DIMR_512),
     ),
     Known(
         "t2i_512px_t5_dimr",
         "dimr",
         {_LAST_STAGE: (256, 1, 7, 7), _ADAPTOR: (4096, 9856)},
-        _crossflow(4096, 0.15, **_DIMR_512),
+        _crossflow(4096, 0.15, _DIMR_512),
     ),
     Known(
         "t2i_512px_t5_dit",
         "dit",
         {"x_embedder.proj.weight": (1280, 4, 2, 2), _ADAPTOR: (4096, 9856)},
-        _crossflow(4096, 0.1, **_DIT),
+        _crossflow(4096, 0.1, _DIT),
     ),
     Known("FlowTok-XL", "flowtok", {"x_embedder.weight": (1152, 16), _LINEAR: (32, 768)}, _flowtok(1152, 28, 16)),
     Known("FlowTok-H", "flowtok", {"x_embedder.weight": (1280, 16), _LINEAR: (32, 768)}, _flowtok(1280, 36, 20)),
@@ -163,43 +161,47 @@ FILES = (
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> Known | None:
-    """The released file that holds these tensors (only shapes are read); None if it is none of them."""
+    """The released file with these tensors, of which only shapes are read; None for any other."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    fitting = [known for known in FILES if all(shapes.get(key) == tuple(shape) for key, shape in known.marks.items())]
-    return fitting[0] if len(fitting) == 1 else None
+    matches = [known for known in FILES if all(shapes.get(key) == tuple(shape) for key, shape in known.marks.items())]
+    return matches[0] if len(matches) == 1 else None
 
 
 def identify(tensors: Mapping[str, Tensor], kind: str | None, config: ReferenceConfig | None, path: Path) -> Known:
-    """What a file is: one of the released files, or what the user says it is.
+    """The identity of the file at `path`: one of the released files, or the given kind and config.
 
-    Raises UserError when it is not known and the user does not say, or says something else than what it is.
+    Raises UserError when it is unknown and kind or config is missing, and when it contradicts `kind`.
     """
-    found = recognise(tensors)
+    released = recognise(tensors)
     if kind is not None:
         kind_named(kind)  # raises the error that lists the kinds
-    if found is not None and kind not in (None, found.kind):
-        raise UserError(f"{path} is {found.name}, of the kind {found.kind!r}, not {kind!r}. Leave --kind out.")
+    if released is not None and kind not in (None, released.kind):
+        raise UserError(f"{path} is {released.name}, of the kind {released.kind!r}, not {kind!r}. Leave --kind out.")
     if kind is not None and config is not None:
         return Known(path.stem, kind, {}, config)
-    if found is not None:
-        return found if config is None else Known(path.stem, found.kind, {}, config)
+    if released is not None:
+        return released if config is None else Known(path.stem, released.kind, {}, config)
     kind_named("dimr")
     raise UserError(
         f"{path} ({len(tensors)} tensors, the first {next(iter(tensors), 'none')!r}) is not one of the released files "
-        f"({', '.join(known.name for known in FILES)}). For another one of the same kinds of network give --kind "
-        f"({', '.join(KINDS.names())}) and --config with a JSON or YAML file of the reference's own settings."
+        f"({', '.join(known.name for known in FILES)}). For another network of these kinds, give --kind "
+        f"({', '.join(KINDS.names())}) and --config, a JSON or YAML file of the reference's own settings."
     )
 
 
 def read_config(path: Path) -> tuple[str | None, ReferenceConfig]:
-    """A file of the reference's settings, JSON or YAML: the settings themselves, or {"kind": ..., "config": ...}."""
+    """Kind, if the file names it, and the reference's settings, from JSON or YAML: the settings alone, or
+    {"kind": ..., "config": ...}. Raises UserError for an unreadable file.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
+        content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
     except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds {type(found).__name__}; the settings of a reference network are a mapping.")
-    if isinstance(found.get("config"), dict):
-        said = found.get("kind")
-        return said if said is None else str(said), found["config"]
-    return None, found
+    if not isinstance(content, dict):
+        raise UserError(
+            f"Expected a mapping, the settings of a reference network, in {path}, got {type(content).__name__}."
+        )
+    if isinstance(content.get("config"), dict):
+        kind = content.get("kind")
+        return None if kind is None else str(kind), content["config"]
+    return None, content

@@ -1,4 +1,4 @@
-"""Our folders -> released files, tensor by tensor: what `crossflow convert DIR FILE` does."""
+"""Run directories and codec folders -> released files, tensor by tensor: `crossflow convert DIR FILE`."""
 
 import functools
 import json
@@ -44,30 +44,29 @@ def to_file(
     kind: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Converted:
-    """Writes the weights of a run directory or codec's folder under the original keys: .safetensors, or torch's format.
+    """Writes the weights of a run directory or codec folder under the original keys, bit for bit, as the inverse of
+    `from_file`: the keys that `from_file` dropped are lost.
 
-    kind: only for a run that was not converted but trained here on a network of that kind; then the generator's keys
-    alone are written. The inverse of `from_file`, bit for bit, but for what was dropped then.
-    Raises UserError for folders that hold no such network, files that are there already, full disks.
+    path: .safetensors, or a suffix of torch's format. kind: only for a run that was trained with a network of that kind
+    instead of converted; its file has the generator's keys alone. progress: called with bytes written and total.
+    Raises UserError for a folder without such a network, an existing file, and a full disk.
     """
     folder, path = Path(folder), Path(path)
     if path.suffix not in SUFFIXES:
-        raise UserError(f"The name of a file of weights ends in {', '.join(SUFFIXES)}; {path.name} does not.")
+        raise UserError(f"The name of a file of weights must end in {', '.join(SUFFIXES)}, got {path.name}.")
     if path.exists():
-        raise UserError(f"{path} is there already. Remove it, or give another name.")
+        raise UserError(f"{path} already exists. Remove it, or give another name.")
     origin = _origin(folder, kind)
     tensors = _of_folder(folder, origin["kind"])
     rules = kind_named(origin["kind"])
-    strange = [name for name in tensors if not any(re.fullmatch(rule.pattern, name) for rule in rules.rules)]
-    if strange:
+    unknown = [name for name in tensors if not any(re.fullmatch(rule.pattern, name) for rule in rules.rules)]
+    if unknown:
         raise UserError(
-            f"The network in {folder} is not of the kind {origin['kind']!r}: it has {len(strange)} tensors that one "
-            f"does not have, such as {strange[0]}."
+            f"The network in {folder} is not of the kind {origin['kind']!r}: {len(unknown)} of its tensors are unknown "
+            f"there, such as {unknown[0]}. Give another --kind."
         )
     absent = set(origin.get("absent", ()))
-    pieces = [
-        piece for entry in entries(tensors, rules.rules) for piece in _original(entry, tensors[entry.name], absent)
-    ]
+    pieces = [piece for entry in entries(tensors, rules.rules) for piece in _pieces(entry, tensors[entry.name], absent)]
     check_disk(path, size_of(pieces))
     write = write_safetensors if path.suffix == ".safetensors" else write_torch
     write(path, pieces, counter(progress, pieces))
@@ -75,34 +74,38 @@ def to_file(
 
 
 def _origin(folder: Path, kind: str | None) -> dict[str, Any]:
+    """The content of released.json, or only the kind for a folder without it."""
     path = folder / ORIGIN_FILE
     if not path.is_file():
         if kind is None:
             raise UserError(
                 f"{folder} was not converted from a released file: it has no {ORIGIN_FILE}. If its network is one of "
-                "the released kinds, say which with --kind."
+                "the released kinds, name it with --kind."
             )
         return {"kind": kind}
     try:
         origin: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = str(origin["kind"])
+        recorded = str(origin["kind"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged and does not say any more what the folder was converted from. Convert the original "
-            "file again; or remove this one, and say with --kind which of the released kinds the network is."
+            f"{path} is damaged, so the origin of the folder is unknown. Convert the original file again; or remove "
+            f"{ORIGIN_FILE}, and name the kind of the network with --kind."
         ) from error
-    if kind not in (None, found):
-        raise UserError(f"{folder} holds {origin.get('name', 'a network')}, of the kind {found!r}, not {kind!r}.")
+    if kind not in (None, recorded):
+        raise UserError(
+            f"{folder} holds {origin.get('name', 'a network')}, of the kind {recorded!r}, not {kind!r}. Leave "
+            "out --kind."
+        )
     return origin
 
 
 def _of_folder(folder: Path, kind: str) -> dict[str, "_Stored"]:
-    """{our name: where its tensor lies} of everything the folder holds of a network."""
+    """{tensor name: its place in a file} of a network's tensors in `folder`."""
     if kind in CODEC_WEIGHTS:
         return _stored(folder / WEIGHTS_FOLDER / CODEC_WEIGHTS[kind], CODEC_PREFIX)
     weights = next((folder / name for name in WEIGHTS.values() if (folder / name).is_file()), None)
     if weights is None:
-        raise UserError(f"{folder} holds no weights: there is no {' or '.join(WEIGHTS.values())} in it.")
+        raise UserError(f"{folder} holds no weights: it has neither {' nor '.join(WEIGHTS.values())}.")
     heads = folder / OBJECTIVE_FILE
     return _stored(weights, "") | (_stored(heads, released.HEADS) if heads.is_file() else {})
 
@@ -118,8 +121,8 @@ def _stored(path: Path, prefix: str) -> dict[str, _Stored]:
     return {prefix + key: _Stored(weights, key) for key in weights}
 
 
-def _original(entry: Entry, stored: _Stored, absent: set[str]) -> Iterator[Piece]:
-    """The reference's tensors that one of ours is made of."""
+def _pieces(entry: Entry, stored: _Stored, absent: set[str]) -> Iterator[Piece]:
+    """The reference's tensors that hold one tensor of the network."""
     for key, empty in entry.split(stored.weights.empty[stored.key]).items():
         if key not in absent:
             yield Piece(key, empty, functools.partial(_part, entry, stored, key))

@@ -1,7 +1,7 @@
-"""Rules between our tensor names and those of a released file, and the two directions they are applied in.
+"""Rules between the tensor names of a network of this package and the keys of a released file.
 
-A rule says of one kind of tensor of ours which reference keys it is made of. Expected shapes follow from our own
-tensors, so a rule also says what a file must hold.
+A rule says which reference keys hold one kind of tensor, and how to convert in both directions. The shapes that a file
+must have follow from the network's own tensors.
 """
 
 import re
@@ -14,95 +14,101 @@ from torch import Tensor
 from crossflow.core.errors import UserError
 
 
-def _same(*parts: Tensor) -> Tensor:
-    """One tensor as it is, several one below the other along the first axis."""
+def _concatenate(*parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _apart(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
+def _chunk(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
     return (tensor,) if count == 1 else tensor.chunk(count)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`pattern` (a regular expression for the whole of our name) -> `keys`, templates of the reference's keys.
+    """`pattern`, a regular expression for a whole tensor name -> `keys`, templates of the reference's keys.
 
-    join: reference tensors -> ours; split: ours, number of keys -> reference tensors. Both must be exact inverses and
-    work on the meta device; by default a tensor is taken as it is, and several are stacked along the first axis.
-    optional: a file may lack it, and the tensor then keeps what the kind's `finish` gives it.
+    join: reference tensors -> own tensor; split: own tensor, number of keys -> reference tensors. They must be exact
+    inverses and work on the meta device. By default a single tensor stays as it is, and several are concatenated along
+    the first axis. optional: a file may lack the keys; the kind's `finish` then sets the tensor.
     """
 
     pattern: str
     keys: tuple[str, ...]
-    join: Callable[..., Tensor] = _same
-    split: Callable[[Tensor, int], tuple[Tensor, ...]] = _apart
+    join: Callable[..., Tensor] = _concatenate
+    split: Callable[[Tensor, int], tuple[Tensor, ...]] = _chunk
     optional: bool = False
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of ours: its `name`, the reference `keys` it is made of, and the rule between them."""
+    """One tensor of a network: its `name`, the reference `keys` that hold it, and the rule between them."""
 
     name: str
     keys: tuple[str, ...]
     rule: Rule
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
+        """The reference's tensors, in the order of `keys` -> the network's tensor."""
         return self.rule.join(*parts)
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The network's tensor -> the reference's tensors by key."""
         return dict(zip(self.keys, self.rule.split(tensor, len(self.keys)), strict=True))
 
 
 def entries(names: Iterable[str], rules: Collection[Rule]) -> list[Entry]:
-    """The entry of each of our tensor names, by the one rule whose pattern it matches."""
-    found = []
+    """The entry of each tensor name, by the only rule whose pattern it matches.
+
+    >>> rules = [Rule(r"attn\\.qkv\\.(weight|bias)", (r"W_Q.\\1", r"W_K.\\1", r"W_V.\\1"))]
+    >>> entries(["attn.qkv.bias"], rules)[0].keys
+    ('W_Q.bias', 'W_K.bias', 'W_V.bias')
+    """
+    table = []
     for name in names:
         matches = [(rule, match) for rule in rules if (match := re.fullmatch(rule.pattern, name))]
         assert len(matches) == 1, f"{len(matches)} rules for {name}"
         rule, match = matches[0]
-        found.append(Entry(name, tuple(match.expand(key) for key in rule.keys), rule))
-    return found
+        table.append(Entry(name, tuple(match.expand(key) for key in rule.keys), rule))
+    return table
 
 
-def expected_shapes(ours: Mapping[str, Tensor], table: Iterable[Entry]) -> dict[str, tuple[torch.Size, bool]]:
-    """{reference key: (shape, whether it may be absent)} for our tensors (of any device; only shapes are read)."""
+def expected_shapes(tensors: Mapping[str, Tensor], table: Iterable[Entry]) -> dict[str, tuple[torch.Size, bool]]:
+    """{reference key: (shape, whether it is optional)} for a network's tensors, on any device."""
     return {
         key: (part.shape, entry.rule.optional)
         for entry in table
-        for key, part in entry.split(torch.empty_like(ours[entry.name], device="meta")).items()
+        for key, part in entry.split(torch.empty_like(tensors[entry.name], device="meta")).items()
     }
 
 
 def check(
     state: Mapping[str, Tensor], shapes: Mapping[str, tuple[torch.Size, bool]], dropped: Mapping[str, str], kind: str
 ) -> list[str]:
-    """The keys of `state` that are not used, each covered by a pattern of `dropped`.
+    """The unused keys of `state`, each covered by a pattern of `dropped`.
 
-    Raises UserError that lists every missing, misshapen and unknown key.
+    Raises UserError that lists every missing, mismatched and unknown key.
     """
     missing = [key for key, (_, optional) in shapes.items() if key not in state and not optional]
-    wrong = [
+    mismatched = [
         f"{key} is {tuple(state[key].shape)}, not {tuple(shape)}"
         for key, (shape, _) in shapes.items()
         if key in state and state[key].shape != shape
     ]
-    there = [key for key in shapes if key in state]
-    wrong += [f"{key} is of {state[key].dtype}" for key in there if not state[key].is_floating_point()]
+    present = [key for key in shapes if key in state]
+    mismatched += [f"{key} is of {state[key].dtype}" for key in present if not state[key].is_floating_point()]
     unused = [key for key in state if key not in shapes]
     unknown = [key for key in unused if not any(re.fullmatch(pattern, key) for pattern in dropped)]
-    found = [("missing", missing), ("of another shape or type", wrong), ("unknown", unknown)]
-    if any(keys for _, keys in found):
-        told = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in found if keys)
+    problems = {"missing": missing, "of another shape or type": mismatched, "unknown": unknown}
+    summary = "; ".join(f"{len(keys)} {name}: {', '.join(keys)}" for name, keys in problems.items() if keys)
+    if summary:
         raise UserError(
-            f"These weights are not those of a {kind!r} network with these settings: {told}. "
+            f"These weights are not those of a {kind!r} network with these settings: {summary}. "
             "Check the kind and the config, or the file."
         )
     return unused
 
 
 def join_all(state: Mapping[str, Tensor], table: Iterable[Entry]) -> dict[str, Tensor]:
-    """Reference tensors -> ours, by name; entries whose keys the file lacks are left out (see `check`)."""
+    """Reference tensors -> the network's, by name, without entries whose keys the file lacks (see `check`)."""
     return {
         entry.name: entry.join(state[key] for key in entry.keys)
         for entry in table
@@ -110,6 +116,6 @@ def join_all(state: Mapping[str, Tensor], table: Iterable[Entry]) -> dict[str, T
     }
 
 
-def split_all(ours: Mapping[str, Tensor], table: Iterable[Entry]) -> dict[str, Tensor]:
-    """Our tensors -> the reference's, by its own keys."""
-    return {key: part for entry in table for key, part in entry.split(ours[entry.name]).items()}
+def split_all(tensors: Mapping[str, Tensor], table: Iterable[Entry]) -> dict[str, Tensor]:
+    """The network's tensors by name -> the reference's, by key."""
+    return {key: part for entry in table for key, part in entry.split(tensors[entry.name]).items()}

@@ -1,5 +1,5 @@
-"""Conversion of released files: the pictures of a converted run are the reference's, the way back is exact, memory is
-bounded, and nothing half-written is left.
+"""Conversion of released files: a converted run makes the reference's pictures, the inverse is exact, memory is
+bounded, and failures leave nothing behind.
 """
 
 import json
@@ -66,7 +66,9 @@ def euler_by_hand(model, z, num_steps, scale):
         ("flowtok", "clip", 2.0, ["a red cube", "a blue sphere"], None),
     ],
 )
-def test_pictures_are_those_of_the_reference(files, configs, encoders, runs, kind, encoder, guidance, prompts, as_read):
+def test_a_converted_run_makes_the_references_pictures(
+    files, configs, encoders, runs, kind, encoder, guidance, prompts, as_read
+):
     pipe = load(runs(kind))
     assert (pipe.settings.guidance, pipe.settings.time_grid) == (guidance, "released")
     assert pipe.settings.steps == (20 if kind == "flowtok" else 50)
@@ -90,7 +92,7 @@ def test_pictures_are_those_of_the_reference(files, configs, encoders, runs, kin
     assert (np.stack(pictures) == right).mean() > 0.99
 
 
-def test_flowtoks_features_are_padded_with_zero_and_padding_counts(runs):
+def test_flowtok_reads_padding_with_token_zero(runs):
     text = load(runs("flowtok")).task.text
     assert text.settings.pad_id == 0
     padded, mask = text.features(["a red cube"])
@@ -104,23 +106,23 @@ def test_flowtoks_pictures_are_decoded_under_their_texts(runs, monkeypatch):
     """The latent tools too: the ends of an interpolation are what sampling gives, between them are both texts."""
     pipe = load(runs("flowtok"))
     prompts, settings = ["a red cube", "a blue sphere"], {"steps": 2, "mode": True, "output_type": "np"}
-    seen, decode_with = [], pipe.task.decode_with
+    calls, decode_with = [], pipe.task.decode_with
 
     def watched(z1, features):
-        seen.append(features)
+        calls.append(features)
         return decode_with(z1, features)
 
     monkeypatch.setattr(pipe.task, "decode_with", watched)
     frames = latents.interpolate(pipe, *prompts, 3, **settings)
     ends = pipe(prompts, **settings)
     assert np.abs(np.stack([frames[0], frames[-1]]).astype(int) - np.stack(ends)).max() <= 1
-    between, given = seen
-    torch.testing.assert_close(between, torch.stack([given[0], given.mean(0), given[1]]))
+    between, alone = calls
+    torch.testing.assert_close(between, torch.stack([alone[0], alone.mean(0), alone[1]]))
     (same,) = latents.arithmetic(pipe, "a red cube", plus="a blue sphere", strengths=[0.0], **settings)
     assert np.abs(same.astype(int) - ends[0]).max() <= 1
     tokens = torch.randn(1, 77, 16, generator=torch.Generator().manual_seed(0))
-    under = [decode_with(tokens, features[None])[0].astype(int) for features in given]
-    assert np.abs(under[0] - under[1]).max() > 1
+    pictures = [decode_with(tokens, features[None])[0].astype(int) for features in alone]
+    assert np.abs(pictures[0] - pictures[1]).max() > 1
 
 
 def test_commands_convert_sample_and_convert_back(files, encoders, tmp_path, capsys):
@@ -129,10 +131,10 @@ def test_commands_convert_sample_and_convert_back(files, encoders, tmp_path, cap
     run, codec, back = tmp_path / "run", tmp_path / "codec", tmp_path / "back.pth"
     assert main(["convert", str(vae), str(codec), "--config", str(vae_config)]) == 0
     assert main(["convert", str(path), str(run), "--kind", "dimr", "--config", str(config)]) == 0
-    told = capsys.readouterr().out
-    assert f"{len(state)} tensors" in told
-    assert "openai/clip-vit-large-patch14" in told
-    assert "codec.source: stabilityai/sd-vae-ft-ema" in told
+    output = capsys.readouterr().out
+    assert f"{len(state)} tensors" in output
+    assert "openai/clip-vit-large-patch14" in output
+    assert "codec.source: stabilityai/sd-vae-ft-ema" in output
     moved = ["--set", f"text.encoder={encoders('clip')}", "--set", f"codec.source={codec}"]
     sample = ["sample", "--checkpoint", str(run), "--prompt", "a red cube", "--steps", "2"]
     assert main([*sample, "--output", str(tmp_path / "out"), *moved]) == 0
@@ -141,21 +143,21 @@ def test_commands_convert_sample_and_convert_back(files, encoders, tmp_path, cap
     assert_equal(torch.load(back, weights_only=True), state)
 
 
-def test_networks_beside_a_run_can_be_replaced(encoders, runs, tmp_path):
+def test_the_networks_beside_a_run_can_be_replaced(encoders, runs, tmp_path):
     import shutil
 
-    there = load(runs("dimr"))("a red cube", steps=2, output_type="np")
+    original = load(runs("dimr"))("a red cube", steps=2, output_type="np")
     clip = shutil.copytree(encoders("clip"), tmp_path / "clip")
     codec = shutil.copytree(load(runs("dimr")).task.codec.source, tmp_path / "vae")
     moved = load(runs("dimr"), overrides=[f"text.encoder={clip}", f"codec.source={codec}"])
     assert moved.task.text.frozen.settings.source == str(clip)
     assert moved.task.codec.source == str(codec)
-    assert np.array_equal(moved("a red cube", steps=2, output_type="np")[0], there[0])
+    assert np.array_equal(moved("a red cube", steps=2, output_type="np")[0], original[0])
     with pytest.raises(UserError, match=r"feature_width = 768, but .* 4096 wide"):
         load(runs("dimr"), overrides=[f"text.encoder={encoders('t5')}"])
 
 
-# -- the way back
+# -- converting back
 
 
 def assert_equal(back, state):
@@ -166,7 +168,7 @@ def assert_equal(back, state):
 
 
 @pytest.mark.parametrize("kind", ["dimr", "dit", "flowtok", "flowtitok", "autoencoder_kl"])
-def test_the_way_back_is_exact(files, tmp_path, kind):
+def test_converting_back_is_exact(files, tmp_path, kind):
     path, config, state = files(kind)
     converted = from_file(path, tmp_path / "run", config=config)
     assert (converted.kind, converted.num_tensors, converted.dropped) == (kind, len(state), {})
@@ -179,7 +181,7 @@ def test_the_way_back_is_exact(files, tmp_path, kind):
     assert seen[-1][0] >= seen[-1][1] > 0
 
 
-def test_precision_and_parts_of_a_file_are_kept(files, tmp_path):
+def test_precision_and_missing_parts_survive(files, tmp_path):
     _, config, state = files("dimr")
     half = {key: tensor.half() if tensor.ndim > 1 else tensor for key, tensor in state.items()}
     tower = {"open_clip.visual.trunk.pos_embed": torch.randn(1, 4, 8), "open_clip.visual.norm.bias": torch.randn(8)}
@@ -212,7 +214,7 @@ def test_a_saved_pipeline_may_replace_the_file_it_was_loaded_from(runs, tmp_path
     assert_equal(load_file(run / "model.safetensors"), before)
 
 
-def test_a_saved_copy_of_a_run_goes_back_as_well(files, runs, tmp_path):
+def test_a_saved_copy_of_a_run_converts_back(files, runs, tmp_path):
     load(runs("dimr")).save(tmp_path / "copy")
     to_file(tmp_path / "copy", tmp_path / "back.safetensors")
     assert_equal(load_file(tmp_path / "back.safetensors"), files("dimr")[2])
@@ -221,7 +223,7 @@ def test_a_saved_copy_of_a_run_goes_back_as_well(files, runs, tmp_path):
 # -- where it is written
 
 
-def test_nothing_half_written_is_left(files, tmp_path, monkeypatch):
+def test_a_failed_conversion_leaves_nothing(files, tmp_path, monkeypatch):
     path, config, _ = files("dimr")
     (tmp_path / ".tmp-run").mkdir()  # of a conversion that was killed
     (tmp_path / ".tmp-run" / "rest").write_text("x")
@@ -236,24 +238,24 @@ def test_nothing_half_written_is_left(files, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "run").mkdir()
     from_file(path, tmp_path / "run", config=config)
-    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     with monkeypatch.context() as broken:
         broken.setattr(restore, "write_torch", fails)
         with pytest.raises(OSError, match="No space left"):
             to_file(tmp_path / "run", tmp_path / "back.pth")
-    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_full_disks_are_told_before_anything_is_written(files, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(files, tmp_path, monkeypatch):
     path, config, _ = files("dimr")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda where: usage(2**40, 2**40, 2**20))
-    with pytest.raises(UserError, match=r"GiB, and the disk of .* has 0\.00 GiB left"):
+    with pytest.raises(UserError, match=r"GiB, but the disk of .* has only 0\.00 GiB left"):
         from_file(path, tmp_path / "run", config=config)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_lies_there_is_not_touched(files, runs, tmp_path):
+def test_existing_files_are_not_touched(files, runs, tmp_path):
     path, config, _ = files("dimr")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
@@ -261,9 +263,9 @@ def test_what_lies_there_is_not_touched(files, runs, tmp_path):
         from_file(path, tmp_path / "full", config=config)
     with pytest.raises(UserError, match="is a file"):
         from_file(path, tmp_path / "full" / "mine", config=config)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         to_file(runs("dimr"), path)
-    with pytest.raises(UserError, match="ends in"):
+    with pytest.raises(UserError, match="must end in"):
         to_file(runs("dimr"), tmp_path / "name")
     assert (tmp_path / "full" / "mine").read_text() == "x"
 
@@ -272,7 +274,7 @@ def test_overrides_cannot_change_the_network(files, tmp_path):
     path, config, _ = files("dimr")
     with pytest.raises(UserError, match=r"source\.depth=3 the network would have other tensors"):
         from_file(path, tmp_path / "run", config=config, overrides=["source.depth=3"])
-    with pytest.raises(UserError, match=r"no such folder"):
+    with pytest.raises(UserError, match="does not exist"):
         from_file(path, tmp_path / "run", config=config, overrides=["codec.source=./nowhere"])
     with pytest.raises(UserError, match=r"or 'text\.encoder'"):
         from_file(path, tmp_path / "run", config=config, overrides=["encoder=x"])
@@ -282,9 +284,9 @@ def test_overrides_cannot_change_the_network(files, tmp_path):
     assert main(["convert", str(tmp_path), str(tmp_path / "x.pth"), "codec.scale=1"]) == 2
 
 
-def test_folders_that_were_not_converted_need_their_kind(files, runs, tiny_run, tmp_path):
+def test_a_folder_that_was_not_converted_needs_its_kind(files, runs, tiny_run, tmp_path):
     run = tiny_run("t2i")
-    with pytest.raises(UserError, match="say which with --kind"):
+    with pytest.raises(UserError, match="name it with --kind"):
         to_file(run, tmp_path / "x.pth")
     with pytest.raises(UserError, match="is not of the kind 'dimr'"):
         to_file(run, tmp_path / "x.pth", kind="dimr")
@@ -293,17 +295,17 @@ def test_folders_that_were_not_converted_need_their_kind(files, runs, tiny_run, 
 
 
 @pytest.mark.parametrize("record", ["{", "[]", "{}"])
-def test_a_damaged_record_of_the_origin_is_told(runs, tmp_path, record):
+def test_a_damaged_record_of_the_origin_is_refused(runs, tmp_path, record):
     import shutil
 
     run = shutil.copytree(runs("dimr"), tmp_path / "run")
     (run / "released.json").write_text(record)
-    with pytest.raises(UserError, match="is damaged and does not say"):
+    with pytest.raises(UserError, match="is damaged, so the origin"):
         to_file(run, tmp_path / "x.pth")
 
 
-def test_a_network_trained_here_is_written_under_the_original_keys(files, runs, tmp_path):
-    """A run on a released network that did not come from a file: its kind is said, its generator is written."""
+def test_a_run_without_origin_is_written_under_the_original_keys(files, runs, tmp_path):
+    """A run trained with a released network instead of converted: given its kind, the generator is written."""
     import shutil
 
     run = shutil.copytree(runs("dimr"), tmp_path / "run")
@@ -315,13 +317,13 @@ def test_a_network_trained_here_is_written_under_the_original_keys(files, runs, 
 
 
 @pytest.mark.slow
-def test_a_converted_model_is_trained_on_and_written_back(files, runs, tmp_path):
+def test_a_converted_model_trains_further_and_is_written_back(files, runs, tmp_path):
     converted = runs("dimr")
     data = ["data.train=scenes", "data.num_train=8", "data.num_val=4"]
     training = [f"train.start_from={converted}", "train.steps=1", "train.batch_size=4", "train.warmup_steps=0"]
     run = Run.open(load_config(converted, [*data, *training, "loss.encoder=none", "train.lr=0.01"]), tmp_path / "run")
-    begun = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
-    assert_equal(begun, load_file(converted / "model.safetensors"))
+    initial = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
+    assert_equal(initial, load_file(converted / "model.safetensors"))
     run._trainer().run(None)
     to_file(tmp_path / "run", tmp_path / "trained.safetensors", kind="dimr")
     trained, file = load_file(tmp_path / "trained.safetensors"), files("dimr")[2]
@@ -329,7 +331,7 @@ def test_a_converted_model_is_trained_on_and_written_back(files, runs, tmp_path)
     assert not torch.equal(trained["stages.1.output_layer.2.weight"], file["stages.1.output_layer.2.weight"])
 
 
-def test_a_codecs_folder_is_a_codec(files, tmp_path):
+def test_a_converted_codec_loads_as_a_codec(files, tmp_path):
     path, config, _ = files("autoencoder_kl")
     codec = load_codec(from_file(path, tmp_path / "vae", config=config).path)
     assert codec.scale.flatten().tolist() == pytest.approx([0.2301] * 4)
@@ -342,7 +344,7 @@ MEASURE = """
 import re, sys
 from crossflow.released.convert import from_file
 from crossflow.released.restore import to_file
-from_file(sys.argv[1], sys.argv[2] + "/first", config=sys.argv[3])  # whatever is loaded once is loaded now
+from_file(sys.argv[1], sys.argv[2] + "/first", config=sys.argv[3])  # imports happen before the measurement
 def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
 from_file(sys.argv[4], sys.argv[2] + "/second", config=sys.argv[5])

@@ -1,4 +1,4 @@
-"""The released codecs: equal to the reference networks, loaded whole or not at all, and written back bit for bit."""
+"""The released codecs: equal to the reference networks, complete or refused, and converted back bit for bit."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
 def small(kind):
-    """A config of the kind that is built in no time."""
+    """A config of the kind for a small network."""
     if kind == "autoencoder_kl":
         return {"ddconfig": {**SD_VAE["ddconfig"], "ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1}}
     model = {**FLOWTITOK["vq_model"], "vit_enc_model_size": "tiny", "vit_dec_model_size": "tiny"}
@@ -59,7 +59,7 @@ def small(kind):
 
 
 def file_of(recipe, kind, config=None):
-    """A released file's tensors by recipe, without what is computed."""
+    """The tensors of a released file by recipe, without the computed rotary tables."""
     shapes = expected(kind, config or small(kind), ())
     return recipe.weights({key: shape for key, shape in shapes.items() if "freqs_" not in key})
 
@@ -80,7 +80,7 @@ def test_flowtitok_equals_the_reference(recipe, recorded, flowtitok):
     torch.testing.assert_close(decoded[:, :, 3::8, 5::8], right["flowtitok.decoded_every_8th"], **TOLERANCE)
 
 
-def test_flowtitok_is_loaded_without_a_scale_and_takes_the_recipes(flowtitok):
+def test_flowtitok_is_loaded_without_a_scale(flowtitok):
     assert flowtitok.scale.tolist() == [1.0] * 16
     image = torch.zeros(1, 3, 256, 256)
     raw = flowtitok.encode(image)
@@ -102,10 +102,10 @@ def test_stable_diffusions_autoencoder_equals_the_reference(recipe, recorded):
     torch.testing.assert_close(decoded, right["sd_vae.decoded"], **TOLERANCE)
 
 
-def test_settings_that_lack_something_are_told(recipe):
+def test_incomplete_settings_are_refused(recipe):
     state, config = file_of(recipe, "autoencoder_kl"), small("autoencoder_kl")
-    assert from_reference("autoencoder_kl", state, config["ddconfig"]).channels == 4  # its section alone will do
-    without = {name: one for name, one in config["ddconfig"].items() if name != "ch_mult"}
+    assert from_reference("autoencoder_kl", state, config["ddconfig"]).channels == 4  # its section alone is enough
+    without = {name: value for name, value in config["ddconfig"].items() if name != "ch_mult"}
     with pytest.raises(UserError, match="lacks ch_mult"):
         from_reference("autoencoder_kl", state, {"ddconfig": without})
     with pytest.raises(UserError, match="lacks vq_model"):
@@ -114,20 +114,20 @@ def test_settings_that_lack_something_are_told(recipe):
         from_reference("flowtitok", {}, {"vq_model": FLOWTITOK["vq_model"]})
 
 
-def test_autoencoder_takes_the_scale_of_crossflow_by_itself(recipe):
+def test_autoencoder_has_the_scale_of_crossflow_by_default(recipe):
     codec = from_reference("autoencoder_kl", file_of(recipe, "autoencoder_kl"), small("autoencoder_kl"))
     assert codec.scale.flatten().tolist() == pytest.approx([0.2301] * 4)
 
 
 @pytest.mark.parametrize("kind", ["flowtitok", "autoencoder_kl"])
-def test_the_way_back_is_exact(recipe, kind):
+def test_converting_back_is_exact(recipe, kind):
     state = file_of(recipe, kind)
     back = to_reference(from_reference(kind, state, small(kind)))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
-def test_rotary_tables_are_computed_whatever_the_file_holds(recipe, caplog):
+def test_rotary_tables_are_computed_instead_of_read(recipe, caplog):
     config = small("flowtitok")
     shapes = expected("flowtitok", config, ())
     state = recipe.weights(shapes)
@@ -147,7 +147,7 @@ def test_rotary_tables_are_computed_whatever_the_file_holds(recipe, caplog):
 
 
 @pytest.mark.parametrize("kind", ["flowtitok", "autoencoder_kl"])
-def test_missing_misshapen_and_unknown_keys_are_listed(recipe, kind):
+def test_missing_mismatched_and_unknown_keys_are_listed(recipe, kind):
     state = file_of(recipe, kind)
     first, second = list(state)[:2]
     del state[first]

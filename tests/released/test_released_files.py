@@ -1,4 +1,4 @@
-"""Which released file a file is, and what is told of one that is none: another network, damaged, or a program."""
+"""Released files are recognised; other networks, damaged files and files with code are refused."""
 
 import hashlib
 import json
@@ -22,17 +22,17 @@ RECORDED = json.loads((GOLDEN / "released_files.json").read_text())
 
 
 def digest(shapes):
-    """Of the sorted keys and shapes that are used, those of the image tower left out."""
+    """Number and SHA-256 of the sorted keys and shapes without the image tower's."""
     lines = sorted(f"{key} {list(shape)}" for key, shape in shapes.items() if not key.startswith("open_clip.visual."))
     return len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_settings_of_the_released_files_give_their_tensors(name):
-    known = next(one for one in FILES if one.name == name)
+    known = next(known for known in FILES if known.name == name)
     assert known.kind == RECORDED[name]["kind"]
-    found = digest(expected(known.kind, known.config, list(known.marks)))
-    assert found == (RECORDED[name]["num_tensors"], RECORDED[name]["sha256"])
+    actual = digest(expected(known.kind, known.config, list(known.marks)))
+    assert actual == (RECORDED[name]["num_tensors"], RECORDED[name]["sha256"])
 
 
 @pytest.mark.skipif(DATA is None, reason="needs the key lists of the released files")
@@ -68,15 +68,15 @@ def test_other_networks_need_their_kind_and_settings(files, configs, tmp_path):
         from_file(path, tmp_path / "other", kind="dimr", config=broken)
 
 
-def test_a_wrong_kind_of_a_released_file_is_told(tmp_path):
-    known = next(one for one in FILES if one.name == "FlowTok-XL")
+def test_a_wrong_kind_of_a_released_file_is_refused(tmp_path):
+    known = next(known for known in FILES if known.name == "FlowTok-XL")
     tensors = {key: torch.empty(tuple(shape), device="meta") for key, shape in known.marks.items()}
     with pytest.raises(UserError, match="is FlowTok-XL, of the kind 'flowtok', not 'dimr'"):
         identify(tensors, "dimr", None, tmp_path / "file.pth")
     assert identify(tensors, None, None, tmp_path / "file.pth") is known
 
 
-# -- what is not a file of weights
+# -- files that are refused
 
 
 class Code:
@@ -98,18 +98,18 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda tensor: tensor.long(), r"1 of another shape or type: .* is of torch\.int64"),
         (lambda tensor: tensor.to(torch.complex64), r"1 tensors of other types than .*complex64"),
         (lambda tensor: tensor.to_sparse(), r"1 tensors of other types than .*sparse"),
     ],
 )
-def test_tensors_that_are_no_weights_are_told(files, tmp_path, change, told):
+def test_tensors_of_other_types_are_refused(files, tmp_path, change, message):
     _, config, state = files("dimr")
     key = "context_encoder.linear.weight"
     torch.save({**state, key: change(state[key])}, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         from_file(tmp_path / "odd.pth", tmp_path / "run", config=config)
     assert not (tmp_path / "run").exists()
 
@@ -125,18 +125,18 @@ def test_tensors_that_are_no_weights_are_told(files, tmp_path, change, told):
         {"loss_coeffs": 7},
     ],
 )
-def test_settings_of_the_wrong_kind_are_told(configs, change):
+def test_settings_of_a_wrong_type_are_refused(configs, change):
     with pytest.raises(UserError, match=r"config|released DiMR|textVAE"):
         expected("dimr", configs["dimr"] | change, ())
 
 
-def test_a_settings_file_of_a_strange_kind_is_told(files, configs, tmp_path):
+def test_a_settings_file_with_an_invalid_kind_is_refused(files, configs, tmp_path):
     (tmp_path / "strange.json").write_text(json.dumps({"kind": ["dimr"], "config": configs["dimr"]}))
     with pytest.raises(UserError, match="Known: "):
         from_file(files("dimr")[0], tmp_path / "run", config=tmp_path / "strange.json")
 
 
-def test_cut_off_and_other_files_are_told(files, tmp_path):
+def test_truncated_and_other_files_are_refused(files, tmp_path):
     path, _, state = files("flowtok")
     whole = path.read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
@@ -145,15 +145,15 @@ def test_cut_off_and_other_files_are_told(files, tmp_path):
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "cut_old.pth").write_bytes((tmp_path / "old.pth").read_bytes()[:-1000])
     for name in ("cut.pth", "cut.safetensors", "cut_old.pth"):
-        with pytest.raises(UserError, match="cut off or damaged"):
+        with pytest.raises(UserError, match="truncated or damaged"):
             from_file(tmp_path / name, tmp_path / "run")
     (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
-    with pytest.raises(UserError, match="no file of torch's"):
+    with pytest.raises(UserError, match="not a file of torch"):
         from_file(tmp_path / "pointer.pth", tmp_path / "run")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="holds list"):
+    with pytest.raises(UserError, match="got list"):
         from_file(tmp_path / "list.pth", tmp_path / "run")
-    with pytest.raises(UserError, match="There is no file"):
+    with pytest.raises(UserError, match="does not exist"):
         from_file(tmp_path / "nothing.pth", tmp_path / "run")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
@@ -169,12 +169,12 @@ def test_a_stream_of_tensors_is_a_safetensors_file(tmp_path):
         "turned": torch.randn(4, 3).T,
         "count": torch.arange(7),
     }
-    told = []
+    counts = []
     pieces = [Piece(name, tensor.to("meta"), lambda tensor=tensor: tensor) for name, tensor in state.items()]
-    write_safetensors(tmp_path / "file.safetensors", pieces, told.append)
-    found = load_file(tmp_path / "file.safetensors")
-    assert found.keys() == state.keys()
+    write_safetensors(tmp_path / "file.safetensors", pieces, counts.append)
+    written = load_file(tmp_path / "file.safetensors")
+    assert written.keys() == state.keys()
     for name, tensor in state.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
-    assert sum(told) == sum(tensor.nbytes for tensor in state.values())
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name], tensor)
+    assert sum(counts) == sum(tensor.nbytes for tensor in state.values())

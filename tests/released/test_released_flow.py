@@ -1,6 +1,6 @@
-"""The released flow models: equal to the reference networks, loaded whole or not at all, and written back bit for bit.
+"""The released flow models: equal to the reference networks, complete or refused, and converted back bit for bit.
 
-The recorded numbers are every k-th value of what the reference networks gave, k = max(1, number of values // 300) | 1.
+The recorded numbers are every k-th output value of the reference networks, k = max(1, number of values // 300) | 1.
 """
 
 import json
@@ -31,7 +31,7 @@ ADAPTOR = ("context_encoder.adaptor.fc1.weight",)
 
 
 def shapes_of(name):
-    """Keys and shapes of a fixture; the recorded ones have no contrastive temperature of their own but FlowTok's."""
+    """Keys and shapes of a fixture; only FlowTok's recorded file has a contrastive temperature."""
     about = FIXTURES[name]
     shapes = expected(about["kind"], about["config"], ADAPTOR if about["adaptor"] else ())
     return {key: shape for key, shape in shapes.items() if key != "open_clip.logit_scale"}
@@ -52,42 +52,42 @@ def loaded(recipe):
 
 
 @torch.no_grad()
-def computed(model, given, sampler):
-    """Everything that a fixture records, from its inputs."""
+def outputs(model, inputs, sampler):
+    """All outputs that a fixture records, from its inputs."""
     objective, results = model.objective, {}
-    posterior = model.source_encoder(given["context"], given.get("context_mask"))
+    posterior = model.source_encoder(inputs["context"], inputs.get("context_mask"))
     results |= {"mu": posterior.mean.flatten(1), "logvar": posterior.log_var.flatten(1)}
-    rows = torch.arange(len(given["x"]))
+    rows = torch.arange(len(inputs["x"]))
     indicators = {"cond": rows < 0, "uncond": rows >= 0, "mixed": rows % 2 == 0}
     for i in (0, 1):
-        for indicator, flags in indicators.items() if f"t{i}" in given else ():
-            velocities = model.velocities(given["x"], given[f"t{i}"], flags)
+        for indicator, flags in indicators.items() if f"t{i}" in inputs else ():
+            velocities = model.velocities(inputs["x"], inputs[f"t{i}"], flags)
             if isinstance(model.backbone, DiT):
                 (results[f"v{i}_{indicator}"],) = velocities
             else:
                 results |= {f"v{i}_{indicator}_stage{j}": velocity for j, velocity in enumerate(velocities)}
-            assert torch.equal(model.velocity(given["x"], given[f"t{i}"], flags), velocities[-1])
-    end = generate(model, given["z0"], steps=sampler["steps"], guidance=sampler["scale"], time_grid="released")
+            assert torch.equal(model.velocity(inputs["x"], inputs[f"t{i}"], flags), velocities[-1])
+    end = generate(model, inputs["z0"], steps=sampler["steps"], guidance=sampler["scale"], time_grid="released")
     results |= {"euler_step_in_dsigma": end, "euler_step_in_dt": end}
-    if "x1" in given:
-        point = LinearPath()(given["z0"], given["x1"], given["loss_t"])
+    if "x1" in inputs:
+        point = LinearPath()(inputs["z0"], inputs["x1"], inputs["loss_t"])
         velocities = model.velocities(point.z_t, point.t, rows < 0)
         coefficients = list(objective.settings.coefficients)
         loss = losses.multi_resolution_loss(velocities, point.velocity, coefficients)
         results |= {"x_t": point.z_t, "velocity": point.velocity, "loss_diff": loss}
         log_ten = torch.tensor(math.log(10))
-        results["clip_loss_scale10"] = losses.clip_contrastive_loss(given["z0"], given["img_feat"], log_ten)
-        results["image_projection"] = objective.project_image(given["siglip_feat"])
+        results["clip_loss_scale10"] = losses.clip_contrastive_loss(inputs["z0"], inputs["img_feat"], log_ten)
+        results["image_projection"] = objective.project_image(inputs["siglip_feat"])
     elif objective.settings.encoder_target == "tokens":
-        results["context_projection"] = objective.project_text(given["context"])
+        results["context_projection"] = objective.project_text(inputs["context"])
         results["contrastive_loss"] = losses.clip_contrastive_loss(
-            given["z0"], results["context_projection"], objective.log_temperature
+            inputs["z0"], results["context_projection"], objective.log_temperature
         )
     return results
 
 
 def largest_errors(results, right, pick):
-    """{tensor: largest error}, the regularisers' relative; `pick` brings a result to what is recorded of it."""
+    """{tensor: largest error}; `pick` selects the values of an output that are recorded."""
     return {name: (pick(value) - right[name].flatten()).abs().max().item() for name, value in results.items()}
 
 
@@ -113,8 +113,8 @@ def test_network_equals_the_reference(name, recipe, recorded, loaded):
         for key, value in recorded("released_flow").items()
         if key.startswith(f"{name}.")
     }
-    given = {key: recipe.given(f"{name}/{key}", shape) for key, shape in about["inputs"].items()}
-    results = computed(model, given | right, about["sampler"])
+    inputs = {key: recipe.given(f"{name}/{key}", shape) for key, shape in about["inputs"].items()}
+    results = outputs(model, inputs | right, about["sampler"])
     left = set(right) - set(results) - {"t0", "t1", "loss_t", "context_mask", "siglip_feat"}
     assert left <= {"kl_standard", "kl_official", "kl_official_sum"}
     assert_small(largest_errors(results, right, sampled))
@@ -129,7 +129,7 @@ def test_every_tensor_of_the_fixture(name, recipe, loaded):
     folder = Path(DATA) / "golden"
     right, about = load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
     assert {key: list(shape) for key, shape in shapes_of(name).items()} == about["shapes"]
-    results = computed(loaded(name)[0], right, about["sampler"])
+    results = outputs(loaded(name)[0], right, about["sampler"])
     errors = largest_errors(results, right, torch.Tensor.flatten)
     posterior = Posterior(right["mu"], right["logvar"])
     relative = {}
@@ -138,8 +138,8 @@ def test_every_tensor_of_the_fixture(name, recipe, loaded):
             relative[key] = (posterior.kl(form) / right[key] - 1).abs().max().item()
     if "kl_official_sum" in right:
         relative["kl_official_sum"] = (posterior.kl("released").sum() / right["kl_official_sum"] - 1).abs().item()
-    inputs = {"t0", "t1", "loss_t", "context_mask", "siglip_feat", "context", "x", "x1", "z0", "img_feat"}
-    assert set(right) - inputs == set(errors) | set(relative)
+    input_names = {"t0", "t1", "loss_t", "context_mask", "siglip_feat", "context", "x", "x1", "z0", "img_feat"}
+    assert set(right) - input_names == set(errors) | set(relative)
     assert_small(errors)
     assert all(error <= 1e-6 for error in relative.values()), relative
 
@@ -153,7 +153,7 @@ def test_both_kl_forms_as_recorded(recorded):
 
 
 @pytest.mark.parametrize("name", ["crossflow_dimr_256_small", "flowtok_small", "crossflow_dit_512_small"])
-def test_the_way_back_is_exact(name, loaded):
+def test_converting_back_is_exact(name, loaded):
     model, state = loaded(name)
     back = to_reference(model)
     assert back.keys() == state.keys()
@@ -170,30 +170,30 @@ def test_heads_belong_to_the_objective_and_not_to_the_generator(loaded):
         model.objective.project_image(torch.zeros(1, 4))
 
 
-def test_the_temperature_of_a_file_is_taken_and_given_back(recipe):
+def test_the_temperature_of_a_file_survives(recipe):
     about, state = FIXTURES["crossflow_dimr_256_small"], recipe.weights(shapes_of("crossflow_dimr_256_small"))
     without = from_reference("dimr", dict(state), about["config"])
     assert without.objective.logit_scale.item() == pytest.approx(1 / 0.07)
     assert "open_clip.logit_scale" in without.reference.absent
     state["open_clip.logit_scale"] = torch.tensor(3.0)
-    with_it = from_reference("dimr", state, about["config"])
-    assert with_it.objective.log_temperature.item() == 3.0
-    assert torch.equal(to_reference(with_it)["open_clip.logit_scale"], torch.tensor(3.0))
+    restored = from_reference("dimr", state, about["config"])
+    assert restored.objective.log_temperature.item() == 3.0
+    assert torch.equal(to_reference(restored)["open_clip.logit_scale"], torch.tensor(3.0))
 
 
-def test_missing_misshapen_and_unknown_keys_are_all_listed():
+def test_missing_mismatched_and_unknown_keys_are_all_listed():
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes_of("flowtok_small").items()}
     del state["context_encoder.layers.1.attn.W_K.weight"], state["pos_embed"]
     state["t_embedder.mlp.0.bias"] = torch.empty(3, device="meta")
     state["extra.weight"] = torch.empty(1, device="meta")
     with pytest.raises(UserError) as error:
         from_reference("flowtok", state, FIXTURES["flowtok_small"]["config"])
-    told = str(error.value)
-    assert "2 missing" in told
-    assert "pos_embed" in told
-    assert "context_encoder.layers.1.attn.W_K.weight" in told
-    assert "t_embedder.mlp.0.bias is (3,), not (72,)" in told
-    assert "1 unknown: extra.weight" in told
+    message = str(error.value)
+    assert "2 missing" in message
+    assert "pos_embed" in message
+    assert "context_encoder.layers.1.attn.W_K.weight" in message
+    assert "t_embedder.mlp.0.bias is (3,), not (72,)" in message
+    assert "1 unknown: extra.weight" in message
 
 
 def test_variants_that_were_not_released_and_incomplete_settings_are_refused():
@@ -222,7 +222,7 @@ def test_variants_that_were_not_released_and_incomplete_settings_are_refused():
     ],
 )
 def test_released_files_are_used_to_the_last_key(name, kind, flow, text):
-    """On the meta device: nothing is missing, and the image tower alone is dropped."""
+    """On the meta device: no key is missing, and only the image tower is dropped."""
     about = json.loads((Path(DATA) / f"golden/checkpoints/{name}.json").read_text())
     assert about["kind"] == kind
     state = {key: torch.empty(shape, device="meta") for key, shape in about["shapes"].items()}
@@ -241,12 +241,12 @@ def test_released_files_are_used_to_the_last_key(name, kind, flow, text):
 @pytest.mark.parametrize("name", ["crossflow_dimr_512_small", "flowtok_small"])
 def test_settings_are_a_recipe_that_builds_the_same_network(name, loaded):
     about = FIXTURES[name]
-    given = settings(about["kind"], about["config"], shapes_of(name))
-    task = build_task(build(task_class("t2i").Config, given))
+    recipe = settings(about["kind"], about["config"], shapes_of(name))
+    task = build_task(build(task_class("t2i").Config, recipe))
     task.assume()
     with torch.device("meta"):
-        ours = task.build_model()
-    theirs = loaded(name)[0]
-    assert {key: value.shape for key, value in ours.state_dict().items()} == {
-        key: value.shape for key, value in theirs.state_dict().items()
+        built = task.build_model()
+    reference = loaded(name)[0]
+    assert {key: value.shape for key, value in built.state_dict().items()} == {
+        key: value.shape for key, value in reference.state_dict().items()
     }
