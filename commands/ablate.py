@@ -59,13 +59,13 @@ def command(
     if settings["steps"] is not None and minutes is not None:
         raise UserError("--steps and --minutes exclude each other; give one of them.")
     from crossflow.benchmarks.ablation import page, run
-    from crossflow.benchmarks.ablation.plan import load_group
+    from crossflow.benchmarks.ablation.group import load_group
 
     loaded = load_group(group)
-    budget = _budget(settings | {"task": settings["task"] or loaded.tasks[0]})
-    suffix = "" if budget.task == loaded.tasks[0] else f"-{budget.task}"
+    budget = _budget(settings | {"task": settings["task"] or loaded.default_task})
+    suffix = "" if budget.task == loaded.default_task else f"-{budget.task}"
     folder = output or Path("ablations") / f"{loaded.name}{suffix}"
-    plan = run.planned(loaded, budget, folder, minutes, say, measure=not dry_run)
+    plan = run.plan_with_minutes(loaded, budget, folder, minutes, say, measure=not dry_run)
     if dry_run:
         for job in plan.jobs:
             say(f"{'done' if job.done else 'to do'}  crossflow {shlex.join(job.command)}")
@@ -98,13 +98,13 @@ def _budget(settings: dict[str, Any]) -> "Budget":
 
 
 def _list_groups() -> None:
-    from crossflow.benchmarks.ablation.plan import groups, load_group
+    from crossflow.benchmarks.ablation.group import groups, load_group
     from crossflow.benchmarks.report.paper import paper
 
     for name in groups():
         group = load_group(name)
         where = paper().table(group.table).where.partition(";")[0] if group.table is not None else "in no paper"
-        say(f"{name}: {group.title} ({where}); tasks {', '.join(group.tasks)}")
+        say(f"{name}: {group.title} ({where}); {'tasks ' + ', '.join(group.tasks) if group.tasks else 'every task'}")
         say(f"    {group.about}")
         say(f"    variants: {', '.join(group.variants)}")
     say("Run one: crossflow ablate GROUP --minutes 3 --seeds 3 (--dry-run lists the commands; see --help).")

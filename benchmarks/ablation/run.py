@@ -1,8 +1,10 @@
-"""Runs an ablation job by job, each a process of its own, so that one that crashes, runs out of memory or is killed
-ends neither the others nor the ablation. Its log and the reason are kept, and the ablation goes on where it was when it
-is started again.
+"""Runs the jobs of an ablation one after another, each in a process of its own.
+
+A job that crashes, runs out of memory or is killed does not stop the others. Its log and the reason are kept, and the
+ablation continues where it was when it is started again.
 """
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crossflow.benchmarks.ablation.plan import Budget, Group, Job, Plan
+from crossflow.benchmarks.ablation.group import Group
+from crossflow.benchmarks.ablation.plan import Budget, Job, Plan
 from crossflow.core import distributed
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
@@ -22,49 +25,56 @@ from crossflow.engine.train import dry_run
 from crossflow.tasks.base import load_config, task_class
 
 PLAN, FAILURES, LOCK = "ablation.json", "failures.json", ".lock"
-Tell = Callable[[str], None]
+EXTENDABLE = ("seeds", "only")
+"""Entries of a folder's plan that may differ when the ablation is started again."""
+Say = Callable[[str], None]
+"""Takes one line for the person at the terminal."""
+Execute = Callable[[Job, Path, Say], int]
+"""(job, log file, say) -> exit status; the command's output goes to the log."""
 HEARTBEAT = 30.0
-"""Seconds between two words about a job that goes on."""
+"""Seconds between two messages about a running job."""
 
 
-def planned(
-    group: Group, budget: Budget, folder: Path, minutes: float | None, tell: Tell, *, measure: bool = True
+# -- the number of steps
+
+
+def plan_with_minutes(
+    group: Group, budget: Budget, folder: Path, minutes: float | None, say: Say, *, measure: bool = True
 ) -> Plan:
-    """The plan of a group; `minutes` become steps by measuring, once: a folder that was begun keeps its own.
+    """The plan of a group whose runs take `minutes` each; None: the steps of the budget.
 
-    measure: otherwise a plan whose steps are not known yet has those of the recipe, and that is told.
+    Steps are measured once: a folder with an ablation keeps its number. Without `measure` a plan of unknown steps has
+    those of the recipe, and a message says so.
     """
     plan = Plan(group, budget, folder)
     if minutes is None:
         return plan
     steps = known_steps(folder)
     if steps is not None:
-        tell(f"{steps} steps for every run, as this folder was begun with.")
+        say(f"{steps} steps for every run, as in the ablation that this folder contains.")
     elif not measure:
-        tell(
-            f"--minutes is measured when the runs begin; until then the commands have the recipe's {plan.steps} steps."
-        )
+        say(f"--minutes is measured when the runs start; until then the commands have the recipe's {plan.steps} steps.")
         return plan
     else:
-        tell("Measuring how long the steps of each variant take.")
+        say("Measuring the time per step of each variant.")
         steps = steps_for(plan, minutes)
-        tell(f"{steps} steps for every run.")
+        say(f"{steps} steps for every run.")
     return Plan(group, replace(budget, steps=steps), folder)
 
 
 def steps_for(plan: Plan, minutes: float) -> int:
-    """Steps that the slowest training of a plan takes in `minutes` on this machine, by a few steps of each."""
+    """Steps that the slowest training of a plan takes in `minutes` on this machine, measured by dry runs."""
     slowest = 0.0
     seen: set[str] = set()
     for job in plan.jobs:
         label = job.name.rpartition("-seed")[0]
-        if job.kind != "train" or label in seen or job.after:  # one that starts from another is as fast without
+        if job.kind != "train" or label in seen or job.after:  # starting from weights does not change the speed
             continue
         seen.add(label)
-        quick = task_class(plan.budget.task).quick
-        given = [f"data.train={plan.budget.data}"] if plan.budget.data is not None else []
+        data = [f"data.train={plan.budget.data}"] if plan.budget.data is not None else []
+        overrides = [*data, *job.overrides, *task_class(plan.budget.task).quick]
         try:
-            config = load_config(plan.budget.recipe, [*given, *job.overrides, *quick], plan.budget.task)
+            config = load_config(plan.budget.recipe, overrides, plan.budget.task)
             report = dry_run(config)
         except UserError:
             if all(plan.group.variants[name].optional for name in job.variants):
@@ -76,53 +86,59 @@ def steps_for(plan: Plan, minutes: float) -> int:
     return max(1, round(60 * minutes / slowest))
 
 
-Execute = Callable[[Job, Path, Tell], int]
-"""(job, log file, tell) -> exit status; what the command prints goes to the log."""
+# -- the jobs
 
 
-def run(plan: Plan, tell: Tell, execute: Execute | None = None, after_each: Callable[[], object] | None = None) -> None:
-    """Does every job that is not done, in order; one that fails is told and left, with those that need it.
+def run(plan: Plan, say: Say, execute: Execute | None = None, after_each: Callable[[], object] | None = None) -> None:
+    """Runs the unfinished jobs in order; failures are reported, and the remaining jobs continue without them.
 
-    after_each: called when a job has ended. Raises UserError when the folder holds another plan, or when a job of it
-    is still going on.
+    after_each: called whenever a job has ended. Raises UserError if the folder belongs to another plan, or if a job of
+    it is still running.
     """
     if distributed.announced():
-        raise UserError("An ablation starts its runs by itself, one after another: call it without a launcher.")
-    with _alone(plan) as lock:
+        raise UserError("An ablation starts its own runs, one after another: call it without a launcher.")
+    with _locked(plan) as lock:
+        execute = execute or Processes(lock)
         failures: dict[str, str] = {}
         pending = [job for job in plan.jobs if not job.done]
-        tell(f"{len(plan.jobs) - len(pending)} of {len(plan.jobs)} jobs are done; results in {plan.folder}.")
-        begun = time.monotonic()
+        say(f"{len(plan.jobs) - len(pending)} of {len(plan.jobs)} jobs are done; results in {plan.folder}.")
+        start = time.monotonic()
         for number, job in enumerate(pending):
-            spent = time.monotonic() - begun
+            spent = time.monotonic() - start
             left = f", about {duration(spent / number * (len(pending) - number))} left" if number else ""
-            missing = [name for name in job.after if name in failures]
-            if missing:
-                failures[job.name] = f"needs what failed: {missing[0]}"
-            else:
-                tell(f"[{number + 1}/{len(pending)}] {job.name}{left}")
-                log = plan.folder / "logs" / f"{job.name.replace(' ', '-')}.log"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                status = (execute or Processes(lock))(job, log, tell)
-                if not job.done:
-                    failures[job.name] = reason(status, log)
-            if job.name in failures:
-                tell(f"{job.name}: {failures[job.name]}")
+            say(f"[{number + 1}/{len(pending)}] {job.name}{left}")
+            failure = _run_job(plan, job, failures, execute, say)
+            if failure is not None:
+                failures[job.name] = failure
+                say(f"{job.name}: {failure}")
             write_atomically(plan.folder / FAILURES, json.dumps(failures, indent=1))
             if after_each is not None:
                 after_each()
         write_atomically(plan.folder / FAILURES, json.dumps(failures, indent=1))
 
 
+def _run_job(plan: Plan, job: Job, failures: dict[str, str], execute: Execute, say: Say) -> str | None:
+    """Why the job failed, or None."""
+    missing = [name for name in job.after if name in failures]
+    if missing:
+        return f"needs a job that failed: {missing[0]}"
+    log = plan.folder / "logs" / f"{job.name.replace(' ', '-')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    status = execute(job, log, say)
+    return None if job.done else reason(status, log)
+
+
 @dataclass(frozen=True)
 class Processes:
-    """Runs a job as `python -m crossflow ...`. `lock`: a file that is locked for as long as the process lives, also
-    when the one that started it was killed.
+    """Runs a job as `python -m crossflow ...`.
+
+    lock: file descriptor that the process inherits, so that the folder stays locked if only its parent is killed.
     """
 
     lock: int
 
-    def __call__(self, job: Job, log: Path, tell: Tell) -> int:
+    def __call__(self, job: Job, log: Path, say: Say) -> int:
+        """Exit status of the job; `say` gets the last line of its log every `HEARTBEAT` seconds."""
         command = [sys.executable, "-m", "crossflow", *job.command]
         with log.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=(self.lock,))
@@ -130,18 +146,18 @@ class Processes:
                 try:
                     return process.wait(HEARTBEAT)
                 except subprocess.TimeoutExpired:
-                    tell(f"  {_last_line(log)}")
-                except BaseException:  # Ctrl-C reaches it as well: it writes a checkpoint and ends
+                    say(f"  {_last_line(log)}")
+                except BaseException:  # Ctrl-C reaches the process as well: it writes a checkpoint and ends
                     process.terminate()
                     process.wait()
                     raise
 
 
 def reason(status: int, log: Path) -> str:
-    """Why a job did not do what it should, in words."""
+    """Why a job failed, in words, from its exit status and the last line of its log."""
     last = _last_line(log)
     if status < 0:
-        return f"killed by signal {-status}{' (out of memory?)' if status == -9 else ''}; last words: {last}"
+        return f"killed by signal {-status}{' (out of memory?)' if status == -9 else ''}; last line: {last}"
     if status == 2:
         return last
     return f"ended with status {status}: {last}; see {log.parent.name}/{log.name}"
@@ -149,14 +165,15 @@ def reason(status: int, log: Path) -> str:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    return lines[-1].strip()[-600:] if lines else "nothing was said"
+    return lines[-1].strip()[-600:] if lines else "no output"
+
+
+# -- the folder
 
 
 @contextmanager
-def _alone(plan: Plan) -> Iterator[int]:
-    """Keeps two processes out of one folder, and one folder from holding two plans; gives the lock."""
-    import fcntl
-
+def _locked(plan: Plan) -> Iterator[int]:
+    """Keeps two processes out of one folder, and one folder from two plans; yields the descriptor of the lock."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     _keep_plan(plan)
     with (plan.folder / LOCK).open("w") as file:
@@ -164,38 +181,38 @@ def _alone(plan: Plan) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"Something of this ablation is still going on in {plan.folder} (perhaps a run whose parent was "
-                "killed). Wait for its end, or end it; then start again."
+                f"A job of this ablation is still running in {plan.folder} (perhaps a run whose parent was killed). "
+                "Wait until it ends, or end it; then start again."
             ) from error
         yield file.fileno()
 
 
 def _keep_plan(plan: Plan) -> None:
-    """Writes what the folder's runs have in common; raises UserError when the folder has another. More seeds, and other
-    variants, may come later.
+    """Records what all runs of the folder share. Raises UserError if it differs from what the folder contains; further
+    seeds and variants may be added.
     """
     budget = plan.budget
-    now: dict[str, Any] = {"group": plan.group.name, "task": budget.task, "recipe": budget.recipe, "data": budget.data}
-    now |= {"steps": plan.steps, "num_items": budget.num_items, "split": budget.split}
-    now |= {"protocol": budget.protocol, "eval_data": budget.eval_data}
-    now |= {"overrides": list(budget.overrides), "seeds": list(budget.seeds), "only": list(budget.only)}
+    current: dict[str, Any] = {"group": plan.group.name, "task": budget.task, "recipe": budget.recipe}
+    current |= {"data": budget.data, "steps": plan.steps, "num_items": budget.num_items, "split": budget.split}
+    current |= {"protocol": budget.protocol, "eval_data": budget.eval_data}
+    current |= {"overrides": list(budget.overrides), "seeds": list(budget.seeds), "only": list(budget.only)}
     path = plan.folder / PLAN
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        free = ("seeds", "only")
-        different = [name for name in now if name not in free and before.get(name) != now[name]]
-        if different:
-            told = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in different)
-            raise UserError(f"{plan.folder} holds an ablation with other settings: {told}. Choose another --output.")
-    write_atomically(path, json.dumps(now, indent=1))
+        changed = [name for name in current if name not in EXTENDABLE and before.get(name) != current[name]]
+        if changed:
+            words = ", ".join(f"{name} {before.get(name)!r} -> {current[name]!r}" for name in changed)
+            raise UserError(f"{plan.folder} contains an ablation with other settings: {words}. Use another --output.")
+    write_atomically(path, json.dumps(current, indent=1))
 
 
 def known_steps(folder: Path) -> int | None:
-    """Steps of the runs that a folder's ablation was begun with."""
+    """Steps of each run of the ablation in a folder; None if there is none."""
     path = folder / PLAN
     return int(json.loads(path.read_text(encoding="utf-8"))["steps"]) if path.is_file() else None
 
 
 def failures_in(folder: Path) -> dict[str, str]:
+    """Why jobs failed the last time, by name."""
     path = folder / FAILURES
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from crossflow.benchmarks.ablation.plan import load_group
+from crossflow.benchmarks.ablation.group import load_group
 from crossflow.benchmarks.evaluation.protocol import load_protocol
 from crossflow.core.config import Config, Section, TrainConfig
 from crossflow.core.errors import UserError

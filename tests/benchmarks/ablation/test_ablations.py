@@ -1,4 +1,4 @@
-"""Ablations: every shipped group is possible, runs go on after a kill, failures stay apart, and orders are told."""
+"""Ablations: every shipped group is valid, runs resume after a kill, failures stay apart, and orders are reported."""
 
 import json
 import re
@@ -9,12 +9,14 @@ import pytest
 from crossflow.benchmarks.ablation import page as ablation_page
 from crossflow.benchmarks.ablation import results as ablation_results
 from crossflow.benchmarks.ablation import run as ablations
-from crossflow.benchmarks.ablation.plan import Budget, Group, Job, Plan, groups, load_group, written
+from crossflow.benchmarks.ablation.group import Group, groups, load_group
+from crossflow.benchmarks.ablation.plan import Budget, Job, Plan, written
 from crossflow.benchmarks.ablation.run import reason, run
 from crossflow.benchmarks.report.paper import paper
 from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.core.settings import build, parse_overrides
+from crossflow.tasks import task_names
 from crossflow.tasks.base import build_task, load_config
 
 GROUPS = ["encoder", "guidance", "loss", "path", "size", "solver", "text", "training"]
@@ -27,17 +29,17 @@ def plan(group: str, folder: Path, *, task: str = "t2i", steps: int | None = 10,
 
 @pytest.fixture
 def pretend():
-    """pretend(fail): does jobs by writing what they would leave; jobs with `fail` in their name crash."""
+    """pretend(fail): executes jobs by writing their files; jobs with `fail` in their name crash."""
 
     def make(fail: str = "nothing", stop_at: int | None = None):
         done: list[str] = []
 
-        def execute(job: Job, log: Path, tell) -> int:
+        def execute(job: Job, log: Path, say) -> int:
             if stop_at is not None and len(done) == stop_at:
                 raise KeyboardInterrupt
             done.append(job.name)
             if fail in job.name:
-                log.write_text("some words\nerror: there is no such thing\n")
+                log.write_text("step 1\nerror: the file does not exist\n")
                 return 2
             job.mark.parent.mkdir(parents=True)
             if job.kind == "train":
@@ -57,14 +59,14 @@ def pretend():
 # -- the shipped groups
 
 
-def test_every_group_is_there() -> None:
+def test_the_shipped_groups_are_these() -> None:
     assert sorted(groups()) == GROUPS
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_every_training_of_a_group_is_a_possible_configuration(name: str, tmp_path: Path) -> None:
+def test_every_training_of_a_group_is_a_valid_configuration(name: str, tmp_path: Path) -> None:
     group = load_group(name)
-    for task in group.tasks:
+    for task in group.tasks or task_names():
         made = plan(name, tmp_path, task=task, seeds=(0,))
         for job in made.jobs:
             if job.kind == "train":
@@ -74,14 +76,14 @@ def test_every_training_of_a_group_is_a_possible_configuration(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_rows_of_the_paper_are_named_as_the_paper_has_them(name: str) -> None:
+def test_variants_refer_to_existing_rows_of_the_paper(name: str) -> None:
     group = load_group(name)
     rows = {row.name for row in paper().table(group.table).rows} if group.table is not None else set()
     named = {variant.paper for variant in group.variants.values() if variant.paper is not None}
     assert named == (rows if name != "size" else set())  # the paper has no sizes like these
 
 
-def test_solver_variants_are_called_by_their_evaluations() -> None:
+def test_solver_variants_are_named_after_their_evaluations() -> None:
     from crossflow.benchmarks.report.measured import evaluations
 
     group = load_group("solver")
@@ -93,7 +95,7 @@ def test_solver_variants_are_called_by_their_evaluations() -> None:
 # -- plans
 
 
-def test_variants_that_differ_in_sampling_alone_share_their_training(tmp_path: Path) -> None:
+def test_variants_that_differ_only_in_sampling_share_their_training(tmp_path: Path) -> None:
     jobs = plan("guidance", tmp_path, seeds=(0, 1)).jobs
     trained = [job.name for job in jobs if job.kind == "train"]
     assert trained == [f"train {label}-seed{seed}" for seed in (0, 1) for label in ("plain", "weak", "indicator")]
@@ -103,7 +105,7 @@ def test_variants_that_differ_in_sampling_alone_share_their_training(tmp_path: P
     assert {"train.steps=2", "guidance.drop=0.0", "seed=0"} <= set(weak.overrides)
 
 
-def test_the_second_stage_starts_from_the_first_and_is_frozen(tmp_path: Path) -> None:
+def test_a_second_stage_starts_from_the_first_with_a_frozen_encoder(tmp_path: Path) -> None:
     jobs = {job.name: job for job in plan("training", tmp_path, seeds=(0,)).jobs}
     first, frozen = jobs["train encoder-seed0"], jobs["train two-stage-seed0"]
     assert {"loss.flow_weight=0.0", "train.steps=5"} <= set(first.overrides)
@@ -113,7 +115,7 @@ def test_the_second_stage_starts_from_the_first_and_is_frozen(tmp_path: Path) ->
     assert set(first.variants) == {"two-stage", "two-stage-then-joint"}
 
 
-def test_settings_can_be_given_for_all_or_for_one_variant(tmp_path: Path) -> None:
+def test_overrides_apply_to_all_variants_or_to_one(tmp_path: Path) -> None:
     made = plan("text", tmp_path, seeds=(0,), overrides=("train.lr=0.5", "t5:text.encoder=/somewhere/t5"))
     jobs = {job.name: job for job in made.jobs}
     assert all("train.lr=0.5" in job.overrides for job in made.jobs if job.kind == "train")
@@ -123,24 +125,24 @@ def test_settings_can_be_given_for_all_or_for_one_variant(tmp_path: Path) -> Non
         plan("text", tmp_path, overrides=("t55:train.lr=1",))
 
 
-def test_how_runs_are_sampled_can_be_given(tmp_path: Path) -> None:
+def test_sampling_overrides_apply_to_the_evaluations(tmp_path: Path) -> None:
     made = plan("encoder", tmp_path, overrides=("sample.guidance=3", "noisy:sample.steps=5"))
     assert made.sample("variational") == {"guidance": 3}
     assert made.sample("noisy") == {"guidance": 3, "steps": 5}
 
 
-def test_listing_the_commands_measures_nothing(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_listing_the_commands_measures_no_steps(tmp_path: Path) -> None:
+    lines: list[str] = []
     budget = Budget("t2i", "t2i_tiny")
-    made = ablations.planned(load_group("encoder"), budget, tmp_path / "new", 3, said.append, measure=False)
+    made = ablations.plan_with_minutes(load_group("encoder"), budget, tmp_path / "new", 3, lines.append, measure=False)
     assert made.steps == load_config("t2i_tiny").train.steps
-    assert "when the runs begin" in said[0]
+    assert "when the runs start" in lines[0]
 
 
-def test_a_launcher_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_ablations_refuse_a_launcher(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without a launcher"):
-        run(plan("encoder", tmp_path), lambda text: None)
+        run(plan("encoder", tmp_path), lambda line: None)
 
 
 def test_runs_can_be_evaluated_by_a_protocol(tmp_path: Path) -> None:
@@ -153,12 +155,12 @@ def test_runs_can_be_evaluated_by_a_protocol(tmp_path: Path) -> None:
         plan("loss", tmp_path, protocol="coco-fid10")
 
 
-def test_arguments_are_read_back_as_they_were() -> None:
+def test_written_arguments_parse_to_the_same_settings() -> None:
     settings = {"a": {"b": 1e-5, "c": "no", "d": None, "e": [0.1, 2]}, "f": True}
     assert parse_overrides(written(settings)) == settings
 
 
-def test_impossible_plans_are_told(tmp_path: Path) -> None:
+def test_invalid_plans_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="for t2i, not for depth"):
         plan("loss", tmp_path, task="depth")
     with pytest.raises(UserError, match="Did you mean 'variational'"):
@@ -170,68 +172,68 @@ def test_impossible_plans_are_told(tmp_path: Path) -> None:
     mine = build(Group, {**about, "reference": "a", "variants": variants})
     with pytest.raises(UserError, match="a and b of mine share the training 'x'"):
         Plan(mine, Budget("t2i", "t2i_tiny"), tmp_path)
-    with pytest.raises(UserError, match="no variant"):
+    with pytest.raises(UserError, match="not one of its variants"):
         build(Group, {**about, "reference": "z", "variants": variants})
 
 
 # -- running
 
 
-def test_a_killed_ablation_goes_on_where_it_was(tmp_path: Path, pretend) -> None:
+def test_a_killed_ablation_continues_where_it_was(tmp_path: Path, pretend) -> None:
     made = plan("encoder", tmp_path, seeds=(0, 1))
     execute, first = pretend(stop_at=5)
     with pytest.raises(KeyboardInterrupt):
-        run(made, lambda text: None, execute)
+        run(made, lambda line: None, execute)
     execute, second = pretend()
-    said: list[str] = []
-    run(made, said.append, execute)
-    assert said[0].startswith("5 of 16 jobs are done")
+    lines: list[str] = []
+    run(made, lines.append, execute)
+    assert lines[0].startswith("5 of 16 jobs are done")
     assert sorted(first + second) == sorted(job.name for job in made.jobs)
     assert all(job.done for job in made.jobs)
 
 
-def test_a_run_that_fails_does_not_end_the_others_and_is_tried_again(tmp_path: Path, pretend) -> None:
+def test_a_failed_run_does_not_stop_the_others_and_is_retried(tmp_path: Path, pretend) -> None:
     made = plan("encoder", tmp_path, seeds=(0,))
     execute, _ = pretend(fail="train noisy")
-    run(made, lambda text: None, execute, after_each=lambda: ablation_page.write(made))
+    run(made, lambda line: None, execute, after_each=lambda: ablation_page.write(made))
     assert [job.name for job in made.jobs if not job.done] == ["train noisy-seed0", "evaluate noisy-seed0"]
     text = (tmp_path / "ablation.md").read_text()
-    assert "- noisy, seed 0: failed: error: there is no such thing" in text
+    assert "- noisy, seed 0: failed: error: the file does not exist" in text
     execute, done = pretend()
-    run(made, lambda text: None, execute)
+    run(made, lambda line: None, execute)
     assert done == ["train noisy-seed0", "evaluate noisy-seed0"]
     assert ablations.failures_in(tmp_path) == {}
 
 
-def test_what_needs_weights_that_are_not_there_is_skipped(tmp_path: Path, pretend, monkeypatch) -> None:
+def test_variants_without_available_weights_are_skipped(tmp_path: Path, pretend, monkeypatch) -> None:
     monkeypatch.setitem(SCORES, "trained", 0.5)
     made = plan("text", tmp_path, seeds=(0,), only=("trained", "clip"))
     execute, _ = pretend(fail="clip")
-    run(made, lambda text: None, execute)
-    found = {result.name: result for result in ablation_results.results(made)}
-    assert found["clip"].missing[0].startswith("skipped: error")
-    assert found["t5"].missing[0] == "not run"
-    assert found["trained"].scores["overall"].mean == 0.5
+    run(made, lambda line: None, execute)
+    result = {result.name: result for result in ablation_results.results(made)}
+    assert result["clip"].missing[0].startswith("skipped: error")
+    assert result["t5"].missing[0] == "not run"
+    assert result["trained"].scores["overall"].mean == 0.5
 
 
-def test_a_folder_belongs_to_one_plan_which_may_get_more_seeds(tmp_path: Path, pretend) -> None:
+def test_a_folder_belongs_to_one_plan_which_may_gain_seeds(tmp_path: Path, pretend) -> None:
     execute, _ = pretend()
-    run(plan("encoder", tmp_path, seeds=(0,), only=("noisy",)), lambda text: None, execute)
-    run(plan("encoder", tmp_path, seeds=(0, 1)), lambda text: None, execute)
+    run(plan("encoder", tmp_path, seeds=(0,), only=("noisy",)), lambda line: None, execute)
+    run(plan("encoder", tmp_path, seeds=(0, 1)), lambda line: None, execute)
     assert ablations.known_steps(tmp_path) == 10
     with pytest.raises(UserError, match="steps 10 -> 20"):
-        run(plan("encoder", tmp_path, steps=20), lambda text: None, execute)
+        run(plan("encoder", tmp_path, steps=20), lambda line: None, execute)
 
 
-def test_two_processes_do_not_work_in_one_folder(tmp_path: Path, pretend) -> None:
+def test_two_processes_cannot_use_one_folder(tmp_path: Path, pretend) -> None:
     made, (execute, _) = plan("encoder", tmp_path), pretend()
-    with ablations._alone(made), pytest.raises(UserError, match="still going on"):
-        run(made, lambda text: None, execute)
+    with ablations._locked(made), pytest.raises(UserError, match="still running"):
+        run(made, lambda line: None, execute)
 
 
-def test_reasons_are_in_words(tmp_path: Path) -> None:
+def test_failures_are_explained_in_words(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "job.log"
-    assert "nothing was said" in reason(1, log)
+    assert "no output" in reason(1, log)
     log.parent.mkdir()
     log.write_text("step 1\nMemoryError\n")
     assert "out of memory?" in reason(-9, log)
@@ -242,10 +244,10 @@ def test_reasons_are_in_words(tmp_path: Path) -> None:
 # -- results
 
 
-def test_the_page_has_the_papers_numbers_ours_and_what_was_not_run(tmp_path: Path, pretend) -> None:
+def test_the_page_has_the_papers_numbers_the_measured_ones_and_what_is_missing(tmp_path: Path, pretend) -> None:
     made = plan("encoder", tmp_path, seeds=(0, 1, 2), only=("deterministic", "noisy", "variational"))
     execute, _ = pretend()
-    run(made, lambda text: None, execute)
+    run(made, lambda line: None, execute)
     markdown, html = ablation_page.write(made)
     text = markdown.read_text()
     assert "| 40.78 | 0.23 | 0.31 ± 0.025 |" in text  # 0.30, 0.31, 0.32
@@ -254,28 +256,28 @@ def test_the_page_has_the_papers_numbers_ours_and_what_was_not_run(tmp_path: Pat
     assert "not run" in row
     assert "noisy is better than deterministic in the paper (FID-10K 59.91 and 66.65); reproduced" in text
     assert re.search(r"- deterministic against variational: overall -0.2 ± \S+, worse\.", text)
-    assert "Only the order of rows can be compared" in text
+    assert "only the order of the rows can be compared" in text
     assert "data:image/png" in html.read_text()
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["variants"]["noisy"]["by_seed"]["2"] == {"overall": pytest.approx(0.22)}
-    assert found["variants"]["noisy"]["train_seconds"]["mean"] == 60.0
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["variants"]["noisy"]["by_seed"]["2"] == {"overall": pytest.approx(0.22)}
+    assert result["variants"]["noisy"]["train_seconds"]["mean"] == 60.0
 
 
-def test_an_order_that_is_not_the_papers_is_said(tmp_path: Path, pretend, monkeypatch) -> None:
+def test_a_reversed_order_is_reported(tmp_path: Path, pretend, monkeypatch) -> None:
     monkeypatch.setitem(SCORES, "variational", 0.05)
     made, (execute, _) = plan("encoder", tmp_path, seeds=(0, 1)), pretend()
-    run(made, lambda text: None, execute)
-    said = "\n".join(ablation_results.orders(made, ablation_results.results(made)))
-    assert "variational is better than noisy in the paper (FID-10K 40.78 and 59.91); not reproduced: the other" in said
+    run(made, lambda line: None, execute)
+    lines = "\n".join(ablation_results.orders(made, ablation_results.results(made)))
+    assert "variational is better than noisy in the paper (FID-10K 40.78 and 59.91); not reproduced: the order" in lines
     one = plan("encoder", tmp_path, seeds=(0,))
-    assert "decides nothing" in "\n".join(ablation_results.orders(one, ablation_results.results(one)))
+    assert "inconclusive with one seed" in "\n".join(ablation_results.orders(one, ablation_results.results(one)))
 
 
 @pytest.mark.parametrize(
-    ("score", "way"), [("abs_rel", "lower"), ("psnr_y", "higher"), ("rmse_log", "lower"), ("CIDEr", "higher")]
+    ("score", "direction"), [("abs_rel", "lower"), ("psnr_y", "higher"), ("rmse_log", "lower"), ("CIDEr", "higher")]
 )
-def test_which_way_is_better_is_known(score: str, way: str) -> None:
-    assert ablation_results.better(score) == way
+def test_the_better_direction_of_scores_is_known(score: str, direction: str) -> None:
+    assert ablation_results.better(score) == direction
 
 
 # -- the command
@@ -283,12 +285,12 @@ def test_which_way_is_better_is_known(score: str, way: str) -> None:
 
 def test_the_command_lists_groups_and_commands(tmp_path: Path, capsys) -> None:
     assert main(["ablate", "--list"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"{name}: " in said for name in GROUPS)
+    lines = capsys.readouterr().out
+    assert all(f"{name}: " in lines for name in GROUPS)
     folder = str(tmp_path / "out")
     assert main(["ablate", "encoder", "--steps", "5", "--seeds", "1", "--dry-run", "--output", folder]) == 0
-    said = capsys.readouterr().out
-    assert said.count("to do  crossflow train") == said.count("to do  crossflow evaluate") == 4
+    lines = capsys.readouterr().out
+    assert lines.count("to do  crossflow train") == lines.count("to do  crossflow evaluate") == 4
     assert not (tmp_path / "out").exists()
     assert main(["ablate", "encoder", "--steps", "5", "--minutes", "1"]) == 2
     assert main(["ablate", "encodr"]) == 2
@@ -296,24 +298,24 @@ def test_the_command_lists_groups_and_commands(tmp_path: Path, capsys) -> None:
 
 
 def tiny(settings: list[str]) -> tuple[str, ...]:
-    """Without what the plan says itself."""
+    """Without the settings that the plan makes."""
     return tuple(word for word in settings if not word.startswith("train.steps"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "task"),
-    [*((name, "t2i") for name in GROUPS), *(("encoder", task) for task in ("caption", "depth", "sr"))],
+    [*((name, "t2i") for name in GROUPS), *(("encoder", task) for task in task_names() if task != "t2i")],
 )
 def test_every_group_runs(name: str, task: str, tmp_path: Path, tiny_settings, blind_judge) -> None:
     """In this process, so that the judge can be replaced; two steps, one seed."""
     made = plan(name, tmp_path, task=task, steps=4, seeds=(0,), num_items=6, overrides=tiny(tiny_settings(task)))
 
-    def execute(job: Job, log: Path, tell) -> int:
+    def execute(job: Job, log: Path, say) -> int:
         log.write_text("no such weights here")
         return main(list(job.command))
 
-    run(made, lambda text: None, execute)
+    run(made, lambda line: None, execute)
     ablation_page.write(made)
     left = {variant for job in made.jobs if not job.done for variant in job.variants}
     assert left == {variant for variant in made.variants if made.group.variants[variant].optional}
@@ -323,14 +325,14 @@ def test_every_group_runs(name: str, task: str, tmp_path: Path, tiny_settings, b
 
 @pytest.mark.slow
 def test_the_command_runs_each_training_in_its_own_process(tmp_path: Path, tiny_settings, capsys) -> None:
-    """One of them cannot start: it is told, and the other is complete."""
+    """One of them cannot start: it is reported, and the other is complete."""
     settings = [*tiny(tiny_settings("sr")), "noisy:backbone.patch=5"]
     argv = ["ablate", "encoder", "--task", "sr", "--steps", "2", "--seeds", "1", "--num", "4"]
     argv += ["--only", "deterministic", "--only", "noisy", "--output", str(tmp_path), *settings]
     assert main(argv) == 0
-    said = capsys.readouterr().out
-    assert "Not done: train noisy-seed0, evaluate noisy-seed0" in said
-    assert "multiple of" in said
+    lines = capsys.readouterr().out
+    assert "Not done: train noisy-seed0, evaluate noisy-seed0" in lines
+    assert "multiple of" in lines
     assert (tmp_path / "evaluations" / "deterministic-seed0" / "metrics.json").is_file()
     assert "failed: error: The training crop" in (tmp_path / "ablation.md").read_text()
 
@@ -338,9 +340,9 @@ def test_the_command_runs_each_training_in_its_own_process(tmp_path: Path, tiny_
 @pytest.mark.slow
 def test_minutes_become_steps_once(tmp_path: Path, tiny_settings) -> None:
     made = Budget("sr", "sr_tiny", seeds=(0,), only=("deterministic", "gaussian"), overrides=tiny(tiny_settings("sr")))
-    said: list[str] = []
-    found = ablations.planned(load_group("encoder"), made, tmp_path, 0.05, said.append)
-    assert found.steps > 1
-    ablations._keep_plan(found)
-    assert ablations.planned(load_group("encoder"), made, tmp_path, 5, said.append).steps == found.steps
-    assert len([text for text in said if "Measuring" in text]) == 1
+    lines: list[str] = []
+    result = ablations.plan_with_minutes(load_group("encoder"), made, tmp_path, 0.05, lines.append)
+    assert result.steps > 1
+    ablations._keep_plan(result)
+    assert ablations.plan_with_minutes(load_group("encoder"), made, tmp_path, 5, lines.append).steps == result.steps
+    assert len([line for line in lines if "Measuring" in line]) == 1
