@@ -138,7 +138,7 @@ def differences(plan: Plan, measured: Sequence[Result], headline: Sequence[str])
 
 
 def orders(plan: Plan, measured: Sequence[Result]) -> list[str]:
-    """For each pair of neighbours in the paper's ranking by its first metric: is it reproduced?."""
+    """For each pair of neighbours in the paper's ranking by its first metric: is it reproduced?"""
     table = table_of(plan)
     if table is None:
         return []
