@@ -76,10 +76,10 @@ def _solvers() -> list[Row]:
 
 
 def _backbones() -> list[Row]:
-    from crossflow.core.backbones import size_tables
+    from crossflow.core.backbones import BACKBONES
 
     return [
         (backbone, f"size {name}: depth {size.depth}, width {size.width}, {size.heads} heads")
-        for backbone, sizes in size_tables().items()
-        for name, size in sizes.items()
+        for backbone in BACKBONES.names()
+        for name, size in BACKBONES.get(backbone).sizes.items()
     ]

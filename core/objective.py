@@ -20,6 +20,8 @@ from crossflow.core.noise import Noise
 from crossflow.core.paths import PATHS, TIME_LAWS, shift_time
 from crossflow.core.source import Posterior
 
+MAX_LOGIT_SCALE = 100.0
+"""The largest factor on contrastive similarities, as in CLIP."""
 ExtraLosses = Callable[[Batch, Posterior, Tensor], Mapping[str, Tensor]]
 
 
@@ -81,25 +83,32 @@ class Objective(nn.Module):
             return losses.reconstruction_loss(self.reconstructor(z0), batch.alignment, batch.mask)
         assert self.alignment_head is not None
         target = self.alignment_head(batch.alignment)
-        log_temperature = self.log_temperature.clamp(max=math.log(100))
         if self.encoder_loss == "sigmoid":
-            return losses.sigmoid_contrastive_loss(z0, target, log_temperature, self.bias)
-        return losses.clip_contrastive_loss(z0, target, log_temperature)
+            return losses.sigmoid_contrastive_loss(z0, target, self.log_temperature, self.bias)
+        return losses.clip_contrastive_loss(z0, target, self.log_temperature)
 
     @property
     def logit_scale(self) -> Tensor:
-        """The factor on contrastive similarities, 1 / temperature, at most 100."""
-        return self.log_temperature.clamp(max=math.log(100)).exp()
+        """The factor on contrastive similarities, 1 / temperature, at most MAX_LOGIT_SCALE."""
+        return self.log_temperature.exp().clamp(max=MAX_LOGIT_SCALE)
+
+    @torch.no_grad()
+    def _limit_temperature(self) -> None:
+        """Clamps the parameter itself: clamped in the graph it would have no gradient beyond the bound."""
+        if self.encoder_loss in ("contrastive", "sigmoid"):
+            self.log_temperature.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def _coefficients(self, num_stages: int) -> list[float]:
-        given = self.settings.coefficients
-        if given and len(given) != num_stages:
+        coefficients = self.settings.coefficients
+        if coefficients and len(coefficients) != num_stages:
             raise UserError(
-                f"loss.coefficients has {len(given)} values, but the backbone gives {num_stages} velocities."
+                f"loss.coefficients has {len(coefficients)} values, but the backbone returns {num_stages} velocities."
             )
-        return list(given) or losses.stage_coefficients(num_stages)
+        return list(coefficients) or losses.stage_coefficients(num_stages)
 
     def forward(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        """The losses of a batch by name, scalars; "loss" is their weighted sum."""
+        self._limit_temperature()
         posterior = self.model.source_encoder(batch.features, batch.mask)
         z0 = posterior.sample(noise=noise.source)
         target, weight = batch.target, batch.weight

@@ -1,34 +1,39 @@
-"""Flow backbones: velocity networks (z_t, t, unconditional) -> velocities, coarse to fine."""
+"""Flow backbones: velocity networks (z_t, t, unconditional, condition) -> velocities, coarse to fine."""
 
-import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
+from crossflow.core.backbones import dimr, dit
 from crossflow.core.config import BackboneConfig
 from crossflow.core.registry import Registry
 
-BACKBONES: Registry[Callable[..., nn.Module]] = Registry("backbone")
+
+@dataclass(frozen=True)
+class Backbone:
+    """A kind of backbone: how it is built from its configuration, and its named sizes.
+
+    Attributes:
+        build: (config, latent_shape, *, context_dim, grid_channels) -> module; see `build_backbone`.
+        sizes: name of a size -> its depth, width and heads.
+    """
+
+    build: Callable[..., nn.Module]
+    sizes: Mapping[str, dit.Size | dimr.Size]
+
+
+BACKBONES: Registry[Backbone] = Registry("backbone")
+BACKBONES.register("dit")(Backbone(dit.build_dit, dit.SIZES))
+BACKBONES.register("dimr")(Backbone(dimr.build_dimr, dimr.SIZES))
 
 
 def build_backbone(
     config: BackboneConfig, latent_shape: tuple[int, ...], *, context_dim: int | None = None, grid_channels: int = 0
 ) -> nn.Module:
-    """The backbone that `config` names, for latents (C, H, W) or (N, C).
+    """The backbone `config.name` for latents (C, H, W) or (N, C).
 
     context_dim: width of the condition's tokens, None without cross-attention; grid_channels: channels of its grid.
+    Raises UserError for an unknown name or size, and for sizes that do not fit each other or the latent.
     """
-    _enter()
-    return BACKBONES.get(config.name)(config, latent_shape, context_dim=context_dim, grid_channels=grid_channels)
-
-
-def size_tables() -> dict[str, Mapping[str, Any]]:
-    """The table SIZES of each backbone: name of the size -> its depth, width and heads."""
-    _enter()
-    return {name: sys.modules[BACKBONES.get(name).__module__].SIZES for name in BACKBONES.names()}
-
-
-def _enter() -> None:
-    """The backbones enter the registry; here, because they import it."""
-    from crossflow.core.backbones import dimr, dit  # noqa: F401
+    return BACKBONES.get(config.name).build(config, latent_shape, context_dim=context_dim, grid_channels=grid_channels)

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossflow.core.backbones import BACKBONES
-from crossflow.core.backbones.context import seen_context, with_grid
+from crossflow.core.backbones.conditioning import context_tokens, with_grid
 from crossflow.core.batch import Condition
 from crossflow.core.config import BackboneConfig, StageConfig
 from crossflow.core.errors import UserError, unknown_name
@@ -55,6 +54,7 @@ class TimeParameter(nn.Module):
         self.nodecay_bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, c: Tensor) -> Tensor:
+        """c (B,) in [-1, 1] -> (B, D)."""
         share = torch.sigmoid((self.nodecay_weight + 1) * c[:, None] + self.nodecay_bias)
         return self.param1 + (self.param0 - self.param1) * share
 
@@ -72,6 +72,7 @@ class TimeRMSNorm(nn.Module):
         self.scale = TimeParameter(width, 1.0)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, ..., D), c (B,) -> like x."""
         exact = x.float()  # the square of a half type overflows
         rms = exact.square().mean(-1, keepdim=True).sqrt()
         return (exact / (rms + 1e-8) * _along(self.scale(c), x)).to(x.dtype)
@@ -87,6 +88,7 @@ class TimeLayerNorm(nn.Module):
         self.bias = TimeParameter(width, 0.0)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, ..., D), c (B,) -> like x."""
         normed = F.layer_norm(x.float(), (self.width,))
         return (normed * _along(self.weight(c), x) + _along(self.bias(c), x)).to(x.dtype)
 
@@ -101,6 +103,7 @@ class GatedFeedForward(nn.Module):
         self.out = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
         return self.out(F.gelu(self.gate(x)) * self.value(x))
 
 
@@ -118,10 +121,11 @@ class TransformerBlock(nn.Module):
         self.mlp = GatedFeedForward(width, stage.hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, c: Tensor, context: Tensor | None, seen: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
+        """x (B, N, D), c (B,), context (B, M, D'), context_mask (B, M) bool -> (B, N, D)."""
         x = x + self.dropout(self.attn(self.norm1(x, c)))
         if self.cross is not None and self.cross_norm is not None:
-            x = x + self.dropout(self.cross(self.cross_norm(x, c), context, seen))
+            x = x + self.dropout(self.cross(self.cross_norm(x, c), context, context_mask))
         return x + self.dropout(self.mlp(self.norm2(x, c)))
 
 
@@ -136,6 +140,7 @@ class ConvNeXtBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, H, W, D), c (B,) -> (B, H, W, D)."""
         x = x + self.dropout(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x + self.dropout(self.mlp(self.norm(x, c)))
 
@@ -151,6 +156,7 @@ class Upsample(nn.Module):
         self.norm_out = TimeLayerNorm(width)
 
     def forward(self, features: Tensor, c: Tensor) -> Tensor:
+        """features (B, h, w, F), c (B,) -> (B, r h, r w, D)."""
         height, width = features.shape[1:3]
         x = self.linear(self.norm_in(features, c)).flatten(1, 2)
         return self.norm_out(unpatchify(x, self.ratio, height * self.ratio, width * self.ratio).permute(0, 2, 3, 1), c)
@@ -178,6 +184,7 @@ class Stage(nn.Module):
 
     @property
     def num_blocks(self) -> int:
+        """The depth, made odd: as many blocks before the middle one as after it."""
         return 2 * (self.stage.depth // 2) + 1
 
     @property
@@ -246,9 +253,9 @@ class TransformerStage(Stage):
         grid = x.shape[1:3]
         token = torch.where(unconditional[:, None, None], self.unconditional, self.conditional)
         tokens = torch.cat([token.expand(-1, 1, x.shape[-1]).to(x.dtype), x.flatten(1, 2)], dim=1)  # (B, 1 + H W, D)
-        context, seen = seen_context(self.null_context, condition, unconditional)
-        outputs = self.through(tokens, self.blocks, c, context, seen)
-        features = [x, *(one[:, 1:].unflatten(1, grid) for one in outputs)]
+        context, attended = context_tokens(self.null_context, condition, unconditional)
+        outputs = self.through(tokens, self.blocks, c, context, attended)
+        features = [x, *(output[:, 1:].unflatten(1, grid) for output in outputs)]
         return self.leave(features[-1], c), features
 
 
@@ -276,9 +283,14 @@ class ConvStage(Stage):
 class DiMR(nn.Module):
     """Velocity network on latents (C, H, W): a stage of Transformer blocks, then finer ones of ConvNeXt blocks.
 
-    forward(z_t (B, C, H, W), t (B,), unconditional (B,) bool, condition) -> velocities (B, C, H / K, W / K), coarse to
-    fine, K = patch x pool of each stage; the last has K = 1. Grids of other sizes that the largest K divides are
-    accepted, with positions stretched to them.
+    A stage has K = patch x pool, the last one K = 1. Grids of other sizes that the largest K divides are accepted, with
+    positions stretched to them.
+
+    >>> config = BackboneConfig(name="dimr", size="tiny", num_stages=2)
+    >>> network = DiMR((4, 16, 16), default_stages(config))
+    >>> velocities = network(torch.randn(3, 4, 16, 16), torch.rand(3), torch.tensor([False, True, False]))
+    >>> [tuple(velocity.shape) for velocity in velocities]
+    [(3, 4, 8, 8), (3, 4, 16, 16)]
     """
 
     def __init__(
@@ -295,7 +307,7 @@ class DiMR(nn.Module):
         self.grid_channels = grid_channels
         self.shrinks = stages[0].patch * stages[0].pool
         first, *finer = stages
-        grids = [(height // (one.patch * one.pool), width // (one.patch * one.pool)) for one in stages]
+        grids = [(height // (stage.patch * stage.pool), width // (stage.patch * stage.pool)) for stage in stages]
         both = (channels + grid_channels, channels)
         built: list[Stage] = [TransformerStage(both, first, grids[0], context_dim, dropout)]
         for stage, grid, coarser in zip(finer, grids[1:], grids[:-1], strict=True):
@@ -315,6 +327,10 @@ class DiMR(nn.Module):
     def forward(
         self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
     ) -> list[Tensor]:
+        """z_t (B, C, H, W), t (B,) in [0, 1], unconditional (B,) bool -> velocities (B, C, H / K, W / K) by stage.
+
+        Raises UserError for a size that the largest K does not divide.
+        """
         if z_t.shape[-2] % self.shrinks or z_t.shape[-1] % self.shrinks:
             raise _indivisible(z_t.shape[-2], z_t.shape[-1], self.shrinks)
         c = 1 - 2 * t.float()
@@ -329,13 +345,13 @@ class DiMR(nn.Module):
 
 def _indivisible(height: int, width: int, shrinks: int) -> UserError:
     return UserError(
-        f"A latent of {height} x {width} cannot be shrunk {shrinks} times, as the first stage of this DiMR does. "
-        "Choose another size, or fewer stages."
+        f"The first stage of this DiMR shrinks its input {shrinks} times, which does not divide a latent of "
+        f"{height} x {width}. Choose another size, or fewer stages."
     )
 
 
 def default_stages(config: BackboneConfig) -> tuple[StageConfig, ...]:
-    """The stages of a row of the size table, with `width`, `depth` and `heads` of the configuration in its place."""
+    """The stages of a named size; `width`, `depth` and `heads` of the configuration override the row of the table."""
     if config.size not in SIZES:
         raise unknown_name("DiMR size", config.size, SIZES)
     row = SIZES[config.size]
@@ -353,7 +369,6 @@ def default_stages(config: BackboneConfig) -> tuple[StageConfig, ...]:
     )
 
 
-@BACKBONES.register("dimr")
 def build_dimr(
     config: BackboneConfig, latent_shape: tuple[int, ...], *, context_dim: int | None = None, grid_channels: int = 0
 ) -> DiMR:
@@ -367,7 +382,7 @@ def build_dimr(
     if shrinks[-1] != 1 or any(coarse % fine for coarse, fine in pairwise(shrinks)):
         raise UserError(
             f"The stages of a DiMR shrink the latent by {', '.join(map(str, shrinks))}; each must be a multiple of the "
-            "next, and the last 1."
+            "next, and the last must be 1."
         )
     if stages[0].width % stages[0].heads:
         raise UserError(f"The first stage's width {stages[0].width} is not a multiple of its {stages[0].heads} heads.")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossflow.core.backbones import BACKBONES
-from crossflow.core.backbones.context import seen_context, with_grid
+from crossflow.core.backbones.conditioning import context_tokens, with_grid
 from crossflow.core.batch import Condition
 from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError, unknown_name
@@ -30,6 +29,8 @@ from crossflow.core.layers import (
 
 
 class Size(NamedTuple):
+    """Blocks, width D and attention heads."""
+
     depth: int
     width: int
     heads: int
@@ -55,9 +56,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """adaLN-Zero block; after its self-attention a cross-attention (context_dim) and a depthwise convolution (conv)."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float, context_dim: int | None, conv: int, dropout: float
-    ) -> None:
+    def __init__(self, width: int, heads: int, *, context_dim: int | None, conv: int = 0, dropout: float = 0.0) -> None:
+        """width D, divisible by heads; context_dim: width of the context tokens; conv: kernel size, odd, 0 for none."""
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads)
@@ -65,7 +65,7 @@ class DiTBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(width, eps=1e-6) if context_dim is not None else None
         self.conv = nn.Conv2d(width, width, conv, padding=conv // 2, groups=width) if conv else None
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = FeedForward(width, int(width * mlp_ratio))
+        self.mlp = FeedForward(width, 4 * width)
         self.dropout = nn.Dropout(dropout)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -78,6 +78,7 @@ class DiTBlock(nn.Module):
         grid: tuple[int, int] | None,
         rotary: Rotary | None,
     ) -> Tensor:
+        """x (B, N, D), c (B, D), context (B, M, D'), context_mask (B, M) bool, grid: (H, W) of the N tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)  # (B, D) each
         x = x + gate1[:, None] * self.dropout(self.attn(modulate(self.norm1(x), shift1, scale1), rotary=rotary))
         if self.cross is not None and self.cross_norm is not None:
@@ -90,8 +91,12 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Velocity network on latents (C, H, W), H and W multiples of `patch`, or (N, C).
 
-    forward(z_t (B, *latent), t (B,), unconditional (B,) bool, condition) -> [velocity (B, *latent)]. Grids of any size
-    that is a multiple of the patch are accepted, but with stored positions; those are computed for the grid that comes.
+    Grids of other sizes than the latent's are accepted if the patch divides them, except with stored positions.
+
+    >>> network = DiT((4, 32, 32), SIZES["tiny"], BackboneConfig(patch=2))
+    >>> (velocity,) = network(torch.randn(3, 4, 32, 48), torch.rand(3), torch.tensor([False, True, False]))
+    >>> velocity.shape
+    torch.Size([3, 4, 32, 48])
     """
 
     position_table: Tensor | None
@@ -100,39 +105,38 @@ class DiT(nn.Module):
         self,
         latent_shape: tuple[int, ...],
         size: Size,
+        config: BackboneConfig,
         *,
-        patch: int = 2,
-        mlp_ratio: float = 4.0,
-        positions: str = "sincos",
-        conv: int = 0,
-        time_scale: float = 1000.0,
-        dropout: float = 0.0,
         context_dim: int | None = None,
         grid_channels: int = 0,
     ) -> None:
+        """size: of the blocks; config: patch, positions, conv, time_scale and dropout of `BackboneConfig`; context_dim,
+        grid_channels: as for `build_backbone`.
+        """
         super().__init__()
         self.is_grid = len(latent_shape) == 3
-        self.patch = patch if self.is_grid else 1
-        self.positions = positions
-        if positions == "rotary" and (not self.is_grid or size.width % (4 * size.heads)):
+        self.patch = config.patch if self.is_grid else 1
+        self.positions = config.positions
+        self.heads = size.heads
+        if config.positions == "rotary" and (not self.is_grid or size.width % (4 * size.heads)):
             raise UserError(
                 "backbone.positions = rotary needs a grid latent (C, H, W) and heads whose width is a multiple of 4; "
                 f"got a latent {latent_shape}, and {size.width} / {size.heads} values per head."
             )
-        self.heads = size.heads
-        self.trained_grid = tuple(side // patch for side in latent_shape[1:]) if self.is_grid else None
-        grid = tuple(side // patch for side in latent_shape[1:]) if self.is_grid else latent_shape[0]
-        self.register_buffer("position_table", _sincos(grid, size.width) if positions == "stored" else None)
+        grid = tuple(side // self.patch for side in latent_shape[1:]) if self.is_grid else latent_shape[0]
+        self.trained_grid = grid if self.is_grid else None
+        self.register_buffer("position_table", _sincos(grid, size.width) if config.positions == "stored" else None)
         self.grid_channels = grid_channels
         channels = latent_shape[0] if self.is_grid else latent_shape[1]
         area = self.patch**2
         self.embed = nn.Linear((channels + grid_channels) * area, size.width)
-        self.time = TimestepEmbedding(size.width, time_scale)
+        self.time = TimestepEmbedding(size.width, config.time_scale)
         self.indicator = nn.Embedding(2, size.width)
         self.null_context = nn.Parameter(torch.zeros(1, 1, context_dim)) if context_dim is not None else None
-        conv = conv if self.is_grid else 0
+        conv = config.conv if self.is_grid else 0
         self.blocks = nn.ModuleList(
-            DiTBlock(size.width, size.heads, mlp_ratio, context_dim, conv, dropout) for _ in range(size.depth)
+            DiTBlock(size.width, size.heads, context_dim=context_dim, conv=conv, dropout=config.dropout)
+            for _ in range(size.depth)
         )
         self.final_norm = nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False)
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 2 * size.width))
@@ -161,19 +165,20 @@ class DiT(nn.Module):
         self._checkpointing = on
 
     def _positions(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """(N, D): the stored table, or sin-cos positions of the grid or tokens that came; x (B, N, D)."""
+        """(N, D): the stored table, or sin-cos positions computed for the grid or the tokens; x (B, N, D)."""
         if self.position_table is None:
             return _sincos(grid or x.shape[1], x.shape[-1], x.device)
         if x.shape[1] != len(self.position_table):
             raise UserError(
-                f"This backbone has stored positions for {len(self.position_table)} tokens, and {x.shape[1]} came. "
-                "Use latents of the size it was made for."
+                f"Expected {len(self.position_table)} tokens, for which this backbone has stored positions, got "
+                f"{x.shape[1]}. Use latents of the size it was trained on."
             )
         return self.position_table
 
     def forward(
         self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
     ) -> list[Tensor]:
+        """z_t (B, *latent), t (B,) in [0, 1], unconditional (B,) bool -> [velocity (B, *latent)]."""
         x, grid = z_t, None
         if self.is_grid:
             height, width = z_t.shape[-2:]
@@ -191,26 +196,25 @@ class DiT(nn.Module):
         elif self.positions != "none":
             x = x + self._positions(x, grid).to(x.dtype)
         c = self.time(t) + self.indicator(unconditional.long())  # (B, D)
-        context, seen = seen_context(self.null_context, condition, unconditional)
+        context, attended = context_tokens(self.null_context, condition, unconditional)
         for block in self.blocks:
             if self._checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, context, seen, grid, rotary, use_reentrant=False)
+                x = checkpoint(block, x, c, context, attended, grid, rotary, use_reentrant=False)
             else:
-                x = block(x, c, context, seen, grid, rotary)
+                x = block(x, c, context, attended, grid, rotary)
         shift, scale = self.final_modulation(c).chunk(2, dim=1)
         velocity = self.final(modulate(self.final_norm(x), shift, scale))
         return [unpatchify(velocity, self.patch, *z_t.shape[-2:]) if self.is_grid else velocity]
 
 
 def _sincos(where: tuple[int, ...] | int, width: int, device: torch.device | None = None) -> Tensor:
-    """Fixed positions of a grid (height, width) or of so many tokens: (N, width) float32."""
+    """Fixed positions of a grid (height, width) or of a number of tokens: (N, width) float32."""
     if isinstance(where, int):
         return sincos_tokens(where, width, device)
     height, columns = where
     return sincos_2d(height, columns, width, device)
 
 
-@BACKBONES.register("dit")
 def build_dit(
     config: BackboneConfig, latent_shape: tuple[int, ...], *, context_dim: int | None = None, grid_channels: int = 0
 ) -> DiT:
@@ -221,14 +225,4 @@ def build_dit(
     size = Size(config.depth or row.depth, config.width or row.width, config.heads or row.heads)
     if size.width % size.heads or size.width % 4:
         raise UserError(f"backbone.width = {size.width} must be a multiple of 4 and of backbone.heads = {size.heads}.")
-    return DiT(
-        latent_shape,
-        size,
-        patch=config.patch,
-        positions=config.positions,
-        conv=config.conv,
-        time_scale=config.time_scale,
-        dropout=config.dropout,
-        context_dim=context_dim,
-        grid_channels=grid_channels,
-    )
+    return DiT(latent_shape, size, config, context_dim=context_dim, grid_channels=grid_channels)

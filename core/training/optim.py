@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Leaf names of learned tables and single tokens, which are embeddings without being an nn.Embedding.
-_EMBEDDING_NAME = re.compile(r"(^|_)(pos|positions?|embeds?|embeddings?|tokens?)(_|\d|$)")
+# Leaf names of learned tables, queries and single tokens, which are embeddings without being an nn.Embedding.
+_EMBEDDING_NAME = re.compile(r"(^|_)(pos|positions?|embeds?|embeddings?|tokens?|quer(y|ies)|context)(_|\d|$)")
 
 
 def learning_rate(
@@ -31,8 +31,8 @@ def learning_rate(
 def is_decayed(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay acts on the parameter that `module` calls `name` (a leaf name, without dots).
 
-    It does not on norms, biases, everything with at most one dimension, embeddings (also learned positions and tokens),
-    nor on names that contain `nodecay`.
+    It does not on norms, biases, everything with at most one dimension, embeddings (also learned positions, queries and
+    tokens), nor on names that contain `nodecay`.
     """
     if parameter.ndim <= 1 or "nodecay" in name or name == "bias":
         return False

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossflow.core.backbones.reversed import Reversed
+from crossflow.core.backbones.time_reversal import TimeReversal
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
 from crossflow.core.source import Posterior, SourceEncoder
@@ -33,7 +33,7 @@ def backwards(pipe: Pipeline) -> CrossFlow:
     """The flow from an image's latent to the text's."""
     shape = pipe.task.latent_shape
     source = SourceEncoder(IdentityTrunk(shape[0], variational=False), "deterministic", shape)
-    return CrossFlow(source, Reversed(pipe.model.backbone))
+    return CrossFlow(source, TimeReversal(pipe.model.backbone))
 
 
 class SourceText(TextAutoencoder):

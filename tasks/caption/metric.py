@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.core.metrics import Row, TaskMetric, mean_metric, percentile_interval, resamples, run_metric
+from crossflow.core.intervals import percentile_interval, resamples
+from crossflow.core.metrics import Row, TaskMetric, mean_metric, run_metric
 from crossflow.data.scenes import object_f1, objects_of, parse_objects
 from crossflow.tasks.caption.ptb import tokenize
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from crossflow.core.errors import UserError
+from crossflow.core.intervals import mean_share_interval, wilson_interval
 from crossflow.core.metrics import Row, TaskMetric, mean_metric
 from crossflow.data.annotations import json_lines
-from crossflow.tasks.t2i.metric import wilson_interval
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -143,7 +143,7 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
     return {word for word, is_so in words.items() if is_so}
 
 
-class GenEvalMetric(TaskMetric):
+class GenEvalMetric(TaskMetric[np.ndarray, Mapping[str, Any]]):
     """The share of right pictures of each kind, and "overall", their mean, for prompts as `read_prompts` gives them.
 
     Rows keep the verdict, its reason and what was found, so that each can be read and judged again.
@@ -191,10 +191,8 @@ class GenEvalMetric(TaskMetric):
     def intervals(
         self, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
-        """Wilson's interval of every kind."""
-        found = {}
-        for tag in TAGS:
-            verdicts = [row["correct"] for row in self.rows if row["tag"] == tag]
-            if verdicts:
-                found[tag] = wilson_interval(sum(verdicts), len(verdicts), level)
-        return found
+        """Wilson's interval of every kind and, from these, of "overall"."""
+        groups = {tag: [row["correct"] for row in self.rows if row["tag"] == tag] for tag in TAGS}
+        groups = {tag: verdicts for tag, verdicts in groups.items() if verdicts}
+        bounds = {tag: wilson_interval(sum(verdicts), len(verdicts), level) for tag, verdicts in groups.items()}
+        return bounds | ({"overall": mean_share_interval(list(groups.values()), level)} if groups else {})

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from crossflow.core.errors import UserError
-from crossflow.core.metrics import Row, TaskMetric, bootstrap_interval, mean_metric, percentile_interval
+from crossflow.core.intervals import bootstrap_interval, mean_share_interval, wilson_interval
+from crossflow.core.metrics import Row, TaskMetric, mean_metric
 from crossflow.data.scenes import PROMPT_KINDS, Prompt, Requirement, geneval_prompts
 from crossflow.tasks.t2i.recogniser import Detection, Recogniser, load_recogniser, stands
 
@@ -51,7 +52,7 @@ def _fits(one: Detection, required: Requirement) -> bool:
     return one.shape == required.shape and required.colour in (None, one.colour)
 
 
-class T2IMetric(TaskMetric):
+class T2IMetric(TaskMetric[np.ndarray, Prompt | str]):
     """Scores pictures uint8 (H, W, 3) against a ``Prompt`` about scenes, or against any text by a CLIP model.
 
     Rows: "prompt"; for prompts about scenes "kind", "correct" (0 or 1), what was required and what was found, so that
@@ -123,18 +124,17 @@ class T2IMetric(TaskMetric):
     def intervals(
         self, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
-        """Wilson's interval for every kind; bootstrap for the overall means (within each kind) and the CLIP score."""
-        found: dict[str, tuple[float, float]] = {}
+        """Wilson's interval for every kind and, from these, for the overall means; a bootstrap for the CLIP score."""
+        bounds: dict[str, tuple[float, float]] = {}
         for prefix, groups in (("", self._verdicts()), ("shuffled_", self._shuffled())):
             kinds = {kind: numbers for kind, numbers in groups.items() if numbers}
-            found |= {prefix + kind: wilson_interval(sum(ns), len(ns), level) for kind, ns in kinds.items()}
+            bounds |= {prefix + kind: wilson_interval(sum(ns), len(ns), level) for kind, ns in kinds.items()}
             if kinds:
-                draws = _resampled_overall(list(kinds.values()), num_resamples, seed)
-                found[f"{prefix}overall"] = percentile_interval(draws, level)
+                bounds[f"{prefix}overall"] = mean_share_interval(list(kinds.values()), level)
         clip = [row["clip_score"] for row in self.rows if "clip_score" in row]
         if len(clip) >= 2:
-            found["clip_score"] = bootstrap_interval(clip, level=level, num_resamples=num_resamples, seed=seed)
-        return found
+            bounds["clip_score"] = bootstrap_interval(clip, level=level, num_resamples=num_resamples, seed=seed)
+        return bounds
 
     def _verdicts(self) -> dict[str, list[int]]:
         return {kind: [row["correct"] for row in self.rows if row.get("kind") == kind] for kind in PROMPT_KINDS}
@@ -194,32 +194,6 @@ def derangement(texts: Sequence[str], seed: str) -> list[int | None]:
         if texts[other] != texts[place]:
             partners[place] = other
     return partners
-
-
-def wilson_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (1927), which stays sensible at 0 and 1: (low, high) in [0, 1].
-
-    ``(p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)`` with z the normal quantile of (1 + level) / 2.
-    """
-    from statistics import NormalDist
-
-    if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"{successes} successes in {trials} trials have no share")
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    p, spread = successes / trials, z * z / trials
-    middle = p + spread / 2
-    half = math.sqrt(p * (1 - p) * spread + spread * spread / 4)
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
-
-
-def _resampled_overall(groups: Sequence[Sequence[int]], num_resamples: int, seed: int) -> list[float]:
-    """Means over kinds, where the pictures of every kind are drawn again with replacement."""
-    generator = np.random.default_rng(seed)
-    means = [
-        np.asarray(group, float)[generator.integers(0, len(group), (num_resamples, len(group)))].mean(1)
-        for group in groups
-    ]
-    return [float(value) for value in np.mean(means, axis=0)]
 
 
 class ClipScorer:

@@ -278,6 +278,22 @@ def test_temperature_starts_as_configured(tiny_dit: Callable) -> None:
     assert Objective(model, config, alignment_head=nn.Linear(9, 32)).log_temperature.exp().item() == pytest.approx(20)
 
 
+@pytest.mark.parametrize("encoder", ["contrastive", "sigmoid"])
+def test_temperature_has_a_gradient_at_its_bound_and_returns_from_it(
+    make: Callable[..., Objective], encoder: str
+) -> None:
+    objective = make(encoder=encoder)
+    with torch.no_grad():
+        objective.log_temperature.fill_(math.log(200))
+    objective(batch(), noise())["loss"].backward()
+    assert objective.logit_scale.item() == pytest.approx(100, rel=1e-5)
+    assert objective.log_temperature.item() == pytest.approx(math.log(100), rel=1e-6), "the parameter itself is clamped"
+    assert objective.log_temperature.grad.item() > 0, "the pairs of this batch match badly: smaller is better"
+    torch.optim.SGD([objective.log_temperature], lr=0.1).step()
+    objective(batch(), noise())
+    assert objective.logit_scale.item() < 99
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -308,7 +324,7 @@ def test_several_velocities_make_the_multi_resolution_loss(
 
 def test_a_coefficient_for_each_velocity_is_asked_for(make: Callable[..., Objective]) -> None:
     objective = make(settings={"loss": {"encoder": "none", "coefficients": [0.25, 1.0]}})
-    with pytest.raises(UserError, match=r"loss\.coefficients has 2 values, but the backbone gives 1 velocities"):
+    with pytest.raises(UserError, match=r"loss\.coefficients has 2 values, but the backbone returns 1 velocities"):
         objective(batch(), noise())
 
 

@@ -169,7 +169,7 @@ def test_latents_of_other_sizes_stretch_the_positions():
     (rows,) = {tuple(column.tolist()) for column in model.stages[0]._positions(8, 2)[..., 0].T}
     assert list(rows) == sorted(rows)
     assert (rows[0], rows[-1]) == (0, 3)
-    with pytest.raises(UserError, match="18 x 16 cannot be shrunk 4 times"):
+    with pytest.raises(UserError, match="shrinks its input 4 times, which does not divide a latent of 18 x 16"):
         model(*inputs(latent_shape=(4, 18, 16)))
 
 
@@ -179,7 +179,7 @@ def test_latents_of_other_sizes_stretch_the_positions():
         ({}, (77, 16), "works on grids"),
         ({"size": "huge"}, LATENT, "Unknown DiMR size 'huge'"),
         ({"width": 24, "heads": 5}, LATENT, "multiple of backbone.heads"),
-        ({"num_stages": 3}, (4, 18, 18), "cannot be shrunk 4 times"),
+        ({"num_stages": 3}, (4, 18, 18), "shrinks its input 4 times"),
         ({"stages": [{"width": 16, "hidden": 16, "depth": 1, "patch": 2}]}, LATENT, "and the last 1"),
         ({"stages": [{"width": 16, "hidden": 16, "depth": 1, "heads": 3}]}, LATENT, "not a multiple of its 3 heads"),
     ],

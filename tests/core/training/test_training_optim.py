@@ -44,6 +44,8 @@ class Zoo(nn.Module):
         self.table = nn.Embedding(5, 4)  # no
         self.pos_embed = nn.Parameter(torch.zeros(1, 7, 4))  # no
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))  # no
+        self.queries = nn.Parameter(torch.zeros(3, 4))  # no
+        self.null_context = nn.Parameter(torch.zeros(1, 1, 4))  # no
         self.nodecay_weight = nn.Parameter(torch.zeros(4, 4))  # no
         self.scale = nn.Parameter(torch.zeros(()))  # no
         self.mixing = nn.Parameter(torch.zeros(4, 4))  # yes
@@ -75,7 +77,15 @@ def test_a_step_without_gradient_shrinks_exactly_the_decayed_weights() -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     assert torch.allclose(zoo.mixing, torch.tensor(1 - 0.1 * 0.5))
-    for parameter in (zoo.pos_embed, zoo.norm.weight, zoo.table.weight, zoo.linear.bias, zoo.frozen):
+    for parameter in (
+        zoo.pos_embed,
+        zoo.queries,
+        zoo.null_context,
+        zoo.norm.weight,
+        zoo.table.weight,
+        zoo.linear.bias,
+        zoo.frozen,
+    ):
         assert torch.equal(parameter, torch.ones_like(parameter))
 
 

@@ -104,7 +104,7 @@ def test_small_pictures_have_no_ssim():
     metric.add("large", noise(40, 40), noise(40, 40, seed=1))
     assert metric.rows[0]["ssim_y"] is None
     assert metric.compute()["ssim_y"] == metric.rows[1]["ssim_y"]
-    assert "ssim_y is not defined for 1 of 2 items and averages the rest" in metric.notes
+    assert "ssim_y is undefined for 1 of 2 items and averages the others" in metric.notes
     with pytest.raises(ValueError, match="nothing is left"):
         metric.add("tiny", noise(8, 40), noise(8, 40))
 

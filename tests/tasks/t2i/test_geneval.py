@@ -84,7 +84,7 @@ def test_the_score_is_the_mean_of_the_kinds():
     assert (values["single_object"], values["two_object"], values["overall"]) == (1, 0, 0.5)
     assert metric.rows[3]["reason"] == "0 of 1 dog"
     assert "counting" in metric.notes[0]
-    assert set(metric.intervals()) == {"single_object", "two_object"}
+    assert set(metric.intervals()) == {"single_object", "two_object", "overall"}
     with pytest.raises(ValueError, match="uint8"):
         metric.add("x", PICTURE.astype(float), wants("single_object", CAT))
 

@@ -7,7 +7,7 @@ import pytest
 
 from crossflow.core.errors import UserError
 from crossflow.data.scenes import PROMPT_KINDS, Prompt, Requirement, geneval_prompts
-from crossflow.tasks.t2i.metric import ClipScorer, T2IMetric, derangement, fulfils, scene_cases, wilson_interval
+from crossflow.tasks.t2i.metric import ClipScorer, T2IMetric, derangement, fulfils, scene_cases
 from crossflow.tasks.t2i.recogniser import Detection
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
@@ -148,11 +148,12 @@ def test_intervals_surround_the_scores():
     assert intervals == metric.intervals()
 
 
-def test_wilson_interval_known_values():
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
-    assert wilson_interval(81, 263) == pytest.approx((0.25527, 0.36619), abs=1e-4)  # Newcombe (1998), table I
-    low, high = wilson_interval(10, 10)
-    assert (low, high) == pytest.approx((1 - 0.27753, 1.0), abs=1e-5)
+def test_overall_interval_has_a_width_when_the_pictures_of_each_kind_agree():
+    cases = scene_cases(12, seed=0)
+    metric = metric_of(cases, [drawn(wanted) if wanted.kind == PROMPT_KINDS[0] else () for _, wanted in cases])
+    low, high = metric.intervals()["overall"]
+    assert metric.compute()["overall"] == pytest.approx(1 / 6)
+    assert low < 0.1 < 0.3 < high
 
 
 @pytest.mark.parametrize("texts", [list("abcdef"), list("aabbcc"), list("aaabbc"), list("abababab")])
