@@ -180,10 +180,10 @@ def test_latents_of_other_sizes_stretch_the_positions():
         ({"size": "huge"}, LATENT, "Unknown DiMR size 'huge'"),
         ({"width": 24, "heads": 5}, LATENT, "multiple of backbone.heads"),
         ({"num_stages": 3}, (4, 18, 18), "shrinks its input 4 times"),
-        ({"stages": [{"width": 16, "hidden": 16, "depth": 1, "patch": 2}]}, LATENT, "and the last 1"),
+        ({"stages": [{"width": 16, "hidden": 16, "depth": 1, "patch": 2}]}, LATENT, "and the last must be 1"),
         ({"stages": [{"width": 16, "hidden": 16, "depth": 1, "heads": 3}]}, LATENT, "not a multiple of its 3 heads"),
     ],
 )
-def test_impossible_shapes_are_told(settings, shape, told):
+def test_invalid_shapes_are_user_errors(settings, shape, told):
     with pytest.raises(UserError, match=told):
         tiny(shape, **settings)
