@@ -262,7 +262,7 @@ class FileReader(Reader):
             digest.update(json.dumps(options, sort_keys=True).encode())
         stride = -(-len(self.records) // NUM_DIGESTED)
         for number, record in enumerate(self.records):
-            row = [record.id, record.image, record.captions, record.depth, record.problem]
+            row = [record.id, record.image, record.captions, record.depth, "bad" if record.problem else ""]
             digest.update(json.dumps(row).encode())
             for name in (record.image, record.depth):
                 if name and not record.problem:

@@ -1,4 +1,4 @@
-"""`cache:DIR`: features that `crossflow cache` computed. Items have captions and features instead of pictures."""
+"""`cache:DIR`: features computed by `crossflow cache`. Items have captions and features instead of pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 class CacheReader(Reader):
-    """The items of a split of a cache, in the order of the data that it was made from, without their bad items."""
+    """The good items of a split of a cache, in the order of the data that it was computed from."""
 
     prefix = "cache"
-    layout = "a folder that `crossflow cache` wrote"
+    layout = "a folder written by `crossflow cache`"
     offers = frozenset(("captions", "features"))
 
     def __init__(
         self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0
     ) -> None:
-        from crossflow.data.cache.store import Cache  # needs torch, which listing formats does not
+        from crossflow.data.cache.store import Cache  # imports torch, which listing the formats should not
 
         self.spec, self.split, self.fields = f"{self.prefix}:{location}", split, self.offers
         path = existing(location) if location else None
         if path is None:
-            raise UserError(f"{self.spec!r}: there is no {location!r}. Expected {self.layout}.")
+            raise UserError(f"{self.spec!r}: {location!r} does not exist. Expected {self.layout}.")
         self.cache: Cache = Cache(path)
         self.rows: Rows = self.cache.rows(split)
         ids = _Ids(self.cache, self.rows)
@@ -46,16 +46,17 @@ class CacheReader(Reader):
         return Item(self.cache.id(entry), captions=self.cache.captions(entry), features=entry)
 
     def fingerprint(self) -> str:
-        """Of the features and all shards, not of the place or of what was chosen by a limit."""
+        """From the features and all shards, independent of the folder and of a limit."""
         return self.cache.fingerprint()
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """The manifest `cache.json`."""
         return "cache.json" if path.is_dir() and (path / "cache.json").is_file() else ""
 
 
 class _Ids(LazyIds):
-    """The ids of a cache's items, read when they are asked for: a large cache has millions."""
+    """The ids of a cache's items, read from the shards on access."""
 
     def __init__(self, cache: "Cache", rows: "Rows", places: Sequence[int] | None = None) -> None:
         self.cache, self.rows = cache, rows
@@ -65,4 +66,5 @@ class _Ids(LazyIds):
         return len(self.places)
 
     def id_at(self, index: int) -> str:
+        """The id of item `index`."""
         return self.cache.id(self.rows[self.places[index]])

@@ -16,7 +16,7 @@ from crossflow.data.files import fullest_folder
 from crossflow.data.item import Record
 from crossflow.data.reader import FileReader, Listing
 from crossflow.data.spec import Option, Options
-from crossflow.data.splits import SPLIT_WORDS, split_word
+from crossflow.data.splits import SPLIT_WORDS, require_split, split_word
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +32,21 @@ class CocoReader(FileReader):
         "(likewise for val and test)"
     )
     offers = frozenset(("image", "captions"))
-    options: ClassVar[Options] = {
-        "year": Option("2014 or 2017, of files that are named by year", "newest", ("newest", "2014", "2017"))
-    }
+    options: ClassVar[Options] = {"year": Option("year in the file names", "newest", ("newest", "2014", "2017"))}
 
     def listing(self, path: Path, split: str) -> Listing:
+        """The images of `captions_SPLIT.json` with their captions."""
         year = self.option["year"]
         files = caption_files(path, None if year == "newest" else year)
         if not files:
             raise UserError(f"{self.spec!r} has no captions_SPLIT.json. Expected {self.layout}.")
-        if split != "all" and split not in files:
-            raise UserError(
-                f"{self.spec!r} has captions for {', '.join(files)} but none for {split!r} "
-                f"(COCO publishes none for its test images). Write '{self.spec}@val' to use val instead."
-            )
+        require_split(
+            self.spec, split, files, "COCO publishes no captions for its test images" if split == "test" else ""
+        )
         parts = [_read(path, file) for name, file in files.items() if split in (name, "all")]
         if len(parts) == 1:
             return parts[0]
-        # Several image folders: name the files from the folder above them, and let them lie in any of those.
+        # Several image folders: file names become relative to `path`, and files may lie in any of the folders.
         records = [
             replace(record, image=str(PurePosixPath(part.root.relative_to(path).as_posix(), record.image)))
             for part in parts
@@ -59,35 +56,36 @@ class CocoReader(FileReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """The captions files."""
         files = caption_files(path) if path.is_dir() else {}
         return ", ".join(str(file.relative_to(path)) for file in files.values())
 
 
-def caption_files(folder: Path, wanted: str | None = None) -> dict[str, Path]:
-    """split -> captions file, of the year that is wanted, or of no year.
+def caption_files(folder: Path, only_year: str | None = None) -> dict[str, Path]:
+    """split -> captions file, of the year `only_year` or without a year in its name.
 
-    Where several years lie side by side, the newest that has training captions counts for all splits, because COCO's
-    2017 splits were drawn anew from the images of 2014.
+    Among several years, the newest one with training captions is used for all splits, because COCO's 2017 splits
+    divide the images of 2014 differently.
     """
-    found: dict[str, dict[str, Path]] = {}  # year ("" = none) -> split -> file
+    by_year: dict[str, dict[str, Path]] = {}  # year ("" = none) -> split -> file
     for place in (folder / "annotations", folder):
         for file in sorted(place.glob("captions_*.json")):
             match = NAME.fullmatch(file.name)
             if match:
                 word = split_word(match[1]) or match[1]
-                found.setdefault(match[2] or "", {}).setdefault(word, file)
-    if wanted is not None:
-        found = {year: files for year, files in found.items() if year in (wanted, "")}
-    if not found:
+                by_year.setdefault(match[2] or "", {}).setdefault(word, file)
+    if only_year is not None:
+        by_year = {year: files for year, files in by_year.items() if year in (only_year, "")}
+    if not by_year:
         return {}
-    year = max(found, key=lambda year: ("train" in found[year], year))
-    if len(found) > 1:
-        others = ", ".join(sorted(other or "no year" for other in found if other != year))
+    year = max(by_year, key=lambda year: ("train" in by_year[year], year))
+    if len(by_year) > 1:
+        others = ", ".join(sorted(other or "no year" for other in by_year if other != year))
         logger.warning(
-            "%s: reading the captions of %s, not those of %s (?year=... chooses).", folder, year or "no year", others
+            "%s: reading the captions of %s, not those of %s (choose by ?year=...).", folder, year or "no year", others
         )
-    order = [*SPLIT_WORDS, *sorted(set(found[year]) - set(SPLIT_WORDS))]
-    return {word: found[year][word] for word in order if word in found[year]}
+    order = [*SPLIT_WORDS, *sorted(set(by_year[year]) - set(SPLIT_WORDS))]
+    return {word: by_year[year][word] for word in order if word in by_year[year]}
 
 
 def _read(folder: Path, file: Path) -> Listing:
@@ -98,7 +96,7 @@ def _read(folder: Path, file: Path) -> Listing:
         and isinstance(content.get("annotations"), list)
     ):
         raise UserError(
-            f"{str(file)!r} is not in COCO's caption format: it needs the lists 'images' and 'annotations'."
+            f"{str(file)!r} is not in COCO's caption format: it must have the lists 'images' and 'annotations'."
         )
     texts: dict[object, list[object]] = {}
     for annotation in content["annotations"]:
@@ -118,6 +116,6 @@ def _record(number: int, entry: object, texts: Mapping[object, list[object]], fi
         captions = clean_captions(texts.get(id, []))
     except ValueError as error:
         return Record(id, entry["file_name"], problem=str(error))
-    given = len(texts.get(id, []))
-    problem = "" if captions else f"all its {given} captions are empty" if given else "has no caption"
+    count = len(texts.get(id, []))
+    problem = "" if captions else f"all its {count} captions are empty" if count else "has no caption"
     return Record(id, entry["file_name"], captions, problem=problem)

@@ -1,7 +1,7 @@
-"""`flickr:DIR`: Flickr8k and Flickr30k as their authors publish them: a file of captions, lists of splits, pictures.
+"""`flickr:DIR`: Flickr8k and Flickr30k as published: a captions file, split lists and pictures.
 
 Captions: NAME.jpg#0<tab>caption (Flickr8k.token.txt, results_20130124.token), or the table results.csv or captions.txt.
-A folder with dataset_flickr8k.json or dataset_flickr30k.json is one for `karpathy:DIR`.
+Folders with dataset_flickr8k.json or dataset_flickr30k.json are read by `karpathy:DIR`.
 """
 
 import csv
@@ -23,7 +23,7 @@ TOKEN = re.compile(r"(?P<name>.+?)#\d+\t(?P<caption>.*)")
 
 
 class FlickrReader(FileReader):
-    """Pictures with five captions each. Without lists there are no splits: only `@all` can be had then."""
+    """Pictures with five captions each. Without split lists, only `@all` is available."""
 
     prefix = "flickr"
     layout = (
@@ -34,16 +34,17 @@ class FlickrReader(FileReader):
     offers = frozenset(("image", "captions"))
 
     def listing(self, path: Path, split: str) -> Listing:
+        """The pictures of a split list with their captions."""
         file = next((path / name for name in TOKEN_FILES if (path / name).is_file()), None)
         if file is None:
-            json = next((one.name for one in sorted(path.glob("dataset_*.json"))), "")
-            hint = f" For {json} write 'karpathy:{path}'." if json else ""
+            json = next((entry.name for entry in sorted(path.glob("dataset_*.json"))), "")
+            hint = f" To read {json}, write 'karpathy:{path}'." if json else ""
             raise UserError(f"{self.spec!r} has none of {', '.join(TOKEN_FILES)}.{hint} Expected {self.layout}.")
         captions, malformed = read_tokens(file)
         lists = split_lists(path)
         if not lists and split != "all":
             raise UserError(
-                f"{self.spec!r} has no lists of its splits, and scores on others could not be compared. Put "
+                f"{self.spec!r} has no split lists, and scores on other splits would not be comparable. Put "
                 f"{LISTS[0].format('train')}, .dev and .test there (or train.txt, val.txt, test.txt), or write "
                 f"'{self.spec}@all'."
             )
@@ -61,11 +62,12 @@ class FlickrReader(FileReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """The captions file, if its name is that of Flickr8k or Flickr30k."""
         return next((name for name in TOKEN_FILES[:2] if path.is_dir() and (path / name).is_file()), "")
 
 
 def read_tokens(file: Path) -> tuple[dict[str, list[str]], list[Record]]:
-    """(file name -> captions, lines that are none)."""
+    """(file name -> captions, records of the malformed lines). Raises UserError when the file has no captions."""
     captions: dict[str, list[str]] = {}
     malformed = []
     try:
@@ -85,7 +87,7 @@ def read_tokens(file: Path) -> tuple[dict[str, list[str]], list[Record]]:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, file name, caption); both empty for a line of another form."""
+    """(line number, file name, caption); name and caption are "" for a malformed line."""
     with file.open(encoding="utf-8-sig", newline="") as opened:
         if file.name in TOKEN_FILES[:2]:
             for number, line in enumerate(opened, start=1):
@@ -97,24 +99,24 @@ def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
         rows = csv.reader(
             opened, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
         )
-        next(rows, None)  # the names of the columns
+        next(rows, None)  # the header
         for number, row in enumerate(rows, start=2):
             if row:
                 yield number, row[0].strip() if len(row) > 1 else "", row[-1] if len(row) > 1 else ""
 
 
 def split_lists(path: Path) -> dict[str, Path]:
-    """split -> list of file names."""
-    found = {}
+    """split -> its list of file names, of those that exist."""
+    lists = {}
     for split, words in SPLIT_WORDS.items():
         files = (path / pattern.format(word) for pattern in LISTS for word in words)
         file = next((file for file in files if file.is_file()), None)
         if file is not None:
-            found[split] = file
-    return found
+            lists[split] = file
+    return lists
 
 
 def _listed(file: Path) -> list[str]:
-    """The file names of a list; the lists of Flickr30k name pictures without .jpg."""
+    """The file names of a list; those of Flickr30k lack the ending .jpg."""
     names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     return [name if "." in name else f"{name}.jpg" for name in names]

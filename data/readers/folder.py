@@ -10,13 +10,13 @@ from crossflow.data.files import image_files, inside, leaves
 from crossflow.data.item import Record
 from crossflow.data.reader import FileReader, Listing
 from crossflow.data.readers.jsonl import CAPTION_KEYS, IMAGE_KEYS, captions_of
-from crossflow.data.splits import split_by_hash, split_folders
+from crossflow.data.splits import require_split, split_by_hash, split_folders
 
 
 class FolderReader(FileReader):
-    """Images, recursively. Splits are the sub-folders train/, val/ and test/ if there is any, else a hash of the names.
+    """Images, recursively. Splits are the sub-folders train/, val/ and test/ if any exists, else a hash of the names.
 
-    Captions of a.jpg: the lines of a.txt, and what metadata.jsonl or captions.json of DIR or the split's folder say.
+    Captions of a.jpg: the lines of a.txt, and those in metadata.jsonl or captions.json of DIR or the split's folder.
     """
 
     prefix = "folder"
@@ -27,6 +27,7 @@ class FolderReader(FileReader):
     offers = frozenset(("image", "captions"))
 
     def listing(self, path: Path, split: str) -> Listing:
+        """All images below the folder of the split."""
         if not path.is_dir():
             raise UserError(f"{self.spec!r}: {str(path)!r} is a file. Expected {self.layout}.")
         folders = split_folders(path)
@@ -35,18 +36,16 @@ class FolderReader(FileReader):
             members = split_by_hash(self.spec, (name for name, entry in entries.items() if not entry.malformed), split)
             records = [entry.record(name) for name, entry in entries.items() if name in members or entry.malformed]
             return Listing(path, records)
-        if split != "all" and split not in folders:
-            there = ", ".join(f"{folder.name}/" for folder in folders.values())
-            raise UserError(
-                f"{self.spec!r} has {there} but no folder for {split!r}. Add it, or write a split behind the spec "
-                f"(such as '{self.spec}@{next(iter(folders))}') to use that one."
-            )
-        wanted = [folder for name, folder in folders.items() if split in (name, "all")]
-        entries = _entries(path, wanted, self.spec)
-        return Listing(path, [entry.record(name) for name, entry in entries.items()], (path, *wanted))
+        require_split(
+            self.spec, split, folders, f"no folder {split}/ beside {', '.join(f.name for f in folders.values())}"
+        )
+        selected = [folder for name, folder in folders.items() if split in (name, "all")]
+        entries = _entries(path, selected, self.spec)
+        return Listing(path, [entry.record(name) for name, entry in entries.items()], (path, *selected))
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """Any image."""
         return "images in it" if path.is_dir() and image_files(path) else ""
 
 
@@ -57,14 +56,15 @@ class Entry:
     path: str = ""
     captions: list[str] = field(default_factory=list)
     problem: str = ""
-    malformed: bool = False  # a line of metadata that names no image here, so it is in every split
+    malformed: bool = False  # a line of metadata without a usable image name, which is in every split
 
     def record(self, name: str) -> Record:
+        """The record of this image, with the id `name`."""
         return Record(name, self.path, tuple(self.captions), problem=self.problem)
 
 
 def _entries(root: Path, folders: list[Path], spec: str) -> dict[str, Entry]:
-    """Images in `folders` by name relative to `root`, also those that only the metadata in `root` or `folders` name."""
+    """name relative to `root` -> image, for the images in `folders` and those that metadata there or in `root` name."""
     entries: dict[str, Entry] = {}
     for folder in folders:
         prefix = folder.relative_to(root)
@@ -75,17 +75,16 @@ def _entries(root: Path, folders: list[Path], spec: str) -> dict[str, Entry]:
     if not entries:
         raise UserError(f"{spec!r} has no images in {', '.join(repr(str(folder)) for folder in folders)}.")
     for place in dict.fromkeys((root, *folders)):
-        for name, found in _metadata(place):
-            whole = name if found.malformed else (place.relative_to(root) / name).as_posix()
-            if found.malformed:
-                entries[whole] = found
+        for name, described in _metadata(place):
+            if described.malformed:
+                entries[name] = described
                 continue
-            ours = any((root / whole).is_relative_to(folder) for folder in folders)
-            if whole not in entries and not ours:
+            name = (place.relative_to(root) / name).as_posix()
+            if name not in entries and not any((root / name).is_relative_to(folder) for folder in folders):
                 continue  # an image of another split
-            entry = entries.setdefault(whole, Entry(whole))
-            entry.captions += found.captions
-            entry.problem = entry.problem or found.problem
+            entry = entries.setdefault(name, Entry(name))
+            entry.captions += described.captions
+            entry.problem = entry.problem or described.problem
     return entries
 
 
@@ -100,7 +99,7 @@ def _add_text_file(entry: Entry, root: Path, allowed: tuple[Path, ...]) -> None:
         entry.problem = f"captions: {error}"
         return
     if not entry.captions:
-        entry.problem = f"{name!r} holds no caption"
+        entry.problem = f"{name!r} has no caption"
 
 
 def _metadata(place: Path) -> Iterator[tuple[str, Entry]]:
@@ -112,31 +111,32 @@ def _metadata(place: Path) -> Iterator[tuple[str, Entry]]:
             if isinstance(line, str):
                 yield label, Entry(problem=line, malformed=True)
             else:
-                yield _described(line, label)
+                yield _parse_line(line, label)
     listed = place / "captions.json"
     if listed.is_file():
         content = json_file(listed)
         if isinstance(content, Mapping) and "annotations" in content:
             raise UserError(
-                f"{str(listed)!r} is in COCO's format: call it captions_train.json and write 'coco:{place}'."
+                f"{str(listed)!r} is in COCO's format: rename it to captions_train.json and write 'coco:{place}'."
             )
         if isinstance(content, Mapping):
             for name, captions in content.items():
-                yield _described({"file_name": name, "captions": captions}, f"{listed.name}:{name}")
+                yield _parse_line({"file_name": name, "captions": captions}, f"{listed.name}:{name}")
         elif isinstance(content, list):
             for number, line in enumerate(content):
-                yield _described(line, f"{listed.name}[{number}]")
+                yield _parse_line(line, f"{listed.name}[{number}]")
         else:
             raise UserError(
                 f"{str(listed)!r} must be an object {{name: captions}} or a list of {{file_name, captions}} objects."
             )
 
 
-def _described(line: object, label: str) -> tuple[str, Entry]:
-    given = next((line[key] for key in IMAGE_KEYS if key in line), None) if isinstance(line, Mapping) else None
-    if not isinstance(line, Mapping) or not isinstance(given, str) or not given:
+def _parse_line(line: object, label: str) -> tuple[str, Entry]:
+    """(image name, its captions) of one object; (`label`, a malformed entry) when it names no image."""
+    value = next((line[key] for key in IMAGE_KEYS if key in line), None) if isinstance(line, Mapping) else None
+    if not isinstance(line, Mapping) or not isinstance(value, str) or not value:
         return label, Entry(problem=f"{label} names no image", malformed=True)
-    name = str(PurePosixPath(given))
+    name = str(PurePosixPath(value))
     if leaves(name):
         return label, Entry(problem=f"{label}: path {name!r} leaves the data folder", malformed=True)
     try:
@@ -144,4 +144,4 @@ def _described(line: object, label: str) -> tuple[str, Entry]:
     except ValueError as error:
         return name, Entry(problem=f"{label}: {error}")
     empty = not captions and any(key in line for key in CAPTION_KEYS)
-    return name, Entry(captions=list(captions), problem=f"{label}: no caption that is not empty" if empty else "")
+    return name, Entry(captions=list(captions), problem=f"{label}: all captions are empty" if empty else "")

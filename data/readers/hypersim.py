@@ -1,7 +1,7 @@
-"""`hypersim:DIR`: rendered rooms (Roberts et al., 2021), with the distances of their files turned into depth.
+"""`hypersim:DIR`: rendered rooms (Roberts et al., 2021), their distances converted to depth.
 
-A file holds the distance r of each pixel's surface from the camera's centre. Its depth, along the optical axis, is
-z = r f / sqrt(x^2 + y^2 + f^2), with (x, y) the pixel's place from the picture's centre and f the focal length, pixels.
+A file stores the distance r of each pixel's surface from the camera's centre. The depth along the optical axis is
+z = r f / sqrt(x^2 + y^2 + f^2), where (x, y) is the pixel's offset from the picture's centre and f the focal length.
 """
 
 import csv
@@ -23,14 +23,16 @@ from crossflow.data.splits import require_split, split_by_hash, split_word
 logger = logging.getLogger(__name__)
 
 SPLITS_FILE = "metadata_images_split_scene_v1.csv"
-FOCAL_LENGTH = 886.81 / 1024  # of the cameras without tilt or shift, in widths of the picture
+FOCAL_LENGTH = 886.81 / 1024  # of the cameras without tilt or shift, in picture widths
 SCENE = re.compile(r"ai_\d{3}_\d{3}")
 PICTURE = re.compile(r"scene_(cam_\d+)_final_preview")
 
 
 class HypersimReader(DepthReader):
-    """RGB (tonemap.jpg) + depth. Splits: those of the authors' table, if there, without the frames that it excludes;
-    otherwise by a hash of the scenes. All cameras are taken as pinholes; the few with tilt or shift are not told apart.
+    """RGB (tonemap.jpg) + depth.
+
+    Splits are those of the authors' table, without the frames that it excludes; without the table, a hash divides the
+    scenes. All cameras are treated as pinholes, including the few with tilt or shift.
     """
 
     prefix = "hypersim"
@@ -41,25 +43,26 @@ class HypersimReader(DepthReader):
     options: ClassVar[Options] = {"cap": cap_option("none"), "list": LIST}
 
     def list_pairs(self, path: Path, split: str) -> Listing:
+        """The frames of the authors' table, or of all scene folders."""
         table = path / SPLITS_FILE
         rows = _table(table) if table.is_file() else None
         records = self._of_table(path, rows, split) if rows is not None else self._of_folders(path, split)
         return Listing(path, records, with_links(path))
 
     def _of_table(self, path: Path, rows: list[dict[str, str]], split: str) -> list[Record]:
-        there = {scene.name for scene in _scenes(path)}
-        absent = {row["scene_name"] for row in rows} - there
+        present = {scene.name for scene in _scenes(path)}
+        absent = {row["scene_name"] for row in rows} - present
         if absent:
-            logger.warning("%s: %d of the scenes in %s are not there.", self.spec, len(absent), SPLITS_FILE)
-        kept = [
+            logger.warning("%s: %d of the scenes in %s are missing.", self.spec, len(absent), SPLITS_FILE)
+        rows = [
             row
             for row in rows
-            if row["scene_name"] in there and row.get("included_in_public_release", "True").lower() == "true"
+            if row["scene_name"] in present and row.get("included_in_public_release", "True").lower() == "true"
         ]
-        require_split(self.spec, split, sorted({split_word(row["split_partition_name"]) for row in kept} - {""}))
+        require_split(self.spec, split, sorted({split_word(row["split_partition_name"]) for row in rows} - {""}))
         return [
             _record(row["scene_name"], row["camera_name"], int(row["frame_id"]))
-            for row in kept
+            for row in rows
             if split in ("all", split_word(row["split_partition_name"]))
         ]
 
@@ -81,6 +84,7 @@ class HypersimReader(DepthReader):
         return records
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """The tonemapped image, and depth along the optical axis in metres."""
         from crossflow.data.images import load_image
 
         image = load_image(self.path(record.image))
@@ -92,6 +96,7 @@ class HypersimReader(DepthReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """The first scene folder."""
         scenes = _scenes(path) if path.is_dir() else []
         return scenes[0].name if scenes else ""
 
@@ -99,7 +104,7 @@ class HypersimReader(DepthReader):
 def planar_depth(distance: np.ndarray, focal_length: float | None = None) -> np.ndarray:
     """Distances (H, W) from the camera's centre -> depths along its axis, float32, in the same unit.
 
-    focal_length: pixels; None: that of Hypersim's cameras at this width.
+    focal_length: in pixels; None means that of Hypersim's cameras at this width.
     """
     height, width = distance.shape
     f = FOCAL_LENGTH * width if focal_length is None else focal_length
@@ -109,6 +114,7 @@ def planar_depth(distance: np.ndarray, focal_length: float | None = None) -> np.
 
 
 def _scenes(path: Path) -> list[Path]:
+    """The scene folders (ai_001_001, ...)."""
     return [child for child in sorted(path.iterdir()) if SCENE.fullmatch(child.name) and child.is_dir()]
 
 

@@ -59,11 +59,13 @@ class JoinedReader(Reader):
         return [item for item in items if item is not None]
 
     def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of item `index`, as its own reader gives them."""
         number, inner = self._locate(index)
         return self.readers[number].captions(inner)
 
     @functools.cached_property
     def problems(self) -> dict[str, str]:  # type: ignore[override]
+        """The known bad items of all data sets."""
         return {
             self._name(number, id): reason
             for number, reader in enumerate(self.readers)
@@ -71,6 +73,7 @@ class JoinedReader(Reader):
         }
 
     def with_required(self, fields: Collection[str]) -> "JoinedReader":
+        """The same data, in which an item without one of `fields` is bad."""
         reader = copy.copy(self)
         reader.readers = [part.with_required(fields) for part in self.readers]
         reader.required = frozenset(fields)

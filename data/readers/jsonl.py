@@ -23,9 +23,9 @@ CAPTION_KEYS = ("prompt", "caption", "captions", "text")
 
 
 class JsonlReader(FileReader):
-    """Images with captions. Lines of one image are gathered; splits come from the key `split`, if there, or a hash.
+    """Images with captions. Splits come from the key `split` if any line has it, else from a hash of the names.
 
-    Paths are relative to the file's folder, or to imgs/ or images/ in it when the images lie there.
+    An image may have several lines. Paths are relative to the file's folder, or to imgs/ or images/ in it.
     """
 
     prefix = "jsonl"
@@ -36,19 +36,20 @@ class JsonlReader(FileReader):
     offers = frozenset(("image", "captions"))
 
     def listing(self, path: Path, split: str) -> Listing:
+        """The images of the file, each with the captions of all its lines."""
         if not path.is_file():
             raise UserError(f"{self.spec!r}: {str(path)!r} is a folder. Expected {self.layout}.")
-        images, malformed = gather(path)
+        images, malformed = read_images(path)
         with_captions = any(image.has_captions for image in images.values())
         has_splits = any(image.split for image in images.values())
         if has_splits:
             members = {name for name, image in images.items() if split in ("all", split_word(image.split))}
-            # Lines that are in no split are bad items of each, so that none asked for hides them.
+            # Images without a split are bad items of every split, so that none hides them.
             members |= {name for name, image in images.items() if not image.split}
             others = Counter(image.split for image in images.values() if image.split and not split_word(image.split))
             if others and split != "all":
                 logger.warning(
-                    "%s: items in the splits %s belong to none of train, val, test.", self.spec, dict(others)
+                    "%s: items in the splits %s belong to none of train, val and test.", self.spec, dict(others)
                 )
         else:
             members = split_by_hash(self.spec, images, split)
@@ -59,21 +60,22 @@ class JsonlReader(FileReader):
                 if has_splits and not image.split:
                     problem = problem or "has no split, but other lines have one"
                 if with_captions and not image.captions:
-                    problem = problem or "has no caption that is not empty"
+                    problem = problem or "all its captions are empty"
                 records.append(Record(name, image.path, tuple(image.captions), problem=problem))
-        # A malformed line belongs to no split; every split shows it.
+        # A malformed line belongs to no split, so it is listed in every split.
         records += malformed
         places = [path.parent, path.parent / "imgs", path.parent / "images"]
         return Listing(fullest_folder(places, [image.path for image in images.values()]), records)
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """The name of a .jsonl or .ndjson file."""
         return path.name if path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson") else ""
 
 
 @dataclass
-class Gathered:
-    """What the lines of one image say."""
+class ImageLines:
+    """The content of all lines of one image."""
 
     path: str
     captions: list[str] = field(default_factory=list)
@@ -82,21 +84,21 @@ class Gathered:
     problem: str = ""
 
 
-def gather(path: Path) -> tuple[dict[str, Gathered], list[Record]]:
-    """(image name -> what its lines say, in the order of the file; the lines that say nothing usable)."""
-    images: dict[str, Gathered] = {}
+def read_images(path: Path) -> tuple[dict[str, ImageLines], list[Record]]:
+    """(image name -> content of its lines, in the order of the file; records of the malformed lines)."""
+    images: dict[str, ImageLines] = {}
     malformed = []
     for number, entry in json_lines(path):
         if isinstance(entry, str):
             malformed.append(Record(f"{path.name}:{number}", problem=entry))
             continue
-        given = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
-        if not isinstance(given, str) or not given.strip():
+        value = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
+        if not isinstance(value, str) or not value.strip():
             problem = f"line {number} of {path.name} has no image path under {', '.join(IMAGE_KEYS)}"
             malformed.append(Record(f"{path.name}:{number}", problem=problem))
             continue
-        name = str(PurePosixPath(given))
-        image = images.setdefault(name, Gathered(name))
+        name = str(PurePosixPath(value))
+        image = images.setdefault(name, ImageLines(name))
         image.has_captions |= any(key in entry for key in CAPTION_KEYS)
         split = str(entry.get("split") or "")
         if image.split and split and split != image.split:

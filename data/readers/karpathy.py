@@ -31,8 +31,10 @@ FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr3
 
 
 class KarpathyReader(FileReader):
-    """Pictures with their captions. A split that is scored must be complete: a score on some of its pictures could be
-    compared with no other one, so a missing picture or a wrong id among them is refused rather than skipped.
+    """Pictures with their captions.
+
+    val and test must be complete: a score on part of their pictures would not be comparable, so a missing picture or a
+    wrong id is an error there rather than a bad item.
     """
 
     prefix = "karpathy"
@@ -42,11 +44,12 @@ class KarpathyReader(FileReader):
     )
     offers = frozenset(("image", "captions"))
     options: ClassVar[Options] = {
-        "images": Option("folder of the pictures, when it lies elsewhere", is_place=True),
-        "incomplete": Option("what to do when pictures of val or test are missing", "refuse", ("refuse", "skip")),
+        "images": Option("folder of the pictures, if elsewhere", is_place=True),
+        "incomplete": Option("when pictures of val or test are missing", "refuse", ("refuse", "skip")),
     }
 
     def listing(self, path: Path, split: str) -> Listing:
+        """The pictures of a split with their captions."""
         file = self._file(path)
         entries = read_entries(file)
         counts = Counter(split_of(entry) for entry in entries)
@@ -57,7 +60,7 @@ class KarpathyReader(FileReader):
         expected = PUBLISHED.get(name, {}).get(split, len(records))
         if len(records) != expected:
             logger.warning(
-                "%s has %d pictures for %s; the published one has %d: scores are not those of the tables.",
+                "%s has %d pictures for %s; the published file has %d: scores are not comparable with the tables.",
                 *(file, len(records), split, expected),
             )
         folder = self.path_option("images", file.parent)
@@ -65,7 +68,7 @@ class KarpathyReader(FileReader):
             above = (file.parent, file.parent.parent)
             places = [file.parent, *(parent / name for parent in above for name in FOLDERS), file.parent.parent]
             folder = fullest_folder(places, [record.image for record in records])
-        records = [self._found(record, folder) for record in records]
+        records = [self._locate(record, folder) for record in records]
         if split in ("val", "test") and self.option["incomplete"] == "refuse":
             self._refuse_incomplete(records, split, folder)
         return Listing(folder, records, with_links(folder))
@@ -76,11 +79,11 @@ class KarpathyReader(FileReader):
         files = sorted(path.glob("dataset_*.json")) or sorted(path.glob("*/dataset_*.json"))
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
-            raise UserError(f"{self.spec!r} must hold one file dataset_NAME.json; there are: {names}. Name the file.")
+            raise UserError(f"{self.spec!r} must contain one dataset_NAME.json, got: {names}. Name the file itself.")
         return files[0]
 
-    def _found(self, record: Record, folder: Path) -> Record:
-        """With the picture where it lies: some keep train2014/ and val2014/ apart, some all in one folder."""
+    def _locate(self, record: Record, folder: Path) -> Record:
+        """The record with the path of its picture: in train2014/ or val2014/, or all pictures in one folder."""
         if record.problem or (folder / record.image).is_file():
             return record
         bare = PurePosixPath(record.image).name
@@ -94,29 +97,30 @@ class KarpathyReader(FileReader):
             listed = "; ".join(f"{record.id}: {record.problem}" for record in bad[:3])
             raise UserError(
                 f"{self.spec!r}: {len(bad)} of the {len(records)} pictures of {split} do not match the list, such as "
-                f"{listed}. A score on the others could not be compared with the tables. Put them into {folder}, say "
-                "where the pictures are by ?images=DIR, or take what there is by ?incomplete=skip."
+                f"{listed}. A score on the others would not be comparable with the tables. Put them into {folder}, "
+                "name the folder of the pictures by ?images=DIR, or skip them by ?incomplete=skip."
             )
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """A file dataset_NAME.json."""
         if path.is_file():
             return path.name if re.fullmatch(r"dataset_(coco|flickr8k|flickr30k)\.json", path.name) else ""
         return next((file.name for file in sorted(path.glob("dataset_*.json"))), "") if path.is_dir() else ""
 
 
 def read_entries(file: Path) -> list[Mapping]:
-    """The entries of `images`; raises UserError when the file has another form or gives one id to two pictures."""
+    """The entries of `images`. Raises UserError for another structure, and for an id that occurs twice."""
     content = json_file(file)
     images = content.get("images") if isinstance(content, Mapping) else None
     if not isinstance(images, list) or not images or not all(isinstance(entry, Mapping) for entry in images):
-        raise UserError(f"{str(file)!r} is not in the form of Karpathy's splits: it needs the list 'images'.")
+        raise UserError(f"{str(file)!r} is not a file of Karpathy's splits: it must have the list 'images'.")
     for key in ("cocoid", "imgid", "filename"):
-        seen = Counter(str(entry[key]) for entry in images if key in entry)
-        twice = [value for value, count in seen.items() if count > 1]
+        counts = Counter(str(entry[key]) for entry in images if key in entry)
+        twice = [value for value, count in counts.items() if count > 1]
         if twice:
             raise UserError(
-                f"{str(file)!r} gives the {key} {twice[0]} to {seen[twice[0]]} pictures; ids must be unique."
+                f"{str(file)!r} gives the {key} {twice[0]} to {counts[twice[0]]} pictures; ids must be unique."
             )
     sentences = Counter(str(sentence.get("sentid")) for entry in images for sentence in _sentences(entry))
     twice = [value for value, count in sentences.items() if count > 1 and value != "None"]
@@ -133,7 +137,7 @@ def split_of(entry: Mapping) -> str:
 
 def _sentences(entry: Mapping) -> list[Mapping]:
     sentences = entry.get("sentences")
-    return [one for one in sentences if isinstance(one, Mapping)] if isinstance(sentences, list) else []
+    return [sentence for sentence in sentences if isinstance(sentence, Mapping)] if isinstance(sentences, list) else []
 
 
 def _record(number: int, entry: Mapping, file: Path) -> Record:
@@ -151,17 +155,18 @@ def _record(number: int, entry: Mapping, file: Path) -> Record:
 
 
 def _mismatch(entry: Mapping) -> str:
-    """What in an entry contradicts itself; "" when nothing does."""
+    """The contradiction within an entry; "" if there is none."""
     if not split_of(entry):
         return f"its split {entry.get('split')!r} is none of train, restval, val, test"
     number = NUMBER.search(str(entry["filename"]))
     if "cocoid" in entry and (number is None or str(int(number[1])) != str(entry["cocoid"])):
         return f"its id {entry['cocoid']} is not the number in {entry['filename']!r}"
     sentences = _sentences(entry)
-    strangers = [one for one in sentences if "imgid" in entry and one.get("imgid", entry["imgid"]) != entry["imgid"]]
-    if strangers:
-        return f"a caption of it belongs to the picture {strangers[0].get('imgid')}"
-    listed, there = entry.get("sentids"), [one.get("sentid") for one in sentences]
-    if isinstance(listed, list) and listed != there:
-        return f"it lists the captions {listed}, but holds {there}"
+    owners = [sentence.get("imgid", entry.get("imgid")) for sentence in sentences]
+    other = next((owner for owner in owners if "imgid" in entry and owner != entry["imgid"]), None)
+    if other is not None:
+        return f"one of its captions belongs to the picture {other}"
+    listed, present = entry.get("sentids"), [sentence.get("sentid") for sentence in sentences]
+    if isinstance(listed, list) and listed != present:
+        return f"it lists the captions {listed}, but has {present}"
     return ""

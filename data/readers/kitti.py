@@ -67,6 +67,7 @@ class KittiReader(DepthReader):
         return self.list_pairs(path, split)
 
     def list_pairs(self, path: Path, split: str) -> Listing:
+        """The frames of the Eigen lists."""
         lists = list_files(path)
         if not lists:
             raise UserError(f"{self.spec!r} has no lists of the Eigen split. Expected {self.layout}.")
@@ -109,6 +110,7 @@ class KittiReader(DepthReader):
         return records
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """The image and its depth in metres, cropped by the option `benchmark`."""
         from crossflow.data.images import load_depth_png, load_image
 
         image = load_image(self.path(record.image))
@@ -126,6 +128,7 @@ class KittiReader(DepthReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """An Eigen list."""
         return next((file.name for file in list_files(path).values() if "eigen" in file.name), "")
 
 

@@ -53,6 +53,7 @@ class NyuReader(DepthReader):
     bases = ("sync", "official_splits/test", "official_splits/train", "nyu_depth_v2/sync", "test", "train")
 
     def list_pairs(self, path: Path, split: str) -> Listing:
+        """The pairs of the labelled file, of the lists, or of the folders."""
         file = path if path.is_file() else path / LABELLED
         if file.is_file():
             return self._labelled(file, split)
@@ -94,7 +95,7 @@ class NyuReader(DepthReader):
             if HDF5_SIGNATURE not in (start[:8], start[512:]):  # MATLAB writes 512 bytes before the HDF5 content
                 raise UserError(f"{str(file)!r} is not a MATLAB 7.3 file, unlike the published {LABELLED}.")
             with open_hdf5(file) as content:
-                total = int(_of(content, "images", 4).shape[0])
+                total = int(_array(content, "images", 4).shape[0])
         except (ValueError, OSError) as error:
             raise UserError(f"{str(file)!r} cannot be read as {LABELLED}: {error}.") from error
 
@@ -123,20 +124,23 @@ class NyuReader(DepthReader):
         return numbers
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """The image and its depth in metres, from PNG files or the labelled file."""
         if not record.image.endswith(".mat"):
             return super().read_pair(record)
         index, name = int(record.id) - 1, "rawDepths" if self.option["depth"] == "raw" else "depths"
         with open_hdf5(self.path(record.image)) as content:
-            image, depth = _of(content, "images", 4)[index], _of(content, name, 3)[index]
+            image, depth = _array(content, "images", 4)[index], _array(content, name, 3)[index]
         return np.ascontiguousarray(image.transpose(2, 1, 0)), np.ascontiguousarray(depth.T)
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """The labelled file or a list."""
         names = [LABELLED, *LISTS.values()]
         return next((name for name in names if path.name == name or (path.is_dir() and (path / name).is_file())), "")
 
 
-def _of(content: Mapping[str, Any], name: str, dimensions: int) -> Any:
+def _array(content: Mapping[str, Any], name: str, dimensions: int) -> Any:
+    """The HDF5 array `name`. Raises ValueError unless it has `dimensions` dimensions."""
     if name not in content or getattr(content[name], "ndim", None) != dimensions:
         raise ValueError(f"it has no array {name!r} of {dimensions} dimensions")
     return content[name]

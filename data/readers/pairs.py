@@ -1,6 +1,6 @@
 """`pairs:DIR`: images with metric depth, in rgb/ and depth/ (16-bit PNG, millimetres, 0 = no measurement).
 
-frames.json, if there, lists the pairs and their splits: {"frames": [{"id", "rgb", "depth", "split"}]}.
+An optional frames.json lists the pairs and their splits: {"frames": [{"id", "rgb", "depth", "split"}]}.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ MILLIMETRES = ("mm", "millimetre", "millimetres", "millimeter", "millimeters")
 
 
 class PairsReader(FileReader):
-    """RGB + depth: the pairs and splits of frames.json; without it the files of equal names, split by a hash.
+    """RGB + depth: the pairs and splits of frames.json; without it, files of equal names, split by a hash.
 
-    A hash puts neighbouring frames of one video into different splits: scores on new scenes need frames.json.
+    A hash puts neighbouring frames of one video into different splits, so scores on new scenes need frames.json.
     """
 
     prefix = "pairs"
@@ -30,6 +30,7 @@ class PairsReader(FileReader):
     offers = frozenset(("image", "depth"))
 
     def listing(self, path: Path, split: str) -> Listing:
+        """The pairs of frames.json, or the files of equal names."""
         if (path / "frames.json").is_file():
             return Listing(path, _from_frames(path / "frames.json", split))
         if not ((path / "rgb").is_dir() and (path / "depth").is_dir()):
@@ -41,6 +42,7 @@ class PairsReader(FileReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """frames.json, or rgb/ and depth/."""
         if (path / "frames.json").is_file():
             return "frames.json"
         return "rgb/ and depth/" if (path / "rgb").is_dir() and (path / "depth").is_dir() else ""
@@ -49,19 +51,19 @@ class PairsReader(FileReader):
 def _from_frames(file: Path, split: str) -> list[Record]:
     content = json_file(file)
     if not (isinstance(content, Mapping) and isinstance(content.get("frames"), list)):
-        raise UserError(f"{str(file)!r} needs a list 'frames' of objects with id, rgb, depth and split.")
+        raise UserError(f"{str(file)!r} must have a list 'frames' of objects with id, rgb, depth and split.")
     unit = content.get("depth_unit", "millimetre")
     if unit not in MILLIMETRES or content.get("invalid", 0) != 0:
         raise UserError(
-            f"{str(file)!r} says depth_unit {unit!r} and invalid {content.get('invalid', 0)!r}; only depth in "
-            "millimetres with 0 for no measurement is read."
+            f"{str(file)!r} has depth_unit {unit!r} and invalid {content.get('invalid', 0)!r}; depth must be in "
+            "millimetres, with 0 for no measurement."
         )
     records = []
     for number, frame in enumerate(content["frames"]):
         values = [frame.get(key) for key in ("rgb", "depth", "split")] if isinstance(frame, Mapping) else []
         names = [value for value in values if isinstance(value, str) and value]
         if len(names) < 3:
-            # In no known split, so every split shows it.
+            # Its split is unknown, so it is listed in every split.
             label = f"{file.name}:frames[{number}]"
             records.append(Record(label, problem=f"{label} lacks rgb, depth or split"))
             continue
@@ -80,6 +82,6 @@ def _from_names(path: Path) -> list[Record]:
     records = []
     for stem in sorted(rgb.keys() | depth.keys()):
         missing = [f"{folder}/{stem}.*" for folder, files in (("rgb", rgb), ("depth", depth)) if stem not in files]
-        problem = f"there is no {missing[0]}" if missing else ""
+        problem = f"{missing[0]} is missing" if missing else ""
         records.append(Record(stem, rgb.get(stem, ""), depth=depth.get(stem, ""), problem=problem))
     return records

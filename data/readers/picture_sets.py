@@ -19,23 +19,25 @@ from crossflow.data.splits import require_split, split_folders
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"  # of the kept sizes; another one when reading them changes
+VERSION = "1"  # of the stored sizes; changes with how they are read
 
 
 class ImagenetReader(FileReader):
-    """ImageNet as CrossFlow takes it: pictures whose shorter side has at least `min_side` pixels, cut to the square in
-    their centre and reduced to `size`. Smaller pictures are left out, not bad. Sizes are read once and kept.
+    """ImageNet as CrossFlow uses it: the central squares of pictures with sides of `min_side` pixels or more.
+
+    Squares are reduced to `size`. Smaller pictures are left out, not bad. Sizes are read once and stored.
     """
 
     prefix = "imagenet"
     layout = "a folder with train/ and val/ (each of nNNNNNNNN/*.JPEG or *.JPEG), or ILSVRC/Data/CLS-LOC with these"
     offers = frozenset(("image",))
     options: ClassVar[Options] = {
-        "min_side": Option("pixels; pictures with a smaller shorter side are left out", "256", number=True),
-        "size": Option("side in pixels of the square that is kept; none: as large as it is", "256", number=True),
+        "min_side": Option("minimum of the shorter side in pixels", "256", number=True),
+        "size": Option("side in pixels to which squares are reduced; none: full size", "256", number=True),
     }
 
     def listing(self, path: Path, split: str) -> Listing:
+        """The pictures of train/ or val/ that are large enough."""
         inner = path / "ILSVRC/Data/CLS-LOC"
         root = inner if inner.is_dir() else path
         folders = split_folders(root)
@@ -59,11 +61,12 @@ class ImagenetReader(FileReader):
         if names and not records:
             raise UserError(
                 f"{self.spec!r}: none of the {len(names)} pictures has a shorter side of {least:g} pixels or more. "
-                "Take smaller ones by ?min_side=64&size=64."
+                "For smaller pictures, write ?min_side=64&size=64."
             )
         return Listing(root, records, with_links(root))
 
     def read(self, record: Record) -> tuple[np.ndarray, None]:
+        """The central square of a picture, reduced to `size`."""
         from crossflow.data.resize import center_crop_resize
 
         image, _ = super().read(record)
@@ -72,9 +75,10 @@ class ImagenetReader(FileReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """A folder train/n0*."""
         train = path / "train"
-        found = next((child for child in train.glob("n0*") if child.is_dir()), None) if train.is_dir() else None
-        return f"train/{found.name}" if found else ""
+        synset = next((child for child in train.glob("n0*") if child.is_dir()), None) if train.is_dir() else None
+        return f"train/{synset.name}" if synset else ""
 
 
 class Div2kReader(FileReader):
@@ -86,12 +90,13 @@ class Div2kReader(FileReader):
     parts: ClassVar[dict[str, tuple[str, int]]] = {"train": ("DIV2K_train_HR", 800), "val": ("DIV2K_valid_HR", 100)}
 
     def listing(self, path: Path, split: str) -> Listing:
-        there = {word: part for word, part in self.parts.items() if (path / part[0]).is_dir()}
-        if not there:
-            raise UserError(f"{self.spec!r} has neither of its folders. Expected {self.layout}.")
-        require_split(self.spec, split, there, "the test pictures were never published")
+        """The pictures of a published folder."""
+        present = {word: part for word, part in self.parts.items() if (path / part[0]).is_dir()}
+        if not present:
+            raise UserError(f"{self.spec!r} has none of the published folders. Expected {self.layout}.")
+        require_split(self.spec, split, present, "the test pictures were never published")
         records = []
-        for folder, count in (part for word, part in there.items() if split in (word, "all")):
+        for folder, count in (part for word, part in present.items() if split in (word, "all")):
             names = image_files(path / folder)
             if len(names) != count:
                 logger.warning(
@@ -102,47 +107,57 @@ class Div2kReader(FileReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """One of the published folders."""
         return next((folder for folder, _ in cls.parts.values() if (path / folder).is_dir()), "")
 
 
 class PictureSet(FileReader):
-    """A set of pictures that is scored as a whole: `val`, `test` and `all` are the same. It must be complete."""
+    """A complete set of pictures that is scored as a whole: `val`, `test` and `all` are the same."""
 
     offers = frozenset(("image",))
     names: ClassVar[tuple[str, ...]]
     count: ClassVar[int]
 
     def listing(self, path: Path, split: str) -> Listing:
+        """All pictures. Raises UserError unless their number is the published one."""
         require_split(self.spec, split, ("val", "test"), "it is scored, never trained on")
         inner = ("", "original", "HR", "image_SRF_4", "image_SRF_2", "image_SRF_3")
         folders = [path / name / part for name in ("", *self.names) for part in inner]
-        found = {folder: _pictures(folder) for folder in folders if folder.is_dir()}
-        for folder, names in found.items():
+        pictures = {folder: _pictures(folder) for folder in folders if folder.is_dir()}
+        for folder, names in pictures.items():
             if len(names) == self.count:
                 return Listing(folder, [Record(Path(name).stem, name) for name in names])
-        counts = ", ".join(f"{len(names)} in {folder}" for folder, names in found.items() if names)
+        counts = ", ".join(f"{len(names)} in {folder}" for folder, names in pictures.items() if names)
         raise UserError(
-            f"{self.spec!r}: {self.names[0]} has {self.count} pictures, but there are {counts or 'none'}. A score on "
-            f"others could not be compared; for any pictures write 'folder:{path}@all'."
+            f"{self.spec!r}: {self.names[0]} has {self.count} pictures, got {counts or 'none'}. A score on others "
+            f"would not be comparable; to score any pictures, write 'folder:{path}@all'."
         )
 
 
 class Set5Reader(PictureSet):
+    """Set5 (Bevilacqua et al., 2012)."""
+
     prefix, names, count = "set5", ("Set5",), 5
     layout = "Set5: its 5 pictures, or a folder with Set5/ (or SelfExSR's image_SRF_4/*_HR.png)"
 
 
 class Set14Reader(PictureSet):
+    """Set14 (Zeyde et al., 2010)."""
+
     prefix, names, count = "set14", ("Set14",), 14
     layout = "Set14: its 14 pictures, or a folder with Set14/ (or SelfExSR's image_SRF_4/*_HR.png)"
 
 
 class B100Reader(PictureSet):
+    """The test pictures of BSDS300 (Martin et al., 2001)."""
+
     prefix, names, count = "b100", ("B100", "BSD100", "BSDS100"), 100
     layout = "B100: the 100 test pictures of BSDS300, or a folder with B100/ or BSD100/"
 
 
 class Urban100Reader(PictureSet):
+    """Urban100 (Huang et al., 2015)."""
+
     prefix, names, count = "urban100", ("Urban100",), 100
     layout = "Urban100: its 100 pictures, or a folder with Urban100/ (or SelfExSR's image_SRF_4/*_HR.png)"
 
@@ -159,7 +174,7 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def shorter_sides(root: Path, names: Sequence[str], allowed: Sequence[Path]) -> list[int]:
-    """The shorter side of each picture in pixels, 0 where it cannot be read; kept in the user's cache directory."""
+    """The shorter side of each picture in pixels, 0 if unreadable; stored in the user's cache directory."""
     folders = [folder.resolve() for folder in allowed]
     digest = hashlib.blake2b(VERSION.encode(), digest_size=16)
     for name in names:
@@ -168,19 +183,19 @@ def shorter_sides(root: Path, names: Sequence[str], allowed: Sequence[Path]) -> 
         except OSError:
             size = -1
         digest.update(f"{name}\0{size}\0".encode("utf-8", "replace"))
-    kept = user_cache() / "picture-sizes" / f"{digest.hexdigest()}.npy"
+    store = user_cache() / "picture-sizes" / f"{digest.hexdigest()}.npy"
     try:
-        sides = np.load(kept, allow_pickle=False)
-        if sides.shape == (len(names),):
-            return [int(side) for side in sides]
+        stored = np.load(store, allow_pickle=False)
+        if stored.shape == (len(names),):
+            return [int(side) for side in stored]
     except (OSError, ValueError, EOFError):
-        pass  # not there yet, or damaged: read again
+        pass  # missing or damaged: read again
     if len(names) > 10_000:
-        logger.warning("Reading the sizes of %d pictures once.", len(names))
+        logger.warning("Reading the sizes of %d pictures (only once).", len(names))
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda name: _shorter_side(root, name, folders), names, chunksize=64))
-    save_array(kept, np.array(found, dtype=np.int32))
-    return found
+        sides = list(pool.map(lambda name: _shorter_side(root, name, folders), names, chunksize=64))
+    save_array(store, np.array(sides, dtype=np.int32))
+    return sides
 
 
 def _shorter_side(root: Path, name: str, allowed: Sequence[Path]) -> int:

@@ -9,15 +9,16 @@ from crossflow.data.reader import FileReader, Listing
 
 
 class PromptsReader(FileReader):
-    """Lines as captions without pictures. A list has no splits: its lines are the training split, or `all`."""
+    """Captions without pictures, one per line. All lines are the split train."""
 
     prefix = "prompts"
     layout = "a text file in UTF-8 with one prompt per line"
     offers = frozenset(("captions",))
 
     def listing(self, path: Path, split: str) -> Listing:
+        """The lines of the file."""
         if split not in ("train", "all"):
-            raise UserError(f"{self.spec!r} is a list of prompts, which has no split {split!r}: all of it is 'train'.")
+            raise UserError(f"{self.spec!r} is a list of prompts, which has no split {split!r}: all lines are 'train'.")
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
@@ -30,4 +31,5 @@ class PromptsReader(FileReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
+        """The name of a .txt file."""
         return path.name if path.is_file() and path.suffix.lower() == ".txt" else ""

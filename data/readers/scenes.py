@@ -1,4 +1,4 @@
-"""`scenes`: the embedded procedural world, which needs no files. See `crossflow.data.scenes`."""
+"""`scenes`: the embedded procedural world of `crossflow.data.scenes`, which needs no files."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from crossflow.data.reader import Reader
 
 NUM_SCENES = {"train": 20_000, "val": 500, "test": 1_000}
 DEFAULT_SIZE = 64
-PIXELS_TOGETHER = 2**20  # per call of the renderer, which holds a few hundred bytes for each
+PIXELS_PER_CALL = 2**20  # of the renderer, which needs a few hundred bytes for each pixel
 
 
 class ScenesReader(Reader):
-    """Rendered scenes with captions, metric depth and attributes. `load` renders its scenes together: the fast way.
+    """Rendered scenes with captions, metric depth and attributes. `load` renders several at once, which is faster.
 
-    `limit` may also ask for more than the usual number: the world does not end, and scene i stays the same.
+    `limit` may exceed the default number of scenes: any number exists, and scene i is always the same.
     """
 
     prefix = "scenes"
-    layout = "nothing behind it: the scenes are made on the fly"
+    layout = "no location: scenes are rendered on the fly"
     embedded = True
     offers = frozenset(("image", "captions", "depth", "scene"))
     batch_hint = 32
@@ -28,9 +28,9 @@ class ScenesReader(Reader):
         self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0
     ) -> None:
         if location:
-            raise UserError(f"'scenes:{location}' names a place, but scenes have none: write 'scenes'.")
+            raise UserError(f"'scenes:{location}' has a location, but scenes are not read from files: write 'scenes'.")
         if split == "all":
-            raise UserError("'scenes' has the splits train, val and test, without end; there is no 'all' of them.")
+            raise UserError("'scenes' has the splits train, val and test, each of unlimited size; 'all' is undefined.")
         self.spec, self.split = self.prefix, split
         self.size = image_size or DEFAULT_SIZE
         self.fields = self.offers
@@ -42,27 +42,29 @@ class ScenesReader(Reader):
         return item
 
     def captions(self, index: int) -> tuple[str, ...]:
+        """The five captions of scene `index`, without rendering it."""
         from crossflow.data.scenes import captions, make_scene, scene_seed
 
         return captions(make_scene(scene_seed(self.split, index)))
 
     def load(self, indices: Sequence[int]) -> list[Item | BadItem]:
+        """Several scenes, rendered together."""
         from crossflow.data.scenes import captions, make_scene, render, scene_seed
 
-        ids = [self.ids[index] for index in indices]  # an index out of range stops here
+        ids = [self.ids[index] for index in indices]  # raises IndexError
         scenes = [make_scene(scene_seed(self.split, index % len(self))) for index in indices]
         items: list[Item | BadItem] = []
-        part = max(1, PIXELS_TOGETHER // self.size**2)
+        part = max(1, PIXELS_PER_CALL // self.size**2)
         for start in range(0, len(scenes), part):
             images, depths, _ = render(scenes[start : start + part], self.size)
             for number, scene in enumerate(scenes[start : start + part]):
-                # Copies, so that an item kept in memory does not keep its whole part.
+                # Copies, so that an item in memory does not hold the arrays of its whole part.
                 image, depth = images[number].copy(), depths[number].copy()
                 items.append(Item(ids[start + number], image, captions(scene), depth, scene))
         return items
 
     def fingerprint(self) -> str:
-        """Of the number, the size and the first four scenes as rendered, so a change of the world shows."""
+        """From the number, the size and the first four rendered scenes, so that it changes with the renderer."""
         digest = hashlib.blake2b(f"{self.spec} {self.split} {len(self)} {self.size}".encode(), digest_size=16)
         for item in self.load(range(min(4, len(self)))):
             assert isinstance(item, Item)

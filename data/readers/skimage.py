@@ -1,4 +1,4 @@
-"""`skimage`: eight photographs that lie in the installed scikit-image, one of them with metric depth.
+"""`skimage`: eight photographs of the installed scikit-image, one of them with metric depth.
 
 Smoke data: real pixels without a download.
 """
@@ -23,7 +23,7 @@ DISPARITY_OFFSET = 31.086  # pixels, the difference of the two principal points
 
 @dataclass(frozen=True)
 class Piece:
-    """A photograph, or its part `box` = (top, bottom, left, right) in pixels; `disparity` is a file name."""
+    """A photograph or its part `box` = (top, bottom, left, right) in pixels; `disparity` is a file name."""
 
     id: str
     split: str
@@ -36,7 +36,7 @@ def _motorcycle(part: str, split: str, box: tuple[int, int, int, int]) -> Piece:
     return Piece(f"motorcycle_{part}", split, "motorcycle_left.png", box, "motorcycle_disp.npz")
 
 
-# The one photograph with depth is cut, so that depth has something for every split and none of it is seen in training.
+# The one photograph with depth is divided, so that every split has depth and training sees no part of another split.
 PIECES = (
     Piece("astronaut", "train", "astronaut.png"),
     Piece("camera", "train", "camera.png"),
@@ -52,10 +52,10 @@ PIECES = (
 
 
 class SkimageReader(Reader):
-    """Photographs for super-resolution; for a task that needs depth, the pieces of the one that has it. No captions."""
+    """Photographs for super-resolution; for tasks with depth, the pieces of the one with depth. No captions."""
 
     prefix = "skimage"
-    layout = "nothing behind it: the photographs lie in the installed scikit-image"
+    layout = "no location: the photographs are part of the installed scikit-image"
     embedded = True
     offers = frozenset(("image", "depth"))
 
@@ -63,7 +63,9 @@ class SkimageReader(Reader):
         self, location: str, split: str, *, image_size: int | None = None, limit: int | None = None, seed: int = 0
     ) -> None:
         if location:
-            raise UserError(f"'skimage:{location}' names a place, but these photographs have none: write 'skimage'.")
+            raise UserError(
+                f"'skimage:{location}' has a location, but the photographs come with scikit-image: write 'skimage'."
+            )
         self.spec, self.split, self.fields = self.prefix, split, self.offers
         self.folder = _data_folder()
         self._set_pieces([piece for piece in PIECES if split in (piece.split, "all")][:limit])
@@ -90,13 +92,14 @@ class SkimageReader(Reader):
         )
 
     def with_required(self, fields: Collection[str]) -> "SkimageReader":
-        """With depth: only the pieces that have it."""
+        """For `depth`, only the pieces that have it."""
         assert self.fields.issuperset(fields)
         reader = copy.copy(self)
         reader._set_pieces([piece for piece in self.pieces if piece.disparity or "depth" not in fields])
         return reader
 
     def fingerprint(self) -> str:
+        """From the pieces and the bytes of their files."""
         digest = hashlib.blake2b(digest_size=16)
         for piece in self.pieces:
             digest.update(repr(piece).encode())
@@ -108,15 +111,15 @@ class SkimageReader(Reader):
 
 
 def _data_folder() -> Path:
-    """Where the photographs lie. Found without importing scikit-image; nothing is ever downloaded."""
+    """The folder of the photographs, located without importing scikit-image. Nothing is ever downloaded."""
     from importlib.util import find_spec
 
-    found = find_spec("skimage")
-    if found is None or not found.submodule_search_locations:
+    package = find_spec("skimage")
+    if package is None or not package.submodule_search_locations:
         raise UserError(
-            "The data 'skimage' come with the package scikit-image, which is not installed: pip install scikit-image."
+            "The data 'skimage' are part of the package scikit-image, which is not installed: pip install scikit-image."
         )
-    return Path(found.submodule_search_locations[0]) / "data"
+    return Path(package.submodule_search_locations[0]) / "data"
 
 
 def _depth(file: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`vkitti:DIR`, `eth3d:DIR`, `scannet:DIR`, `diode:DIR`: the other data of the zero-shot depth table."""
+"""`vkitti:DIR`, `eth3d:DIR`, `scannet:DIR`, `diode:DIR`: the other data sets of the zero-shot depth table."""
 
 import re
 from pathlib import Path
@@ -16,8 +16,10 @@ from crossflow.data.splits import require_split, split_by_hash, split_folders
 
 
 class VirtualKittiReader(DepthReader):
-    """Virtual KITTI 2 (Cabon et al., 2020). Depth is 16-bit PNG in centimetres, the sky's 65535 no measurement. The
-    variations of a scene show the same street, so that splits are by a hash of the scenes.
+    """Virtual KITTI 2 (Cabon et al., 2020).
+
+    Depth is 16-bit PNG in centimetres; 65535, the sky, is no measurement. The variations of a scene show the same
+    street, so a hash of the scenes divides the splits.
     """
 
     prefix = "vkitti"
@@ -27,6 +29,7 @@ class VirtualKittiReader(DepthReader):
     sky = 655.35  # metres
 
     def list_pairs(self, path: Path, split: str) -> Listing:
+        """The frames of all variations of the scenes of a split."""
         scenes = {child.name: child for child in sorted(path.glob("Scene[0-9][0-9]")) if child.is_dir()}
         if not scenes:
             raise UserError(f"{self.spec!r} has no scenes (Scene01, ...). Expected {self.layout}.")
@@ -39,6 +42,7 @@ class VirtualKittiReader(DepthReader):
         return Listing(path, records, with_links(path))
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """The image, and depth in metres without the sky."""
         from crossflow.data.images import load_depth_png, load_image
 
         depth = load_depth_png(self.path(record.depth), units_per_metre=self.units_per_metre)
@@ -46,13 +50,15 @@ class VirtualKittiReader(DepthReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
-        found = next(path.glob("Scene[0-9][0-9]/*/frames/rgb"), None) if path.is_dir() else None
-        return found.relative_to(path).as_posix() if found else ""
+        """A scene folder."""
+        folder = next(path.glob("Scene[0-9][0-9]/*/frames/rgb"), None) if path.is_dir() else None
+        return folder.relative_to(path).as_posix() if folder else ""
 
 
 class Eth3dReader(DepthReader):
-    """ETH3D's high-resolution training scenes (Schoeps et al., 2017), which are a test set here. Depth files are bare
-    float32 values in metres of the picture's size, infinite where nothing was measured.
+    """ETH3D's high-resolution training scenes (Schoeps et al., 2017), which are only scored.
+
+    Depth files are raw float32 values in metres, one per pixel, infinite where nothing was measured.
     """
 
     prefix = "eth3d"
@@ -60,6 +66,7 @@ class Eth3dReader(DepthReader):
     options: ClassVar[Options] = {"cap": cap_option("none"), "list": LIST}
 
     def list_pairs(self, path: Path, split: str) -> Listing:
+        """All pictures of all scenes."""
         require_split(self.spec, split, ("test",), "it is scored, never trained on")
         records = []
         for folder in sorted(path.glob("*/images/dslr_images")):
@@ -72,24 +79,28 @@ class Eth3dReader(DepthReader):
         return Listing(path, records, with_links(path))
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """The image as stored, and its depth in metres."""
         from crossflow.data.images import load_image
 
-        image = load_image(self.path(record.image), upright=False)  # depth lies as the pixels do
+        image = load_image(self.path(record.image), upright=False)  # depth is stored in the pixels' orientation
         values = np.fromfile(self.path(record.depth), dtype="<f4")
         height, width = image.shape[:2]
         if values.size != height * width:
-            raise ValueError(f"{record.depth} holds {values.size} values, the picture {height} x {width} pixels")
+            raise ValueError(f"{record.depth} has {values.size} values, the picture {height} x {width} pixels")
         return image, values.reshape(height, width)
 
     @classmethod
     def recognise(cls, path: Path) -> str:
-        found = next(path.glob("*/ground_truth_depth/dslr_images"), None) if path.is_dir() else None
-        return found.relative_to(path).as_posix() if found else ""
+        """A folder of ground-truth depth."""
+        folder = next(path.glob("*/ground_truth_depth/dslr_images"), None) if path.is_dir() else None
+        return folder.relative_to(path).as_posix() if folder else ""
 
 
 class ScannetReader(DepthReader):
-    """Exported frames of ScanNet (Dai et al., 2017). Depth is 16-bit PNG in millimetres, smaller than the colour
-    picture, which is reduced to its size. Neighbouring frames are alike: `every` takes one of so many.
+    """Exported frames of ScanNet (Dai et al., 2017).
+
+    Depth is 16-bit PNG in millimetres, of lower resolution than the picture, which is reduced to it. Neighbouring
+    frames are alike, so the option `every` takes every n-th one.
     """
 
     prefix = "scannet"
@@ -98,12 +109,13 @@ class ScannetReader(DepthReader):
         "scans/SCENE/color/N.jpg and scans/SCENE/depth/N.png (scans/ may also be named scans_test/ or left out)"
     )
     options: ClassVar[Options] = {
-        "every": Option("take each so-many-th frame of a scene", "1", number=True),
+        "every": Option("take every n-th frame of a scene", "1", number=True),
         "cap": cap_option("none"),
         "list": LIST,
     }
 
     def list_pairs(self, path: Path, split: str) -> Listing:
+        """The frames of the scenes of a list."""
         lists = {name: path / f"scannetv2_{name}.txt" for name in ("train", "val", "test")}
         lists = {name: file for name, file in lists.items() if file.is_file()}
         scenes = {
@@ -113,20 +125,18 @@ class ScannetReader(DepthReader):
         }
         if not lists and split != "all":
             raise UserError(
-                f"{self.spec!r} has no lists of scenes. Put scannetv2_train.txt, scannetv2_val.txt and "
-                f"scannetv2_test.txt (from the data set's repository) there, or write '{self.spec}@all'."
+                f"{self.spec!r} has no scene lists. Put scannetv2_train.txt, scannetv2_val.txt and scannetv2_test.txt "
+                f"(from the data set's repository) there, or write '{self.spec}@all'."
             )
         require_split(self.spec, split, lists)
-        wanted = sorted(scenes)
-        if split != "all":
-            wanted = lists[split].read_text(encoding="utf-8-sig").split()
+        names = sorted(scenes) if split == "all" else lists[split].read_text(encoding="utf-8-sig").split()
         step = self.number_option("every")
         if step is None or step != int(step):
             raise UserError(f"{self.spec!r}: every is {self.option['every']!r}; it must be a whole number.")
         records = []
-        for name in wanted:
+        for name in names:
             if name not in scenes:
-                records.append(Record(name, problem="the scene is in the list but not there"))
+                records.append(Record(name, problem="the scene is in the list but has no folder"))
                 continue
             files = [file for file in scenes[name].glob("color/*") if file.stem.isdigit()]
             for image in sorted(files, key=lambda file: int(file.stem))[:: int(step)]:
@@ -136,13 +146,15 @@ class ScannetReader(DepthReader):
         return Listing(path, records, with_links(path))
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """The image at the depth's resolution, and the depth in metres."""
         from crossflow.data.resize import center_crop_resize
 
         image, depth = super().read_pair(record)
         height, width = depth.shape
         if abs(image.shape[1] * height - image.shape[0] * width) > 0.02 * image.shape[0] * width:
             raise ValueError(
-                f"the picture, {image.shape[0]}x{image.shape[1]}, has not the shape of its {height}x{width} depth"
+                f"the aspect ratio of the picture, {image.shape[0]}x{image.shape[1]}, is not that of its depth, "
+                f"{height}x{width}"
             )
         if image.shape[:2] != depth.shape:
             image = center_crop_resize(image, (height, width))
@@ -150,31 +162,33 @@ class ScannetReader(DepthReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
-        found = next(path.glob("scannetv2_*.txt"), None) if path.is_dir() else None
-        return found.name if found else ""
+        """A scene list."""
+        file = next(path.glob("scannetv2_*.txt"), None) if path.is_dir() else None
+        return file.name if file else ""
 
 
 class DiodeReader(DepthReader):
-    """DIODE (Vasiljevic et al., 2019), indoors and outdoors, by laser. Its depth for testing was never published."""
+    """DIODE (Vasiljevic et al., 2019): laser depth indoors and outdoors. The test depth was never published."""
 
     prefix = "diode"
     layout = (
         "a folder with train/ or val/ of indoors|outdoor/SCENE/SCAN/NAME.png, NAME_depth.npy and NAME_depth_mask.npy"
     )
     options: ClassVar[Options] = {
-        "part": Option("which scenes", "both", ("both", "indoors", "outdoor")),
+        "part": Option("type of scenes", "both", ("both", "indoors", "outdoor")),
         "cap": cap_option("none"),
         "list": LIST,
     }
 
     def list_pairs(self, path: Path, split: str) -> Listing:
+        """The pictures below train/ or val/."""
         folders = split_folders(path)
         if not folders:
             raise UserError(f"{self.spec!r} has neither train/ nor val/. Expected {self.layout}.")
-        require_split(self.spec, split, folders, "the tables are of val")
+        require_split(self.spec, split, folders, "the tables score val")
         parts = ("indoors", "outdoor", "outdoors") if self.option["part"] == "both" else (self.option["part"],)
         records = []
-        for folder in (where for name, where in folders.items() if split in (name, "all")):
+        for folder in (inner for name, inner in folders.items() if split in (name, "all")):
             for name in image_files(folder):
                 if name.split("/")[0] not in parts:
                     continue
@@ -183,6 +197,7 @@ class DiodeReader(DepthReader):
         return Listing(path, records, with_links(path))
 
     def read_pair(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """The image, and its depth in metres inside its mask."""
         from crossflow.data.images import load_image
 
         depth = read_npy_array(self.path(record.depth), (2, 3))
@@ -194,5 +209,5 @@ class DiodeReader(DepthReader):
 
     @classmethod
     def recognise(cls, path: Path) -> str:
-        found = next((name for name in ("val/indoors", "val/outdoor", "train/indoors") if (path / name).is_dir()), "")
-        return found
+        """A folder of indoor or outdoor scenes."""
+        return next((name for name in ("val/indoors", "val/outdoor", "train/indoors") if (path / name).is_dir()), "")

@@ -16,7 +16,7 @@ from crossflow.data.cache.build import Settings
 from crossflow.data.cache.store import Cache
 from crossflow.data.item import BadItem
 from crossflow.data.readers import open_reader
-from crossflow.data.readers.npy import read_npy
+from crossflow.data.safe_pickle import read_npy
 from crossflow.engine import cache as caching
 from crossflow.networks.codecs.registry import build_codec
 from crossflow.tasks.base import build_task, load_config
@@ -173,7 +173,7 @@ def test_an_array_that_claims_more_than_the_file_holds_is_damaged(tmp_path: Path
     about = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 10**4)}
     np.lib.format.write_array_header_1_0(file, about)
     (tmp_path / "a.npy").write_bytes(file.getvalue() + b"1234")
-    with pytest.raises(ValueError, match="is cut"):
+    with pytest.raises(ValueError, match="is truncated"):
         read_npy(tmp_path / "a.npy")
 
 

@@ -301,18 +301,18 @@ def test_coco_as_published(tmp_path):
 
 def test_coco_without_test_captions_says_so(tmp_path):
     published_coco(tmp_path)
-    with pytest.raises(UserError, match=f"train, val but none for 'test'.*'coco:{tmp_path}@val'"):
+    with pytest.raises(UserError, match=f"train, val but nothing for 'test'.*'coco:{tmp_path}@val'"):
         open_reader(f"coco:{tmp_path}", "test")
 
 
 def test_coco_never_mixes_years(tmp_path, caplog):
     published_coco(tmp_path)
     coco_file(tmp_path / "annotations/captions_test2014.json", {"COCO_val2014_000000000001.jpg": ["a"]})
-    with pytest.raises(UserError, match="none for 'test'"):
+    with pytest.raises(UserError, match="nothing for 'test'"):
         open_reader(f"coco:{tmp_path}", "test")
     assert "captions of 2017, not those of 2014" in caplog.text
     (tmp_path / "annotations/captions_train2017.json").rename(tmp_path / "annotations/captions_train2014.json")
-    with pytest.raises(UserError, match="train, test but none for 'val'"):  # val2017 shares images with train2014
+    with pytest.raises(UserError, match="train, test but nothing for 'val'"):  # val2017 shares images with train2014
         open_reader(f"coco:{tmp_path}", "val")
 
 
@@ -459,7 +459,7 @@ def test_jsonl_bad_lines_are_counted_with_their_numbers(tmp_path):
         "x.jsonl:3": "line 3 of x.jsonl is not a JSON object",
         "x.jsonl:4": "line 4 of x.jsonl has no image path",
         "x.jsonl:5": "line 5 of x.jsonl has no image path",
-        "empty.png": "no caption that is not empty",
+        "empty.png": "all its captions are empty",
         "number.png": "line 7 of x.jsonl: caption is int, not text",
         "missing.png": "no such file",
         "../outside.png": "path '../outside.png' leaves the data folder",
@@ -502,7 +502,7 @@ def test_folder_with_split_folders_and_captions_beside_the_images(tmp_path):
     assert train[1].captions == ("one", "two")
     assert train.fields == {"image", "captions"}
     assert open_reader(f"folder:{tmp_path}", "val").fields == {"image"}
-    with pytest.raises(UserError, match=r"Training/, validation/ but no folder for 'test'"):
+    with pytest.raises(UserError, match=r"train, val but nothing for 'test'"):
         open_reader(f"folder:{tmp_path}", "test")
 
 
@@ -524,7 +524,7 @@ def test_folder_with_metadata(tmp_path, place):
     assert {id: item.captions for id, item in by_id(train).items()} == {"train/a.png": ("first",)}
     found = reasons(train)
     assert "no such file" in found["train/missing.png"]
-    assert "no caption that is not empty" in found["train/b.png"]
+    assert "all captions are empty" in found["train/b.png"]
     assert "leaves the data folder" in found["metadata.jsonl:4"]
     assert "leaves the data folder" in found["metadata.jsonl:5"]
     assert "not JSON" in found["metadata.jsonl:6"]
@@ -554,7 +554,7 @@ def test_folder_captions_that_cannot_be_read_make_bad_items(tmp_path):
     (tmp_path / "c.txt").symlink_to("/etc/hostname")
     found = reasons(open_reader(f"folder:{tmp_path}@all", "train"))
     assert "utf-8" in found["a.png"]
-    assert found["b.png"] == "'b.txt' holds no caption"
+    assert found["b.png"] == "'b.txt' has no caption"
     assert "leaves the data folder" in found["c.png"]
 
 
@@ -624,7 +624,7 @@ def test_pairs_by_name(tmp_path):
     items = by_id(reader)
     assert list(items) == ["b", "x/a"]
     np.testing.assert_array_equal(np.unique(items["b"].depth), np.array([0, 0.5, 65.535], np.float32))
-    assert reasons(reader) == {"only_depth": "there is no rgb/only_depth.*", "only_rgb": "there is no depth/only_rgb.*"}
+    assert reasons(reader) == {"only_depth": "rgb/only_depth.* is missing", "only_rgb": "depth/only_rgb.* is missing"}
 
 
 def test_pairs_bad_depth(tmp_path):

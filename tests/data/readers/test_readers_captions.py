@@ -60,7 +60,7 @@ def test_karpathy_splits_and_restval_is_trained_on(tmp_path, caplog):
     item = open_reader(f"{tmp_path}/dataset_coco.json", "test")[1]
     assert item.captions == tuple(f"A cat {number}." for number in range(40, 45))
     assert item.image.shape == (4, 6, 3)
-    assert "2 pictures for test; the published one has 5000" in caplog.text
+    assert "2 pictures for test; the published file has 5000" in caplog.text
 
 
 def test_a_scored_split_with_a_missing_picture_is_refused_and_training_skips_it(tmp_path):
@@ -123,10 +123,10 @@ def test_karpathy_of_flickr_has_names_as_ids_and_pictures_may_lie_elsewhere(tmp_
 
 
 def test_karpathy_says_when_the_file_is_another(tmp_path):
-    with pytest.raises(UserError, match="must hold one file"):
+    with pytest.raises(UserError, match="must contain one dataset_NAME"):
         open_reader(f"karpathy:{tmp_path}", "train")
     (tmp_path / "dataset_x.json").write_text('{"pictures": []}')
-    with pytest.raises(UserError, match="not in the form of Karpathy"):
+    with pytest.raises(UserError, match="not a file of Karpathy"):
         open_reader(f"karpathy:{tmp_path}", "train")
 
 
@@ -174,7 +174,7 @@ def test_flickr30k_as_published(tmp_path, form):
 def test_flickr_without_lists_has_no_splits(tmp_path):
     picture(tmp_path / "Images/1.jpg")
     (tmp_path / "captions.txt").write_text('image,caption\n1.jpg,"A dog , running ."\n1.jpg,A cat .\n1.jpg\n')
-    with pytest.raises(UserError, match=r"no lists of its splits.*@all"):
+    with pytest.raises(UserError, match=r"no split lists.*@all"):
         open_reader(f"flickr:{tmp_path}", "test")
     reader = open_reader(f"flickr:{tmp_path}@all", "train")
     assert reader[0].captions == ("A dog , running .", "A cat .")
@@ -246,5 +246,5 @@ def test_mjhq_without_its_list_is_told(tmp_path):
     with pytest.raises(UserError, match=r"no meta_data\.json"):
         open_reader(f"mjhq:{tmp_path}", "all")
     (tmp_path / "meta_data.json").write_text("[]")
-    with pytest.raises(UserError, match="not in the form of MJHQ-30K"):
+    with pytest.raises(UserError, match="not the file of MJHQ-30K"):
         open_reader(f"mjhq:{tmp_path}", "all")

@@ -368,7 +368,7 @@ def test_scannet(tmp_path):
     text(tmp_path / "scannetv2_val.txt", "scene0001_00", "scene0009_00")
     reader = open_reader(f"scannet:{tmp_path}?every=5", "val")
     assert list(items(reader)) == [f"scene0001_00/{frame}" for frame in (0, 5, 10)]
-    assert "not there" in reasons(reader)["scene0009_00"]
+    assert "has no folder" in reasons(reader)["scene0009_00"]
     assert reader[0].image.shape == (H, W, 3)
     assert np.unique(reader[0].depth).tolist() == [1.5]
     assert len(open_reader(f"scannet:{tmp_path}", "train")) == 12
@@ -393,5 +393,5 @@ def test_diode(tmp_path, rng):
     assert len(indoors) == 1
     np.save(f"{stem}_depth.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert "allow_pickle" in next(iter(reasons(reader).values()))
-    with pytest.raises(UserError, match=r"nothing for 'test'.*tables are of val.*@val"):
+    with pytest.raises(UserError, match=r"nothing for 'test'.*tables score val.*@val"):
         open_reader(f"diode:{tmp_path}", "test")

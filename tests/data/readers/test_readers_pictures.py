@@ -103,7 +103,7 @@ def test_a_scored_set_is_complete_or_refused(tmp_path):
     assert open_reader(f"set5:{tmp_path}/Set5", "test")[2].image.shape == (8, 10, 3)
     with pytest.raises(UserError, match="never trained on"):
         open_reader(f"set5:{tmp_path}", "train")
-    with pytest.raises(UserError, match=r"Set14 has 14 pictures, but there are 5 in .*Set5.*folder:"):
+    with pytest.raises(UserError, match=r"Set14 has 14 pictures, got 5 in .*Set5.*folder:"):
         open_reader(f"set14:{tmp_path}/Set5", "test")
     (tmp_path / "Set5/4.png").unlink()
     with pytest.raises(UserError, match="Set5 has 5 pictures, but there are 4"):
