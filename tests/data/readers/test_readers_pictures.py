@@ -106,7 +106,7 @@ def test_a_scored_set_is_complete_or_refused(tmp_path):
     with pytest.raises(UserError, match=r"Set14 has 14 pictures, got 5 in .*Set5.*folder:"):
         open_reader(f"set14:{tmp_path}/Set5", "test")
     (tmp_path / "Set5/4.png").unlink()
-    with pytest.raises(UserError, match="Set5 has 5 pictures, but there are 4"):
+    with pytest.raises(UserError, match="Set5 has 5 pictures, got 4"):
         open_reader(f"set5:{tmp_path}", "test")
 
 
