@@ -8,6 +8,7 @@ from __future__ import annotations  # torch and numpy are imported where they ar
 
 import errno
 import io
+import json
 import os
 import shutil
 import stat
@@ -92,6 +93,11 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     return path
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> Path:
+    """Writes `content` as indented JSON with sorted keys by `replacing`; returns its path."""
+    return write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True))
 
 
 def write_array(path: Path, array: np.ndarray) -> Path:

@@ -5,7 +5,6 @@ checksum shows whether two runs used the same network.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-from crossflow.core.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +111,3 @@ def _not_available(source: str, files: str, error: Exception) -> str:
         "repository into a folder and give the folder's path instead, or copy the hub cache of another machine and set "
         f"HF_HOME to it. The loader reports: {reason}"
     )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` so that a reader finds either the old file or the whole new one."""
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True))

@@ -1,5 +1,8 @@
 """Trunks of source encoders that read pictures. B batch, C channels, H W height width, p patch, D width."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,44 +58,58 @@ class ResidualBlock(nn.Module):
         return F.gelu(x + self.body(x))
 
 
+@dataclass(frozen=True)
+class PatchTrunkSettings:
+    """Sizes, positions and initial moments of a `PatchTrunk`."""
+
+    width: int
+    """D."""
+    depth: int
+    """Number of transformer layers."""
+    patch: int
+    """Side p of a patch in pixels."""
+    positions: Literal["sincos", "rotary"] = "sincos"
+    """How the layers know the place of a patch: sincos adds fixed positions, rotary extends to larger pictures."""
+    trained_grid: tuple[int, int] | None = None
+    """Rotary positions: the grid (H/p, W/p) of the training pictures."""
+    mean_std: float = 0.02
+    """The mean initially has a deviation of about mean_std sqrt(width)."""
+    log_var: float = 0.0
+    """Initial log-variance."""
+    conv_stem: bool = False
+    """Read patches by a `ConvStem` instead of one linear map."""
+
+
 class PatchTrunk(nn.Module):
     """Patches, a few transformer layers, and back to the grid: (B, C, H, W) -> (B, 2, C', H, W), mean and log-variance.
 
-    A depthwise convolution in front of every layer sees neighbouring patches, so that pictures of any size (multiples
-    of the patch) are read alike; with `positions` the layers also know where a patch lies. The mean begins with a
-    deviation of about `mean_std` sqrt(width), the log-variance at `log_var`. conv_stem: patches are read by a
-    `ConvStem`.
+    A depthwise convolution before every layer mixes neighbouring patches. H and W may be any multiples of the patch.
+
+    >>> trunk = PatchTrunk(3, 1, PatchTrunkSettings(width=32, depth=1, patch=4))
+    >>> tuple(trunk(torch.zeros(2, 3, 16, 24)).shape)
+    (2, 2, 1, 16, 24)
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        width: int,
-        depth: int,
-        patch: int,
-        positions: str = "sincos",
-        trained_grid: tuple[int, int] | None = None,
-        mean_std: float = 0.02,
-        log_var: float = 0.0,
-        conv_stem: bool = False,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, settings: PatchTrunkSettings) -> None:
         super().__init__()
-        self.patch, self.positions, self.out_channels = patch, positions, out_channels
-        self.heads, self.trained_grid = max(1, width // 32), trained_grid
-        self.embed = ConvStem(in_channels, width, patch) if conv_stem else nn.Linear(in_channels * patch**2, width)
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(depth))
-        self.layers = nn.ModuleList(TransformerLayer(width, self.heads) for _ in range(depth))
+        width, patch = settings.width, settings.patch
+        self.patch, self.positions, self.out_channels = patch, settings.positions, out_channels
+        self.heads, self.trained_grid = max(1, width // 32), settings.trained_grid
+        linear = not settings.conv_stem
+        self.embed = nn.Linear(in_channels * patch**2, width) if linear else ConvStem(in_channels, width, patch)
+        depth = range(settings.depth)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in depth)
+        self.layers = nn.ModuleList(TransformerLayer(width, self.heads) for _ in depth)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 2 * out_channels * patch**2)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         # Channels of the head are (p_h, p_w, [mean | log_var], C') with C' fastest, see `patchify`.
-        self.head.weight.data.reshape(patch**2, 2, out_channels, width)[:, 0] *= mean_std / 0.02
-        self.head.bias.data.reshape(patch**2, 2, out_channels)[:, 1] = log_var
+        self.head.weight.data.reshape(patch**2, 2, out_channels, width)[:, 0] *= settings.mean_std / 0.02
+        self.head.bias.data.reshape(patch**2, 2, out_channels)[:, 1] = settings.log_var
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """features (B, C, H, W) -> (B, 2, C', H, W); the mask is ignored."""
         height, width = features.shape[-2:]
         grid = (height // self.patch, width // self.patch)
         patches = features if isinstance(self.embed, ConvStem) else patchify(features, self.patch)

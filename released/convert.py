@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crossflow import released
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
-from crossflow.core.files import write_atomically
+from crossflow.core.files import write_atomically, write_json
 from crossflow.core.model import CrossFlow
 from crossflow.core.settings import build, dump, merge, parse_overrides
 from crossflow.data.image_latents import FOLDER as CODEC_FOLDER
@@ -29,7 +29,7 @@ from crossflow.networks.codecs.autoencoders import AutoencoderKLCodec
 from crossflow.networks.codecs.base import SETTINGS_FILE, WEIGHTS_FOLDER
 from crossflow.networks.codecs.flowtitok import FlowTiTokCodec
 from crossflow.networks.codecs.network import NetworkCodec
-from crossflow.networks.frozen import checksum_of, digest, write_json
+from crossflow.networks.frozen import checksum_of, digest
 from crossflow.released.files import Piece, Weights, read_weights, size_of, write_safetensors
 from crossflow.released.folders import (
     CODEC_PREFIX,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_json
 from crossflow.core.source import Posterior
-from crossflow.networks.frozen import write_json
 
 logger = logging.getLogger(__name__)
 

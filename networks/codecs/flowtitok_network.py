@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.core.files import read_tensors, write_tensors
+from crossflow.core.files import read_tensors, write_json, write_tensors
 from crossflow.core.layers import Attention, patchify, unpatchify
-from crossflow.networks.frozen import write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 HEAD_WIDTH = 64

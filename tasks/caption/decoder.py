@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-from crossflow.core.files import read_tensors, write_tensors
+from crossflow.core.files import read_tensors, write_json, write_tensors
 from crossflow.core.noise import keyed_generator
 from crossflow.core.source import LOG_VAR_RANGE, Posterior
-from crossflow.networks.frozen import write_json
 from crossflow.networks.text.tokenizer import detokenize, load_tokenizer, tokenize
 from crossflow.tasks.caption.layouts import TextAutoencoderConfig, build_layout
 

@@ -3,22 +3,16 @@
 from torch import Tensor, nn
 
 from crossflow.core.config import SourceConfig
-from crossflow.networks.trunks import PatchTrunk
+from crossflow.networks.trunks import PatchTrunk, PatchTrunkSettings
 
 
 def build_trunk(config: SourceConfig, channels: int, patch: int, conv_stem: bool) -> nn.Module:
     """Image latents (B, C, H, W) -> (B, 2, C, H, W)."""
     # The mean starts well above the deviation: a flow reads the picture from z0 alone.
-    return PatchTrunk(
-        channels,
-        channels,
-        width=config.width,
-        depth=config.depth,
-        patch=patch,
-        mean_std=0.1,
-        log_var=-2.0,
-        conv_stem=conv_stem,
+    settings = PatchTrunkSettings(
+        width=config.width, depth=config.depth, patch=patch, mean_std=0.1, log_var=-2.0, conv_stem=conv_stem
     )
+    return PatchTrunk(channels, channels, settings)
 
 
 class BagOfTokens(nn.Module):

@@ -5,7 +5,7 @@ the RGB.
 from torch import nn
 
 from crossflow.core.config import BackboneConfig, SourceConfig
-from crossflow.networks.trunks import PatchTrunk, Reconstructor
+from crossflow.networks.trunks import PatchTrunk, PatchTrunkSettings, Reconstructor
 
 
 def build_trunk(config: SourceConfig, backbone: BackboneConfig, image_size: int) -> nn.Module:
@@ -13,9 +13,7 @@ def build_trunk(config: SourceConfig, backbone: BackboneConfig, image_size: int)
     positions where the backbone has them. image_size: side of the training pictures in pixels.
     """
     side = image_size // backbone.patch
-    return PatchTrunk(
-        3,
-        1,
+    settings = PatchTrunkSettings(
         width=config.width,
         depth=config.depth,
         patch=backbone.patch,
@@ -23,6 +21,7 @@ def build_trunk(config: SourceConfig, backbone: BackboneConfig, image_size: int)
         trained_grid=(side, side),
         log_var=-2.0,
     )
+    return PatchTrunk(3, 1, settings)
 
 
 def build_reconstructor() -> nn.Module:

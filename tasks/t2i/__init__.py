@@ -16,6 +16,7 @@ from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.config import Config, Section
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_json
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import key
@@ -41,7 +42,6 @@ from crossflow.data.item import Item
 from crossflow.data.resize import center_crop_resize
 from crossflow.networks.alignment import EmbeddingHead, PictureHead
 from crossflow.networks.codecs.base import Codec
-from crossflow.networks.frozen import write_json
 from crossflow.networks.image_tower import ImageTower, TowerSettings
 from crossflow.networks.text.variational import Adaptor
 from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile

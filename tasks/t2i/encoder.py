@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from crossflow.core.config import Section, SourceConfig
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_json
 from crossflow.core.layers import patchify
 from crossflow.core.noise import keyed_generator
 from crossflow.networks.alignment import token_head
-from crossflow.networks.frozen import write_json
 from crossflow.networks.text.frozen_encoder import FrozenTextEncoder, TextEncoderSettings
 from crossflow.networks.text.tokenizer import build_tokenizer, load_tokenizer, tokenize
 from crossflow.networks.text.trunk import QueryHead, TextTransformer, TextTrunk, smallest_patch
