@@ -67,6 +67,9 @@ class Batch(_Tensors):
     `weight` (B, ...) broadcastable to the target (0 where the target value is missing; the target is finite there too),
     `condition` for the baselines,
     `alignment` (B, ...) whatever the encoder loss compares z0 with, `ids` one name per sample.
+    `unconditional` (B,) bool: the samples whose indicator is dropped and whose target is already that of another
+    sample, see `Objective.draw`; None: not drawn yet. `fraction` of the samples of the optimizer step that this batch
+    holds, below 1 when the step is divided among processes or accumulated parts.
     """
 
     features: Tensor
@@ -76,6 +79,8 @@ class Batch(_Tensors):
     condition: Condition | None = None
     alignment: Tensor | None = None
     ids: tuple[str, ...] = ()
+    unconditional: Tensor | None = None
+    fraction: float = 1.0
 
     def __len__(self) -> int:
         return len(self.target)

@@ -3,13 +3,14 @@
 A guided velocity is again a function (z, t) -> velocity: the solver sees neither condition nor scale. B batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from crossflow.core.batch import Condition
-from crossflow.core.distributed import gather, rank
+from crossflow.core.distributed import gather, rank, world_size
 from crossflow.core.model import CrossFlow, as_flags
 from crossflow.core.paths import expand
 from crossflow.core.solvers import Velocity
@@ -18,32 +19,46 @@ TIME_TOLERANCE = 1e-6
 """The times of a grid, such as 0.7, are rounded to float32."""
 
 
-def draw_unconditional(uniform: Tensor, drop: float) -> Tensor:
-    """Which samples are unconditional: uniform (B,) in [0, 1) over this rank -> (B,) bool, with probability `drop`.
+def draw_unconditional(uniforms: Sequence[Tensor], drop: float) -> list[Tensor]:
+    """Which samples of an optimizer step are unconditional, with probability `drop`.
 
-    If only one sample of the whole batch (all ranks) was drawn, it stays conditional: it has no other target to take.
+    uniforms: (B,) in [0, 1) for each part of this process's share -> (B,) bool for each. If only one sample of the
+    whole step (all parts and processes) was drawn, it stays conditional: it has no other target to take.
     """
-    drawn = uniform < drop
-    return drawn & (gather(drawn).sum() > 1)
+    drawn = [uniform < drop for uniform in uniforms]
+    enough = gather(torch.cat(drawn)).sum() > 1
+    return [flags & enough for flags in drawn]
 
 
-def rotate_targets(target: Tensor, weight: Tensor | None, unconditional: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Targets (and weights) of the unconditional samples rotated among them, over all ranks; the others keep theirs.
+def rotate_targets(targets: Sequence[Tensor], unconditional: Sequence[Tensor]) -> list[Tensor]:
+    """Targets, or weights, with those of an optimizer step's unconditional samples rotated among these samples.
 
-    target (B, *latent), weight (B, ...), unconditional (B,) bool. A rotated target brings no gradient to its origin.
+    targets (B, ...) and unconditional (B,) bool for each part of this process's share. The rotation goes over all parts
+    and processes, in the order that the samples have in one batch, so it does not depend on how the step is divided.
+    A rotated target brings no gradient to its origin.
+
+    >>> flags = torch.tensor([True, False, True, True])
+    >>> rotate_targets([torch.tensor([10, 11, 12, 13])], [flags])[0].tolist()
+    [13, 11, 10, 12]
     """
-    everywhere = gather(unconditional)
+    everywhere = _whole(unconditional)
     if not everywhere.any():
-        return target, weight
-    drawn = everywhere.nonzero().squeeze(1)  # global rows
-    takes_from = torch.arange(len(everywhere), device=target.device)
+        return list(targets)
+    drawn = everywhere.nonzero().squeeze(1)
+    takes_from = torch.arange(len(everywhere), device=everywhere.device)
     takes_from[drawn] = drawn.roll(1)
-    here = takes_from[rank() * len(target) : (rank() + 1) * len(target)]
+    whole, rotated = _whole(targets), []
+    for part, (target, flags) in enumerate(zip(targets, unconditional, strict=True)):
+        first = (part * world_size() + rank()) * len(target)
+        other = whole[takes_from[first : first + len(target)]]
+        rotated.append(torch.where(expand(flags, target), other, target))
+    return rotated
 
-    def rotated(own: Tensor) -> Tensor:
-        return torch.where(expand(unconditional, own), gather(own)[here], own)
 
-    return rotated(target), None if weight is None else rotated(weight)
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    """The parts (B, ...) of all processes as one batch, without gradients: part by part, in each by rank."""
+    by_rank = gather(torch.stack(list(parts))).unflatten(0, (world_size(), len(parts)))
+    return by_rank.transpose(0, 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)

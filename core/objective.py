@@ -5,7 +5,8 @@ The wrapped module's forward returns the losses, so that data-parallel training 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from crossflow.core import losses
 from crossflow.core.batch import Batch
 from crossflow.core.config import Config, LossConfig
+from crossflow.core.distributed import world_size
 from crossflow.core.errors import UserError
 from crossflow.core.guidance import draw_unconditional, rotate_targets
 from crossflow.core.model import CrossFlow
@@ -109,22 +111,18 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """The losses of a batch by name, scalars; "loss" is their weighted sum."""
         self._limit_temperature()
+        if batch.unconditional is None:
+            (batch,) = self.draw([batch], [noise])
         posterior = self.model.source_encoder(batch.features, batch.mask)
         z0 = posterior.sample(noise=noise.source)
-        target, weight = batch.target, batch.weight
-        if self.crosses:
-            unconditional = draw_unconditional(noise.drop, self.drop)
-            target, weight = rotate_targets(target, weight, unconditional)
-        else:  # the condition is dropped and the target stays, also where one sample alone was drawn
-            unconditional = noise.drop < self.drop
         parts: dict[str, Tensor] = {}
         loss = z0.new_zeros(())
         if self.settings.flow_weight > 0:
-            parts["flow"] = self._flow_loss(batch, z0, target, weight, unconditional, noise)
+            parts["flow"] = self._flow_loss(batch, z0, noise)
             loss = self.settings.flow_weight * parts["flow"]
         if self.crosses and self.model.source_encoder.kind == "variational":
             kl = posterior.kl(self.settings.kl)
-            parts["kl"] = kl.sum() if self.settings.kl_reduction == "sum" else kl.mean()
+            parts["kl"] = kl.sum() / batch.fraction if self.settings.kl_reduction == "sum" else kl.mean()
             loss = loss + self.settings.kl_weight * parts["kl"]
         encoder = self.encoder_term(batch, z0)
         if encoder is not None:
@@ -136,13 +134,32 @@ class Objective(nn.Module):
                 loss = loss + value
         return {"loss": loss, **parts}
 
-    def _flow_loss(
-        self, batch: Batch, z0: Tensor, target: Tensor, weight: Tensor | None, unconditional: Tensor, noise: Noise
-    ) -> Tensor:
+    def draw(self, batches: Sequence[Batch], noises: Sequence[Noise]) -> list[Batch]:
+        """The batches with their unconditional samples drawn and targets and weights rotated among these.
+
+        The batches are all parts of one process's share of an optimizer step; every process must call it. The draw
+        goes over the whole step: how it is divided into parts and processes changes nothing.
+        """
+        fraction = 1 / (len(batches) * world_size())
+        targets, weights = [batch.target for batch in batches], [batch.weight for batch in batches]
+        if self.crosses:
+            unconditional = draw_unconditional([noise.drop for noise in noises], self.drop)
+            targets = rotate_targets(targets, unconditional)
+            present = [weight for weight in weights if weight is not None]
+            weights = [*rotate_targets(present, unconditional)] if present else weights
+        else:  # the condition is dropped and the target stays, even for a single drawn sample
+            unconditional = [noise.drop < self.drop for noise in noises]
+        return [
+            replace(batch, target=target, weight=weight, unconditional=flags, fraction=fraction)
+            for batch, target, weight, flags in zip(batches, targets, weights, unconditional, strict=True)
+        ]
+
+    def _flow_loss(self, batch: Batch, z0: Tensor, noise: Noise) -> Tensor:
         """L_FM at the noise's times, a scalar."""
         t = shift_time(self.time_law(noise.time, self.time.mean, self.time.std), self.time.shift)
-        point = self.path(z0, target, t)
+        point = self.path(z0, batch.target, t)
         condition = self.model.encode_condition(batch.condition)
-        velocities = self.model.velocities(point.z_t, t, unconditional, condition)
+        assert batch.unconditional is not None
+        velocities = self.model.velocities(point.z_t, t, batch.unconditional, condition)
         coefficients = self._coefficients(len(velocities))
-        return losses.multi_resolution_loss(velocities, point.velocity, coefficients, weight).mean()
+        return losses.multi_resolution_loss(velocities, point.velocity, coefficients, batch.weight).mean()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core import distributed
+from crossflow.core.batch import Batch
 from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
 from crossflow.core.files import remove_temporaries
@@ -111,9 +112,12 @@ class Trainer:
     """Trains `objective` on `data` and keeps its run directory; `run` does it, `dry_run` says what it would take.
 
     config: the `train` section. objective: module with the generator as `.model`; `objective(batch, noise)` gives
-    scalar losses by name, among them "loss". Per-sample means make accumulation exact; a contrastive loss sees one
-    part (of all ranks) at a time. data: see TrainingData. run_dir: metrics.jsonl, checkpoints/ and the weights go
-    there. latent_shape: of a sample of z0, for the noise.
+    scalar losses by name, among them "loss", and `objective.draw(batches, noises)` prepares all parts of a step
+    together. A step is the same however it is divided into accumulated parts and processes: the same noise, the same
+    unconditional samples and targets, and the losses of one process with the whole batch, as far as they are means or
+    sums over samples. A contrastive loss takes its negatives from one part of all processes, and a mean over the
+    tokens of several texts is one over those of each part. data: see TrainingData. run_dir: metrics.jsonl, checkpoints/
+    and the weights go there. latent_shape: of a sample of z0, for the noise.
 
     Callbacks run on every rank, with averaged weights, in evaluation mode, without gradients; whoever writes files in
     them does so where `distributed.is_main()`. sample(step); validate(step) -> numbers, logged with kind "val".
@@ -140,6 +144,7 @@ class Trainer:
         self.config = config
         self.objective = objective
         self.model: nn.Module = objective.model  # type: ignore[assignment]
+        self.draw: Callable[..., list[Batch]] = objective.draw  # type: ignore[assignment]
         self.seed = seed
         self.run_dir = Path(run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
@@ -234,7 +239,7 @@ class Trainer:
         micro_batches = self._micro_batches()
         self._meter.restart_clock()
         while self.step < config.steps:
-            self._train_step(next(micro_batches) for _ in range(config.accumulate))
+            self._train_step([next(micro_batches) for _ in range(config.accumulate)])
             self.progress.advance(self.step)
             wanted = "max_minutes" if time.monotonic() > deadline else stop.received
             periods = (config.log_every, config.save_every, config.eval_every, config.sample_every)
@@ -278,18 +283,20 @@ class Trainer:
         for micro_batch in loader(self.data, positions, config.num_workers, pin=on_gpu):
             yield micro_batch.to(self.device)
 
-    def _train_step(self, micro_batches: Iterator[MicroBatch]) -> None:
+    def _train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         config = self.config
         rate = self.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         seed_everything(key("step", self.seed, self.step, self.rank), self.device)
         parts = torch.zeros(())
-        for number, micro_batch in enumerate(micro_batches, start=1):
+        noises = [micro_batch.noise for micro_batch in micro_batches]
+        batches = self.draw([micro_batch.batch for micro_batch in micro_batches], noises)
+        for number, (batch, noise) in enumerate(zip(batches, noises, strict=True), start=1):
             # Gradients are exchanged once per step, with the last part.
             last = number == config.accumulate
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss, values = self.wrapped(micro_batch.batch, micro_batch.noise)
+                loss, values = self.wrapped(batch, noise)
                 self.accelerator.backward(loss / config.accumulate)
             parts = values / config.accumulate if number == 1 else parts + values / config.accumulate
         norm = self._clip()
@@ -492,7 +499,7 @@ class Trainer:
         micro_batches = iter(loader(dataset, positions, config.num_workers, pin=on_gpu))
         for _ in range(2 + num_steps):
             begun = time.monotonic()
-            self._train_step(next(micro_batches).to(self.device) for _ in range(config.accumulate))
+            self._train_step([next(micro_batches).to(self.device) for _ in range(config.accumulate)])
             if on_gpu:
                 torch.cuda.synchronize(self.device)
             seconds.append(time.monotonic() - begun)

@@ -36,25 +36,33 @@ def z(n: int = 3) -> Tensor:
 
 def test_samples_are_drawn_with_the_drop_probability() -> None:
     uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    assert draw_unconditional(uniform, 0.1).float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert not draw_unconditional(uniform, 0.0).any()
+    assert draw_unconditional([uniform], 0.1)[0].float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert not draw_unconditional([uniform], 0.0)[0].any()
 
 
 def test_lone_draw_stays_conditional() -> None:
-    assert draw_unconditional(torch.tensor([0.9, 0.05, 0.9]), 0.1).tolist() == [False, False, False]
-    assert draw_unconditional(torch.tensor([0.05, 0.9, 0.01]), 0.1).tolist() == [True, False, True]
+    assert draw_unconditional([torch.tensor([0.9, 0.05, 0.9])], 0.1)[0].tolist() == [False, False, False]
+    assert draw_unconditional([torch.tensor([0.05, 0.9, 0.01])], 0.1)[0].tolist() == [True, False, True]
 
 
 def test_targets_rotate_among_the_unconditional_and_the_others_keep_theirs() -> None:
     target = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 2, 3, 3)
     weight = target[:, :1] + 10
     unconditional = torch.tensor([False, True, False, True, True, False])
-    rotated, weights = rotate_targets(target, weight, unconditional)
+    (rotated,), (weights,) = rotate_targets([target], [unconditional]), rotate_targets([weight], [unconditional])
     assert rotated[:, 0, 0, 0].tolist() == [0, 4, 2, 1, 3, 5]
-    assert weights is not None
     assert torch.equal(weights, rotated[:, :1] + 10), "a weight goes with its target"
     assert target[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5], "the input is not modified"
-    assert rotate_targets(target, None, unconditional)[1] is None
+
+
+def test_the_rotation_does_not_depend_on_the_parts() -> None:
+    target, uniform = torch.arange(12.0), torch.rand(12, generator=torch.Generator().manual_seed(1))
+    (whole,) = rotate_targets([target], draw_unconditional([uniform], 0.45))
+    assert (whole != target).sum() == (uniform < 0.45).sum() > 2
+    for num in (2, 3, 4, 6, 12):
+        flags = draw_unconditional(uniform.chunk(num), 0.45)
+        assert torch.equal(torch.cat(flags), uniform < 0.45)
+        assert torch.equal(torch.cat(rotate_targets(target.chunk(num), flags)), whole)
 
 
 def test_no_unconditional_sample_takes_its_own_target() -> None:
@@ -62,7 +70,7 @@ def test_no_unconditional_sample_takes_its_own_target() -> None:
         unconditional = torch.rand(9, generator=torch.Generator().manual_seed(seed)) < 0.5
         if unconditional.sum() < 2:
             continue
-        rotated, _ = rotate_targets(torch.arange(9.0)[:, None], None, unconditional)
+        (rotated,) = rotate_targets([torch.arange(9.0)[:, None]], [unconditional])
         moved = rotated[:, 0] != torch.arange(9.0)
         assert torch.equal(moved, unconditional)
         assert rotated[:, 0].sort().values.tolist() == list(range(9)), "each target is used once"
@@ -70,7 +78,7 @@ def test_no_unconditional_sample_takes_its_own_target() -> None:
 
 def test_targets_that_bring_gradients_keep_them_beside_rotated_ones() -> None:
     target = torch.randn(4, 3, requires_grad=True)
-    rotate_targets(target, None, torch.tensor([True, True, False, False]))[0].sum().backward()
+    rotate_targets([target], [torch.tensor([True, True, False, False])])[0].sum().backward()
     assert target.grad is not None
     assert target.grad.sum(1).tolist() == [0, 0, 3, 3]
 

@@ -5,7 +5,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,9 @@ class Objective(nn.Module):
             self.model.backbone[2].p = 0.0
         self.head = nn.Linear(3, 3)
         self.contrastive = contrastive
+
+    def draw(self, batches: Sequence[Batch], noises: Sequence[Noise]) -> list[Batch]:
+        return list(batches)
 
     def forward(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         z0 = self.model.source_encoder(batch.features) + 0.1 * noise.source
