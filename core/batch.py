@@ -1,4 +1,4 @@
-"""What travels from a task to the core: a training batch, what sampling starts from, a baseline's condition.
+"""The tensors that a task hands to the core: `Batch` in training, `Source` in sampling, a baseline's `Condition`.
 
 B batch, N tokens, D width, C channels, H W height width.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _Tensors:
-    """What a frozen dataclass of tensors (and of such dataclasses) can do: move to a device, take rows."""
+    """A frozen dataclass of tensors and of such dataclasses, which moves to a device and is indexed as a whole."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Everything on `device`; tensors in half precision, as a feature cache keeps them, become float32 there."""
@@ -25,21 +25,23 @@ class _Tensors:
         return replace(self, **moved)  # type: ignore[type-var]
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
-        """The same with some rows of every tensor."""
-        chosen = {}
+        """A copy with the given rows of every tensor."""
+        parts = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, (Tensor, _Tensors)):
-                chosen[field.name] = value[rows]
-        return replace(self, **chosen)  # type: ignore[type-var]
+                parts[field.name] = value[rows]
+        return replace(self, **parts)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
 class Condition(_Tensors):
-    """What a noise-source baseline sees besides z_t; CrossFlow itself has none. Guidance drops it.
+    """The condition of a noise-source baseline, which guidance drops; CrossFlow itself has none.
 
-    `tokens` (B, N, D) or raw features that the model's condition encoder turns into such, `mask` (B, N) bool, True =
-    token; `grid` (B, C, H, W), concatenated to z_t along channels.
+    Attributes:
+        tokens: (B, N, D) for cross-attention, or features that the model's condition encoder turns into these.
+        mask: (B, N) bool, True for a token, False for padding.
+        grid: (B, C, H, W), concatenated to z_t along channels.
     """
 
     tokens: Tensor | None = None
@@ -49,7 +51,7 @@ class Condition(_Tensors):
 
 @dataclass(frozen=True)
 class Source(_Tensors):
-    """What sampling starts from: the part of a batch that is known without the target. Fields as in `Batch`."""
+    """The input of sampling: the part of a batch that is known without the target. Fields as in `Batch`."""
 
     features: Tensor
     mask: Tensor | None = None
@@ -61,15 +63,24 @@ class Source(_Tensors):
 
 @dataclass(frozen=True)
 class Batch(_Tensors):
-    """One training batch, all that the objective needs.
+    """A training batch: everything the objective needs.
 
-    `features` (B, ...) what the source encoder reads, `mask` (B, N) bool for token features, `target` z1 (B, *latent),
-    `weight` (B, ...) broadcastable to the target (0 where the target value is missing; the target is finite there too),
-    `condition` for the baselines,
-    `alignment` (B, ...) whatever the encoder loss compares z0 with, `ids` one name per sample.
-    `unconditional` (B,) bool: the samples whose indicator is dropped and whose target is already that of another
-    sample, see `Objective.draw`; None: not drawn yet. `fraction` of the samples of the optimizer step that this batch
-    holds, below 1 when the step is divided among processes or accumulated parts.
+    >>> batch = Batch(features=torch.zeros(2, 77, 512), target=torch.zeros(2, 4, 32, 32), ids=("a", "b"))
+    >>> len(batch), batch[1:].target.shape, batch.to("meta").features.device
+    (2, torch.Size([1, 4, 32, 32]), device(type='meta'))
+
+    Attributes:
+        features: (B, ...), read by the source encoder.
+        target: z1 (B, *latent).
+        mask: (B, N) bool for token features, True for a token.
+        weight: (B, ...) broadcastable to the target, 0 where the target is missing, though finite.
+        condition: of the noise-source baselines.
+        alignment: (B, ...), compared with z0 by the encoder loss; opaque to the core.
+        ids: a name per sample.
+        unconditional: (B,) bool, the samples whose indicator is dropped and whose target is already that of another
+            sample, see `Objective.draw`; None before the draw.
+        fraction: of the samples of the optimizer step that this batch holds, below 1 if the step is divided among
+            processes or accumulated parts.
     """
 
     features: Tensor

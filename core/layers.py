@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head attention: self-attention, or cross-attention when `context` is given.
+    """Multi-head attention: self-attention, or cross-attention to tokens of width `context_dim`.
 
-    width D, divisible by heads; context_dim: width of the context tokens (cross-attention only); qkv_bias: of the
-    self-attention's first linear map.
+    width D, divisible by heads; qkv_bias: of the self-attention's first linear map.
     """
 
     def __init__(self, width: int, heads: int, context_dim: int | None = None, qkv_bias: bool = True) -> None:
@@ -50,7 +49,7 @@ class Attention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), in float32 on the CPU, whatever autocast says."""
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), on the CPU in float32, also under autocast."""
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     # The CPU's bfloat16 kernel takes up to ten times as long as its float32 one, backwards above all.
@@ -123,6 +122,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
         return self.down(self.act(self.up(x)))
 
 
@@ -157,7 +157,7 @@ class TransformerLayer(nn.Module):
 def sincos_1d(positions: Tensor, width: int) -> Tensor:
     """[sin | cos] of position x 10000^(-2i/width): positions (N,) -> (N, width) float64 on the CPU, width even.
 
-    Not every device has float64; `sincos_tokens` and `sincos_2d` bring the finished table to where it is used.
+    Not every device has float64: `sincos_tokens` and `sincos_2d` copy the finished table to the device.
     """
     omega = 10000 ** (-torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width / 2))
     angle = positions.cpu().double()[:, None] * omega
@@ -188,15 +188,15 @@ def _sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tenso
 
 
 def _table(make: Callable[..., Tensor], sizes: tuple[int, ...], device: torch.device | None) -> Tensor:
-    """What `make` gives for these sizes and device (None: the default one); the caller's own."""
+    """make(*sizes, device), device None for the default one; a copy that the caller may change."""
     device = device or torch.get_default_device()
-    # A compiler sees through a cache, and warns of it: it gets the function.
-    return make(*sizes, device) if torch.compiler.is_compiling() else _kept(make, sizes, device).clone()
+    # The compiler warns of caches, so it gets the function.
+    return make(*sizes, device) if torch.compiler.is_compiling() else _cached(make, sizes, device).clone()
 
 
-# Kept, because a table is asked for in every evaluation of the network and made on the CPU. Nobody may change these.
+# Every evaluation of the network needs its table, which is computed on the CPU.
 @functools.lru_cache(maxsize=64)
-def _kept(make: Callable[..., Tensor], sizes: tuple[int, ...], device: torch.device) -> Tensor:
+def _cached(make: Callable[..., Tensor], sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return make(*sizes, device)
 
 
@@ -213,6 +213,7 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
+        """t (B,) -> (B, D)."""
         i = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32)
         angle = self.scale * t.float()[:, None] * torch.exp(-math.log(10000) * i / self.num_frequencies)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))

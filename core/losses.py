@@ -16,8 +16,8 @@ from crossflow.core.registry import Registry
 def flow_matching_loss(prediction: Tensor, velocity: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean squared error of the velocity, averaged per sample: (B,).
 
-    prediction, velocity (B, *latent); weight (B, ...) broadcastable to them, 0 where the target is missing (the mean is
-    then over what is there; a sample with nothing there counts 0).
+    prediction, velocity (B, *latent); weight (B, ...) broadcastable to them, 0 where the target is missing: the mean
+    is over the other values, and 0 for a sample that has none.
     """
     assert prediction.shape == velocity.shape, f"{tuple(prediction.shape)} predicted for {tuple(velocity.shape)}"
     error = (prediction.float() - velocity.float()).square()
@@ -32,9 +32,8 @@ def multi_resolution_loss(
 ) -> Tensor:
     """Sum over stages, coarse to fine, of coefficient x mean squared error: (B,).
 
-    The target of a stage K times coarser is K times the K x K average of the velocity (the DiMR loss as released), and
-    with a weight the average over what is there.
-    Raises AssertionError when there is not one coefficient per stage.
+    The target of a stage K times coarser is K times the K x K average of the velocity (the DiMR loss as released), with
+    a weight the average over the values present.
     """
     assert len(predictions) == len(coefficients), "one coefficient per stage"
     total = velocity.new_zeros(len(velocity), dtype=torch.float32)
@@ -46,8 +45,9 @@ def multi_resolution_loss(
 
 
 def stage_coefficients(num_stages: int) -> list[float]:
-    """Coefficients of `multi_resolution_loss`, coarse to fine: from 1/4 to 1 in equal ratios, so (1/4, 1) for the two
-    stages of the released 256 px models and (1/4, 1/2, 1) for the three at 512 px; one stage has 1.
+    """Coefficients of `multi_resolution_loss`, coarse to fine: from 1/4 to 1 in equal ratios.
+
+    (1/4, 1) for the two stages of the released 256 px models, (1/4, 1/2, 1) for the three at 512 px, 1 for one stage.
     """
     return [0.25 ** (1 - i / (num_stages - 1)) for i in range(num_stages)] if num_stages > 1 else [1.0]
 
@@ -121,7 +121,7 @@ def sigmoid_contrastive_loss(z0: Tensor, target: Tensor, log_temperature: Tensor
 
 
 def reconstruction_loss(reconstruction: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error to the features, averaged over what is there: scalar. mask (B, N) bool for token features."""
+    """Mean squared error to the features, averaged over the values present: scalar; mask (B, N) bool for tokens."""
     assert reconstruction.shape == features.shape, f"{tuple(reconstruction.shape)} against {tuple(features.shape)}"
     error = (reconstruction.float() - features.float()).square()
     if mask is None:

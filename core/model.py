@@ -12,8 +12,18 @@ from crossflow.core.source import SourceEncoder
 class CrossFlow(nn.Module):
     """A noise-free flow model: z0 from `source_encoder`, velocities from `backbone`. B batch.
 
-    condition_encoder: module (features, mask) -> (B, N, D), the trainable part of a baseline's condition tokens; None
-    when the condition comes ready or there is none.
+    condition_encoder: module (features, mask) -> (B, N, D) that makes a baseline's condition tokens from features; None
+    if the tokens need no encoder, or there are none.
+
+    >>> from crossflow.core.backbones import build_backbone
+    >>> from crossflow.core.config import BackboneConfig
+    >>> from crossflow.core.sampling import generate
+    >>> trunk = lambda features, mask: features.reshape(-1, 2, 4, 8, 8)
+    >>> backbone = build_backbone(BackboneConfig(size="tiny"), (4, 8, 8))
+    >>> model = CrossFlow(SourceEncoder(trunk, "variational", (4, 8, 8)), backbone)
+    >>> z0 = model.source_encoder(torch.randn(3, 512)).sample()
+    >>> generate(model, z0, solver="heun", steps=2, guidance=2.0).shape
+    torch.Size([3, 4, 8, 8])
     """
 
     def __init__(
@@ -27,13 +37,13 @@ class CrossFlow(nn.Module):
 
     @property
     def objective(self) -> nn.Module | None:
-        """The training objective with its learned heads, where they came with the generator; never a part of it: it is
-        not moved, saved or counted with the model.
+        """The training objective with its learned heads, if it was loaded along with the model; no part of the model,
+        so it is not moved, saved or counted with it.
         """
         return self._objective[0] if self._objective else None
 
     def remember_objective(self, objective: nn.Module) -> None:
-        """Keeps `objective`, which trains this model, at hand (in a tuple, so that it does not become a submodule)."""
+        """Sets `objective`, which trains this model (in a tuple, so that it does not become a submodule)."""
         self._objective = (objective,)
 
     def encode_condition(self, condition: Condition | None) -> Condition | None:
@@ -53,7 +63,7 @@ class CrossFlow(nn.Module):
         return self.velocities(z_t, t, unconditional, condition)[-1].to(z_t.dtype)
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters of the flow network and of the encoders apart."""
+        """Number of parameters of the flow network and of each encoder."""
         counts = {"flow": _count(self.backbone), "source encoder": _count(self.source_encoder)}
         if self.condition_encoder is not None:
             counts["condition encoder"] = _count(self.condition_encoder)

@@ -59,25 +59,25 @@ class Objective(nn.Module):
         if config.loss.flow_weight == 0 and self.encoder_loss == "none":
             raise UserError(
                 "loss.flow_weight=0 trains the source encoder alone, by its encoder loss: set loss.encoder to "
-                "contrastive, sigmoid or reconstruction, and source.kind to another than gaussian."
+                "contrastive, sigmoid or reconstruction, and source.kind to a kind other than gaussian."
             )
         self.alignment_head = alignment_head if self.encoder_loss in ("contrastive", "sigmoid") else None
         self.reconstructor = reconstructor if self.encoder_loss == "reconstruction" else None
         if self.encoder_loss in ("contrastive", "sigmoid"):
             if alignment_head is None:
                 raise UserError(
-                    f"loss.encoder = {self.encoder_loss} needs an alignment head, and this task offers none; use none."
+                    f"loss.encoder = {self.encoder_loss} needs an alignment head, which this task has not; use none."
                 )
             self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / config.loss.temperature)))
         if self.encoder_loss == "sigmoid":
             self.bias = nn.Parameter(torch.tensor(-10.0))
         if self.encoder_loss == "reconstruction" and reconstructor is None:
             raise UserError(
-                "loss.encoder = reconstruction needs a reconstruction decoder, and this task offers none; use none."
+                "loss.encoder = reconstruction needs a reconstruction decoder, which this task has not; use none."
             )
 
     def encoder_term(self, batch: Batch, z0: Tensor) -> Tensor | None:
-        """L_Enc of the sampled z0 (B, *latent) against `batch.alignment`; None when there is no encoder loss."""
+        """L_Enc of the sampled z0 (B, *latent) against `batch.alignment`; None without an encoder loss."""
         if self.encoder_loss == "none":
             return None
         assert batch.alignment is not None, "the task prepares the alignment of its encoder loss"

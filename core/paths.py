@@ -1,4 +1,4 @@
-"""Probability paths from source to target and the laws of training time.
+"""Probability paths from source to target, and the distributions of training time.
 
 Linear (CrossFlow eq. 1-2): z_t = t z1 + (1 - (1 - s) t) z0,  u = z1 - (1 - s) z0.
 Sin-cos (stochastic interpolants): z_t = cos(pi t/2) z0 + sin(pi t/2) z1,  u = (pi/2)(cos(pi t/2) z1 - sin(pi t/2) z0).
@@ -31,6 +31,8 @@ class PathPoint:
 
 
 class Path(Protocol):
+    """(z0 (B, *latent), z1 (B, *latent), t (B,) in [0, 1]) -> the point at t."""
+
     def __call__(self, z0: Tensor, z1: Tensor, t: Tensor) -> PathPoint: ...
 
 
@@ -40,7 +42,12 @@ PATHS: Registry[Callable[..., Path]] = Registry("path")
 @PATHS.register("linear")
 @dataclass(frozen=True)
 class LinearPath:
-    """z_t = t z1 + (1 - (1 - sigma_min) t) z0 (CrossFlow eq. 1-2). z0, z1 (B, *latent), t (B,) in [0, 1]."""
+    """z_t = t z1 + (1 - (1 - sigma_min) t) z0 (CrossFlow eq. 1-2). z0, z1 (B, *latent), t (B,) in [0, 1].
+
+    >>> point = LinearPath(sigma_min=0)(torch.tensor([[2.0]]), torch.tensor([[6.0]]), t=torch.tensor([0.25]))
+    >>> point.z_t, point.velocity
+    (tensor([[3.]]), tensor([[4.]]))
+    """
 
     sigma_min: float = 1e-5
 
@@ -53,7 +60,7 @@ class LinearPath:
 @PATHS.register("sincos")
 @dataclass(frozen=True)
 class SinCosPath:
-    """z_t = cos(pi t/2) z0 + sin(pi t/2) z1 (the better row of CrossFlow Table 2). `sigma_min` has no meaning here."""
+    """z_t = cos(pi t/2) z0 + sin(pi t/2) z1 (the better row of CrossFlow Table 2). `sigma_min` is unused."""
 
     sigma_min: float = 0.0
 
@@ -64,6 +71,7 @@ class SinCosPath:
 
 
 TimeLaw = Callable[[Tensor, float, float], Tensor]
+"""(uniform (B,) in [0, 1), mean, std) -> t (B,) in [0, 1]."""
 TIME_LAWS: Registry[TimeLaw] = Registry("time law")
 
 
@@ -75,15 +83,15 @@ def uniform_time(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor
 
 @TIME_LAWS.register("logit_normal")
 def logit_normal_time(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """t = sigmoid(mean + std n) with n standard normal, made from the uniform number by the inverse normal law."""
+    """t = sigmoid(mean + std n), n = the normal quantile of the uniform number (Esser et al. 2024)."""
     tiny = torch.finfo(torch.float32).eps
-    # In float64, for the tails. A device without it (Apple's) has the few numbers made by the CPU; elsewhere that trip
-    # would make every training step wait.
-    where = torch.device("cpu") if uniform.device.type == "mps" else uniform.device
-    normal = torch.special.ndtri(uniform.to(where).double().clamp(tiny, 1 - tiny))
+    # In float64, for the tails. Apple's devices have none, so the CPU computes these few numbers for them; elsewhere
+    # the copies would make every training step wait.
+    device = torch.device("cpu") if uniform.device.type == "mps" else uniform.device
+    normal = torch.special.ndtri(uniform.to(device).double().clamp(tiny, 1 - tiny))
     return torch.sigmoid(mean + std * normal).to(uniform.device, uniform.dtype)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Resolution shift t' = a t / (1 + (a - 1) t); a > 1 trains more near the target, a = 1 changes nothing."""
+    """Resolution shift t' = a t / (1 + (a - 1) t); a = shift > 1 trains more near the target, 1 changes nothing."""
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)

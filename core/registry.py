@@ -1,4 +1,4 @@
-"""Names that users type, mapped to what they stand for."""
+"""Tables of names that users type."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -9,7 +9,14 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table name -> thing of one `kind` ("solver", "task"). Looking up an unknown name lists the known ones."""
+    """A table name -> entry of one `kind` ("solver", "task"); the error for an unknown name lists the known ones.
+
+    >>> shapes = Registry[int]("shape")
+    >>> shapes.register("triangle")(3)
+    3
+    >>> shapes.get("triangle"), shapes.names()
+    (3, ['triangle'])
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -26,10 +33,11 @@ class Registry(Generic[T]):
         return enter
 
     def get(self, name: str) -> T:
-        """The entry called `name`; raises UserError with near names when there is none."""
+        """The entry called `name`; raises UserError with similar names if there is none."""
         if name not in self._entries:
             raise unknown_name(self.kind, name, self._entries)
         return self._entries[name]
 
     def names(self) -> list[str]:
+        """All names in alphabetical order."""
         return sorted(self._entries)

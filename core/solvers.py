@@ -184,16 +184,7 @@ def solve(
     Raises:
         UserError: for an unknown name, steps < 1, or a time grid that does not fit the solver.
     """
-    scheme = SOLVERS.get(solver)
-    if time_grid not in TIME_GRIDS:
-        raise unknown_name("time grid", time_grid, TIME_GRIDS)
-    if steps < 1:
-        raise UserError(f"Expected at least 1 solver step, got {steps}.")
-    if time_grid == "released" and (solver != "euler" or reverse):
-        raise UserError(
-            f"The time grid 'released' is for euler from t = 0 to 1, not for {'backwards ' * reverse}{solver}; "
-            "use 'uniform'."
-        )
+    scheme = _checked(solver, steps, time_grid, reverse)
     evaluations = 0
 
     def slope(state: Tensor, t: float) -> Tensor:
@@ -215,6 +206,21 @@ def solve(
         if on_step is not None:
             on_step(i + 1, steps)
     return Solution(z, (evaluations,) * len(z), trajectory)
+
+
+def _checked(solver: str, steps: int, time_grid: str, reverse: bool) -> Solver:
+    """The solver called `solver`; raises UserError for settings that it does not take."""
+    scheme = SOLVERS.get(solver)
+    if time_grid not in TIME_GRIDS:
+        raise unknown_name("time grid", time_grid, TIME_GRIDS)
+    if steps < 1:
+        raise UserError(f"Expected at least 1 solver step, got {steps}.")
+    if time_grid == "released" and (solver != "euler" or reverse):
+        raise UserError(
+            f"The time grid 'released' is for euler from t = 0 to 1, not for {'backwards ' * reverse}{solver}; "
+            "use 'uniform'."
+        )
+    return scheme
 
 
 def _dopri5(slope: Slope, z: Tensor, num_parts: int, reverse: bool, tolerance: float) -> list[Tensor]:

@@ -1,10 +1,11 @@
 """The source encoder: features of the source modality -> a posterior over latents of the target's shape.
 
-A task supplies the trunk (features, mask) -> (B, 2, *latent); the variants of the ablation (CrossFlow Table 3) are made
-here: variational z0 = mu + exp(log_var/2) eps; deterministic E(x); noisy E(x) + sigma eps; gaussian z0 = eps, the
-features then being a condition of the backbone.
+A task supplies the trunk (features, mask) -> (B, 2, *latent). The variants of the ablation (CrossFlow Table 3) are
+variational z0 = mu + exp(log_var/2) eps, deterministic z0 = E(x), noisy z0 = E(x) + sigma eps, and gaussian z0 = eps,
+whose features are a condition of the backbone.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,21 +21,29 @@ LOG_VAR_RANGE = (-20.0, 10.0)
 
 @dataclass(frozen=True)
 class Posterior:
-    """N(mean, exp(log_var)), diagonal; without log_var a point. Both shaped (B, *latent)."""
+    """N(mean, exp(log_var)), diagonal; a point if log_var is None. Both are shaped (B, *latent).
+
+    >>> posterior = Posterior(torch.ones(2, 4, 8, 8), torch.zeros(2, 4, 8, 8))
+    >>> posterior.sample(noise=torch.full((2, 4, 8, 8), 0.5)).unique()
+    tensor([1.5000])
+    >>> posterior.kl()
+    tensor([128., 128.])
+    """
 
     mean: Tensor
     log_var: Tensor | None = None
 
     def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """mean + exp(log_var / 2) eps, eps = `noise` if given, else from `generator`; the mean without log_var."""
+        """mean + exp(log_var / 2) eps, eps = `noise` or drawn from `generator`; the mean without log_var."""
         if self.log_var is None:
             return self.mean
         if noise is None:
-            where = generator.device if generator is not None else self.mean.device
-            noise = torch.randn(self.mean.shape, generator=generator, device=where).to(self.mean.device)
+            device = generator.device if generator is not None else self.mean.device
+            noise = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean.device)
         return self.mean + (self.log_var / 2).exp() * noise
 
     def mode(self) -> Tensor:
+        """The most likely latent, which is the mean: (B, *latent)."""
         return self.mean
 
     def kl(self, form: str = "standard") -> Tensor:
@@ -47,11 +56,12 @@ class Posterior:
 
 
 class SourceEncoder(nn.Module):
-    """Trunk and variational head: `SourceEncoder(features, mask) -> Posterior`.
+    """Trunk and variational head: features of the source -> `Posterior`.
 
-    trunk: module (features, mask) -> (B, 2, *latent), None for `gaussian`; `variational` alone reads the second half.
-    latent_shape: (C, H, W) or (N, C); only a `gaussian` source has no other way to know it.
+    trunk: module (features, mask) -> (B, 2, *latent), None for `gaussian`; only `variational` reads the second half.
+    latent_shape: (C, H, W) or (N, C) of a `gaussian` source; the others have that of their trunk.
     noise_scale: sigma of the `noisy` variant, in units of the latent.
+    Raises UserError for an unknown kind.
     """
 
     def __init__(
@@ -67,15 +77,14 @@ class SourceEncoder(nn.Module):
         self.noise_scale = noise_scale
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Posterior:
+        """features (B, ...), mask (B, N) bool for token features -> posterior over latents (B, *latent), float32."""
         if self.trunk is None:
             mean = torch.zeros(len(features), *self.latent_shape, device=features.device)
             return Posterior(mean, torch.zeros_like(mean))
-        mean, second = (
-            self.trunk(features, mask).float().unbind(1)
-        )  # (B, *latent) each; float32: exp of log_var follows
+        # (B, *latent) each; float32, as exp of log_var follows
+        mean, second = self.trunk(features, mask).float().unbind(1)
         if self.kind == "variational":
             return Posterior(mean, second.clamp(*LOG_VAR_RANGE))
         if self.kind == "noisy":
-            log_var = torch.full_like(mean, 2 * torch.log(torch.tensor(self.noise_scale)).item())
-            return Posterior(mean, log_var)
+            return Posterior(mean, torch.full_like(mean, 2 * math.log(self.noise_scale)))
         return Posterior(mean)

@@ -23,7 +23,9 @@ from crossflow.core.layers import Attention, unpatchify
 
 
 class Size(NamedTuple):
-    """Of the first stage; each later one has half the width of the one before and half the blocks of the first."""
+    """Blocks, width and heads of the first stage; each later stage has half the width of the one before and half the
+    blocks of the first.
+    """
 
     depth: int
     width: int
@@ -47,7 +49,7 @@ class TimeParameter(nn.Module):
 
     def __init__(self, width: int, centre: float) -> None:
         super().__init__()
-        # A little apart, or w and b would have no gradient.
+        # Different, because between equal parameters w and b have no gradient.
         self.param0 = nn.Parameter(centre + 0.02 * torch.randn(width))
         self.param1 = nn.Parameter(centre + 0.02 * torch.randn(width))
         self.nodecay_weight = nn.Parameter(torch.zeros(width))
@@ -163,9 +165,9 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution: its input, U-shaped blocks, and its velocity. `grid` (H, W) is the one it has positions for.
+    """A resolution: its input, U-shaped blocks, and its velocity. It has learned positions for `grid` (H, W).
 
-    The outputs of the first n of 2n + 1 blocks return, last in first out, as skips of the last n.
+    The outputs of the first n of 2n + 1 blocks are, last in first out, the skips of the last n.
     """
 
     def __init__(
@@ -201,7 +203,7 @@ class Stage(nn.Module):
         return x if self.upsample is None or features is None else x + self.upsample(features, c)
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """(H, W, D): the learned table, stretched to a grid of another size than it was learned on."""
+        """(H, W, D): the learned table, interpolated for a grid of another size."""
         table = self.positions.unflatten(0, self.grid)
         if (height, width) == self.grid:
             return table
@@ -229,7 +231,7 @@ class Stage(nn.Module):
 
 
 class TransformerStage(Stage):
-    """The coarsest stage. The indicator token stands in front, without a position, and leaves before the output."""
+    """The coarsest stage. The indicator token is first, has no position, and is dropped before the output."""
 
     def __init__(
         self,

@@ -123,9 +123,12 @@ class DiT(nn.Module):
                 "backbone.positions = rotary needs a grid latent (C, H, W) and heads whose width is a multiple of 4; "
                 f"got a latent {latent_shape}, and {size.width} / {size.heads} values per head."
             )
-        grid = tuple(side // self.patch for side in latent_shape[1:]) if self.is_grid else latent_shape[0]
-        self.trained_grid = grid if self.is_grid else None
-        self.register_buffer("position_table", _sincos(grid, size.width) if config.positions == "stored" else None)
+        self.trained_grid: tuple[int, int] | None = None
+        if self.is_grid:
+            self.trained_grid = (latent_shape[1] // self.patch, latent_shape[2] // self.patch)
+        stored = config.positions == "stored"
+        table = _sincos(self.trained_grid or latent_shape[0], size.width) if stored else None
+        self.register_buffer("position_table", table)
         self.grid_channels = grid_channels
         channels = latent_shape[0] if self.is_grid else latent_shape[1]
         area = self.patch**2

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crossflow.core.backbones.dit import DiT, Size
+from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError
 from crossflow.core.layers import Attention, rotary_2d
 
@@ -49,7 +50,7 @@ def test_what_lies_out_of_reach_has_no_influence() -> None:
 def wide_velocity(positions: str, column: int) -> torch.Tensor:
     """The velocity of an untrained network (no zero initialisation) for a small object at `column` of a wide canvas."""
     torch.manual_seed(0)
-    model = DiT((2, 8, 8), Size(depth=1, width=16, heads=2), patch=2, positions=positions, conv=3)
+    model = DiT((2, 8, 8), Size(1, width=16, heads=2), BackboneConfig(patch=2, positions=positions, conv=3))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     z = torch.zeros(1, 2, 8, 48)
@@ -72,4 +73,4 @@ def test_an_object_gets_the_same_velocity_wherever_it_lies_in_a_wide_picture() -
 @pytest.mark.parametrize(("shape", "heads"), [((7, 4), 2), ((2, 8, 8), 8)])
 def test_rotary_positions_need_a_grid_and_wide_enough_heads(shape: tuple[int, ...], heads: int) -> None:
     with pytest.raises(UserError, match="rotary"):
-        DiT(shape, Size(1, 16, heads), patch=2, positions="rotary")
+        DiT(shape, Size(1, 16, heads), BackboneConfig(patch=2, positions="rotary"))
