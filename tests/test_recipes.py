@@ -1,19 +1,22 @@
 """Every shipped recipe builds on the meta device, and those of the papers have the papers' parameter counts."""
 
+import functools
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from crossflow.core.settings import shipped
+from crossflow.core.training.optim import decay_groups
 from crossflow.tasks.base import build_task, load_config
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")
 M = 1e6
-# Name: (flow network, encoder of the source, all there is), as the papers and released files have them. Those of ours
-# within 2 %; None where no paper says.
+# Name: (flow network, encoder of the source, total), as in the papers and released files; those of OURS within 2 %;
+# None where no paper gives a number.
 PAPERS = {
     "t2i_256_clip_dimr": (950.8 * M, 110 * M, None),
     "t2i_256_t5_dimr": (950.8 * M, 165 * M, None),
@@ -41,8 +44,9 @@ FILES = {
 }
 
 
+@functools.cache
 def built(name):
-    """(task, model) of a recipe, without memory, data or public networks."""
+    """(task, model) of a recipe, without memory, data or public networks; not to be modified."""
     task = build_task(load_config(name))
     task.assume()
     with torch.device("meta"):
@@ -89,22 +93,22 @@ def test_a_recipe_is_the_network_of_its_released_file(name):
 
     about = json.loads((Path(DATA) / f"golden/checkpoints/{FILES[name]}.json").read_text())
     state = {key: torch.empty(shape, device="meta") for key, shape in about["shapes"].items()}
-    theirs, ours = from_reference(about["kind"], state, about["config"]), built(name)[1]
-    assert {key: value.shape for key, value in ours.state_dict().items()} == {
-        key: value.shape for key, value in theirs.state_dict().items()
+    released, model = from_reference(about["kind"], state, about["config"]), built(name)[1]
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in released.state_dict().items()
     }
     task = build_task(load_config(name))
-    assert theirs.source_encoder.kind == task.config.source.kind
+    assert released.source_encoder.kind == task.config.source.kind
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_a_recipe_of_the_papers_says_what_is_ours(name):
-    said = "this shape is ours" in shipped()[name].read_text()
-    assert said == (name in OURS)
+def test_a_recipe_declares_a_shape_that_no_paper_gives(name):
+    declared = "this shape is ours" in shipped()[name].read_text()
+    assert declared == (name in OURS)
 
 
 def test_training_settings_are_those_of_the_papers():
-    """FACTS of the recipes that a typing error would change without any other test failing."""
+    """Settings that no other test depends on."""
     t2i, flowtok = load_config("t2i_256_clip_dimr").train, load_config("flowtok_xl").train
     assert (t2i.batch_size, t2i.lr, t2i.warmup_steps, t2i.steps) == (1024, 1e-4, 5000, 600_000)
     assert (t2i.betas, t2i.weight_decay, t2i.ema) == ((0.9, 0.9), 0.03, 0.9999)
@@ -119,3 +123,38 @@ def test_training_settings_are_those_of_the_papers():
     assert depth.steps == 24_231 * 50 // 64
     sr = load_config("sr_505m").train
     assert (sr.batch_size, sr.lr, sr.steps, sr.warmup_steps) == (512, 1e-4, 1_000_000, 5000)
+
+
+MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+
+
+def decayed_parameters(objective):
+    """{name: whether it is the weight of a linear or convolutional layer} of the parameters under weight decay."""
+    groups = decay_groups(objective, 0.1)
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    assert decayed
+    return {
+        f"{prefix}.{name}": isinstance(owner, MATRICES) and name == "weight"
+        for prefix, owner in objective.named_modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if id(parameter) in decayed
+    }
+
+
+@pytest.mark.parametrize("name", sorted(name for name in shipped() if not name.startswith("caption")))
+def test_weight_decay_acts_on_the_weights_of_linear_and_convolutional_layers_alone(name):
+    task, model = built(name)
+    with torch.device("meta"):
+        decayed = decayed_parameters(task.build_objective(model))
+    assert [parameter for parameter, is_matrix in decayed.items() if not is_matrix] == []
+
+
+def test_queries_positions_and_tokens_of_captioning_are_not_decayed(tiny_run):
+    """The text autoencoder's `mixing` is a matrix between patches and tokens, a linear map without a layer."""
+    from crossflow.engine.sample import load
+
+    pipe = load(tiny_run("caption"))
+    decayed = decayed_parameters(
+        nn.ModuleList([pipe.task.build_objective(pipe.model), pipe.task.text]).requires_grad_()
+    )
+    assert {name.split(".")[-1] for name, is_matrix in decayed.items() if not is_matrix} <= {"mixing"}

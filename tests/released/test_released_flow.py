@@ -213,12 +213,12 @@ def test_variants_that_were_not_released_and_incomplete_settings_are_refused():
     ("name", "kind", "flow", "text"),
     [
         ("t2i_256px_clip_dimr", "dimr", 950_778_890, 110_156_512),
-        ("t2i_256px_t5_dimr", "dimr", 950_778_890, 165_197_440),
-        ("t2i_512px_clip_dimr", "dimr", 985_439_246, 97_482_344),
-        ("t2i_512px_t5_dimr", "dimr", 985_439_246, 142_430_728),
+        pytest.param("t2i_256px_t5_dimr", "dimr", 950_778_890, 165_197_440, marks=pytest.mark.slow),
+        pytest.param("t2i_512px_clip_dimr", "dimr", 985_439_246, 97_482_344, marks=pytest.mark.slow),
+        pytest.param("t2i_512px_t5_dimr", "dimr", 985_439_246, 142_430_728, marks=pytest.mark.slow),
         ("t2i_512px_t5_dit", "dit", None, 142_430_728),
         ("FlowTok-XL", "flowtok", None, 23_665_184),
-        ("FlowTok-H", "flowtok", None, 23_665_184),
+        pytest.param("FlowTok-H", "flowtok", None, 23_665_184, marks=pytest.mark.slow),
     ],
 )
 def test_released_files_are_used_to_the_last_key(name, kind, flow, text):
