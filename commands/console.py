@@ -1,20 +1,21 @@
 """What commands print: lines, tables, scores, progress, and the message for an error."""
 
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
+from crossflow.core import launcher
 from crossflow.core.errors import UserError
 from crossflow.core.files import is_full
 
 if TYPE_CHECKING:
-    from crossflow.core.training.tracking import RichProgress
+    from crossflow.commands.training_progress import RichProgress
+    from crossflow.core.progress import Progress
 
 MAX_LISTED = 20
 """Longer lists of problems are cut, with a line that says how many follow."""
@@ -32,7 +33,7 @@ def warn(text: str) -> None:
 
 def is_first_process() -> bool:
     """Whether this is the first process of a launcher, or the only one; answered without joining the others."""
-    return os.environ.get("RANK", "0") == "0"
+    return launcher.rank() == 0
 
 
 def count(number: int, noun: str) -> str:
@@ -87,23 +88,23 @@ def training_progress() -> "RichProgress":
     """The progress display of a training."""
     from rich.console import Console
 
-    from crossflow.core.training.tracking import RichProgress
+    from crossflow.commands.training_progress import RichProgress
 
     return RichProgress(Console(stderr=False))
 
 
 @contextmanager
-def progress_bar(label: str, after: float = 2.0, every: float = 15.0) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(label: str, after: float = 2.0, every: float = 15.0) -> Iterator["Progress"]:
     """A progress bar, moved by calls of the yielded function with (done, total).
 
     It appears when the work takes longer than `after` seconds; without a terminal, a line is printed each `every`
     seconds instead. Of several processes only the first one shows anything.
     """
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress as Bar
 
     console, is_first = Console(), is_first_process()
-    bar = Progress(console=console, transient=True, disable=not (console.is_terminal and is_first))
+    bar = Bar(console=console, transient=True, disable=not (console.is_terminal and is_first))
     task, last_line = bar.add_task(label, total=None), time.monotonic()
     # A timer of its own: the first step of a large model, or a solver that reports no steps, may take long.
     timer = threading.Timer(after, bar.start)

@@ -60,7 +60,7 @@ def check(
     with output_folder(Path("outputs/data"), output, overwrite=overwrite) as folder:
         for split, reader in readers.items():
             with progress_bar(f"reading {split}") as on_step:
-                inspection = inspect(reader, num_shown=shown, on_progress=on_step)
+                inspection = inspect(reader, num_shown=shown, progress=on_step)
             files = write(inspection, folder)
             _show(inspection, split, folder)
             say(f"  Wrote {', '.join(map(str, files))}.")

@@ -74,9 +74,9 @@ def command(
     """
     from crossflow.benchmarks.evaluation.compare import expect_repeated
     from crossflow.benchmarks.evaluation.evaluate import evaluate
-    from crossflow.core import distributed
+    from crossflow.core import distributed, launcher
 
-    if distributed.announced():
+    if launcher.world_size() > 1:
         distributed.device()  # joins the processes of a launcher
     protocol = _protocol(protocol_name, networks, repeat)
     settings = model.settings if repeat is None else {**repeat.manifest["sample"], **model.settings}
@@ -91,7 +91,7 @@ def command(
             folder=model.output,
             default=None if repeat is None else repeat.path.parent / "repeated",
             overwrite=model.overwrite,
-            progress=lambda what, done, total: on_step(done, total),
+            progress=on_step,
             protocol=protocol,
             statistics=statistics,
             moved=model.replaced,

@@ -39,7 +39,7 @@ def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, path
     alone, so one output can be made again without the others. Under torchrun or accelerate launch the processes share
     the inputs.
     """
-    from crossflow.core import distributed
+    from crossflow.core import distributed, launcher
     from crossflow.engine.inputs import item_ids
 
     texts = read_prompts(prompts, prompt_file)
@@ -49,7 +49,7 @@ def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, path
             "takes text, --input FILE or FOLDER to one that takes pictures."
         )
     check_output(model.output, overwrite=model.overwrite)
-    if distributed.announced():
+    if launcher.world_size() > 1:
         distributed.device()  # joins the processes of a launcher
     inputs = named_inputs(model.pipe, texts, paths)
     ids = item_ids([value for _, value in inputs], num)

@@ -35,6 +35,6 @@ def command(
     check_output(output, overwrite=overwrite)
     protocol = load_protocol(protocol_name).using(roles(networks))
     with progress_bar("real pictures") as on_step:
-        result = statistics_of(protocol, data, find_device(device), lambda what, done, total: on_step(done, total))
+        result = statistics_of(protocol, data, find_device(device), on_step)
     result.save(output)
     say(f"{result.count} pictures, {result.about['network']}. Wrote {output}.")

@@ -57,7 +57,7 @@ def command(
         _dry_run(load_config(source, [*settings, *task_class(config.task).quick], task))
         return
     # All processes must name the same new folder, so the first one looks which names are taken.
-    folder = output or Path(distributed.on_main(lambda: str(new_folder(Path("runs"), Path(source).stem))))
+    folder = output or distributed.on_main(lambda: new_folder(Path("runs"), Path(source).stem))
     if resume is not None and (outcome := finished(config, folder)) is not None:
         if distributed.is_main():
             say(f"The run in {folder} is finished: {outcome.result.step} of {config.train.steps} steps, and scored.")

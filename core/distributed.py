@@ -4,25 +4,20 @@ W ranks; every rank holds the same number of samples B, in rank order: global sa
 """
 
 import atexit
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from crossflow.core import launcher
 from crossflow.core.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def announced() -> bool:
-    """Whether a launcher has announced several processes, joined or not."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_distributed() -> bool:
@@ -32,15 +27,15 @@ def is_distributed() -> bool:
 
 @cache
 def device() -> torch.device:
-    """The device of this process. The first call joins the group of processes that a launcher has announced."""
+    """The device of this process. The first call joins the processes that a launcher started together."""
     from accelerate import PartialState
 
-    # Told nothing, accelerate takes several processes without a GPU for as many runs of one process.
-    state = PartialState(cpu=announced() and not torch.accelerator.is_available())
+    # Without `cpu`, accelerate takes several processes on a machine without a GPU for separate runs.
+    state = PartialState(cpu=launcher.world_size() > 1 and not torch.accelerator.is_available())
     if is_distributed():
         atexit.register(_leave)
-    found: torch.device = state.device
-    return found
+    device: torch.device = state.device
+    return device
 
 
 def _leave() -> None:
@@ -128,63 +123,58 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
     return largest
 
 
-def on_main(action: Callable[[], str]) -> str:
-    """Runs `action` on rank 0 alone; every rank returns its text, or raises what it raised (elsewhere as UserError)."""
-    text, error = "", None
+def on_main(action: Callable[[], R]) -> R:
+    """Runs `action` on rank 0 alone; every rank returns its result (picklable), or raises its error, see `shared`."""
+    results: list[R | None] = [None]
+    problem: Exception | None = None
     if is_main():
         try:
-            text = action()
-        except Exception as raised:
-            error = raised
+            results = [action()]
+        except Exception as error:
+            problem = error
+    _raise_everywhere(problem)
     if is_distributed():
-        box = [text, None if error is None else str(error)]
-        dist.broadcast_object_list(box, src=0)
-        text = box[0] or ""
-        if error is None and box[1] is not None:
-            error = UserError(box[1])
-    if error is not None:
-        raise error
-    return text
+        dist.broadcast_object_list(results, src=0)
+    return cast(R, results[0])
 
 
 def shared(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     """`work` on each of the parts, one per rank at a time: rank 0 gets (part, its result) in order, the others nothing.
 
-    Every rank must go through all of it. What `work` raises on any rank is raised on all of them. Results must be such
-    as can be pickled.
+    Every rank must exhaust the iterator. An error of `work` on any rank is raised on all: there as it is, elsewhere as
+    UserError if it is one (or an OSError), else as RuntimeError. Results must be picklable.
     """
     for first in range(0, len(parts), world_size()):
-        together = parts[first : first + world_size()]
+        group = parts[first : first + world_size()]
         results: list[R] = []
         problem: Exception | None = None
-        if rank() < len(together):
+        if rank() < len(group):
             try:
-                results.append(work(together[rank()]))
-            except Exception as raised:
-                problem = raised
+                results.append(work(group[rank()]))
+            except Exception as error:
+                problem = error
         _raise_everywhere(problem)
-        yield from zip(together, _on_first(results), strict=False)
+        yield from zip(group, _on_first(results), strict=False)
 
 
 def _raise_everywhere(problem: Exception | None) -> None:
-    """Raises a rank's own problem there, and what the first rank with one met on the others."""
-    said = [None if problem is None else (isinstance(problem, UserError), f"{type(problem).__name__}: {problem}")]
+    """Raises a rank's own error there, and on the other ranks the error of the first rank that has one."""
+    own = None if problem is None else (isinstance(problem, (UserError, OSError)), type(problem).__name__, str(problem))
+    reports: list[tuple[bool, str, str] | None] = [own] * world_size()
     if is_distributed():
-        heard: list[tuple[bool, str] | None] = [None] * world_size()
-        dist.all_gather_object(heard, said[0])
-        said = heard
+        dist.all_gather_object(reports, own)
     if problem is not None:
         raise problem
-    for number, what in enumerate(said):
-        if what is not None:
-            user, text = what
-            raise UserError(text.partition(": ")[2]) if user else RuntimeError(f"process {number} met {text}")
+    for number, report in enumerate(reports):
+        if report is not None:
+            for_user, name, text = report
+            raise UserError(text) if for_user else RuntimeError(f"process {number} raised {name}: {text}")
 
 
-def _on_first(mine: list[R]) -> list[R]:
-    """On rank 0 what all ranks give, in rank order; elsewhere nothing."""
+def _on_first(results: list[R]) -> list[R]:
+    """The results of all ranks in rank order on rank 0; elsewhere none."""
     if not is_distributed():
-        return mine
+        return results
     boxes: list[list[R]] | None = [[] for _ in range(world_size())] if is_main() else None
-    dist.gather_object(mine, boxes, dst=0)
+    dist.gather_object(results, boxes, dst=0)
     return [] if boxes is None else [value for box in boxes for value in box]

@@ -3,8 +3,6 @@
 B batch; latents (C, H, W) or (N, C).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from crossflow.core.batch import Condition
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.guidance import Guidance
 from crossflow.core.model import CrossFlow
+from crossflow.core.progress import Progress
 from crossflow.core.solvers import SOLVERS, Solution, solve
 
 
@@ -28,7 +27,7 @@ def generate(
     zero_init: int = 0,
     time_grid: str = "uniform",
     weak: CrossFlow | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Progress | None = None,
 ) -> Tensor:
     """Flows z0 (B, *latent) from t = 0 to 1: z1 (B, *latent).
 
@@ -52,7 +51,7 @@ def invert(
     solver: str = "euler",
     steps: int = 50,
     guidance: float = 1.0,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Progress | None = None,
 ) -> Tensor:
     """Flows z1 (B, *latent) back from t = 1 to 0: z0. To re-generate z1 use a second-order solver or many steps."""
     guided = Guidance(guidance)
@@ -73,7 +72,7 @@ def flow(
     steps: int = 50,
     time_grid: str = "uniform",
     reverse: bool = False,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Progress | None = None,
 ) -> Solution:
     """Integrates the guided velocity from z (B, *latent); the solution counts the network evaluations of each item.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.progress import Progress
 from crossflow.core.registry import Registry
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -161,7 +162,7 @@ def solve(
     tolerance: float = 1e-5,
     evaluations_at: Callable[[float], int] = lambda t: 1,
     keep_trajectory: bool = False,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Progress | None = None,
 ) -> Solution:
     """Integrates dz/dt = velocity(z, t) from t = 0 to 1, or from 1 to 0 with `reverse`.
 

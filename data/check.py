@@ -6,7 +6,7 @@ Every item is read once, none is kept: any data set fits.
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from crossflow.core.errors import UserError
+from crossflow.core.progress import Progress
 from crossflow.data.dataset import check
 from crossflow.data.item import Item
 from crossflow.data.reader import Reader
@@ -89,13 +90,11 @@ class _Seen:
         return found
 
 
-def inspect(
-    reader: Reader, *, num_shown: int = 24, on_progress: Callable[[int, int], None] | None = None
-) -> Inspection:
+def inspect(reader: Reader, *, num_shown: int = 24, progress: Progress | None = None) -> Inspection:
     """Goes over all items of a reader; `num_shown` of them, spread evenly, make the sheet."""
     places = np.unique(np.linspace(0, len(reader) - 1, min(num_shown, len(reader))).astype(int))
     seen = _Seen({reader.ids[int(place)] for place in places} if num_shown else set())
-    report = check(reader, on_progress, seen.add)
+    report = check(reader, progress, seen.add)
     return Inspection(
         spec=reader.spec,
         split=reader.split,

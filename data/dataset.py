@@ -13,6 +13,7 @@ import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.core.noise import key, order
+from crossflow.core.progress import Progress
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
 
@@ -219,10 +220,10 @@ class Check:
 
 def check(
     reader: Reader,
-    on_progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     on_item: Callable[[Item], None] | None = None,
 ) -> Check:
-    """Read every item. `on_progress(done, total)` is called now and then, `on_item` with each good one."""
+    """Read every item. `progress(done, total)` is called now and then, `on_item` with each good one."""
     bad: dict[str, str] = {}
     num_captions = 0
     stride = max(16, reader.batch_hint)
@@ -235,6 +236,6 @@ def check(
                 num_captions += len(item.captions)
                 if on_item is not None:
                     on_item(item)
-        if on_progress is not None:
-            on_progress(indices.stop, len(reader))
+        if progress is not None:
+            progress(indices.stop, len(reader))
     return Check(len(reader), len(reader) - len(bad), num_captions, bad)

@@ -1,11 +1,12 @@
 """Feature caches: what builds one for a recipe and a data set, and a comparison of a cache with its data."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from crossflow.core import launcher
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
+from crossflow.core.progress import Progress
 from crossflow.data.cache.build import Builder, Settings
 from crossflow.data.cache.extract import Options
 from crossflow.data.cache.store import Cache
@@ -81,12 +82,12 @@ def own_device() -> str | None:
     """The GPU of this process when a launcher started several on a machine; none otherwise."""
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    if launcher.world_size() > 1 and torch.cuda.is_available():
+        return f"cuda:{launcher.local_rank() % torch.cuda.device_count()}"
     return None
 
 
-def differences(folder: Path, spec: str, on_progress: Callable[[int, int], None] | None = None) -> list[str]:
+def differences(folder: Path, spec: str, progress: Progress | None = None) -> list[str]:
     """How the content of the data `spec` differs from the cache in `folder` made from them; empty if it does not."""
     cache = Cache(folder)
     sizes = [int(name.partition("_")[2]) for name in cache.features["parts"] if name.startswith("moments")]
@@ -94,4 +95,4 @@ def differences(folder: Path, spec: str, on_progress: Callable[[int, int], None]
         split: open_reader(spec, split, image_size=max(sizes, default=None), limit=plan["limit"], seed=plan["seed"])
         for split, plan in cache.plan["data"].items()
     }
-    return compare(folder, readers, on_progress).problems
+    return compare(folder, readers, progress).problems

@@ -19,11 +19,12 @@ from crossflow.core import sampling
 from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
+from crossflow.core.progress import Progress
 from crossflow.core.solvers import SOLVERS
 from crossflow.data.resize import center_crop_resize
 from crossflow.engine.inputs import item_ids, read_inputs
 from crossflow.engine.outputs import Outputs
-from crossflow.engine.sample import OnStep, Pipeline
+from crossflow.engine.sample import Pipeline
 from crossflow.tasks.base import Pieces
 
 
@@ -98,7 +99,7 @@ def _outputs(
     features: Sequence[Tensor],
     pieces: Pieces,
     settings: SampleConfig,
-    on_step: OnStep | None,
+    on_step: Progress | None,
 ) -> list[Any]:
     """An output for each of the latents (P, *latent), which are computed as they are needed, decoded with the features
     (P, ...) of its source.
@@ -119,7 +120,7 @@ def _outputs(
     return outputs
 
 
-def _counted(num_runs: int, settings: SampleConfig, on_step: OnStep | None) -> Iterator[OnStep]:
+def _counted(num_runs: int, settings: SampleConfig, on_step: Progress | None) -> Iterator[Progress]:
     """A callback for each of `num_runs` integrations; `on_step` receives the steps of all of them together."""
     # An adaptive solver reports no steps: there an integration counts as one.
     steps = 1 if SOLVERS.get(settings.solver).adaptive else settings.steps
@@ -143,7 +144,7 @@ def interpolate(
     seed: int = 0,
     shared_noise: bool = True,
     output_type: str = "pil",
-    on_step: OnStep | None = None,
+    on_step: Progress | None = None,
     **settings: object,
 ) -> Outputs:
     """Outputs for `num_frames` source latents on the way from input a to input b, both included.
@@ -184,7 +185,7 @@ def arithmetic(
     seed: int = 0,
     shared_noise: bool = True,
     output_type: str = "pil",
-    on_step: OnStep | None = None,
+    on_step: Progress | None = None,
     **settings: object,
 ) -> Outputs:
     """Outputs for base + k (plus - minus), one for each strength k; an absent term counts zero.
@@ -226,7 +227,7 @@ def invert(
     steps: int = 50,
     seed: int = 0,
     output_type: str = "pil",
-    on_step: OnStep | None = None,
+    on_step: Progress | None = None,
 ) -> Inversion:
     """Flows a finished output (a picture, a caption, a depth map) back to its source latent, and forward again.
 

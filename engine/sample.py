@@ -4,28 +4,27 @@ B batch.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from crossflow.core import distributed, sampling
+from crossflow.core import distributed, launcher, sampling
 from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.files import read_tensors, write_atomically, write_tensors
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import item_noise
+from crossflow.core.progress import Progress
 from crossflow.core.settings import build, dump
 from crossflow.engine.folder import CONFIG, PROVENANCE, WEIGHTS, RunFolder
 from crossflow.engine.inputs import item_ids, read_inputs
 from crossflow.engine.outputs import Outputs, check_output_type
 from crossflow.tasks.base import Flow, Task, build_task, load_config
 
-OnStep = Callable[[int, int], None]
-"""Called with (done, total) solver steps."""
 HUB_FILES = ["*.json", "*.yaml", "*.safetensors", "*.txt"]
 """Files of a hub repository that are downloaded; none that unpickling would have to read."""
 
@@ -199,7 +198,7 @@ class Pipeline:
         seed: int = 0,
         ids: Sequence[str] | None = None,
         output_type: str = "pil",
-        on_step: OnStep | None = None,
+        on_step: Progress | None = None,
         **settings: object,
     ) -> Outputs:
         """Outputs for one input or a list of them, `num` of each, in order.
@@ -236,12 +235,12 @@ class Pipeline:
         ids: Sequence[str],
         seed: int,
         settings: SampleConfig | None = None,
-        on_step: OnStep | None = None,
+        on_step: Progress | None = None,
     ) -> list[Any]:
         """Outputs of one batch of read inputs."""
         return self.task.run(inputs, self.flow(seed, settings or self.settings, on_step), ids)
 
-    def flow(self, seed: int, settings: SampleConfig, on_step: OnStep | None = None) -> Flow:
+    def flow(self, seed: int, settings: SampleConfig, on_step: Progress | None = None) -> Flow:
         """The function that a task calls to turn sources into z1; sources are taken in parts of settings.batch_size."""
 
         def run(source: Source, ids: Sequence[str]) -> Tensor:
@@ -270,7 +269,7 @@ class Pipeline:
         grid = source.condition.grid if source.condition is not None else None
         return (*shape[:1], *grid.shape[-2:]) if grid is not None and len(shape) == 3 else shape
 
-    def generate(self, source: Source, z0: Tensor, settings: SampleConfig, on_step: OnStep | None = None) -> Tensor:
+    def generate(self, source: Source, z0: Tensor, settings: SampleConfig, on_step: Progress | None = None) -> Tensor:
         """z0 (B, *latent) -> z1 on this pipeline's device. Raises UserError when there are NaNs in it."""
         if settings.guidance != 1 and self.weak is None and self.task.config.guidance.drop == 0:
             raise UserError(
@@ -330,7 +329,7 @@ def find_device(name: str | None) -> torch.device:
 
     Raises UserError when it is unavailable.
     """
-    if name is None and distributed.announced():
+    if name is None and launcher.world_size() > 1:
         return distributed.device()
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
 """Scores of a model on a split, the pictures that show them, and its loss on held-out items."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -17,9 +17,6 @@ from crossflow.engine.sample import Pipeline
 from crossflow.tasks.base import Case, Task, Tile
 
 T = TypeVar("T")
-
-Progress = Callable[[str, int, int], None]
-"""(what, done, total)."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from crossflow.core.files import write_atomically
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import keyed_generator
 from crossflow.core.objective import Objective
+from crossflow.core.progress import Silent, TrainingProgress
 from crossflow.core.settings import dump, flat
 from crossflow.core.solvers import SOLVERS
-from crossflow.core.training.tracking import Progress, Silent
 from crossflow.core.training.trainer import DryRun, Trainer, TrainResult
 from crossflow.data.dataset import Examples
 from crossflow.data.images import save_png
@@ -97,7 +97,7 @@ def train(
     *,
     resume: str | None = None,
     data_changed: bool = False,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> Outcome:
     """Trains `config` into the run directory `folder`; the arguments are those of `Run.open`.
 
@@ -127,9 +127,9 @@ def finished(config: Config, folder: Path) -> Outcome | None:
     return Outcome(folder, result, scores, content["baseline"], already_finished=True)
 
 
-def dry_run(config: Config, *, progress: Progress | None = None) -> DryRun:
+def dry_run(config: Config, *, progress: TrainingProgress | None = None) -> DryRun:
     """Parameters, memory, time and disk of a run, measured in a temporary folder that is removed afterwards."""
-    scratch = Path(distributed.on_main(lambda: tempfile.mkdtemp(prefix="crossflow-dry-run-")))
+    scratch = distributed.on_main(lambda: Path(tempfile.mkdtemp(prefix="crossflow-dry-run-")))
     try:
         return Run.open(config, scratch / "run", progress=progress).dry_run()
     finally:
@@ -153,7 +153,7 @@ class Run:
     task: Task
     data: Examples
     objective: Objective
-    progress: Progress
+    progress: TrainingProgress
     resume: str | None = None
     before: Snapshot | None = None
     """What the folder held before a new run was prepared in it."""
@@ -171,7 +171,7 @@ class Run:
         *,
         resume: str | None = None,
         data_changed: bool = False,
-        progress: Progress | None = None,
+        progress: TrainingProgress | None = None,
     ) -> "Run":
         """Prepares a new run in `folder`, or reads back the one to `resume`.
 
@@ -304,7 +304,7 @@ class _Preparation:
     run: RunFolder
     task: Task
     data: Examples
-    progress: Progress
+    progress: TrainingProgress
 
     def first(self, resume: str | None) -> str:
         """Prepares a new run. Raises UserError where a training has left something, unless it is to be resumed."""
@@ -354,7 +354,7 @@ class _Preparation:
         return self.config.model_copy(update={"data": self.config.data.model_copy(update=moved)})
 
 
-def _build_objective(config: Config, task: Task, progress: Progress, *, start: bool) -> Objective:
+def _build_objective(config: Config, task: Task, progress: TrainingProgress, *, start: bool) -> Objective:
     """The objective around a freshly initialised model; start: with the weights of `train.start_from`, if set."""
     torch.manual_seed(keyed_generator("weights", config.seed).initial_seed())
     model = task.build_model()

@@ -21,6 +21,7 @@ from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically, write_json
 from crossflow.core.model import CrossFlow
+from crossflow.core.progress import Progress
 from crossflow.core.settings import build, dump, merge, parse_overrides
 from crossflow.data.image_latents import FOLDER as CODEC_FOLDER
 from crossflow.engine.folder import WEIGHTS
@@ -37,7 +38,6 @@ from crossflow.released.folders import (
     OBJECTIVE_FILE,
     ORIGIN_FILE,
     Converted,
-    Progress,
     check_free,
     counter,
     new_folder,

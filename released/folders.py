@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crossflow.core.errors import UserError
 from crossflow.core.files import replacing_folder
+from crossflow.core.progress import Progress
 from crossflow.released.files import Piece, size_of
 
 ORIGIN_FILE = "released.json"
@@ -19,8 +20,6 @@ CODEC_PREFIX = "network."
 """Prefix of a codec's tensors, without which they are written to its weights file."""
 SPARE_BYTES = 2**24
 """Free space that the disk must have beside the weights."""
-Progress = Callable[[int, int], None]
-"""Called with the number of bytes written and the total."""
 
 
 @dataclass(frozen=True)

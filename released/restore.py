@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossflow import released
 from crossflow.core.errors import UserError
+from crossflow.core.progress import Progress
 from crossflow.engine.folder import WEIGHTS
 from crossflow.networks.codecs.base import WEIGHTS_FOLDER
 from crossflow.released.files import (
@@ -29,7 +30,6 @@ from crossflow.released.folders import (
     OBJECTIVE_FILE,
     ORIGIN_FILE,
     Converted,
-    Progress,
     check_disk,
     counter,
 )

@@ -22,7 +22,7 @@ from crossflow.benchmarks.report.page import Block, Bullets, Cell, Grid, Heading
 from crossflow.benchmarks.report.paper import Table, paper
 from crossflow.benchmarks.report.quality import strip
 from crossflow.core.files import write_atomically
-from crossflow.core.training.tracking import duration
+from crossflow.core.progress import duration
 from crossflow.engine.provenance import environment
 
 STRIP_HEIGHT = 200

@@ -17,10 +17,10 @@ from typing import Any
 
 from crossflow.benchmarks.ablation.group import Group
 from crossflow.benchmarks.ablation.plan import Budget, Job, Plan
-from crossflow.core import distributed
+from crossflow.core import launcher
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
-from crossflow.core.training.tracking import duration
+from crossflow.core.progress import duration
 from crossflow.engine.train import dry_run
 from crossflow.tasks.base import load_config, task_class
 
@@ -95,7 +95,7 @@ def run(plan: Plan, say: Say, execute: Execute | None = None, after_each: Callab
     after_each: called whenever a job has ended. Raises UserError if the folder belongs to another plan, or if a job of
     it is still running.
     """
-    if distributed.announced():
+    if launcher.world_size() > 1:
         raise UserError("An ablation starts its own runs, one after another: call it without a launcher.")
     with _locked(plan) as lock:
         execute = execute or Processes(lock)

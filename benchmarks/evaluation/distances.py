@@ -11,7 +11,7 @@ N pictures, D width of the features.
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core import distributed
 from crossflow.core.errors import UserError
 from crossflow.core.files import read_metadata, read_tensors, user_cache, write_tensors
+from crossflow.core.progress import Progress
 from crossflow.data.dataset import Examples
 from crossflow.data.item import Item
 from crossflow.data.readers import open_reader, require
@@ -34,7 +35,6 @@ KEPT = 10_000
 """Features of real pictures that are kept for KID; FID needs none of them."""
 OTHERS = {"fid": "frechet_distance", "kid": "kernel_distance", "is": "class_score"}
 """What the numbers are called when another network than Inception measured them."""
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -92,7 +92,7 @@ def reference(
     about = described(protocol, examples, network)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / f"{protocol.name}-{key[:24]}.safetensors"
-    if distributed.on_main(lambda: "there" if path.is_file() else "") == "":
+    if not distributed.on_main(path.is_file):
         stride = 64
         parts = [range(start, min(start + stride, len(examples))) for start in range(0, len(examples), stride)]
 
@@ -106,7 +106,7 @@ def reference(
             if len(features):
                 found.add(features)
             if progress is not None:
-                progress("real pictures", part.stop, len(examples))
+                progress(part.stop, len(examples))
         distributed.on_main(lambda: _keep(found, path))
     return read_statistics(path)
 

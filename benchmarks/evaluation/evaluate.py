@@ -25,8 +25,9 @@ from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.output import claim, output_files, record
+from crossflow.core.progress import Progress
 from crossflow.engine.sample import Pipeline
-from crossflow.engine.score import Progress, Scores, batches, seen_in_training
+from crossflow.engine.score import Scores, batches, seen_in_training
 
 UNFINISHED = ".unfinished"
 """Subfolder of the results that holds what is finished of an interrupted evaluation."""
@@ -107,7 +108,7 @@ def _claim(default: Path, folder: Path | None, overwrite: bool, about: Mapping[s
     def interrupted(place: Path) -> bool:
         return not (place / "metrics.json").exists() and Ledger.holds(place / UNFINISHED, _same(about))
 
-    return Path(distributed.on_main(lambda: str(claim(default, folder, overwrite=overwrite, resumable=interrupted))))
+    return distributed.on_main(lambda: claim(default, folder, overwrite=overwrite, resumable=interrupted))
 
 
 def _same(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _run(
 ) -> Ledger | None:  # fmt: skip
     """Works off what is not finished; the first process gets the ledger, the others None."""
     ledger = Ledger(target / UNFINISHED, _same(about)) if distributed.is_main() else None
-    finished = set(json.loads(distributed.on_main(lambda: json.dumps(sorted(ledger.finished())) if ledger else "[]")))
+    finished = distributed.on_main(lambda: ledger.finished() if ledger is not None else set())
     todo = [number for number in range(len(work.cases)) if number not in finished]
 
     def one(part: Sequence[int]) -> Part:
@@ -158,7 +159,7 @@ def _run(
         ledger.add(result)
         done += len(part)
         if progress is not None:
-            progress("scoring", done, len(work.cases))
+            progress(done, len(work.cases))
     return ledger
 
 

@@ -25,7 +25,7 @@ from crossflow.benchmarks.report.page import Block, Bullets, Cell, Grid, Heading
 from crossflow.benchmarks.report.paper import Paper, Table, paper
 from crossflow.benchmarks.score_table import CONTROL, score_rows
 from crossflow.core.errors import UserError
-from crossflow.core.training.tracking import duration
+from crossflow.core.progress import duration
 from crossflow.tasks import task_names
 from crossflow.tasks.base import task_class
 

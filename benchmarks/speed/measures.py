@@ -15,6 +15,7 @@ from typing import Any
 
 from crossflow.benchmarks.speed import reading
 from crossflow.benchmarks.speed import sampling as generation
+from crossflow.core.progress import Progress
 from crossflow.engine.provenance import environment
 from crossflow.engine.train import dry_run
 from crossflow.tasks.base import load_config, task_class
@@ -101,7 +102,7 @@ def speed(
     *,
     parts: Sequence[str] = USUAL,
     sampled: Sequence[str] = generation.RECIPES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """The `PARTS` asked for, with the machine they were measured on. progress(done, total) after each measurement.
 

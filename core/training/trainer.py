@@ -6,7 +6,6 @@ average updated. All generators are seeded from (seed, step, rank) before each s
 validation in between nor a resume can change what follows, and no generator state needs to be kept.
 """
 
-import json
 import logging
 import math
 import time
@@ -26,6 +25,7 @@ from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
 from crossflow.core.files import remove_temporaries
 from crossflow.core.noise import key
+from crossflow.core.progress import Silent, TrainingProgress
 from crossflow.core.settings import flat
 from crossflow.core.training import checkpoint as state
 from crossflow.core.training.ema import EMA
@@ -40,7 +40,7 @@ from crossflow.core.training.prepare import (
 )
 from crossflow.core.training.signals import StopRequest
 from crossflow.core.training.stream import MicroBatch, MicroBatches, Positions, TrainingData, loader
-from crossflow.core.training.tracking import MetricsFile, Progress, Silent, check_trackers
+from crossflow.core.training.tracking import MetricsFile, check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Trainer:
 
     Callbacks run on every rank, with averaged weights, in evaluation mode, without gradients; whoever writes files in
     them does so where `distributed.is_main()`. sample(step); validate(step) -> numbers, logged with kind "val".
-    on_save(step) runs on the main process after each checkpoint. progress: see tracking.Progress (main process only).
+    on_save(step) runs on the main process after each checkpoint. progress: an observer, on the main process only.
     settings: what trackers are told about the run. Raises UserError for settings that cannot be.
     """
 
@@ -137,7 +137,7 @@ class Trainer:
         sample: Callable[[int], object] | None = None,
         validate: Callable[[int], Mapping[str, float]] | None = None,
         on_save: Callable[[int], object] | None = None,
-        progress: Progress | None = None,
+        progress: TrainingProgress | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         check_trackers(config.trackers)
@@ -152,7 +152,7 @@ class Trainer:
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.device = self.accelerator.device
         check_sizes(config, len(data), self.world_size)
-        self.progress: Progress = progress if progress is not None and self.rank == 0 else Silent()
+        self.progress: TrainingProgress = progress if progress is not None and self.rank == 0 else Silent()
         self.validate, self.sample, self.on_save = validate, sample, on_save
         self.settings = dict(settings or {})
         self.data = MicroBatches(data, seed, latent_shape)
@@ -401,10 +401,10 @@ class Trainer:
     def save(self) -> Path:
         """Writes the checkpoint of the present step and the run directory's weights. Raises UserError without space."""
         pending = self._meter.state()
-        self._checkpoint = Path(distributed.on_main(lambda: self._write(pending)))
+        self._checkpoint = distributed.on_main(lambda: self._write(pending))
         return self._checkpoint
 
-    def _write(self, pending: dict[str, Any]) -> str:
+    def _write(self, pending: dict[str, Any]) -> Path:
         scaler = self.accelerator.scaler
         content = {
             "step": self.step,
@@ -422,7 +422,7 @@ class Trainer:
         self.progress.note(f"Saved {path}.")
         if self.on_save is not None:
             self.on_save(self.step)
-        return str(path)
+        return path
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         learned = {name: value for name, value in self.objective.state_dict().items() if not name.startswith("model.")}
@@ -436,7 +436,7 @@ class Trainer:
     def _restore(self, resume: str | Path | None) -> None:
         """Brings everything to the state of the checkpoint to resume from, or leaves it at the beginning."""
 
-        def prepare() -> str:
+        def prepare() -> tuple[Path | None, dict[str, dict[str, Any]]]:
             try:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -451,12 +451,11 @@ class Trainer:
             self.metrics.path.touch()  # from now on the folder holds a run
             if found is not None and found.parent == self.checkpoints:
                 state.publish(found, WEIGHTS, self.run_dir)  # it may have been interrupted before this
-            return json.dumps({"path": str(found or ""), "lines": lines})
+            return found, lines
 
-        found = json.loads(distributed.on_main(prepare))
-        if not found["path"]:
+        path, lines = distributed.on_main(prepare)
+        if path is None:
             return
-        path = Path(found["path"])
         content = state.read_state(path)
         model, learned = state.read_tensors(path, "model"), state.read_tensors(path, "objective")
         try:
@@ -470,8 +469,8 @@ class Trainer:
         if self.accelerator.scaler is not None and content["scaler"]:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
-        self._last = {kind: _numbers(line) for kind, line in found["lines"].items()}
-        self._evaluated = frozenset(kind for kind, line in found["lines"].items() if line["step"] == self.step)
+        self._last = {kind: _numbers(line) for kind, line in lines.items()}
+        self._evaluated = frozenset(kind for kind, line in lines.items() if line["step"] == self.step)
         self._skipped, self._skipped_in_a_row = content["skipped"]
         self._meter.load_state(content["interval"])
         self._checkpoint = path

@@ -7,10 +7,9 @@ the data and the recipe alone: a cache that was interrupted has the same bytes a
 
 import contextlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,10 @@ from typing import Any
 
 import torch
 
+from crossflow.core import launcher
 from crossflow.core.errors import UserError
 from crossflow.core.files import TEMPORARY, size_in_words
+from crossflow.core.progress import Progress
 from crossflow.data.cache import shards
 from crossflow.data.cache.extract import STORAGE, Extractor, Features
 from crossflow.data.cache.keys import KEY_BYTES, item_key
@@ -28,7 +29,6 @@ from crossflow.data.cache.store import FORMAT, MANIFEST, read_manifest
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
 
-OnProgress = Callable[[int, int], None]
 NUM_PROBED = 256  # items that the expected size is measured on
 ABANDONED = 3600  # seconds after which a file that is not yet under its name will never be
 NUM_COMPARED = 4  # items whose token features are compared with the recipe's encoder before they are taken over
@@ -177,15 +177,15 @@ class Builder:
 
     # -- making
 
-    def run(self, on_progress: OnProgress | None = None) -> Summary:
-        """Makes what is missing. on_progress(done, total) counts items."""
+    def run(self, progress: Progress | None = None) -> Summary:
+        """Makes what is missing. progress(done, total) counts items."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / MANIFEST).exists():
             self._write_manifest({"plan": self.plan, "complete": False})
         self.extractor.to(self.extractor.options.device)
         total, new = sum(len(part.items) for part in self.parts), 0
         done = sum(len(part.items) for part in self.parts if self._finished(part) is not None)
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world = launcher.rank(), launcher.world_size()
         bad = self._bad()
         for place, part in enumerate(self.parts):
             if place % world != rank or self._finished(part) is not None:
@@ -197,8 +197,8 @@ class Builder:
                 self._expect_few(bad)
                 done += len(good[0]) + len(skipped)
                 new += len(good[0])
-                if on_progress is not None:
-                    on_progress(done, total)
+                if progress is not None:
+                    progress(done, total)
                 rows.bad += [(item.id, item.reason) for item in skipped]
             shards.write_shard(self.folder / f"{part.name}.safetensors", rows.tensors(), rows.about(part.split))
         return self._finish(new)

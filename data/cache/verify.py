@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from crossflow.core.errors import UserError
+from crossflow.core.progress import Progress
 from crossflow.data.cache import shards
 from crossflow.data.cache.extract import STORAGE
 from crossflow.data.cache.keys import KEY_BYTES, item_key
 from crossflow.data.cache.store import Cache
 from crossflow.data.item import BadItem
 from crossflow.data.reader import Reader
-
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
-def verify(folder: Path, on_progress: OnProgress | None = None) -> Report:
+def verify(folder: Path, progress: Progress | None = None) -> Report:
     """Reads every byte of a cache. Raises UserError when there is none in `folder`, or an unfinished one."""
     cache, report = Cache(folder), Report()
     total, seen = sum(record["bytes"] for record in cache.records), set[tuple[str, str]]()
@@ -39,8 +38,8 @@ def verify(folder: Path, on_progress: OnProgress | None = None) -> Report:
             report.problems.append(f"{record['file']}: {problem}")
         report.num_items += record["num_items"]
         report.num_bytes += record["bytes"]
-        if on_progress is not None:
-            on_progress(report.num_bytes, total)
+        if progress is not None:
+            progress(report.num_bytes, total)
     report.problems += _split_problems(cache)
     known = {record["file"] for record in cache.records}
     for path in sorted(folder.glob("*.safetensors")):
@@ -142,7 +141,7 @@ def _split_problems(cache: Cache) -> Iterator[str]:
             yield f"split {split}: {there} of {about['items']} items are accounted for"
 
 
-def compare(folder: Path, readers: Mapping[str, Reader], on_progress: OnProgress | None = None) -> Report:
+def compare(folder: Path, readers: Mapping[str, Reader], progress: Progress | None = None) -> Report:
     """Reads the data again and compares the key of every item with the cache's: whatever changed is listed."""
     cache, report = Cache(folder), Report()
     total = sum(map(len, readers.values()))
@@ -163,8 +162,8 @@ def compare(folder: Path, readers: Mapping[str, Reader], on_progress: OnProgress
                 elif cached != item_key(item, cache.features):
                     report.problems.append(f"{item.id}: its picture or captions are not those that were cached")
                 report.num_items += 1
-            if on_progress is not None:
-                on_progress(done, total)
+            if progress is not None:
+                progress(done, total)
         report.problems += [f"{id}: it is in the cache and not in the data any more" for id in keys]
     return report
 

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossflow.core.files import DamagedFile, read_metadata, read_tensors, user_cache, write_tensors
+from crossflow.core.progress import Progress
 from crossflow.data.scenes import (
     COLOURS,
     FRONT_MARGIN,
@@ -49,8 +50,6 @@ _EDGE = 1.25  # cells nearer than this to a centre, but beyond reach, may say ei
 _SAME = 0.16  # of the picture's width: centres nearer than this are one solid; those of real solids are 0.2 apart
 _FOUND = 0.1  # of the picture's width: a solid whose centre is not met so closely was not found
 _FIRST_HELD_OUT = 2**39  # among the seeds of the recogniser's own split
-
-Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

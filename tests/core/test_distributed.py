@@ -103,18 +103,18 @@ def test_averaged_gradients_are_those_of_one_process(tmp_path: Path, whole: bool
         assert torch.allclose(gradient, alone.grad, atol=1e-6)
 
 
-def test_on_main_gives_its_text_or_its_error_to_all(tmp_path: Path) -> None:
-    def function(rank: int) -> list[str]:
-        said = on_main(lambda: f"from {rank}")
+def test_on_main_returns_its_value_or_raises_its_error_on_all_ranks(tmp_path: Path) -> None:
+    def function(rank: int) -> list:
+        result = on_main(lambda: {"path": Path("runs"), "rank": rank})
 
         def fail() -> str:
             raise UserError("no space")
 
         with pytest.raises(UserError, match="no space"):
             on_main(fail)
-        return [said]
+        return [str(result["path"]), result["rank"]]
 
-    assert on_ranks(function, tmp_path) == [["from 0"], ["from 0"]]
+    assert on_ranks(function, tmp_path) == [["runs", 0], ["runs", 0]]
 
 
 def test_one_process_does_all_parts() -> None:
@@ -159,5 +159,5 @@ def test_what_one_rank_raises_is_raised_on_all(tmp_path: Path, kind: type[Except
     assert first == (
         ["UserError", "part 3 is bad"]
         if kind is UserError
-        else ["RuntimeError", "process 1 met ZeroDivisionError: part 3 is bad"]
+        else ["RuntimeError", "process 1 raised ZeroDivisionError: part 3 is bad"]
     )

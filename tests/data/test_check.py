@@ -28,7 +28,7 @@ def pairs(tmp_path) -> Path:
 def test_what_is_counted(pairs):
     (pairs / "rgb/03.png").write_bytes(b"broken")
     told = []
-    found = inspect(open_reader(f"pairs:{pairs}", "all"), num_shown=4, on_progress=lambda *given: told.append(given))
+    found = inspect(open_reader(f"pairs:{pairs}", "all"), num_shown=4, progress=lambda *given: told.append(given))
     assert (found.total, found.good) == (20, 19)
     assert found.fields == ("depth", "image")
     assert list(found.bad) == ["03"]

@@ -1,0 +1,18 @@
+"""What a launcher (accelerate launch, torchrun) tells each process it starts; read without joining the others."""
+
+import os
+
+
+def world_size() -> int:
+    """The number of processes that were started together, at least 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process among all of them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
