@@ -1,12 +1,13 @@
 """How a training is shown: a progress bar on a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Any
 
 from crossflow.core.progress import duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 # Numbers of a training line that are shown otherwise, or not at all, on the progress line.
 _NOT_A_LOSS = {"kind", "step", "epoch", "lr", "grad_norm", "seconds_per_step", "samples_per_second", "skipped_steps"}
@@ -15,7 +16,7 @@ _NOT_A_LOSS = {"kind", "step", "epoch", "lr", "grad_norm", "seconds_per_step", "
 class RichProgress:
     """A bar with losses, step time and remaining time on a terminal; elsewhere one plain line per report."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: "Console") -> None:
         self.console = console
         self.total = 0
         self._bar: Progress | None = None
@@ -26,6 +27,8 @@ class RichProgress:
         self.total = total
         if not self.console.is_terminal:
             return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         columns = (
             BarColumn(30),
             MofNCompleteColumn(),

@@ -98,6 +98,8 @@ ALONE = {
     "os.replace": ("core/files.py",),
     "tempfile.mkstemp": ("core/files.py",),
 }
+# The environment of a launcher is read in one place.
+LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 # Where any exception is meant: to forward it to the other processes; tokenizers raises nothing more precise.
 CATCH_ALL = ("core/distributed.py", "networks/frozen.py")
 
@@ -150,6 +152,8 @@ def named_tasks(tree: ast.Module, part: str) -> Iterator[tuple[int, str]]:
 def wrong_code(node: ast.AST, path: Path, tree: ast.Module) -> Iterator[str]:
     if isinstance(node, ast.ExceptHandler) and catches_all(node) and path.as_posix() not in CATCH_ALL:
         yield f"{node.lineno}: catches Exception; name the exceptions that are meant"
+    if isinstance(node, ast.Constant) and node.value in LAUNCHER and path.as_posix() != "core/launcher.py":
+        yield f"{node.lineno}: reads {node.value}; only core/launcher.py does"
     if not isinstance(node, ast.Call):
         return
     name, keywords = called(node), arguments(node)
@@ -274,6 +278,7 @@ def test_circles_are_found_through_local_and_dynamic_imports():
         ("core/a.py", "yaml.load(text)", "yaml.load"),
         ("tasks/a.py", "def f():\n    from safetensors.torch import save_file", "only core/files.py"),
         ("engine/a.py", "os.replace(part, path)", "calls os.replace"),
+        ("data/a.py", "os.environ['RANK']", "only core/launcher.py"),
         ("data/a.py", "import yaml", "only core/settings.py"),
         ("data/a.py", "try:\n    read()\nexcept (OSError, Exception):\n    pass", "catches Exception"),
         ("data/a.py", "try:\n    read()\nexcept:\n    pass", "catches Exception"),
