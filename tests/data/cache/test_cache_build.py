@@ -454,5 +454,5 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(recipe, pictures,
     last = start("killed")
     output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
-    assert b"Going on" in output
+    assert b"Continuing" in output
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
