@@ -1,7 +1,7 @@
 """Every fenced command and piece of code in README and docs runs, with small settings, or says why it does not.
 
-A page runs from top to bottom in a folder of its own that holds `my_pictures` (40 pictures with captions),
-`photo.jpg` and, except for the README, `runs/TASK_tiny` of every task. A block ```` ```bash skip="reason" ```` does not run, and
+A page runs from top to bottom in a folder of its own that holds `my_pictures` (40 pictures with captions), `photo.jpg`
+and, except for the README, `runs/TASK_tiny` of every task. A block ```` ```bash skip="reason" ```` does not run, and
 ```` ```bash recipe ```` runs in tests/recipes.
 """
 
