@@ -8,7 +8,7 @@ import torch
 from crossflow.core.batch import Batch, Condition
 
 
-def test_every_tensor_moves_also_those_of_the_condition() -> None:
+def test_all_tensors_move_including_those_of_the_condition() -> None:
     condition = Condition(tokens=torch.zeros(2, 3, 4), mask=torch.ones(2, 3, dtype=torch.bool))
     batch = Batch(features=torch.zeros(2, 5), target=torch.zeros(2, 4, 8, 8), condition=condition, ids=("a", "b"))
     moved = batch.to("meta")
@@ -42,3 +42,24 @@ def test_half_precision_becomes_float32_on_the_device_and_nothing_else_changes(d
     assert moved.condition.mask is not None
     assert (moved.condition.tokens.dtype, moved.condition.mask.dtype) == (torch.float32, torch.bool)
     assert batch.features.dtype == dtype
+
+
+def test_rows_select_from_every_tensor_including_the_condition() -> None:
+    rows = torch.tensor([2, 0])
+    batch = Batch(
+        features=torch.arange(6.0).reshape(3, 2),
+        target=torch.arange(3.0)[:, None],
+        weight=torch.arange(3.0)[:, None] + 10,
+        condition=Condition(tokens=torch.arange(3.0).reshape(3, 1, 1)),
+        ids=("a", "b", "c"),
+    )
+    part = batch[rows]
+    assert part.features.tolist() == [[4, 5], [0, 1]]
+    assert part.target.tolist() == [[2], [0]]
+    assert part.weight is not None
+    assert part.weight.tolist() == [[12], [10]]
+    assert part.condition is not None
+    assert part.condition.tokens is not None
+    assert part.condition.tokens.flatten().tolist() == [2, 0]
+    assert part.condition.grid is None
+    assert len(batch[:1]) == 1

@@ -35,7 +35,7 @@ def test_patches_are_row_major_with_channels_fastest() -> None:
     assert tokens[0, 3, 0] == 20, "after a row of three patches the one below"
 
 
-def test_sincos_1d_has_its_formula() -> None:
+def test_sincos_1d_follows_its_formula() -> None:
     table = sincos_1d(torch.tensor([0, 1, 7]), 6)
     for row, position in enumerate((0, 1, 7)):
         angles = [position * 10000 ** (-2 * i / 6) for i in range(3)]
@@ -53,7 +53,7 @@ def test_sincos_2d_codes_the_column_then_the_row() -> None:
             assert torch.equal(table[5 * row + column], torch.cat([line[column], line[row]]))
 
 
-def test_sincos_tables_ask_no_device_for_float64(no_float64) -> None:
+def test_sincos_tables_need_float64_on_the_cpu_only(no_float64) -> None:
     with no_float64:
         for table, shape in ((sincos_2d(2, 3, 8, torch.device("meta")), (6, 8)), (sincos_tokens(5, 6), (5, 6))):
             assert table.shape == shape
@@ -63,7 +63,7 @@ def test_sincos_tables_ask_no_device_for_float64(no_float64) -> None:
     assert sincos_tokens(7, 4).device.type == "cpu"
 
 
-def test_who_changes_a_sincos_table_changes_his_own() -> None:
+def test_a_changed_sincos_table_leaves_later_ones_as_they_were() -> None:
     before = sincos_2d(2, 2, 4)
     sincos_2d(2, 2, 4).zero_()
     assert torch.equal(sincos_2d(2, 2, 4), before)

@@ -225,7 +225,7 @@ def test_missing_target_values_do_not_count_and_weights_rotate_along(make: Calla
     whole = objective(replace(b, weight=weight), n)["flow"]
     # the unconditional sample 2 takes target and weight of sample 0, so samples 2 and 3 count nothing
     inputs: list[Tensor] = []
-    handle = objective.model.backbone.register_forward_hook(lambda _, given, output: inputs.append(output[0]))
+    handle = objective.model.backbone.register_forward_hook(lambda _, arguments, output: inputs.append(output[0]))
     objective(b, n)
     handle.remove()
     posterior = objective.model.source_encoder(b.features)
@@ -302,7 +302,7 @@ def test_temperature_has_a_gradient_at_its_bound_and_returns_from_it(
         ({"encoder": "none", "kl": "standrd"}, "Unknown KL form 'standrd'. Did you mean 'standard'"),
     ],
 )
-def test_impossible_objectives_are_user_errors(tiny_dit: Callable, loss: dict, message: str) -> None:
+def test_invalid_objectives_are_user_errors(tiny_dit: Callable, loss: dict, message: str) -> None:
     model = CrossFlow(SourceEncoder(Trunk(GRID), "variational", GRID), tiny_dit(GRID))
     with pytest.raises(UserError, match=message):
         Objective(model, build(Config, {"task": "toy", "loss": loss}))
@@ -322,7 +322,7 @@ def test_several_velocities_make_the_multi_resolution_loss(
     torch.testing.assert_close(objective(b, n)["flow"], first * coarse + last * velocity.square().mean())
 
 
-def test_a_coefficient_for_each_velocity_is_asked_for(make: Callable[..., Objective]) -> None:
+def test_each_velocity_needs_a_coefficient(make: Callable[..., Objective]) -> None:
     objective = make(settings={"loss": {"encoder": "none", "coefficients": [0.25, 1.0]}})
     with pytest.raises(UserError, match=r"loss\.coefficients has 2 values, but the backbone returns 1 velocities"):
         objective(batch(), noise())

@@ -47,7 +47,7 @@ def test_sample_has_the_posteriors_mean_and_variance() -> None:
     assert torch.allclose(z0.var(0), torch.tensor([4.0, 0.25]), rtol=0.05)
 
 
-def test_sample_is_mean_plus_deviation_times_the_noise_given() -> None:
+def test_sample_is_mean_plus_deviation_times_noise() -> None:
     noise = torch.randn(2, 3)
     posterior = Posterior(torch.full((2, 3), 3.0), torch.full((2, 3), math.log(4.0)))
     assert torch.allclose(posterior.sample(noise=noise), 3 + 2 * noise)
@@ -90,7 +90,7 @@ def test_deterministic_is_a_point() -> None:
     assert torch.equal(posterior.sample(), posterior.mean)
 
 
-def test_noisy_adds_noise_of_the_scale_given() -> None:
+def test_noisy_adds_noise_of_its_scale() -> None:
     posterior = encoder("noisy", noise_scale=0.3)(torch.randn(4, 5))
     noise = torch.randn(4, 2, 3, 3)
     assert torch.allclose(posterior.sample(noise=noise), posterior.mean + 0.3 * noise, atol=1e-6)

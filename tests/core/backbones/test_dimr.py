@@ -67,15 +67,15 @@ def test_time_parameter_goes_from_one_value_to_the_other():
         parameter.nodecay_weight.fill_(0.5)
         parameter.nodecay_bias.fill_(0.25)
     c = torch.tensor([1.0, -1.0])  # t = 0 and t = 1
-    right = 1 + 2 * torch.sigmoid(1.5 * c + 0.25)
-    torch.testing.assert_close(parameter(c)[:, 0], right)
+    expected = 1 + 2 * torch.sigmoid(1.5 * c + 0.25)
+    torch.testing.assert_close(parameter(c)[:, 0], expected)
 
 
 def test_time_dependence_has_no_weight_decay():
     model = tiny()
     groups = decay_groups(model, 0.1)
-    spared = {id(one) for group in groups if group["weight_decay"] == 0 for one in group["params"]}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in spared]
+    undecayed = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in undecayed]
     assert [name for name, _ in model.named_parameters() if "nodecay" in name or "positions" in name] == [
         name for name in names if "nodecay" in name or "positions" in name
     ]
@@ -87,10 +87,10 @@ def test_indicator_reaches_every_resolution():
     conditional = model(z, t, torch.zeros(3, dtype=torch.bool))
     unconditional = model(z, t, torch.ones(3, dtype=torch.bool))
     mixed = model(z, t, torch.tensor([True, False, True]))
-    for one, other, both in zip(conditional, unconditional, mixed, strict=True):
-        assert (one - other).abs().amax((1, 2, 3)).min() > 0
-        torch.testing.assert_close(both[1], one[1])
-        torch.testing.assert_close(both[::2], other[::2])
+    for v_cond, v_uncond, v_mixed in zip(conditional, unconditional, mixed, strict=True):
+        assert (v_cond - v_uncond).abs().amax((1, 2, 3)).min() > 1e-5
+        torch.testing.assert_close(v_mixed[1], v_cond[1])
+        torch.testing.assert_close(v_mixed[::2], v_uncond[::2])
 
 
 def test_indicator_starts_at_plus_and_minus_one():
@@ -99,13 +99,39 @@ def test_indicator_starts_at_plus_and_minus_one():
     assert (stage.unconditional.tolist(), stage.conditional.tolist()) == ([-1.0], [1.0])
 
 
-def test_samples_do_not_see_each_other_and_checkpointing_changes_nothing():
+def test_samples_of_a_batch_do_not_influence_each_other():
     model, (z, t, flags) = tiny(num_stages=3), inputs()
     whole = model(z, t, flags)
     alone = model(z[1:2], t[1:2], flags[1:2])
     torch.testing.assert_close(whole[-1][1:2], alone[-1], atol=1e-6, rtol=1e-5)
-    model.set_checkpointing(True)
-    torch.testing.assert_close(model(z, t, flags), whole)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_gives_equal_velocities_and_gradients(dropout):
+    model = tiny(num_stages=3, context_dim=8, dropout=dropout).train()
+    condition = Condition(tokens=torch.randn(3, 5, 8))
+    results = []
+    for on in (False, True):
+        model.set_checkpointing(on)
+        model.zero_grad()
+        torch.manual_seed(0)
+        velocities = model(*inputs(), condition)
+        sum(velocity.square().mean() for velocity in velocities).backward()
+        results.append([*velocities, *(parameter.grad.clone() for parameter in model.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_blocks_of_the_second_half_read_the_outputs_of_the_first_in_reverse_order():
+    stage = tiny(depth=5).stages[0]
+    inputs_of_skips = []
+    for skip in stage.skips:
+        skip.register_forward_pre_hook(lambda _, arguments: inputs_of_skips.append(arguments[0]))
+    x, c = torch.randn(2, 7, 16), torch.zeros(2)
+    outputs = stage.through(x, stage.blocks, c, None, None)
+    assert len(outputs) == 5
+    for read, skip in zip(inputs_of_skips, (outputs[1], outputs[0]), strict=True):
+        assert torch.equal(read[..., 16:], skip)
 
 
 def test_a_stage_reads_the_full_resolution_latent():
@@ -124,7 +150,7 @@ def test_the_number_of_blocks_is_odd(depth):
 def test_sizes_have_the_papers_parameter_counts():
     with torch.device("meta"):
         counts = {
-            (size, stages): sum(one.numel() for one in _sized(size, stages).parameters())
+            (size, stages): sum(parameter.numel() for parameter in _sized(size, stages).parameters())
             for size, stages in [*((size, 2) for size in SIZES), ("XL", 3)]
         }
     assert counts[("XL", 2)] == 950_778_890
@@ -139,19 +165,19 @@ def _sized(size, num_stages):
     return build_backbone(BackboneConfig(name="dimr", size=size, num_stages=num_stages), (4, side, side))
 
 
-def test_stages_can_be_given_one_by_one():
+def test_stages_can_be_configured_singly():
     stages = [
         {"width": 16, "hidden": 24, "depth": 3, "heads": 2, "patch": 2, "pool": 2},
         {"width": 8, "hidden": 40, "depth": 1},
     ]
     velocities = tiny(stages=stages)(*inputs())
     assert [velocity.shape[-1] for velocity in velocities] == [4, 16]
-    assert [one.width for one in default_stages(BackboneConfig(name="dimr", width=64, heads=2, num_stages=3))] == [
+    assert [stage.width for stage in default_stages(BackboneConfig(name="dimr", width=64, heads=2, num_stages=3))] == [
         *(64, 32, 16)
     ]
 
 
-def test_latents_come_in_multiples_of_the_grain():
+def test_grain_is_the_multiple_that_sides_of_a_latent_need():
     assert BackboneConfig(name="dit", patch=4).grain == 4
     assert BackboneConfig(name="dimr", patch=1, num_stages=3).grain == 4
     assert BackboneConfig(name="dimr", patch=3, num_stages=2).grain == 6
@@ -174,7 +200,7 @@ def test_latents_of_other_sizes_stretch_the_positions():
 
 
 @pytest.mark.parametrize(
-    ("settings", "shape", "told"),
+    ("settings", "shape", "message"),
     [
         ({}, (77, 16), "works on grids"),
         ({"size": "huge"}, LATENT, "Unknown DiMR size 'huge'"),
@@ -184,6 +210,6 @@ def test_latents_of_other_sizes_stretch_the_positions():
         ({"stages": [{"width": 16, "hidden": 16, "depth": 1, "heads": 3}]}, LATENT, "not a multiple of its 3 heads"),
     ],
 )
-def test_invalid_shapes_are_user_errors(settings, shape, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_shapes_are_user_errors(settings, shape, message):
+    with pytest.raises(UserError, match=message):
         tiny(shape, **settings)
