@@ -98,7 +98,7 @@ def command(
         )
     if report is None:  # not the first of several processes
         return
-    headline = model.pipe.task.headline if protocol is None else protocol.headline
+    headline = model.pipe.task.Scoring.headline if protocol is None else protocol.headline
     show_scores(report.scores.values, report.scores.intervals, report.baseline, headline)
     for note in report.scores.notes:
         say(f"note: {note}")

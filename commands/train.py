@@ -98,7 +98,7 @@ def _show_end(run: "Run", outcome: "Outcome", folder: Path) -> None:
         return
     say(f"Trained {result.step} steps in {result.seconds / 60:.1f} minutes. Samples: {folder / 'samples'}")
     if outcome.scores is not None:
-        show_scores(outcome.scores.values, outcome.scores.intervals, outcome.baseline, run.task.headline)
+        show_scores(outcome.scores.values, outcome.scores.intervals, outcome.baseline, run.task.Scoring.headline)
         for note in outcome.scores.notes:
             say(f"note: {note}")
     prompt = '"a red cube"' if run.config.data.train == "scenes" else "TEXT"

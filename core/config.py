@@ -44,7 +44,7 @@ class SourceConfig(Section):
     """small: the task's own trunk; released: the post-norm text encoder of the papers (t2i with a frozen text encoder).
     """
     width: int = Field(128, ge=8)
-    """Width of the task's trunk."""
+    """Width of the task's trunk: a multiple of 32, or of 4 below 64."""
     depth: int = Field(2, ge=0)
     """Layers of the task's trunk."""
     hidden: int = Field(1024, ge=8)
@@ -55,6 +55,13 @@ class SourceConfig(Section):
     """Of the released trunk."""
     frozen: bool = False
     """Leave the encoder as train.start_from gave it (second of two stages, CrossFlow Table 3)."""
+
+    @field_validator("width")
+    @classmethod
+    def _divides_into_heads(cls, width: int) -> int:
+        if width % 4 or width % max(1, width // 32):  # the trunks have one head for each 32 values
+            raise ValueError("take a multiple of 32, or of 4 below 64")
+        return width
 
 
 class StageConfig(Section):

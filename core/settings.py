@@ -14,16 +14,21 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.recipes import RECIPE_FOLDERS, RECIPES
 
 C = TypeVar("C", bound=BaseModel)
 
-RECIPES = Path(__file__).parent.parent / "configs"
 SUFFIXES = (".yaml", ".yml")
 
 
 def shipped(folder: Path = RECIPES) -> dict[str, Path]:
-    """The YAML files of a shipped folder by name (`t2i_small`); a leading _ marks files that others only extend."""
-    return {path.stem: path for path in sorted(folder.glob("[!_]*.yaml"), key=lambda path: path.stem)}
+    """The YAML files of a shipped folder by name (`t2i_small`); a leading _ marks files that others only extend.
+
+    The recipes of registered tasks count as shipped.
+    """
+    folders = RECIPE_FOLDERS if folder == RECIPES else [folder]
+    paths = {path.stem: path for place in folders for path in place.glob("[!_]*.yaml")}
+    return dict(sorted(paths.items()))
 
 
 def read(source: str | Path, folder: Path = RECIPES, kind: str = "recipe") -> dict[str, Any]:
@@ -143,6 +148,8 @@ def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return str(unknown_name("setting", name, [prefix + field for field in _fields_at(kind, location[:-1])]))
     if problem["type"] == "missing":
         return f"The setting {name!r} is missing."
+    if problem["type"] == "value_error" and isinstance(problem["input"], Mapping | BaseModel):
+        return str(problem["ctx"]["error"])  # of a validator of a whole section, whose sentence names the settings
     return f"The setting {name} = {problem['input']!r} is invalid: {problem['msg']}."
 
 

@@ -1,26 +1,10 @@
-"""Pictures of any size through a model of patches: grouping by shape, fitting sides, overlapped and blended tiles."""
+"""Pictures of any size through a model of patches: fitting sides, overlapped and blended tiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
-
-
-def by_shape(
-    inputs: Sequence[np.ndarray], ids: Sequence[str], run: Callable[[list[np.ndarray], list[str]], list[Any]]
-) -> list[Any]:
-    """`run` on groups of inputs of equal shape, the outputs in the order of the inputs."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, value in enumerate(inputs):
-        groups.setdefault(value.shape, []).append(index)
-    outputs: list[Any] = [None] * len(inputs)
-    for indices in groups.values():
-        results = run([inputs[i] for i in indices], [ids[i] for i in indices])
-        for index, output in zip(indices, results, strict=True):
-            outputs[index] = output
-    return outputs
 
 
 def fit_shorter_side(image: np.ndarray, size: int, multiple: int) -> np.ndarray:
@@ -29,10 +13,14 @@ def fit_shorter_side(image: np.ndarray, size: int, multiple: int) -> np.ndarray:
 
     `size` itself must be such a multiple. A side is at most 4 x `size`: longer pictures are squeezed.
     """
-    height, width = fitted_sides(image.shape, size, multiple)
-    if image.shape[:2] == (height, width):
+    return resize_image(image, fitted_sides(image.shape, size, multiple))
+
+
+def resize_image(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The picture (H, W, 3) uint8 at the height and width of `shape`, by bicubic interpolation."""
+    if image.shape[:2] == shape:
         return image
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
 
 
 def fitted_sides(shape: tuple[int, ...], size: int, multiple: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from crossflow.data.cache.store import Cache
 from crossflow.data.cache.verify import compare
 from crossflow.data.reader import Reader
 from crossflow.data.readers import open_reader, require
-from crossflow.tasks.base import build_task
+from crossflow.tasks.base import task_class
 
 USUAL_SPLITS = ("train", "val")
 
@@ -49,8 +49,7 @@ def builder(
     if "features" in fields:
         raise UserError(f"{spec!r} is already a cache. Give the data it was made from.")
     imported = "released" in fields
-    task = build_task(config)
-    task.open_frozen()
+    task = task_class(config.task).frozen(config)
     extractor = task.extractor(Options(sizes, storage, device, images=imported or "image" in fields))
     needs = {"captions", "released"} if imported else extractor.needs
     readers = {split: require(reader, needs, f"{config.task} (cache)") for split, reader in readers.items()}

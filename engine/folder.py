@@ -24,11 +24,10 @@ from typing import Any
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
 from crossflow.core.training.checkpoint import checkpoints
+from crossflow.core.weights import WEIGHTS
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
-WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
-"""Files of the two kinds of weights; averaged weights are preferred."""
 OBJECTIVE = "objective.safetensors"
 METRICS = "metrics.jsonl"
 SCORES = "scores.json"

@@ -63,8 +63,7 @@ def encode(pipe: Pipeline, value: object, *, seed: int = 0, mode: bool = False, 
 
 def _encode(pipe: Pipeline, pieces: Pieces, seed: int, mode: bool, id: str) -> Encoded:
     source = pipe.task.source(pieces.values)
-    names = [id] if len(pieces.values) == 1 else [f"{id}#{index}" for index in range(len(pieces.values))]
-    return Encoded(pieces, source, pipe.latents(source, names, seed, mode))
+    return Encoded(pieces, source, pipe.latents(source, pieces.names(id), seed, mode))
 
 
 @torch.no_grad()
@@ -114,7 +113,7 @@ def _outputs(
         parts = torch.cat(group).split(settings.batch_size)
         z1 = [pipe.generate(Source(features=part), part, settings, next(steps)) for part in parts]
         guides = torch.cat(list(features[len(outputs) : len(outputs) + len(group)]))
-        decoded = pipe.task.decode_with(torch.cat(z1).float().cpu(), guides)
+        decoded = pipe.task.decode(torch.cat(z1).float().cpu(), guides)
         outputs += [pieces.join(decoded[i : i + num_pieces]) for i in range(0, len(decoded), num_pieces)]
     next(steps, None)  # reports the end of the last integration
     return outputs
@@ -261,7 +260,7 @@ def invert(
     error = (whole - z1).square().mean().sqrt().item()
     outputs = []
     for latents in (z1.float().cpu(), whole):
-        decoded = pipe.task.decode(latents) if features is None else pipe.task.decode_with(latents, features)
+        decoded = pipe.task.decode(latents, features)
         outputs.append(pieces.join(decoded))
     return Inversion(
         torch.cat(z0).cpu(), Outputs(tuple(outputs), pipe.task.pictures, seed, output_type=output_type), error

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ import torch
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.data.dataset import Examples
-from crossflow.data.reader import Reader
-from crossflow.data.readers import resolve_spec
 from crossflow.engine.folder import MANIFEST, RunFolder
+from crossflow.tasks.base import Task
 
 PACKAGES = ("crossflow-toolkit", "torch", "accelerate", "transformers", "diffusers", "numpy")
 
@@ -78,14 +77,27 @@ def _revision() -> str | None:
     return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
-def open_again(open_spec: Callable[[str], Reader], spec: str, run: Path) -> Reader:
-    """The reader of a spec in the configuration of the run directory `run`.
+def open_data(
+    task: type[Task],
+    config: Config,
+    split: str,
+    spec: str | None = None,
+    *,
+    run: Path | None = None,
+    limit: int | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Examples:
+    """A split of the data at `spec`, or of those that the configuration names; see `Task.dataset`.
 
-    Raises UserError that says how to name data that have moved.
+    run: the run directory of the configuration, whose relative places start where the run was started. Raises UserError
+    that says how to name data that have moved.
     """
+    if spec is not None or run is None:
+        return task.dataset(config, split, spec, limit=limit, options=options)
     directory = RunFolder(run).read_manifest().get("directory")
+    base = Path(directory) if isinstance(directory, str) else None
     try:
-        return open_spec(resolve_spec(spec, Path(directory)) if isinstance(directory, str) else spec)
+        return task.dataset(config, split, limit=limit, base=base, options=options)
     except UserError as error:
         origin = f", where a relative path starts at {directory}" if directory else ""
         raise UserError(

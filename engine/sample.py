@@ -4,7 +4,7 @@ B batch.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,18 @@ from crossflow.core import distributed, launcher, sampling
 from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
-from crossflow.core.files import read_tensors, write_atomically, write_tensors
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import item_noise
 from crossflow.core.progress import Progress
-from crossflow.core.settings import build, dump
-from crossflow.engine.folder import CONFIG, PROVENANCE, WEIGHTS, RunFolder
+from crossflow.core.settings import build
+from crossflow.core.weights import kind_of_weights
+from crossflow.data.dataset import Examples
+from crossflow.engine.folder import PROVENANCE
 from crossflow.engine.inputs import item_ids, read_inputs
 from crossflow.engine.outputs import Outputs, check_output_type
-from crossflow.tasks.base import Flow, Task, build_task, load_config
-
-HUB_FILES = ["*.json", "*.yaml", "*.safetensors", "*.txt"]
-"""Files of a hub repository that are downloaded; none that unpickling would have to read."""
+from crossflow.engine.provenance import open_data
+from crossflow.networks.hub import run_folder
+from crossflow.tasks.base import Pieces, Task, load_model, save_model
 
 
 def load(
@@ -49,88 +49,10 @@ def load(
     Raises:
         UserError: missing or damaged files, weights of another model, a repository that is unavailable.
     """
-    run = RunFolder(_find(source, revision))
-    config = load_config(run.path, overrides)
-    kind = weights or run.preferred_weights
-    file = run.weights(kind)
-    task = build_task(config)
-    task.run_folder = run.path
-    task.restore(run.path)
-    return Pipeline(task, _load_model(task, file), folder=run.path, weights=kind, device=device)
-
-
-def _find(source: str | Path, revision: str | None) -> Path:
-    """The run directory `source`, or the local copy of the hub repository of that name."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not RunFolder(folder).is_run:
-            raise UserError(
-                f"{folder} is not a run directory: it has no {CONFIG}. Give the folder that `crossflow train` wrote to."
-            )
-        return folder
-    if folder.exists():
-        raise UserError(
-            f"{folder} is a file, but a checkpoint is a run directory. Convert released files with `crossflow convert`."
-        )
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise UserError(f"{source} does not exist. Give a run directory, or a hub id such as owner/name.")
-    return _download(str(source), revision)
-
-
-def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
-    try:
-        path = snapshot_download(
-            repository, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["checkpoints/*", "evaluation/*"]
-        )
-    except HFValidationError as error:
-        raise UserError(f"{repository} is neither a folder nor a valid hub id: {error}") from error
-    except (HTTPError, OSError) as error:  # refused or interrupted; offline or no space
-        version = f" (revision {revision})" if revision is not None else ""
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"{repository}{version} is not a folder here, and the hub repository is unavailable: {reason}. "
-            "Give a run directory, or download the repository and give its folder."
-        ) from error
-    if not RunFolder(Path(path)).is_run:
-        raise UserError(f"The hub repository {repository} holds no run: it has no {CONFIG}.")
-    return Path(path)
-
-
-def _load_model(task: Task, path: Path) -> CrossFlow:
-    """The task's model with the weights of a file, which is mapped into memory instead of being copied there."""
-    with torch.device("meta"):
-        model = task.build_model()
-    _load_weights(model, path)
-    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        model = task.build_model()  # it holds tables that are computed and not saved
-        _load_weights(model, path)
-    return model
-
-
-def _load_weights(model: CrossFlow, path: Path) -> None:
-    """Raises UserError unless the file holds exactly the model's tensors."""
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent} has no {path.name}: the run has not saved weights yet, or the file was removed."
-        )
-    state = read_tensors(path, "Use another checkpoint of the run.")
-    expected = model.state_dict()
-    wrong = [
-        *(f"{key} is missing" for key in expected if key not in state),
-        *(f"{key} is not part of this model" for key in state if key not in expected),
-        *(
-            f"{key} has shape {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-            for key, value in expected.items()
-            if key in state and state[key].shape != value.shape
-        ),
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(f"{path} does not fit the model of its config.yaml: {'; '.join(wrong[:5])}{more}.")
-    model.load_state_dict({key: tensor.to(expected[key].dtype) for key, tensor in state.items()}, assign=True)
+    folder = run_folder(source, revision)
+    kind = kind_of_weights(folder, weights)
+    task, model = load_model(folder, weights=kind, overrides=overrides)
+    return Pipeline(task, model, folder=folder, weights=kind, device=device)
 
 
 class Pipeline:
@@ -228,6 +150,20 @@ class Pipeline:
             outputs += self.outputs(repeated[part], names[part], seed, chosen, on_step)
         return Outputs(tuple(outputs), self.task.pictures, seed, tuple(names), output_type)
 
+    def dataset(
+        self,
+        split: str,
+        spec: str | None = None,
+        *,
+        limit: int | None = None,
+        options: Mapping[str, str] | None = None,
+        seed: int | None = None,
+    ) -> Examples:
+        """A split of the data at `spec`, or of the run's own; see `Task.dataset`. seed: instead of the run's."""
+        config = self.task.config
+        config = config if seed is None else config.model_copy(update={"seed": seed})
+        return open_data(type(self.task), config, split, spec, run=self.folder, limit=limit, options=options)
+
     @torch.no_grad()
     def outputs(
         self,
@@ -237,20 +173,21 @@ class Pipeline:
         settings: SampleConfig | None = None,
         on_step: Progress | None = None,
     ) -> list[Any]:
-        """Outputs of one batch of read inputs."""
-        return self.task.run(inputs, self.flow(seed, settings or self.settings, on_step), ids)
-
-    def flow(self, seed: int, settings: SampleConfig, on_step: Progress | None = None) -> Flow:
-        """The function that a task calls to turn sources into z1; sources are taken in parts of settings.batch_size."""
-
-        def run(source: Source, ids: Sequence[str]) -> Tensor:
-            parts = [
-                self.generate(part, self.latents(part, names, seed, settings.mode), settings, on_step)
-                for part, names in _parts(source, ids, settings.batch_size)
-            ]
-            return torch.cat(parts).float().cpu()
-
-        return run
+        """Outputs of read inputs. Pieces of one shape share batches, also across inputs; noise is keyed by their
+        ids.
+        """
+        settings = settings or self.settings
+        pieces = [self.task.pieces(value) for value in inputs]
+        names = [part.names(name) for part, name in zip(pieces, ids, strict=True)]
+        outputs: list[list[Any]] = [[None] * len(part.values) for part in pieces]
+        for places in _batches(pieces, settings.batch_size):
+            source = self.task.source([pieces[i].values[k] for i, k in places])
+            z0 = self.latents(source, [names[i][k] for i, k in places], seed, settings.mode)
+            z1 = self.generate(source, z0, settings, on_step)
+            decoded = self.task.decode(z1.float().cpu(), source.features)
+            for (i, k), output in zip(places, decoded, strict=True):
+                outputs[i][k] = output
+        return [part.join(made) for part, made in zip(pieces, outputs, strict=True)]
 
     @torch.no_grad()
     def latents(self, source: Source, ids: Sequence[str], seed: int = 0, mode: bool = False) -> Tensor:
@@ -312,11 +249,7 @@ class Pipeline:
     def save(self, folder: str | Path) -> Path:
         """Writes a complete run directory (configuration, weights, tokenizer, codec); returns it."""
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        write_atomically(target / CONFIG, dump(self.task.config))
-        for kind in {"model", self.weights}:
-            write_tensors(target / WEIGHTS[kind], self.model.state_dict())
-        self.task.save(target)
+        save_model(self.task, self.model, target, sorted({"model", self.weights}))
         if self.folder is not None and self.folder.resolve() != target.resolve():
             for name in PROVENANCE:
                 if (self.folder / name).is_file():
@@ -339,6 +272,12 @@ def find_device(name: str | None) -> torch.device:
         raise UserError(f"The device {name!r} is unavailable ({str(error).splitlines()[0]}). Use cpu.") from error
 
 
-def _parts(source: Source, ids: Sequence[str], size: int) -> Iterator[tuple[Source, Sequence[str]]]:
-    for start in range(0, len(source), size):
-        yield source[start : start + size], ids[start : start + size]
+def _batches(pieces: Sequence[Pieces], size: int) -> Iterator[list[tuple[int, int]]]:
+    """The places (input, piece) of pieces of one shape, at most `size` together, in the order of the inputs."""
+    groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for i, part in enumerate(pieces):
+        for k, value in enumerate(part.values):
+            groups.setdefault(getattr(value, "shape", ()), []).append((i, k))
+    for places in groups.values():
+        for start in range(0, len(places), size):
+            yield places[start : start + size]

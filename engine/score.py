@@ -14,7 +14,8 @@ from crossflow.core.objective import Objective
 from crossflow.data.dataset import Examples
 from crossflow.data.sheet import sheet
 from crossflow.engine.sample import Pipeline
-from crossflow.tasks.base import Case, Task, Tile
+from crossflow.tasks.base import Task
+from crossflow.tasks.scoring import Case, Scoring, Tile
 
 T = TypeVar("T")
 
@@ -32,25 +33,25 @@ class Scores:
     notes: list[str] = field(default_factory=list)
 
 
-def score(pipe: Pipeline, cases: Sequence[Case], *, seed: int = 0, num_tiles: int = 16) -> Scores:
+def score(pipe: Pipeline, scoring: Scoring, cases: Sequence[Case], *, seed: int = 0, num_tiles: int = 16) -> Scores:
     """Runs and scores the cases, in batches of the recipe's sampling; the noise follows from (seed, case id).
 
     num_tiles: number of cases whose tiles are kept.
     """
-    metric = pipe.task.metric()
+    metric = scoring.metric()
     pages: list[list[Tile]] = []
     for part in batches(cases, pipe.settings.batch_size):
         for case, output in zip(part, _outputs(pipe, part, seed), strict=True):
             metric.add(case.id, output, case.truth)
             if len(pages) < num_tiles:
-                pages.append(pipe.task.tiles(case, output))
+                pages.append(scoring.tiles(case, output))
     values = metric.compute()
     return Scores(values, metric.intervals(), metric.rows, pages, metric.notes)
 
 
-def show(pipe: Pipeline, cases: Sequence[Case], *, seed: int = 0) -> list[list[Tile]]:
+def show(pipe: Pipeline, scoring: Scoring, cases: Sequence[Case], *, seed: int = 0) -> list[list[Tile]]:
     """The tiles of some cases, without scores."""
-    return [pipe.task.tiles(case, output) for case, output in zip(cases, _outputs(pipe, cases, seed), strict=True)]
+    return [scoring.tiles(case, output) for case, output in zip(cases, _outputs(pipe, cases, seed), strict=True)]
 
 
 def _outputs(pipe: Pipeline, cases: Sequence[Case], seed: int) -> list[Any]:

@@ -26,11 +26,12 @@ from crossflow.data.dataset import Examples
 from crossflow.data.images import save_png
 from crossflow.data.readers import resolve_spec
 from crossflow.engine.folder import RunFolder, Snapshot
-from crossflow.engine.provenance import changed, expect_same, manifest
+from crossflow.engine.provenance import changed, expect_same, manifest, open_data
 from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, arrange, held_out_loss, score, seen_in_training, show
 from crossflow.engine.start_from import start_from
-from crossflow.tasks.base import Case, Example, Task, Tile, build_task, load_config
+from crossflow.tasks.base import Example, Task, load_config, task_class
+from crossflow.tasks.scoring import Case, Scoring, Tile
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class TrainingSet:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """The batch of some examples."""
-        return self.task.batch(examples)
+        return self.task.collate(examples)
 
 
 def train(
@@ -192,15 +193,14 @@ class Run:
         resumes = resume is not None and bool(run.checkpoints)
         before = run.snapshot()
         try:
-            task = build_task(config)
-            if resumes:
-                task.run_folder = folder  # relative data are searched where it was started
-            data = task.dataset("train")
-            preparation = _Preparation(config, run, task, data, progress)
+            kind = task_class(config.task)
+            # Relative data of a resumed run are searched where it was started.
+            data = open_data(kind, config, "train", run=folder if resumes else None)
+            preparation = _Preparation(config, run, kind, data, progress)
             # On the main process alone: a slower process would take the new files for an existing run.
             distributed.on_main(lambda: preparation.again(data_changed) if resumes else preparation.first(resume))
             # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
-            task.restore(folder)
+            task = kind.load(config, folder)
             task.accept(data)
             objective = _build_objective(config, task, progress, start=not resumes)
         except BaseException:
@@ -255,10 +255,11 @@ class Run:
 
     def _score(self, result: TrainResult) -> Outcome:
         self.progress.note("Scoring the averaged weights on the validation split.")
-        scores = score(self._pipeline(), self.cases, seed=self.config.seed, num_tiles=NUM_SAMPLES)
+        seed = self.config.seed
+        scores = score(self._pipeline(), self.scoring, self.cases, seed=seed, num_tiles=NUM_SAMPLES)
         scores.notes.extend(seen_in_training(self.data, self.validation))
         self._write_sheet(scores.pages, "final.png")
-        baseline = self.task.baseline(self.data, self.cases)
+        baseline = self.scoring.baseline(lambda: self.data, self.cases)
         content = {"step": result.step, "scores": scores.values, "intervals": scores.intervals, "baseline": baseline}
         RunFolder(self.folder).write_scores(content)
         return Outcome(self.folder, result, scores, baseline)
@@ -266,12 +267,18 @@ class Run:
     @functools.cached_property
     def cases(self) -> list[Case]:
         """The cases scored during and after training: `data.num_val` of the validation split."""
-        return self.task.cases(self.validation, self.config.data.num_val)
+        return self.scoring.cases(self.validation, self.config.data.num_val).all()
+
+    @functools.cached_property
+    def scoring(self) -> Scoring:
+        """How the run is scored: by the task's own rules."""
+        return self.task.scoring(seed=self.config.seed)
 
     @functools.cached_property
     def validation(self) -> Examples:
         """The first `data.num_val` items of the validation split."""
-        examples = self.task.dataset("val", limit=self.config.data.num_val)
+        num, run = self.config.data.num_val, self.folder if self.resume is not None else None
+        examples = open_data(type(self.task), self.config, "val", run=run, limit=num, options=self.scoring.options)
         self.task.accept(examples)
         return examples
 
@@ -287,7 +294,7 @@ class Run:
     def _sample(self, step: int) -> None:
         if not distributed.is_main():
             return
-        pages = show(self._pipeline(), self.cases[:NUM_SAMPLES], seed=self.config.seed)
+        pages = show(self._pipeline(), self.scoring, self.cases[:NUM_SAMPLES], seed=self.config.seed)
         path = self._write_sheet(pages, f"step_{step:08d}.png")
         self.progress.note(f"Samples: {path}")
 
@@ -302,7 +309,7 @@ class _Preparation:
 
     config: Config
     run: RunFolder
-    task: Task
+    task: type[Task]
     data: Examples
     progress: TrainingProgress
 
@@ -315,9 +322,9 @@ class _Preparation:
                 "Continue it with --resume auto, or choose another --output."
             )
         self.run.path.mkdir(parents=True, exist_ok=True)
-        self.task.prepare(self.data, self.progress.note)
-        self._check_patches()
-        self.task.save(self.run.path)
+        task = self.task.learn(self.config, self.data, self.progress.note)
+        self._check_patches(task.latent_shape)
+        task.parts.save(self.run.path)
         self.run.write_manifest(manifest(self.config, self.data))
         write_atomically(self.run.config, dump(self.config))  # last: it says that the folder holds a run
         return ""
@@ -332,8 +339,8 @@ class _Preparation:
         write_atomically(self.run.config, dump(self._with_absolute_data(load_config(self.run.config))))
         return ""
 
-    def _check_patches(self) -> None:
-        shape, patch = self.task.latent_shape, self.config.backbone.grain
+    def _check_patches(self, shape: tuple[int, ...]) -> None:
+        patch = self.config.backbone.grain
         if len(shape) == 3 and (shape[1] % patch or shape[2] % patch):
             raise UserError(
                 f"Latents of {shape[1]} x {shape[2]} cannot be cut into the backbone's patches of {patch}: choose "

@@ -45,8 +45,8 @@ from crossflow.released.folders import (
 from crossflow.released.kinds import Kind, kind_named
 from crossflow.released.known import Known, identify, read_config
 from crossflow.released.rules import Entry, check, entries, expected_shapes
-from crossflow.tasks.base import build_task
-from crossflow.tasks.t2i import T2IConfig
+from crossflow.tasks.base import task_class
+from crossflow.tasks.t2i.config import T2IConfig
 from crossflow.tasks.t2i.encoder import FROZEN_FILE
 
 
@@ -148,8 +148,7 @@ def _run_config(known: Known, keys: Sequence[str], overrides: Sequence[str], mod
     for section, name in (("text", "encoder"), ("codec", "source")):
         settings[section] = {**settings[section], name: _local(f"{section}.{name}", settings[section].get(name))}
     config = build(T2IConfig, settings)
-    task = build_task(config)
-    task.assume()
+    task = task_class("t2i").outline(config)
     with torch.device("meta"):
         built = task.build_model().state_dict()
     converted = module.state_dict()

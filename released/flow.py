@@ -16,7 +16,7 @@ from crossflow.core.objective import Objective
 from crossflow.core.settings import build
 from crossflow.released.kinds import KINDS, Kind, ReferenceConfig
 from crossflow.released.rules import Rule
-from crossflow.tasks.base import build_task, task_class
+from crossflow.tasks.base import task_class
 
 CLIP, CLIP_336, T5 = "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336", "google/t5-v1_1-xxl"
 TOWER = "google/siglip-large-patch16-256"
@@ -151,8 +151,8 @@ def _builder(settings: Recipe) -> Callable[[ReferenceConfig, Collection[str]], C
     """`Kind.build` for the kind whose recipe `settings` returns."""
 
     def make(config: ReferenceConfig, keys: Collection[str]) -> CrossFlow:
-        task = build_task(build(task_class("t2i").Config, settings(config, keys)))
-        task.assume()
+        kind = task_class("t2i")
+        task = kind.outline(build(kind.Config, settings(config, keys)))
         model = task.build_model()
         model.remember_objective(task.build_objective(model))
         return model

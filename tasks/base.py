@@ -1,227 +1,291 @@
-"""What a task is: the adapter between a pair of modalities and the modality-agnostic core, and the registry of tasks.
+"""What a task is: the adapter between a pair of modalities and the modality-agnostic core.
 
-A task's life: built from its configuration; `prepare`d once on the training data (tokenizer, scales, a text
-autoencoder), after which `save` and `load` carry what it learned; then it builds the model and its objective, turns
-items into batches, inputs into sources, latents into outputs, and scores outputs.
+A task is cut in three. Its `Parts` are what a run learns from data or opens before its flow (tokenizer, codec,
+scales). The `Task` itself is the modality: training batches, sources, outputs, the model. Its `Scoring` says what is
+compared with what (tasks/scoring.py). CONTRIBUTING adds a task step by step; tasks whose input is a picture extend
+`crossflow.tasks.pictures.PictureTask`, which has most of it.
 """
 
-import importlib
+import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from crossflow.core.batch import Batch, Source
 from crossflow.core.config import Config
-from crossflow.core.errors import PARSING_ERRORS, UserError, unknown_name
-from crossflow.core.metrics import TaskMetric
+from crossflow.core.errors import PARSING_ERRORS, UserError
+from crossflow.core.files import write_atomically, write_tensors
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
-from crossflow.core.settings import build, dump, merge, parse_overrides, read
+from crossflow.core.settings import build, dump, merge, parse_overrides, read, shipped
+from crossflow.core.weights import WEIGHTS, kind_of_weights, load_weights
 from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import cache_of
 from crossflow.data.dataset import Examples
 from crossflow.data.item import Item
 from crossflow.data.reader import Reader
-from crossflow.data.readers import open_reader, require
-from crossflow.engine.provenance import open_again
-from crossflow.tasks import task_names
+from crossflow.data.readers import open_reader, require, resolve_spec, with_options
+from crossflow.tasks import adapter_of, add_recipes_of_packages, task_names
+from crossflow.tasks.scoring import Scoring
 
 C = TypeVar("C", bound=Config)
+P = TypeVar("P", bound="Parts")
 Example = Mapping[str, Any]
-Flow = Callable[[Source, Sequence[str]], Tensor]
-"""(source of B items, their ids) -> z1 (B, *latent): posterior, keyed sample, ODE."""
+AnyScoring: TypeAlias = Scoring
+REQUIRED = ("name", "Config", "Parts", "Scoring", "needs", "input_kind")
 Report = Callable[[str], None]
-"""Takes one line that tells a person what is going on."""
+"""Takes one line that says what is going on."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One thing to be scored: what goes in, what is right, and the item behind it (None when there is only a
-    prompt).
+class Parts(ABC):
+    """What a run learns from its training data or opens before its flow, and keeps in its folder. Immutable afterwards.
+
+    Four ways lead to one: learned by a new run, loaded from a run directory, frozen networks alone (for
+    `crossflow cache`), or an outline that shapes the model but holds no network and no data (for counting parameters).
     """
 
-    id: str
-    input: Any
-    truth: Any
-    item: Item | None = None
+    @classmethod
+    @abstractmethod
+    def learn(cls, config: Any, examples: Examples, report: Report) -> Self:
+        """Learns from training examples; deterministic under config.seed."""
 
+    @classmethod
+    @abstractmethod
+    def load(cls, config: Any, folder: Path) -> Self:
+        """Reads what `save` wrote into a run directory."""
 
-@dataclass(frozen=True)
-class Tile:
-    """A picture (H, W, 3) uint8 with the words under it."""
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes everything that `load` needs into a run directory."""
 
-    image: np.ndarray
-    text: str = ""
+    @classmethod
+    @abstractmethod
+    def outline(cls, config: Any) -> Self:
+        """What the settings alone determine: enough for `Task.latent_shape` and `Task.build_model`."""
+
+    @classmethod
+    def frozen(cls, config: Any) -> Self:
+        """The frozen networks that the settings name, for `Task.extractor`. Raises UserError for tasks without any."""
+        raise UserError(
+            f"The task {config.task} reads pixels and has no frozen networks, so there is nothing to cache; "
+            "train on the data themselves."
+        )
+
+    def files(self) -> tuple[str, ...]:
+        """Files of the run directory that sampling reads besides the weights and what `save` writes."""
+        return ()
 
 
 @dataclass(frozen=True)
 class Pieces:
     """One input, or one output to be inverted, as the model takes it: whole, or in overlapping tiles.
 
-    values: what `Task.source` takes (for outputs: latents z1), all of one shape; join: one output of those of the
-    pieces; layout: what two inputs must agree in for their latents to be mixed, such as their height and width.
+    values: what `Task.source` takes (for outputs: latents z1), all of one shape; join: the outputs of the pieces -> one
+    output; layout: what two inputs must share for their latents to be mixed, such as height and width; numbered:
+    whether each piece has noise under its own name, as tiles have.
     """
 
     values: Sequence[Any]
     join: Callable[[Sequence[Any]], Any] = operator.itemgetter(0)
     layout: tuple[int, ...] = ()
+    numbered: bool = False
+
+    def names(self, name: str) -> list[str]:
+        """The ids of the pieces of an input with the id `name`, which key their noise."""
+        if not self.numbered and len(self.values) == 1:
+            return [name]
+        return [f"{name}#{index}" for index in range(len(self.values))]
 
 
-class Task(ABC, Generic[C]):
-    """One task adapter; see the module's docstring. `needs` names the reader's fields that the task lives on."""
+class Task(ABC, Generic[C, P]):
+    """A task with its configuration and its parts; complete once constructed.
+
+    A task sets the class attributes without a default, and writes `transform`, `latent_shape`, `build_model`,
+    `build_objective`, `batch`, `source`, `decode`, `read_input`, `target` and `write_output`.
+
+    >>> from crossflow.tasks.base import load_config, task_class
+    >>> config = load_config("sr_tiny")
+    >>> task = task_class(config.task).outline(config)
+    >>> task.latent_shape
+    (3, 32, 32)
+    >>> sorted(task.build_model().num_parameters())
+    ['flow', 'source encoder']
+    """
 
     name: ClassVar[str]
     Config: ClassVar[type[Config]]
+    Parts: ClassVar[type[Parts]]
+    Scoring: ClassVar[type[Scoring]]
     needs: ClassVar[frozenset[str]]
-    run_folder: Path | None = None
-    """The run directory that the task was read from, whose manifest tells where its data lay."""
+    """Fields of the data that the task trains on: image, captions, depth, ..."""
     input_kind: ClassVar[str]
     """text | image: what a person gives it."""
+    reads_features: ClassVar[bool] = False
+    """Whether it has frozen networks and can train on their cached features."""
+    quick: ClassVar[tuple[str, ...]] = ()
+    """Overrides that shorten what comes before the flow, for runs that are only measured."""
 
-    def __init__(self, config: C) -> None:
-        width = config.source.width
-        if width % 4 or width % max(1, width // 32):  # the trunks have one head for each 32 values
-            raise UserError(f"source.width = {width} is not possible; take a multiple of 32, or of 4 below 64.")
+    def __init__(self, config: C, parts: P) -> None:
         self.config = config
+        self.parts = parts
 
-    # -- what is learned before the flow
+    # -- how a task begins
 
-    @abstractmethod
-    def prepare(self, examples: Examples, report: Report) -> None:
-        """Learns from the training items what the flow presupposes; deterministic under config.seed."""
+    @classmethod
+    def learn(cls, config: C, examples: Examples, report: Report) -> Self:
+        """The task of a new run, with parts learned from its training examples."""
+        return cls(config, cls.Parts.learn(config, examples, report))  # type: ignore[arg-type]
 
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes what `prepare` learned into the run directory."""
-
-    @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-
-    def restore(self, folder: Path) -> None:
-        """`load`, with a UserError whatever is wrong with the files."""
+    @classmethod
+    def load(cls, config: C, folder: Path) -> Self:
+        """The task of a run directory. Raises UserError when its files are missing or damaged."""
         try:
-            self.load(folder)
+            return cls(config, cls.Parts.load(config, folder))  # type: ignore[arg-type]
         except PARSING_ERRORS as error:
             raise UserError(
-                f"What the run in {folder} keeps beside its weights (tokenizer, codec, scales) cannot be read: "
+                f"The files beside the weights of the run in {folder} (tokenizer, codec, scales) are unreadable: "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             ) from error
 
-    def assume(self) -> None:
-        """Instead of `load`: takes from the settings alone what shapes the model, so that `build_model` can count
-        parameters without data and without the frozen networks.
+    @classmethod
+    def frozen(cls, config: C) -> Self:
+        """The task with its frozen networks alone, for `extractor` and for batches from a cache."""
+        return cls(config, cls.Parts.frozen(config))  # type: ignore[arg-type]
+
+    @classmethod
+    def outline(cls, config: C) -> Self:
+        """The task without data and networks: its model can be built and counted, not used."""
+        return cls(config, cls.Parts.outline(config))  # type: ignore[arg-type]
+
+    # -- data
+
+    @classmethod
+    @abstractmethod
+    def transform(cls, config: C, item: Item, generator: np.random.Generator, augment: bool) -> Example:
+        """One example of an item. Every random choice comes from `generator`; without `augment` (validation) the item
+        is taken as it is: no random crop, flip or colour.
         """
+
+    @classmethod
+    def dataset(
+        cls,
+        config: C,
+        split: str,
+        spec: str | None = None,
+        *,
+        limit: int | None = None,
+        base: Path | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> Examples:
+        """The items of a split as examples; those of `train` are augmented.
+
+        Args:
+            split: train, val, test or all.
+            spec: of the data; None: those of the configuration.
+            limit: maximum number of items; None: data.num_train for `train`, else all.
+            base: the folder from which relative places in the configuration are taken when they do not exist here.
+            options: settings of the data format, where it has them and the spec does not set them.
+        """
+        data = config.data
+        if spec is None:
+            spec = data.train if split == "train" or data.val is None else data.val
+            spec = spec if base is None else resolve_spec(spec, base)
+        if limit is None and split == "train":
+            limit = data.num_train
+        spec = with_options(spec, options or {})
+        reader = open_reader(spec, split, image_size=data.image_size, limit=limit, seed=config.seed)
+        reader = require(reader, cls._needs_of(reader), cls.name)
+        transform = functools.partial(cls.transform, config, augment=split == "train")
+        return Examples(reader, transform, seed=config.seed, max_bad=data.max_bad)
+
+    @classmethod
+    def _needs_of(cls, reader: Reader) -> frozenset[str]:
+        """The fields that these data must have; the features of a cache stand in for pictures."""
+        cached = cls.reads_features and "features" in reader.fields
+        return cls.needs - {"image"} | {"features"} if cached else cls.needs
+
+    @abstractmethod
+    def batch(self, examples: Sequence[Any]) -> Batch:
+        """Examples as one training batch, on the CPU: `features` for the source encoder, `target` z1 (B, *latent),
+        `weight` where target values may be missing, `condition` for a Gaussian source, `alignment` for the encoder
+        loss, and `ids`.
+        """
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """`batch`, checked. Raises UserError when its targets have another shape than `latent_shape`."""
+        batch = self.batch(examples)
+        shape = tuple(batch.target.shape[1:])
+        if shape != tuple(self.latent_shape):
+            raise UserError(
+                f"The task {self.name} has latent_shape {tuple(self.latent_shape)}, but the targets of its batches "
+                f"have the shape {shape}: its methods latent_shape and batch must agree."
+            )
+        return batch
+
+    # -- features computed once (crossflow cache)
+
+    def extractor(self, options: Options) -> Extractor:
+        """What computes the cached features of items."""
+        raise UserError(f"The task {self.name} has no frozen networks, so there is nothing to cache.")
+
+    def accept(self, examples: Examples) -> None:
+        """Raises UserError when examples come from a cache that other networks made, or that lacks features."""
+        cache = cache_of(examples.reader)
+        if cache is not None:
+            cache.expect(self.extractor(Options((self.config.data.image_size,))).describe())
 
     # -- the model
 
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of z0 and z1 in training."""
+        """Shape (C, H, W) or (N, C) of z0 and z1 in training."""
 
     @abstractmethod
-    def build_model(self) -> CrossFlow: ...
+    def build_model(self) -> CrossFlow:
+        """The source encoder and the backbone, with new weights."""
 
     @abstractmethod
-    def build_objective(self, model: CrossFlow) -> Objective: ...
-
-    # -- data
-
-    @abstractmethod
-    def transform(self, item: Item, generator: np.random.Generator) -> Example:
-        """One training example of an item, augmented by `generator` alone."""
-
-    @abstractmethod
-    def batch(self, examples: Sequence[Example]) -> Batch: ...
-
-    def dataset(self, split: str, spec: str | None = None, limit: int | None = None) -> Examples:
-        """The items of a split (train | val | test) as training examples; spec: that of the configuration when None."""
-        data = self.config.data
-        if limit is None and split == "train":
-            limit = data.num_train
-
-        def opened(given: str) -> Reader:
-            return open_reader(given, split, image_size=data.image_size, limit=limit, seed=self.config.seed)
-
-        configured = data.train if split == "train" or data.val is None else data.val
-        if spec is None and self.run_folder is not None:
-            reader = open_again(opened, configured, self.run_folder)
-        else:
-            reader = opened(spec or configured)
-        reader = require(reader, self._needs_of(reader), self.name)
-        return Examples(reader, self.transform, seed=self.config.seed, max_bad=data.max_bad)
-
-    def _needs_of(self, reader: Reader) -> frozenset[str]:
-        """The fields that these data must have; the features of a cache stand in for pictures."""
-        cached = self.reads_features and "features" in reader.fields
-        return self.needs - {"image"} | {"features"} if cached else self.needs
-
-    # -- features computed once (crossflow cache)
-
-    reads_features: ClassVar[bool] = False
-    """Whether the task has frozen networks and can train on what they computed before."""
-
-    def open_frozen(self) -> None:
-        """Instead of `prepare` or `load`: opens the frozen networks that the settings name, for `extractor`."""
-
-    def extractor(self, options: Options) -> Extractor:
-        """What computes the features of items. Raises UserError for a task without frozen networks."""
-        raise UserError(
-            f"The task {self.name} reads pixels and has no frozen networks, so there is nothing to cache; "
-            "train on the data themselves."
-        )
-
-    def accept(self, examples: Examples) -> None:
-        """Raises UserError when examples are from a cache that other networks made, or that lacks something."""
-        cache = cache_of(examples.reader)
-        if cache is not None:
-            cache.expect(self.extractor(Options((self.config.data.image_size,))).describe())
+    def build_objective(self, model: CrossFlow) -> Objective:
+        """The training losses of a model, with their learned heads."""
 
     # -- sampling
 
     @abstractmethod
-    def source(self, inputs: Sequence[Any]) -> Source:
-        """Inputs of one shape as the model reads them, on the CPU."""
-
-    @abstractmethod
-    def decode(self, z1: Tensor) -> list[Any]:
-        """Latents (B, *latent) -> outputs."""
-
-    decodes_features: bool = False
-    """Whether the decoder also looks at the features of the source (FlowTiTok: at the text's)."""
-
-    def decode_with(self, z1: Tensor, features: Tensor) -> list[Any]:
-        """Latents (B, *latent) and the features (B, ...) of their sources -> outputs."""
-        return self.decode(z1)
-
-    def run(self, inputs: Sequence[Any], flow: Flow, ids: Sequence[str]) -> list[Any]:
-        """Inputs -> outputs through `flow`; a task whose inputs differ in size or are cut into tiles says how here."""
-        source = self.source(inputs)
-        return self.decode_with(flow(source, ids), source.features)
-
-    @abstractmethod
-    def read_input(self, value: str | Path | np.ndarray) -> Any:
-        """What a person gave (a prompt, a path, a picture (H, W, 3) uint8) as an input."""
+    def read_input(self, value: Any) -> Any:
+        """What a person gives (a prompt, a path, a picture) as an input. Raises UserError for anything else."""
 
     def pieces(self, value: Any) -> Pieces:
-        """A read input as the latent tools take it: in whole, or resized or cut as `run` does."""
+        """A read input as the model takes it: here in whole."""
         return Pieces([value])
 
     @abstractmethod
-    def target(self, value: str | Path | np.ndarray) -> Pieces:
-        """What the task makes (a picture, a caption, a depth map; a path to one) as latents z1 (*latent), to be
-        inverted.
+    def source(self, values: Sequence[Any]) -> Source:
+        """Pieces of one shape as the model reads them, on the CPU."""
+
+    @abstractmethod
+    def decode(self, z1: Tensor, features: Tensor | None = None) -> list[Any]:
+        """Latents (B, *latent), on the CPU, -> outputs. features (B, ...): those of their sources, where known."""
+
+    @property
+    def decodes_features(self) -> bool:
+        """Whether `decode` looks at the features of the source (FlowTiTok: at the text's)."""
+        return False
+
+    @abstractmethod
+    def target(self, value: Any) -> Pieces:
+        """A finished output (a picture, a caption, a depth map; a path to one) as latents z1 (*latent), for
+        inversion.
         """
 
     def pictures(self, outputs: Sequence[Any]) -> list[np.ndarray]:
-        """Outputs as pictures uint8 (H, W, 3) that can be compared; none for a task that makes no pictures."""
+        """Outputs as comparable pictures uint8 (H, W, 3); empty for a task that makes no pictures."""
         return list(outputs)
 
     @abstractmethod
@@ -230,73 +294,96 @@ class Task(ABC, Generic[C]):
 
     # -- scoring
 
-    @abstractmethod
-    def case(self, item: Item) -> Case | None:
-        """What is scored on an item of an evaluation split; None when nothing can be."""
-
-    def cases(self, examples: Examples, limit: int) -> list[Case]:
-        """What is scored on the first items of an evaluation split, all in memory."""
-        return [case for item in examples.items(limit) if (case := self.case(item)) is not None]
-
-    @abstractmethod
-    def metric(self, thorough: bool = False) -> TaskMetric:
-        """The task's metric; thorough: with numbers that take long or need more than Python, where they can be had."""
-
-    @abstractmethod
-    def baseline(self, train: Examples, cases: Iterable[Case]) -> dict[str, float]:
-        """Scores of the trivial baseline on the same cases; empty when the metric itself carries its control."""
-
-    @abstractmethod
-    def tiles(self, case: Case, output: Any) -> list[Tile]:
-        """Source, output and truth of a case, side by side."""
-
-    quick: ClassVar[tuple[str, ...]] = ()
-    """Overrides that shorten what comes before the flow, for when a run is only measured."""
-    headline: ClassVar[tuple[str, ...]] = ()
-    """Names of the scores shown first."""
+    def scoring(self, rules: Any = None, *, seed: int = 0, networks: Mapping[str, Any] | None = None) -> AnyScoring:
+        """How outputs are scored; see `Scoring`."""
+        return self.Scoring(self.config, rules, seed=seed, networks=networks)
 
 
 def task_class(name: str) -> type[Task]:
-    """The adapter called `name`, from the folder of that name beside this file. Raises UserError with near names."""
-    if name not in task_names():
-        raise unknown_name("task", str(name), task_names())
-    return importlib.import_module(f"crossflow.tasks.{name}").Adapter
+    """The adapter of the task `name`. Raises UserError with near names, and for an adapter that is incomplete."""
+    adapter = adapter_of(name)
+    where = f"{adapter.__module__}.{adapter.__qualname__}"
+    if not issubclass(adapter, Task):
+        raise UserError(f"The task {name!r} is registered with {where}, which is no subclass of Task.")
+    missing = [
+        word for word in ("name", "Config", "Parts", "Scoring", "needs", "input_kind") if not hasattr(adapter, word)
+    ]
+    missing += [word for word in ("Metric",) if not missing and not hasattr(adapter.Scoring, word)]
+    if missing:
+        raise UserError(f"The task {name!r} is incomplete: set {', '.join(missing)} on {where} or its Scoring.")
+    if adapter.name != name:
+        raise UserError(f"The task is registered as {name!r}, but {where}.name is {adapter.name!r}; use one name.")
+    check_headline(adapter.Scoring.headline, adapter.Scoring.scores(adapter.Scoring.Rules()), f"the task {name}")
+    return adapter
+
+
+def check_headline(headline: Sequence[str], scores: Sequence[str], owner: str) -> None:
+    """Raises UserError when a headline names a score that does not exist."""
+    wrong = [name for name in headline if name not in scores]
+    if wrong:
+        raise UserError(
+            f"The headline of {owner} names {', '.join(map(repr, wrong))}, which its metric does not compute. Its "
+            f"scores are {', '.join(scores)}."
+        )
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | None = None) -> Config:
-    """The complete configuration of a recipe (shipped name, file, or run directory) with key=value overrides.
+    """The complete configuration of a recipe (a name, a file, or a run directory) with key=value overrides.
 
     Raises UserError for unknown recipes, tasks, keys and values, and when the recipe belongs to another `task`.
     """
+    add_recipes_of_packages()
+    if task is not None and str(source) == f"{task}_tiny" and task in task_names() and str(source) not in shipped():
+        raise UserError(
+            f"The task {task!r} has no recipe {task}_tiny, which `--task {task}` trains. Register the folder that "
+            f"holds {task}_tiny.yaml with it, or give --config with a recipe file."
+        )
     settings = merge(read(source), parse_overrides(overrides))
     name = settings.get("task")
     if name is None:
         raise UserError(
-            f"The configuration {source} does not say its task. Add a line `task: "
+            f"The configuration {source} does not name its task. Add a line `task: "
             f"t2i`, or another of {', '.join(task_names())}."
         )
     if task is not None and name != task:
         raise UserError(
-            f"The configuration {source} is one for the task {name!r}, but --task "
-            f"says {task!r}. Leave out one of the two."
+            f"The configuration {source} belongs to the task {name!r}, but --task says {task!r}. Leave out one of "
+            "the two."
         )
     return build(task_class(name).Config, settings)
 
 
-def build_task(config: Config) -> Task:
-    return task_class(config.task)(config)
+def load_model(folder: Path, *, weights: str | None = None, overrides: Sequence[str] = ()) -> tuple[Task, CrossFlow]:
+    """The task and the model of a run directory, on the CPU.
+
+    weights: ema | model; None: ema where the run has them. overrides: key=value settings that replace the run's. Raises
+    UserError when files are missing, damaged, or do not fit.
+    """
+    config = load_config(folder, overrides)
+    kind = kind_of_weights(folder, weights)
+    task = task_class(config.task).load(config, folder)
+    return task, load_weights(task.build_model, folder / WEIGHTS[kind])
+
+
+def save_model(task: Task, model: CrossFlow, folder: Path, kinds: Sequence[str] = ("model",)) -> None:
+    """Writes configuration, weights and parts into `folder`, which `load_model` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", dump(task.config))
+    for kind in kinds:
+        write_tensors(folder / WEIGHTS[kind], model.state_dict())
+    task.parts.save(folder)
 
 
 __all__ = [
-    "Case",
     "Example",
-    "Flow",
+    "Parts",
     "Pieces",
     "Report",
     "Task",
-    "Tile",
-    "build_task",
+    "check_headline",
     "dump",
     "load_config",
+    "load_model",
+    "save_model",
     "task_class",
 ]

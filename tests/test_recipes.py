@@ -11,7 +11,7 @@ from torch import nn
 
 from crossflow.core.settings import shipped
 from crossflow.core.training.optim import decay_groups
-from crossflow.tasks.base import build_task, load_config
+from crossflow.tasks.base import load_config, task_class
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")
 M = 1e6
@@ -47,8 +47,8 @@ FILES = {
 @functools.cache
 def built(name):
     """(task, model) of a recipe, without memory, data or public networks; not to be modified."""
-    task = build_task(load_config(name))
-    task.assume()
+    config = load_config(name)
+    task = task_class(config.task).outline(config)
     with torch.device("meta"):
         return task, task.build_model()
 
@@ -97,8 +97,7 @@ def test_a_recipe_is_the_network_of_its_released_file(name):
     assert {key: value.shape for key, value in model.state_dict().items()} == {
         key: value.shape for key, value in released.state_dict().items()
     }
-    task = build_task(load_config(name))
-    assert released.source_encoder.kind == task.config.source.kind
+    assert released.source_encoder.kind == load_config(name).source.kind
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -92,7 +92,7 @@ def better(score: str) -> Literal["higher", "lower"]:
 def headline_of(plan: Plan, measured: Sequence[Result]) -> list[str]:
     """The headline scores of the protocol, or else of the task, that any run has."""
     available, protocol = {name for result in measured for name in result.scores}, plan.budget.protocol
-    names = load_protocol(protocol).headline if protocol is not None else task_class(plan.budget.task).headline
+    names = load_protocol(protocol).headline if protocol is not None else task_class(plan.budget.task).Scoring.headline
     return [name for name in names if name in available or not available] or sorted(available)[:4]
 
 

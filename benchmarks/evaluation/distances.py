@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from crossflow.benchmarks.evaluation.networks import FeatureNetwork, feature_network
-from crossflow.benchmarks.evaluation.plan import with_options
 from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core import distributed
 from crossflow.core.errors import UserError
@@ -28,7 +27,7 @@ from crossflow.core.files import read_metadata, read_tensors, user_cache, write_
 from crossflow.core.progress import Progress
 from crossflow.data.dataset import Examples
 from crossflow.data.item import Item
-from crossflow.data.readers import open_reader, require
+from crossflow.data.readers import open_reader, require, with_options
 from crossflow.data.resize import center_crop_resize
 
 KEPT = 10_000
@@ -143,8 +142,8 @@ def described(protocol: Protocol, examples: Examples, network: FeatureNetwork) -
         "data": examples.reader.fingerprint(),
         "spec": examples.reader.spec,
         "split": examples.reader.split,
-        "side": rules.size or protocol.sr.crop,
-        "smaller": "enlarged" if rules.size else "left out",
+        "side": rules.size,
+        "smaller": rules.smaller if rules.size else "left out",
         "network": network.words,
         "weights": network.checksum,
     }
@@ -152,15 +151,14 @@ def described(protocol: Protocol, examples: Examples, network: FeatureNetwork) -
 
 def real_picture(protocol: Protocol, image: np.ndarray | None) -> np.ndarray | None:
     """A real picture as the protocol prepares it; None when it is too small."""
-    rules, crop = protocol.distribution, protocol.sr.crop
+    rules = protocol.distribution
     assert rules is not None
     assert image is not None
-    side = rules.size or crop
-    if side is None:
+    if rules.size is None:
         return image
-    if rules.size is None and min(image.shape[:2]) < side:
+    if rules.smaller == "left out" and min(image.shape[:2]) < rules.size:
         return None
-    return center_crop_resize(image, side)
+    return center_crop_resize(image, rules.size)
 
 
 def cache_folder() -> Path:

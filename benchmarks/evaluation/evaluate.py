@@ -7,7 +7,7 @@ goes on where it was; rows, features and a few pictures are all that is kept of 
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from crossflow.benchmarks.evaluation import manifest
 from crossflow.benchmarks.evaluation.ledger import Ledger, Part
 from crossflow.benchmarks.evaluation.networks import Networks
 from crossflow.benchmarks.evaluation.page import write_page
-from crossflow.benchmarks.evaluation.plan import Cases, Plan, plan, with_options
+from crossflow.benchmarks.evaluation.plan import Plan, plan
 from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core import distributed
 from crossflow.core.config import SampleConfig
@@ -26,14 +26,17 @@ from crossflow.core.files import write_atomically
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.output import claim, output_files, record
 from crossflow.core.progress import Progress
+from crossflow.data.dataset import Examples
 from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, batches, seen_in_training
+from crossflow.tasks.scoring import Case, Cases
 
 UNFINISHED = ".unfinished"
 """Subfolder of the results that holds what is finished of an interrupted evaluation."""
 NUM_TILES = 24
 USUAL_NUM = 1000
 EVERY = 10**9
+Trivial = Callable[[Case], Any]
 MEMORY = 2**28  # bytes of decoded items that an evaluation keeps for a second look
 
 
@@ -83,20 +86,23 @@ def evaluate(
     if num is None:
         num = USUAL_NUM if protocol is None else protocol.choose or EVERY
     split = split or ("test" if protocol is None else protocol.split)
-    networks = Networks({} if protocol is None else protocol.networks, pipe.device)
-    work = plan(pipe.task, protocol, spec, split, num, seed, networks)
-    if work.examples is not None:
-        work.examples.cache_bytes = MEMORY
+    networks = Networks({} if protocol is None else protocol.networks, pipe.device, pipe.task.Scoring.networks_by_role)
+    work = plan(pipe, protocol, spec, split, num, networks)
+    if work.cases.examples is not None:
+        work.cases.examples.cache_bytes = MEMORY
     real = _real(pipe, work, protocol, networks, statistics, spec, split, progress)
-    about = manifest.identity(pipe, work.cases, protocol, chosen, seed=seed, num=num)
+    about = manifest.identity(pipe, work, protocol, chosen, seed=seed, num=num)
     named = (pipe.folder or Path("outputs")) / "evaluation" / _label(pipe, work.cases, chosen, seed, protocol)
     target = _claim(default or named, folder, overwrite, about)
     before = output_files(target)
-    metric = work.metric()
-    ledger = _run(pipe, work, metric, networks, about, chosen, seed, target, progress, with_features=real is not None)
+    metric = work.scoring.metric(thorough=True)
+    trivial, apology = _trivial(pipe, work)
+    ledger = _run(
+        pipe, work, metric, trivial, networks, about, chosen, seed, target, progress, with_features=real is not None
+    )
     if ledger is None:
         return None
-    report = _finish(pipe, work, metric, ledger, protocol, real, networks, about, begun, target, moved)
+    report = _finish(pipe, work, metric, ledger, protocol, real, networks, about, begun, target, moved, apology)
     ledger.remove()
     record(target, output_files(target) - before)
     return report
@@ -133,17 +139,18 @@ def _real(
                 f"{networks.features.words}."
             )
         return found
-    assert work.examples is not None
-    examples = work.examples
+    assert work.cases.examples is not None
+    examples = work.cases.examples
     if protocol.distribution.reference == "split" and protocol.choose is not None:
-        examples = pipe.task.dataset(split, with_options(examples.reader.spec, protocol.reader))
+        examples = pipe.dataset(split, examples.reader.spec, options=protocol.reader)
         examples.cache_bytes = 0
     return distribution.reference(protocol, examples, networks.features, progress)
 
 
 def _run(
-    pipe: Pipeline, work: Plan, metric: TaskMetric, networks: Networks, about: Mapping[str, Any], chosen: SampleConfig,
-    seed: int, target: Path, progress: Progress | None, *, with_features: bool,
+    pipe: Pipeline, work: Plan, metric: TaskMetric, trivial: Trivial | None, networks: Networks,
+    about: Mapping[str, Any], chosen: SampleConfig, seed: int, target: Path, progress: Progress | None, *,
+    with_features: bool,
 ) -> Ledger | None:  # fmt: skip
     """Works off what is not finished; the first process gets the ledger, the others None."""
     ledger = Ledger(target / UNFINISHED, _same(about)) if distributed.is_main() else None
@@ -151,7 +158,7 @@ def _run(
     todo = [number for number in range(len(work.cases)) if number not in finished]
 
     def one(part: Sequence[int]) -> Part:
-        return _part(pipe, work, metric, networks, part, chosen, seed, with_features)
+        return _part(pipe, work, metric, trivial, networks, part, chosen, seed, with_features)
 
     done = len(finished)
     for part, result in distributed.shared(list(batches(todo, chosen.batch_size)), one):
@@ -164,8 +171,8 @@ def _run(
 
 
 def _part(
-    pipe: Pipeline, work: Plan, metric: TaskMetric, networks: Networks, numbers: Sequence[int], chosen: SampleConfig,
-    seed: int, with_features: bool,
+    pipe: Pipeline, work: Plan, metric: TaskMetric, trivial: Trivial | None, networks: Networks,
+    numbers: Sequence[int], chosen: SampleConfig, seed: int, with_features: bool,
 ) -> Part:  # fmt: skip
     """The cases with these numbers, drawn and scored."""
     before = dict(work.cases.bad)
@@ -174,13 +181,13 @@ def _part(
     if not cases:
         return part
     outputs = pipe.outputs([case.input for _, case in cases], [case.id for _, case in cases], seed, chosen)
-    trivial = work.metric() if work.trivial is not None else None
+    plain = work.scoring.metric()
     for (number, case), output in zip(cases, outputs, strict=True):
         part.rows[number] = metric.add(case.id, output, case.truth)
-        if trivial is not None and work.trivial is not None:
-            part.trivial[number] = trivial.add(case.id, work.trivial(case), case.truth)
+        if trivial is not None:
+            part.trivial[number] = plain.add(case.id, trivial(case), case.truth)
         if number < NUM_TILES:
-            part.pages[number] = pipe.task.tiles(case, output)
+            part.pages[number] = work.scoring.tiles(case, output)
     if with_features:
         part.arrays = networks.features(outputs)
     return part
@@ -189,7 +196,7 @@ def _part(
 def _finish(
     pipe: Pipeline, work: Plan, metric: TaskMetric, ledger: Ledger, protocol: Protocol | None,
     real: distribution.Statistics | None, networks: Networks, about: Mapping[str, Any], begun: float, target: Path,
-    moved: Sequence[str],
+    moved: Sequence[str], apology: Sequence[str],
 ) -> Report:  # fmt: skip
     rows, trivial, pages, bad = _gathered(ledger)
     metric.replace(rows)
@@ -202,9 +209,9 @@ def _finish(
         values, notes = {**found, **values}, notes + said
         if not network.is_inception:
             notes.append(f"distances are by {network.words}: they are not FID, KID or IS and compare only among them")
-    notes += _partial(protocol, len(rows), work)
+    notes += [*_partial(protocol, len(rows), work), *apology]
     scores = Scores(values, metric.intervals(), metric.rows, pages, notes)
-    baseline = _baseline(pipe, work, protocol, trivial, scores)
+    baseline = _baseline(work, trivial)
     full = manifest.complete(
         about, ids=[row["id"] for row in rows], bad={**work.cases.bad, **bad}, networks=networks.checksums, begun=begun,
         seconds=time.time() - begun, processes=distributed.world_size(),
@@ -236,24 +243,28 @@ def _partial(protocol: Protocol | None, scored: int, work: Plan) -> list[str]:
     ]
 
 
-def _baseline(
-    pipe: Pipeline, work: Plan, protocol: Protocol | None, trivial: Sequence[Any], scores: Scores
-) -> dict[str, float]:
-    if work.trivial is not None:
-        metric = work.metric()
-        metric.replace(trivial)
-        return metric.compute()
-    if protocol is not None and protocol.task == "depth":
-        return {}  # its baseline is made of squares of training pictures, and these are whole
+def _trivial(pipe: Pipeline, work: Plan) -> tuple[Trivial | None, list[str]]:
+    """The trivial output of a case, and notes: on items that the run trained on, or why there is no trivial output."""
+    notes: list[str] = []
+
+    def open_train() -> Examples:
+        train = pipe.dataset("train")
+        if work.cases.examples is not None:
+            notes.extend(seen_in_training(train, work.cases.examples))
+        return train
+
     try:
-        train = pipe.task.dataset("train")
-        baseline = pipe.task.baseline(train, work.cases)
-        if work.examples is not None:
-            scores.notes.extend(seen_in_training(train, work.examples))
-        return baseline
-    except UserError as error:  # a run is complete without its training data, and scores are not thrown away for them
-        scores.notes.append(f"no trivial baseline, which is made from the training data: {error}")
+        return work.scoring.trivial(open_train), notes
+    except UserError as error:  # a run is complete without its training data, and is scored without them
+        return None, [f"no trivial baseline, which is made from the training data: {error}"]
+
+
+def _baseline(work: Plan, rows: Sequence[Any]) -> dict[str, float]:
+    if not rows:
         return {}
+    metric = work.scoring.metric()
+    metric.replace(rows)
+    return metric.compute()
 
 
 def _write(target: Path, scores: Scores, baseline: Mapping[str, float], full: Mapping[str, Any], title: str) -> None:

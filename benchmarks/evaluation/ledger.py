@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from crossflow.core.files import DamagedFile, read_metadata, read_tensors, write_atomically, write_tensors
-from crossflow.tasks.base import Tile
+from crossflow.tasks.scoring import Tile
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from crossflow.benchmarks.evaluation.plan import Cases
+from crossflow.benchmarks.evaluation.plan import Plan
 from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core.config import SampleConfig
 from crossflow.core.sampling import count_evaluations
@@ -34,9 +34,10 @@ SAMPLING_COST = {"solver", "steps", "guidance", "guidance_interval", "zero_init"
 
 
 def identity(
-    pipe: Pipeline, cases: Cases, protocol: Protocol | None, chosen: SampleConfig, *, seed: int, num: int
+    pipe: Pipeline, work: Plan, protocol: Protocol | None, chosen: SampleConfig, *, seed: int, num: int
 ) -> dict[str, Any]:
     """Everything that decides the numbers: data, model, sampling, protocol. Times and machines stand elsewhere."""
+    cases = work.cases
     data = {"spec": cases.spec, "split": cases.split, "fingerprint": cases.fingerprint()}
     return {
         "task": pipe.task.name,
@@ -48,7 +49,7 @@ def identity(
         "data": data,
         "num": num,
         "image_size": pipe.task.config.data.image_size,
-        "resize": resize(pipe, protocol),
+        "resize": work.scoring.resize,
         "sample": chosen.model_dump(mode="json"),
         "evaluations": count_evaluations(**chosen.model_dump(include=SAMPLING_COST)),
         "seed": seed,
@@ -61,7 +62,11 @@ def checksums(pipe: Pipeline) -> dict[str, str]:
     if pipe.folder is None:
         return {"model": weights_checksum(pipe.model)}
     kept = {WEIGHTS[pipe.weights], "config.yaml"}
-    unused = {*WEIGHTS.values(), "manifest.json", "metrics.jsonl", "scores.json", "objective.safetensors"} - kept
+    unused = (
+        {*WEIGHTS.values(), "manifest.json", "metrics.jsonl", "scores.json", "objective.safetensors"}
+        - kept
+        - set(pipe.task.parts.files())
+    )
     folders = {"checkpoints", "samples", "evaluation"}
     found = {}
     for path in sorted(pipe.folder.rglob("*")):
@@ -76,17 +81,6 @@ def checksums(pipe: Pipeline) -> dict[str, str]:
 
 
 SUFFIXES = {".safetensors", ".yaml", ".json", ".txt", ".model"}
-
-
-def resize(pipe: Pipeline, protocol: Protocol | None) -> str:
-    """In words, what is done to pictures before the model sees them."""
-    side = pipe.task.config.data.image_size
-    centre = f"centre square, antialiased bicubic to {side} px"
-    if pipe.task.name == "sr":
-        return "cut to multiples of the scale, MATLAB's bicubic reduction, tiles of the enlarged picture"
-    if pipe.task.name == "depth" and protocol is not None:
-        return f"whole picture, shorter side to {side} px, the estimate resized back bilinearly"
-    return "none: prompts" if pipe.task.name == "t2i" else centre
 
 
 def complete(

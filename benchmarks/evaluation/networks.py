@@ -8,7 +8,7 @@ import functools
 import io
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crossflow.core.errors import PARSING_ERRORS, UserError
+from crossflow.core.errors import PARSING_ERRORS, UserError, unknown_name
 from crossflow.core.files import read_tensors
 from crossflow.networks.frozen import freeze, load_public, weights_checksum
 
@@ -114,8 +114,6 @@ def _timm(source: str, name: str, place: str) -> FeatureNetwork:
 
     name, _, mode = name.partition("@")
     if name.split(".")[0] not in timm.list_models():
-        from crossflow.core.errors import unknown_name
-
         raise unknown_name("timm network", name, timm.list_models(f"*{name.split('_')[0]}*") or timm.list_models()[:20])
     if mode not in ("", "random"):
         raise UserError(f"{source!r}: behind the @ stands random or nothing.")
@@ -201,42 +199,46 @@ def lpips(backbone: str) -> tuple[Callable[[np.ndarray, np.ndarray], float], str
     return distance, weights_checksum(network)
 
 
-class Networks:
-    """The networks of a protocol, each opened at the first use; `checksums` and `words` tell of those that were."""
+class Networks(Mapping[str, Any]):
+    """The networks of a protocol by role, each opened at its first use; `checksums` are of those that were opened.
 
-    def __init__(self, sources: Mapping[str, str], device: torch.device) -> None:
-        self.sources, self.device = dict(sources), device
+    openers: role -> (source, device) -> network with a `checksum`, for the roles that belong to the task.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        device: torch.device,
+        openers: Mapping[str, Callable[[str, torch.device], Any]] | None = None,
+    ) -> None:
+        self.sources, self.device, self.openers = dict(sources), device, dict(openers or {})
         self.checksums: dict[str, str] = {}
+        self._opened: dict[str, Any] = {}
 
-    @functools.cached_property
+    def __getitem__(self, role: str) -> Any:
+        if role not in self._opened:
+            source = self.sources[role]
+            if role == "features":
+                network: Any = feature_network(source).to(self.device)
+                self.checksums[role] = network.checksum
+            elif role == "lpips":
+                network, self.checksums[role] = lpips(source)
+            elif role in self.openers:
+                network = self.openers[role](source, self.device)
+                self.checksums[role] = network.checksum
+            else:
+                raise unknown_name("role of a measuring network", role, ["features", "lpips", *self.openers])
+            self._opened[role] = network
+        return self._opened[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
     def features(self) -> FeatureNetwork:
-        network = feature_network(self.sources["features"]).to(self.device)
-        self.checksums["features"] = network.checksum
+        """The feature network of distances."""
+        network: FeatureNetwork = self["features"]
         return network
-
-    @functools.cached_property
-    def clip(self) -> Any:
-        from crossflow.tasks.t2i.metric import ClipScorer
-
-        scorer = ClipScorer(self.sources["clip"], self.device)
-        self.checksums["clip"] = scorer.checksum
-        return scorer
-
-    @functools.cached_property
-    def detector(self) -> Any:
-        from crossflow.tasks.t2i.detector import Detector
-
-        detector = Detector(self.sources["detector"], self.device)
-        self.checksums["detector"] = detector.checksum
-        return detector
-
-    @functools.cached_property
-    def colours(self) -> Any:
-        from crossflow.tasks.t2i.detector import ColourNamer
-
-        return ColourNamer(self.clip)
-
-    @functools.cached_property
-    def lpips(self) -> Callable[[np.ndarray, np.ndarray], float]:
-        distance, self.checksums["lpips"] = lpips(self.sources["lpips"])
-        return distance

@@ -11,7 +11,7 @@ from crossflow.benchmarks.score_table import ScoreRow, score_rows
 from crossflow.core.files import write_atomically
 from crossflow.data.images import save_png
 from crossflow.engine.score import arrange
-from crossflow.tasks.base import Tile
+from crossflow.tasks.scoring import Tile
 
 
 def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequence[Sequence[Tile]]) -> Path:

@@ -1,69 +1,55 @@
 """Named protocols: everything but the model that a number depends on, one file of configs/protocols each.
 
 A protocol fixes the split, how many items it has, what is done to pictures before and after, and how the number is
-computed. What the model does (solver, steps, guidance) is not its matter and stands in the manifest beside it.
+computed. Solver, steps and guidance belong to the model and stand in the manifest beside it. The section of a protocol
+that only its task understands (crops, alignment, ...) holds the rules of that task's scoring.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from crossflow.core.config import Section
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.settings import RECIPES, build, read, shipped
+from crossflow.tasks import task_names
+from crossflow.tasks.base import check_headline, task_class
 
 FOLDER = RECIPES / "protocols"
-
-
-class DepthRules(Section):
-    alignment: Literal["none", "median", "affine"] = "none"
-    """none: metric depth; median: one factor; affine: scale and shift of least squares, one pair per picture."""
-    space: Literal["depth", "disparity"] = "depth"
-    """Where scale and shift are fitted and applied."""
-    min_depth: float = Field(1e-3, gt=0)
-    """Metres; pixels measured at or below it do not count."""
-    max_depth: float | None = None
-    """Metres; pixels measured at or above it do not count, and predictions are clipped to it."""
-    crop: Literal["none", "eigen", "garg", "nyu"] = "none"
-    """The part of a picture that is scored."""
-    picture: Literal["whole", "kitti"] = "whole"
-    """What the model sees: the whole picture, or the 352 x 1216 pixels at the bottom centre (KITTI's benchmark)."""
-
-
-class SrRules(Section):
-    scale: int = Field(4, ge=2)
-    """The run must enlarge by this factor."""
-    crop: int | None = None
-    """The centre square of every picture is resized to so many pixels; smaller pictures are left out. None: the whole.
-    """
-    shave: int | None = None
-    """Pixels left out at every side; none: the scale."""
-
-
-class TextRules(Section):
-    prompts: Literal["first caption", "geneval", "scenes"] = "first caption"
-    """first caption: that of each item; geneval: a metadata file of GenEval; scenes: the embedded world's six kinds."""
-    samples: int = Field(1, ge=1)
-    """Pictures of each prompt."""
-    clip_score: bool = False
-    """Also 100 max(0, cos) between picture and prompt by the network `clip`."""
+DISTANCES = {
+    "fid": ("fid", "frechet_distance"),
+    "kid": ("kid", "kernel_distance"),
+    "is": ("is", "class_score"),
+}
+"""Number -> its name by Inception, and by another network."""
 
 
 class DistributionRules(Section):
+    """Distances between the distributions of drawn and of real pictures."""
+
     numbers: tuple[Literal["fid", "kid", "is"], ...] = ("fid",)
     reference: Literal["items", "split"] = "items"
     """The real pictures: those of the items that are scored, or all of the split."""
     size: int | None = None
-    """Side of the real pictures' centre square, resized by antialiased bicubic interpolation; none: as sr.crop says."""
+    """Side of the real pictures' centre square, resized by antialiased bicubic interpolation; none: whole pictures."""
+    smaller: Literal["enlarged", "left out"] = "enlarged"
+    """Real pictures whose shorter side is below `size`."""
 
 
 class Protocol(Section):
-    """One named protocol. Pictures are rounded to uint8 before anything is measured on them."""
+    """One named protocol. Pictures are rounded to uint8 before anything is measured on them.
+
+    `load_protocol` gives the subclass of the protocol's task, which has the section with the task's rules.
+    """
+
+    section: ClassVar[str] = ""
+    """Name of the field with the task's rules."""
 
     name: str = ""
-    task: Literal["t2i", "caption", "depth", "sr"]
+    task: str
     title: str
     """One line: what is measured, on what."""
     notes: tuple[str, ...] = ()
@@ -76,17 +62,20 @@ class Protocol(Section):
     num_items: int | None = None
     """Items of the complete protocol; a score on fewer or more is marked as partial."""
     choose: int | None = None
-    """So many of the split's items are taken, by a hash of their ids; none: all."""
+    """Number of the split's items that are taken, by a hash of their ids; none: all."""
     reader: dict[str, str] = Field(default_factory=dict)
     """Settings of the data format (behind the ? of --data), where it has them and --data does not say otherwise."""
     headline: tuple[str, ...] = ()
     """The numbers that tables show."""
     networks: dict[str, str] = Field(default_factory=dict)
     """Networks that measure, by role (features, clip, detector, lpips): an id, a folder or a file."""
-    depth: DepthRules = DepthRules()
-    sr: SrRules = SrRules()
-    text: TextRules = TextRules()
     distribution: DistributionRules | None = None
+
+    @property
+    def rules(self) -> Section:
+        """The rules of the task's scoring."""
+        rules: Section = getattr(self, self.section)
+        return rules
 
     def using(self, networks: Mapping[str, str]) -> "Protocol":
         """With other networks in some roles. Raises UserError for a role the protocol does not have."""
@@ -102,21 +91,52 @@ def protocols() -> dict[str, Path]:
 
 
 def load_protocol(source: str | Path) -> Protocol:
-    """The protocol of a shipped name or a YAML file. Raises UserError for unknown names, keys and values."""
-    return build(Protocol, {**read(source, FOLDER, "protocol"), "name": Path(source).stem})
+    """The protocol of a shipped name or a YAML file.
 
-
-def roles(given: Sequence[str]) -> dict[str, str]:
-    """`["clip=FOLDER"]` -> {"clip": "FOLDER"}. Raises UserError for other words."""
-    found = {}
-    for word in given:
-        role, equals, source = word.partition("=")
-        if not (role and equals and source):
-            raise UserError(f"{word!r} names no network: write ROLE=SOURCE, such as clip=FOLDER.")
-        found[role] = source
-    return found
+    Raises UserError for unknown names, tasks, keys and values, and for a headline that names no score.
+    """
+    return _build({**read(source, FOLDER, "protocol"), "name": Path(source).stem})
 
 
 def protocol_of(content: Mapping[str, Any]) -> Protocol:
-    """The protocol as a manifest keeps it."""
-    return build(Protocol, dict(content))
+    """The protocol as a manifest keeps it. Manifests of earlier versions also hold the sections of other tasks, which
+    are ignored.
+    """
+    own = _section(str(content.get("task")))
+    others = {_section(name) for name in task_names()} - {own}
+    return _build({key: value for key, value in content.items() if key not in others})
+
+
+def roles(words: Sequence[str]) -> dict[str, str]:
+    """`["clip=FOLDER"]` -> {"clip": "FOLDER"}. Raises UserError for other words."""
+    sources = {}
+    for word in words:
+        role, equals, source = word.partition("=")
+        if not (role and equals and source):
+            raise UserError(f"{word!r} names no network: write ROLE=SOURCE, such as clip=FOLDER.")
+        sources[role] = source
+    return sources
+
+
+def _build(settings: Mapping[str, Any]) -> Protocol:
+    if "task" not in settings:
+        raise UserError(f"The protocol {settings.get('name')} does not name its task: add a line `task: NAME`.")
+    protocol = build(_kind(str(settings["task"])), settings)
+    scores = list(task_class(protocol.task).Scoring.scores(protocol.rules))
+    numbers = protocol.distribution.numbers if protocol.distribution is not None else ()
+    scores += [name for number in numbers for name in DISTANCES[number]]
+    check_headline(protocol.headline, scores, f"the protocol {protocol.name}")
+    return protocol
+
+
+@functools.cache
+def _kind(task: str) -> type[Protocol]:
+    """The protocols of a task: `Protocol` with the section of the task's rules."""
+    section, rules = _section(task), task_class(task).Scoring.Rules
+    kind = create_model("Protocol", __base__=Protocol, **{section: (rules, rules())})  # type: ignore[call-overload]
+    kind.section = section
+    return kind
+
+
+def _section(task: str) -> str:
+    return task_class(task).Scoring.section or task

@@ -93,7 +93,7 @@ def _evaluated_on(row: Measured) -> str:
 def _headline(row: Measured) -> tuple[str, str]:
     """The task's first two scores, and those of the trivial baseline or the shuffled control."""
     table = {line.name: line for line in score_rows(row.scores, row.intervals, row.baseline)}
-    names = [name for name in task_class(row.task).headline if name in table][:2] or list(table)[:2]
+    names = [name for name in task_class(row.task).Scoring.headline if name in table][:2] or list(table)[:2]
     known = [table[name] for name in names if table[name].baseline is not None]
     scores = ", ".join(f"{name} {_number(row.scores[name])}" for name in names)
     baseline = ", ".join(f"{line.name} {_number(line.baseline)}" for line in known)

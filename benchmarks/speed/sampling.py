@@ -18,7 +18,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.sampling import generate
 from crossflow.core.training.prepare import compile_blocks
 from crossflow.engine.sample import find_device
-from crossflow.tasks.base import build_task, load_config
+from crossflow.tasks.base import load_config, task_class
 
 RECIPES = ("t2i_256_clip_dimr", "flowtok_xl")
 BATCH_SIZE = 64
@@ -97,8 +97,7 @@ def _stages(
             f"(text.feature_width), such as {', '.join(RECIPES)}."
         )
     torch.manual_seed(0)
-    task = build_task(config)
-    task.assume()
+    task = task_class(config.task).outline(config)
     model = task.build_model().to(device).eval()
     encoder = _clip(text.feature_width, text.max_length).to(device).eval()
     decode = _decoder(config, device)

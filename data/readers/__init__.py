@@ -1,7 +1,7 @@
 """Data by name: `open_reader("coco:DIR", "train")`. A format is one file in this folder and one line in the table."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from crossflow.core.errors import UserError, unknown_name
@@ -125,6 +125,22 @@ def resolve_spec(spec: str, folder: Path, *, prefer_current: bool = True) -> str
     if path is None or (prefer_current and existing(location) is not None):
         return spec
     return (f"{prefix}:" if prefix else "") + str(path) + (f"?{options}" if options else "") + (split and f"@{split}")
+
+
+def with_options(spec: str, options: Mapping[str, str]) -> str:
+    """`spec` with those of the settings `options` that its format knows and that it does not set itself."""
+    prefix, colon, _ = spec.partition(":")
+    if not colon or prefix not in READERS.names():
+        return spec
+    place, at, split = spec.rpartition("@")
+    place, at, split = (place, at, split) if split in SPLITS else (spec, "", "")
+    place, _, settings = place.partition("?")
+    names = {setting.partition("=")[0] for setting in settings.split("&")}
+    known = READERS.get(prefix).options
+    added = [f"{name}={value}" for name, value in options.items() if name in known and name not in names]
+    if not added:
+        return spec
+    return f"{place}?{'&'.join([*filter(None, [settings]), *added])}{at}{split}"
 
 
 def require(reader: Reader, fields: Collection[str], task: str) -> Reader:

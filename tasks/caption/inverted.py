@@ -2,38 +2,70 @@
 to read them.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from crossflow.core import distributed
 from crossflow.core.backbones.time_reversal import TimeReversal
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
 from crossflow.core.source import Posterior, SourceEncoder
-from crossflow.engine.sample import Pipeline, load
+from crossflow.networks.codecs.base import Codec
+from crossflow.networks.hub import run_folder
 from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.networks.trunks import IdentityTrunk
+from crossflow.tasks.base import Task, load_model, save_model
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig
 
 
-def load_t2i(source: str) -> Pipeline:
-    """The text-to-image run to be inverted; raises UserError when it is another task's or starts from noise."""
-    pipe = load(source)
-    if pipe.task.name != "t2i":
-        raise UserError(f"caption.t2i = {source} is a {pipe.task.name} run; give the directory of a t2i run.")
-    if pipe.model.source_encoder.kind == "gaussian":
-        raise UserError(
-            f"caption.t2i = {source} starts from Gaussian noise, so its flow backwards does not lead to a text."
-        )
-    return pipe
+@dataclass(frozen=True)
+class Origin:
+    """A trained text-to-image task and its model, to be run backwards."""
 
+    task: Task
+    model: CrossFlow
 
-def backwards(pipe: Pipeline) -> CrossFlow:
-    """The flow from an image's latent to the text's."""
-    shape = pipe.task.latent_shape
-    source = SourceEncoder(IdentityTrunk(shape[0], variational=False), "deterministic", shape)
-    return CrossFlow(source, TimeReversal(pipe.model.backbone))
+    @classmethod
+    def open(cls, source: str, image_size: int) -> Self:
+        """The run directory, or hub repository, `source`, for pictures of `image_size` pixels.
+
+        Raises UserError for a run of another task or size, or one that starts from noise.
+        """
+        task, model = load_model(run_folder(source))
+        if task.name != "t2i":
+            raise UserError(f"caption.t2i = {source} is a {task.name} run; give the directory of a t2i run.")
+        if model.source_encoder.kind == "gaussian":
+            raise UserError(
+                f"caption.t2i = {source} starts from Gaussian noise, so its flow backwards does not lead to a text."
+            )
+        size = task.config.data.image_size
+        if size != image_size:
+            raise UserError(
+                f"The t2i run sees pictures of {size} pixels; set data.image_size={size} "
+                f"to run it backwards (it is {image_size})."
+            )
+        return cls(task, model.to(distributed.device()).eval())
+
+    @property
+    def codec(self) -> Codec:
+        """The image codec of the run."""
+        codec: Codec = self.task.parts.codec
+        return codec
+
+    def backwards(self) -> CrossFlow:
+        """The flow from an image's latent to the text's."""
+        shape = self.task.latent_shape
+        source = SourceEncoder(IdentityTrunk(shape[0], variational=False), "deterministic", shape)
+        return CrossFlow(source, TimeReversal(self.model.backbone))
+
+    def save(self, folder: Path) -> None:
+        """Writes the run directory that `open` reads."""
+        save_model(self.task, self.model, folder)
 
 
 class SourceText(TextAutoencoder):
@@ -42,31 +74,34 @@ class SourceText(TextAutoencoder):
     The run is not part of the module's state: it is kept beside it.
     """
 
-    def attach(self, pipe: Pipeline) -> "SourceText":
+    def attach(self, origin: Origin) -> Self:
         """Gives it the run whose texts it reads."""
-        self.__dict__["origin"] = pipe  # not a submodule
+        self.__dict__["origin"] = origin  # not a submodule
         self.encoder.requires_grad_(False)
         return self
 
     @classmethod
-    def of(cls, pipe: Pipeline, captions: list[str], vocab_size: int, config: TextAutoencoderConfig) -> "SourceText":
+    def of(cls, origin: Origin, captions: Sequence[str], vocab_size: int, config: TextAutoencoderConfig) -> Self:
         """A new one, with the run's tokenizer, or one built from the captions when the run has a frozen text
         encoder.
         """
-        tokenizer: Any = pipe.task.text.tokenizer  # type: ignore[attr-defined]
+        tokenizer: Any = origin.task.parts.text.tokenizer
         if tokenizer is None:
             tokenizer = build_tokenizer(captions, vocab_size, config.max_length)
         # These latents are given, not drawn from a code, so each patch of them has to be read.
         patches = config.model_copy(update={"layout": "patches"})
-        return cls(tokenizer, pipe.task.latent_shape, patches).attach(pipe)
+        return cls(tokenizer, origin.task.latent_shape, patches).attach(origin)
 
     @torch.no_grad()
     def posterior(self, ids: Tensor, mask: Tensor) -> Posterior:
-        pipe: Pipeline = self.__dict__["origin"]
-        source = pipe.task.source(self._texts(ids)).to(pipe.device)
-        found = pipe.model.source_encoder(source.features, source.mask)
-        mean = found.mean.to(ids.device)  # the run may be on a GPU, the decoder that learns to read it is not
-        return Posterior(mean, torch.full_like(mean, -20.0) if found.log_var is None else found.log_var.to(ids.device))
+        """The posterior of the run's source encoder over the texts of ids (B, N), on the device of `ids`."""
+        origin: Origin = self.__dict__["origin"]
+        source = origin.task.source(self._texts(ids)).to(next(origin.model.parameters()).device)
+        posterior = origin.model.source_encoder(source.features, source.mask)
+        mean = posterior.mean.to(ids.device)  # the run may be on a GPU, the decoder that learns to read it is not
+        if posterior.log_var is None:
+            return Posterior(mean, torch.full_like(mean, -20.0))
+        return Posterior(mean, posterior.log_var.to(ids.device))
 
-    def measure_statistics(self, captions: Any, most: int = 2048) -> None:
+    def measure_statistics(self, captions: Sequence[str], most: int = 2048) -> None:
         """Does nothing: the latents are the flow's own and are not scaled."""

@@ -39,8 +39,8 @@ def square(item: Item, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def example(item: Item, size: int, augmentation: Augmentation, generator: np.random.Generator) -> dict[str, Any]:
-    """{"id", "rgb" float32 (3, H, W) in [-1, 1], "depth" float32 (1, H, W) metres, "colour" (3,) factors for
-    `coloured`}; all chance from `generator`.
+    """{"id", "source" float32 (3, H, W) in [-1, 1], "target" float32 (1, H, W) metres, "colour" (3,) factors for
+    `coloured`}; every random choice comes from `generator`.
     """
     assert item.image is not None
     assert item.depth is not None
@@ -54,12 +54,20 @@ def example(item: Item, size: int, augmentation: Augmentation, generator: np.ran
     if augmentation.flip and generator.random() < 0.5:
         image, depth = image[:, ::-1], depth[:, ::-1]
     span = augmentation.colour
-    factors = generator.uniform(1 - span, 1 + span, 3) if span else np.ones(3)
+    return _tensors(item.id, image, depth, generator.uniform(1 - span, 1 + span, 3) if span else np.ones(3))
+
+
+def plain(item: Item, size: int) -> dict[str, Any]:
+    """The example of an item without augmentation: its centre square."""
+    return _tensors(item.id, *square(item, size), np.ones(3))
+
+
+def _tensors(id: str, image: np.ndarray, depth: np.ndarray, factors: np.ndarray) -> dict[str, Any]:
     return {
-        "id": item.id,
+        "id": id,
         "colour": torch.from_numpy(factors.astype(np.float32)),
-        "rgb": to_tensor(np.ascontiguousarray(image)),
-        "depth": torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32))[None],
+        "source": to_tensor(np.ascontiguousarray(image)),
+        "target": torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32))[None],
     }
 
 

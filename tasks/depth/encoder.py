@@ -1,11 +1,9 @@
-"""Source encoder of depth estimation: RGB (B, 3, H, W) -> posterior over (B, 1, H, W), with a reconstruction loss to
-the RGB.
-"""
+"""Source encoder of depth estimation: RGB (B, 3, H, W) -> posterior over (B, 1, H, W)."""
 
 from torch import nn
 
 from crossflow.core.config import BackboneConfig, SourceConfig
-from crossflow.networks.trunks import PatchTrunk, PatchTrunkSettings, Reconstructor
+from crossflow.networks.trunks import PatchTrunk, PatchTrunkSettings
 
 
 def build_trunk(config: SourceConfig, backbone: BackboneConfig, image_size: int) -> nn.Module:
@@ -22,8 +20,3 @@ def build_trunk(config: SourceConfig, backbone: BackboneConfig, image_size: int)
         log_var=-2.0,
     )
     return PatchTrunk(3, 1, settings)
-
-
-def build_reconstructor() -> nn.Module:
-    """z0 (B, 1, H, W) -> RGB (B, 3, H, W)."""
-    return Reconstructor(1, 3)

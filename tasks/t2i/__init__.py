@@ -3,23 +3,20 @@
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
-from crossflow.core.config import Config, Section
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_json
-from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
-from crossflow.core.noise import key
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
 from crossflow.data.cache.extract import Extractor, Options
@@ -28,7 +25,6 @@ from crossflow.data.captioned import captioned_example
 from crossflow.data.dataset import Examples
 from crossflow.data.image_latents import (
     FOLDER,
-    CodecSettings,
     assumed_shape,
     encode,
     first_pictures,
@@ -37,91 +33,122 @@ from crossflow.data.image_latents import (
     read_codec,
     unscaled_codec,
 )
-from crossflow.data.images import load_image, save_png, to_tensor
+from crossflow.data.images import load_image, save_png, to_tensor, to_uint8
 from crossflow.data.item import Item
 from crossflow.data.resize import center_crop_resize
 from crossflow.networks.alignment import EmbeddingHead, PictureHead
 from crossflow.networks.codecs.base import Codec
-from crossflow.networks.image_tower import ImageTower, TowerSettings
+from crossflow.networks.image_tower import ImageTower
 from crossflow.networks.text.variational import Adaptor
-from crossflow.tasks.base import Case, Example, Pieces, Report, Task, Tile
-from crossflow.tasks.t2i.decoder import decode
-from crossflow.tasks.t2i.encoder import TextSettings, TextSide
+from crossflow.tasks.base import Example, Parts, Pieces, Report, Task
+from crossflow.tasks.t2i.config import T2IConfig
+from crossflow.tasks.t2i.encoder import TextSide
 from crossflow.tasks.t2i.objective import TextToImageObjective
+from crossflow.tasks.t2i.scoring import TextToImageScoring
 
 TOWER_FILE = "image_tower.json"
+NUM_FOR_TOKENIZER = 20_000
+"""Items whose captions the tokenizer is built from."""
 
 
-class T2ISettings(Section):
-    clip: str | None = None
-    """Hub id or folder of a CLIP model for the CLIP score; none: pictures of other data than scenes are not scored."""
-    first_caption: float = Field(0.0, ge=0, le=1)
-    """Chance that training takes an item's first caption, and otherwise one of all. In scenes the first is short, as
-    prompts are, and often leaves the colours open.
+def aligned_with(config: T2IConfig) -> str:
+    """What the encoder loss compares z0 with: nothing | image | vector (one per text) | tokens | words.
+
+    Only the contrastive losses can look at the picture: a source is reconstructed to the text it came from.
+    """
+    loss = config.loss
+    if loss.encoder == "none" or config.source.kind == "gaussian":
+        return "nothing"
+    if loss.encoder_target == "tokens":
+        return "tokens"
+    if loss.encoder == "reconstruction":
+        return "words"
+    return "image" if loss.encoder_target == "image" else "vector"
+
+
+def needs_tower(config: T2IConfig) -> bool:
+    """Whether z0 is aligned with the embedding of a frozen image tower."""
+    return aligned_with(config) == "image" and config.tower.frozen
+
+
+@dataclass(frozen=True)
+class TextToImageParts(Parts):
+    """How texts and pictures are read: tokenizer or frozen text encoder, image codec, checksum of the image tower.
+
+    codec: None in an outline; tower: "source" and "checksum" of the frozen image tower that the run began with, None
+    without one.
     """
 
+    text: TextSide
+    codec: Codec | None
+    tower: Mapping[str, str] | None = None
 
-class T2IConfig(Config):
-    text: TextSettings = TextSettings()
-    codec: CodecSettings = CodecSettings()
-    tower: TowerSettings = TowerSettings()
-    t2i: T2ISettings = T2ISettings()
+    @classmethod
+    def learn(cls, config: T2IConfig, examples: Examples, report: Report) -> Self:
+        text = TextSide.prepare(config.text, examples.captions(NUM_FOR_TOKENIZER))
+        codec = open_codec(config.codec, first_pictures(examples, config))
+        tower = None
+        if needs_tower(config):
+            checksum = ImageTower.load(config.tower, None).checksum
+            tower = {"source": str(config.tower.source), "checksum": checksum}
+            report(f"image tower: {config.tower.source}, weights sha256 {checksum[:16]}")
+        if text.tokenizer is not None:
+            shape = codec.latent_shape(config.data.image_size)
+            report(f"tokenizer: {len(text.tokenizer)} tokens; codec: {config.codec.kind}, latent {shape}")
+        return cls(text, codec, tower)
+
+    @classmethod
+    def load(cls, config: T2IConfig, folder: Path) -> Self:
+        path = folder / TOWER_FILE
+        tower = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return cls(TextSide.load(config.text, folder), read_codec(folder, config.codec), tower)
+
+    def save(self, folder: Path) -> None:
+        assert self.codec is not None
+        self.text.save(folder)
+        self.codec.save(folder / FOLDER)
+        if self.tower is not None:
+            write_json(folder / TOWER_FILE, dict(self.tower))
+
+    @classmethod
+    def frozen(cls, config: T2IConfig) -> Self:
+        text = TextSide.prepare(config.text, ()) if config.text.frozen else TextSide(config.text)
+        return cls(text, unscaled_codec(config.codec))
+
+    @classmethod
+    def outline(cls, config: T2IConfig) -> Self:
+        return cls(TextSide(config.text), None)
 
 
-class Adapter(Task[T2IConfig]):
+class Adapter(Task[T2IConfig, TextToImageParts]):
+    """Pictures uint8 (H, W, 3) from prompts."""
+
     name = "t2i"
     Config = T2IConfig
+    Parts = TextToImageParts
+    Scoring = TextToImageScoring
     needs = frozenset({"image", "captions"})
     reads_features = True
     input_kind = "text"
-    headline = ("overall", "single_object", "colors", "two_objects")
 
-    text: TextSide
-    codec: Codec
-    assumed_shape: tuple[int, ...] | None = None
-    tower_checksum: str | None = None
-    """Of the frozen image tower that the run was begun with."""
+    @property
+    def text(self) -> TextSide:
+        """How prompts are read."""
+        return self.parts.text
 
-    def __init__(self, config: T2IConfig) -> None:
-        super().__init__(config)
-        loss = config.loss
-        if loss.encoder != "none" and loss.encoder_target not in ("image", "text", "tokens"):
-            raise UserError(
-                f"loss.encoder_target = {loss.encoder_target!r} is not possible for t2i; it is image, text or tokens."
-            )
+    @property
+    def codec(self) -> Codec:
+        """Of the pictures."""
+        assert self.parts.codec is not None, "an outline has no codec"
+        return self.parts.codec
 
-    # -- what is learned before the flow
-
-    def prepare(self, examples: Examples, report: Report) -> None:
-        self.text = TextSide.prepare(self.config.text, examples.captions(20_000))
-        self.codec = open_codec(self.config.codec, first_pictures(examples, self.config))
-        if self._needs_tower:
-            self.tower_checksum = self.tower.checksum
-            report(f"image tower: {self.config.tower.source}, weights sha256 {self.tower_checksum[:16]}")
-        if self.text.tokenizer is not None:
-            report(
-                f"tokenizer: {len(self.text.tokenizer)} tokens; codec: {self.config.codec.kind}, "
-                f"latent {self.latent_shape}"
-            )
-
-    def save(self, folder: Path) -> None:
-        self.text.save(folder)
-        self.codec.save(folder / FOLDER)
-        if self.tower_checksum is not None:
-            write_json(folder / TOWER_FILE, {"source": self.config.tower.source, "checksum": self.tower_checksum})
-
-    def load(self, folder: Path) -> None:
-        self.text = TextSide.load(self.config.text, folder)
-        self.codec = read_codec(folder, self.config.codec)
-        if (folder / TOWER_FILE).is_file():
-            self.tower_checksum = json.loads((folder / TOWER_FILE).read_text(encoding="utf-8"))["checksum"]
-
-    def open_frozen(self) -> None:
-        self.text = TextSide.prepare(self.config.text, ()) if self.config.text.frozen else TextSide(self.config.text)
-        self.codec = unscaled_codec(self.config.codec)
+    @functools.cached_property
+    def tower(self) -> ImageTower:
+        """The frozen image tower; loaded by the first training batch, never for sampling."""
+        return ImageTower.load(self.config.tower, self.parts.tower["checksum"] if self.parts.tower else None)
 
     def extractor(self, options: Options) -> Extractor:
-        aligned = self._aligned_with
+        aligned = aligned_with(self.config)
         looks_at_padding = aligned == "tokens" or self.config.source.trunk == "released"
         return Extractor(
             options,
@@ -129,45 +156,18 @@ class Adapter(Task[T2IConfig]):
             text=self.text.frozen,
             pooled=aligned == "vector",
             keep_padding=looks_at_padding and self.config.text.padding == "features",
-            pixels=aligned == "image" and not self._needs_tower,
-            tower=self.tower if self._needs_tower and options.images else None,
+            pixels=aligned == "image" and not self.config.tower.frozen,
+            tower=self.tower if needs_tower(self.config) and options.images else None,
         )
-
-    def assume(self) -> None:
-        self.text = TextSide(self.config.text)
-        self.assumed_shape = assumed_shape(self.config.codec, self.config.data.image_size)
-
-    @property
-    def _aligned_with(self) -> str:
-        """What the encoder loss compares z0 with: nothing | image | vector (one per text) | tokens | words.
-
-        Only the contrastive losses can look at the picture: a source is reconstructed to the text it came from.
-        """
-        loss = self.config.loss
-        if loss.encoder == "none" or self.config.source.kind == "gaussian":
-            return "nothing"
-        if loss.encoder_target == "tokens":
-            return "tokens"
-        if loss.encoder == "reconstruction":
-            return "words"
-        return "image" if loss.encoder_target == "image" else "vector"
-
-    @property
-    def _needs_tower(self) -> bool:
-        return self._aligned_with == "image" and self.config.tower.frozen
-
-    @functools.cached_property
-    def tower(self) -> ImageTower:
-        """The frozen image tower; loaded by the first training batch, never for sampling."""
-        return ImageTower.load(self.config.tower, self.tower_checksum)
 
     # -- the model
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        if self.assumed_shape is not None:
-            return self.assumed_shape
-        return self.codec.latent_shape(self.config.data.image_size)
+        """That of the image codec."""
+        if self.parts.codec is None:
+            return assumed_shape(self.config.codec, self.config.data.image_size)
+        return self.parts.codec.latent_shape(self.config.data.image_size)
 
     def build_model(self) -> CrossFlow:
         config, shape = self.config, self.latent_shape
@@ -208,13 +208,13 @@ class Adapter(Task[T2IConfig]):
 
     # -- data
 
-    def transform(self, item: Item, generator: np.random.Generator) -> Example:
-        return captioned_example(
-            item, self.config.data.image_size, generator, first_caption=self.config.t2i.first_caption
-        )
+    @classmethod
+    def transform(cls, config: T2IConfig, item: Item, generator: np.random.Generator, augment: bool) -> Example:
+        """Without augmentation, too, the caption is drawn: each is as good a source of the picture."""
+        return captioned_example(item, config.data.image_size, generator, first_caption=config.t2i.first_caption)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        texts = [one["caption"] for one in examples]
+        texts = [example["caption"] for example in examples]
         cached = cached_batch(examples, self.config.data.image_size)
         reads_cache = cached is not None and self.text.frozen is not None
         source = self._as_source(*(cached.text() if cached and reads_cache else self.text.features(texts)))
@@ -224,52 +224,51 @@ class Adapter(Task[T2IConfig]):
             target=latents(self.codec, examples, cached),
             condition=source.condition,
             alignment=self._alignment(source.features, texts, examples, cached),
-            ids=tuple(one["id"] for one in examples),
+            ids=tuple(example["id"] for example in examples),
         )
 
     def _alignment(
         self, features: Tensor, texts: Sequence[str], examples: Sequence[Example], cached: CachedBatch | None
     ) -> Tensor | None:
         """What the encoder loss compares z0 with."""
-        aligned = self._aligned_with
+        aligned = aligned_with(self.config)
         if aligned == "nothing":
             return None
         if aligned == "tokens":
             return features
         if aligned == "image":
-            if self._needs_tower and cached is not None:
+            if needs_tower(self.config) and cached is not None:
                 return cached.tower()
-            images = cached.pixels() if cached is not None else torch.stack([one["image"] for one in examples])
-            return self.tower(images) if self._needs_tower else images
+            images = cached.pixels() if cached is not None else torch.stack([example["image"] for example in examples])
+            return self.tower(images) if needs_tower(self.config) else images
         if aligned == "vector" and cached is not None and self.text.frozen is not None:
             return cached.pooled()
         return self.text.alignment(features, texts, reconstruct=aligned == "words")
 
     # -- sampling
 
-    def source(self, inputs: Sequence[str]) -> Source:
-        return self._as_source(*self.text.features(inputs))
+    def source(self, values: Sequence[str]) -> Source:
+        return self._as_source(*self.text.features(values))
 
     def _as_source(self, features: Tensor, mask: Tensor) -> Source:
         condition = Condition(tokens=features, mask=mask) if self.config.source.kind == "gaussian" else None
         return Source(features, mask, condition)
 
     @property
-    def decodes_features(self) -> bool:  # type: ignore[override]
+    def decodes_features(self) -> bool:
         return self.codec.reads_text
 
-    def decode(self, z1: Tensor) -> list[np.ndarray]:
-        """Pictures uint8 (H, W, 3); a codec that is guided by texts decodes under that of an empty one."""
+    def decode(self, z1: Tensor, features: Tensor | None = None) -> list[np.ndarray]:
+        """Pictures uint8 (H, W, 3); a codec that is guided by texts decodes under an empty one where none is known."""
         if not self.codec.reads_text:
-            return decode(self.codec, z1)
-        return self.decode_with(z1, self.text.features([""])[0].expand(len(z1), -1, -1))
+            return list(to_uint8(self.codec.decode(z1, None)))
+        if features is None:
+            features = self.text.features([""])[0].expand(len(z1), -1, -1)
+        return list(to_uint8(self.codec.decode(z1, features)))
 
-    def decode_with(self, z1: Tensor, features: Tensor) -> list[np.ndarray]:
-        return decode(self.codec, z1, features)
-
-    def read_input(self, value: str | Path | np.ndarray) -> str:
+    def read_input(self, value: object) -> str:
         if not isinstance(value, str):
-            raise UserError(f"A text-to-image model takes prompts; {type(value).__name__} came.")
+            raise UserError(f"A text-to-image model takes prompts, texts; got {type(value).__name__}.")
         # Half a character, as a shell passes on bytes of another encoding: no key, token or file can hold it.
         return value.encode("utf-8", "replace").decode("utf-8")
 
@@ -279,33 +278,3 @@ class Adapter(Task[T2IConfig]):
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         return [save_png(output, stem.with_name(f"{stem.name}.png"), metadata)]
-
-    # -- scoring
-
-    def cases(self, examples: Examples, limit: int) -> list[Case]:
-        """On scenes: prompts of the six GenEval kinds, as many of each. Elsewhere: the first caption of each item."""
-        if "scene" in examples.reader.fields:
-            from crossflow.tasks.t2i.metric import scene_cases
-
-            # The prompts of a kind are few; their order and their noise differ between splits.
-            split = examples.reader.split
-            found = scene_cases(limit, key("prompts", split, self.config.seed))
-            return [Case(f"{split}/{id}", prompt.text, prompt) for id, prompt in found]
-        return super().cases(examples, limit)
-
-    def case(self, item: Item) -> Case:
-        return Case(item.id, item.captions[0], item.captions[0], item)
-
-    def metric(self, thorough: bool = False) -> TaskMetric:
-        from crossflow.tasks.t2i.metric import T2IMetric
-
-        return T2IMetric(clip=self.config.t2i.clip, seed=self.config.seed)
-
-    def baseline(self, train: Examples, cases: Iterable[Case]) -> dict[str, float]:
-        return {}  # the metric carries its own control, the same pictures judged by shuffled prompts
-
-    def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
-        tiles = [Tile(output, case.input)]
-        if case.item is not None and case.item.image is not None:
-            tiles.append(Tile(center_crop_resize(case.item.image, self.config.data.image_size), "truth"))
-        return tiles

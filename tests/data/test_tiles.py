@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from crossflow.data.tiles import Tiles, blend_window, by_shape, cut, fit_shorter_side, join, tile_starts
+from crossflow.data.tiles import Tiles, blend_window, cut, fit_shorter_side, join, tile_starts
 
 
 @pytest.mark.parametrize("length", [16, 17, 28, 29, 100, 333])
@@ -55,18 +55,6 @@ def test_a_picture_of_any_size_goes_through_tiles_unchanged(shape: tuple[int, ..
     shapes = {piece.shape for piece in tiles.pieces}
     assert len(shapes) == 1
     assert all(height % 4 == 0 and width % 4 == 0 and max(height, width) <= 16 for height, width, _ in shapes)
-
-
-def test_outputs_keep_the_order_of_inputs_of_several_shapes() -> None:
-    inputs = [np.full((size, 2), number) for number, size in enumerate((3, 5, 3, 7, 5))]
-    calls = []
-
-    def run(group: list[np.ndarray], ids: list[str]) -> list[str]:
-        calls.append(len(group))
-        return ids
-
-    assert by_shape(inputs, list("abcde"), run) == list("abcde")
-    assert calls == [2, 2, 1]
 
 
 @pytest.mark.parametrize(

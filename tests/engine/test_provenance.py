@@ -61,7 +61,7 @@ def test_specs_are_kept_as_written_and_work_from_any_directory(run: Path, elsewh
 def test_the_present_directory_is_searched_first(run: Path, elsewhere: Path) -> None:
     (elsewhere / "pictures").mkdir()
     shutil.copy(run.parent / "pictures" / "0.png", elsewhere / "pictures" / "only.png")
-    assert load(run).task.dataset("train").reader.ids == ["only.png"]
+    assert load(run).dataset("train").reader.ids == ["only.png"]
 
 
 def test_a_message_says_how_to_name_data_that_have_moved(run: Path, elsewhere: Path, capsys) -> None:

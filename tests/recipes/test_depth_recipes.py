@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crossflow.core.settings import shipped
-from crossflow.tasks.base import build_task, load_config
+from crossflow.tasks.base import load_config, task_class
 
 SMALL = [
     *("data.image_size=16", "source.width=32", "source.depth=1"),
@@ -19,7 +19,7 @@ def test_an_object_is_read_alike_wherever_it_lies_in_a_wide_picture(recipe: str)
     by more than attention and convolutions reach: source latents and velocities agree.
     """
     torch.manual_seed(0)
-    task = build_task(load_config(recipe, SMALL))
+    task = task_class("depth").outline(load_config(recipe, SMALL))
     model = task.build_model().eval()
     for parameter in model.parameters():  # a fresh backbone is the identity
         parameter.add_(0.2 * torch.randn_like(parameter))

@@ -106,13 +106,13 @@ def test_flowtoks_pictures_are_decoded_under_their_texts(runs, monkeypatch):
     """The latent tools too: the ends of an interpolation are what sampling gives, between them are both texts."""
     pipe = load(runs("flowtok"))
     prompts, settings = ["a red cube", "a blue sphere"], {"steps": 2, "mode": True, "output_type": "np"}
-    calls, decode_with = [], pipe.task.decode_with
+    calls, decode = [], pipe.task.decode
 
     def watched(z1, features):
         calls.append(features)
-        return decode_with(z1, features)
+        return decode(z1, features)
 
-    monkeypatch.setattr(pipe.task, "decode_with", watched)
+    monkeypatch.setattr(pipe.task, "decode", watched)
     frames = latents.interpolate(pipe, *prompts, 3, **settings)
     ends = pipe(prompts, **settings)
     assert np.abs(np.stack([frames[0], frames[-1]]).astype(int) - np.stack(ends)).max() <= 1
@@ -121,7 +121,7 @@ def test_flowtoks_pictures_are_decoded_under_their_texts(runs, monkeypatch):
     (same,) = latents.arithmetic(pipe, "a red cube", plus="a blue sphere", strengths=[0.0], **settings)
     assert np.abs(same.astype(int) - ends[0]).max() <= 1
     tokens = torch.randn(1, 77, 16, generator=torch.Generator().manual_seed(0))
-    pictures = [decode_with(tokens, features[None])[0].astype(int) for features in alone]
+    pictures = [decode(tokens, features[None])[0].astype(int) for features in alone]
     assert np.abs(pictures[0] - pictures[1]).max() > 1
 
 

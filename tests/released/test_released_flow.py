@@ -20,7 +20,7 @@ from crossflow.core.sampling import generate
 from crossflow.core.settings import build
 from crossflow.core.source import Posterior
 from crossflow.released import expected, from_reference, settings, to_reference
-from crossflow.tasks.base import build_task, task_class
+from crossflow.tasks.base import task_class
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -242,8 +242,7 @@ def test_released_files_are_used_to_the_last_key(name, kind, flow, text):
 def test_settings_are_a_recipe_that_builds_the_same_network(name, loaded):
     about = FIXTURES[name]
     recipe = settings(about["kind"], about["config"], shapes_of(name))
-    task = build_task(build(task_class("t2i").Config, recipe))
-    task.assume()
+    task = task_class("t2i").outline(build(task_class("t2i").Config, recipe))
     with torch.device("meta"):
         built = task.build_model()
     reference = loaded(name)[0]

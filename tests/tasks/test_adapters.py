@@ -10,7 +10,7 @@ from crossflow.core.noise import training_noise
 from crossflow.core.settings import build, shipped
 from crossflow.engine.sample import load
 from crossflow.tasks import task_names
-from crossflow.tasks.base import Task, build_task, load_config
+from crossflow.tasks.base import Task, load_config, task_class
 
 VARIANTS = [
     ("t2i", ["loss.encoder_target=image"]),
@@ -39,13 +39,13 @@ VARIANTS = [
 
 @pytest.fixture
 def prepared(tiny_settings):
-    """prepared(task, overrides): an adapter after `prepare` on a few scenes, with its examples."""
+    """prepared(task, overrides): a task that learned its parts from a few scenes, with its examples."""
 
     def make(name: str, overrides: list[str]) -> tuple[Task, list[object]]:
         config = load_config(f"{name}_tiny", [*tiny_settings(name), "guidance.drop=0.4", *overrides])
-        task = build_task(config)
-        examples = task.dataset("train")
-        task.prepare(examples, lambda line: None)
+        kind = task_class(name)
+        examples = kind.dataset(config, "train")
+        task = kind.learn(config, examples, lambda line: None)
         return task, [examples[(0, index)] for index in range(8)]
 
     return make
@@ -82,7 +82,7 @@ def _reads_second_half(key: str) -> bool:
 @pytest.mark.parametrize("name", task_names())
 def test_outputs_do_not_depend_on_the_batch(tiny_run, name: str) -> None:
     pipe = load(tiny_run(name))
-    cases = pipe.task.cases(pipe.task.dataset("test", limit=4), 4)
+    cases = pipe.task.scoring().cases(pipe.dataset("test", limit=4), 4).all()
     inputs, ids = [case.input for case in cases], [case.id for case in cases]
     together = pipe.outputs(inputs, ids, seed=3)
     backwards = pipe.outputs(inputs[::-1], ids[::-1], seed=3)[::-1]
@@ -99,7 +99,7 @@ def test_outputs_do_not_depend_on_the_batch(tiny_run, name: str) -> None:
 def test_a_saved_pipeline_is_the_same(tiny_run, tmp_path: Path, name: str) -> None:
     pipe = load(tiny_run(name))
     again = load(pipe.save(tmp_path / "copy"))
-    (case,) = pipe.task.cases(pipe.task.dataset("test", limit=1), 1)
+    (case,) = pipe.task.scoring().cases(pipe.dataset("test", limit=1), 1).all()
     (a,), (b,) = pipe.outputs([case.input], ["x"], 0), again.outputs([case.input], ["x"], 0)
     assert a == b if isinstance(a, str) else np.array_equal(a, b)
 

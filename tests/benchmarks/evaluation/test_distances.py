@@ -158,7 +158,7 @@ def test_a_protocol_with_a_distance_runs_offline_and_its_statistics_are_carried(
     rules = tmp_path / "mini.yaml"
     rules.write_text(
         "extends: imagenet-64-256\nsplit: all\nnetworks: {features: timm:test_resnet@random}\nsr: {crop: 32}\n"
-        "distribution: {numbers: [fid, kid, is]}\n"
+        "distribution: {size: 32, numbers: [fid, kid, is]}\n"
     )
     spec, pipe = folder_of_pictures(tmp_path / "data", 6), load(tiny_run("sr"))
     protocol = load_protocol(rules)

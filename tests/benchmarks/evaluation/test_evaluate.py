@@ -169,7 +169,7 @@ def test_memory_does_not_grow_with_the_items(sr, tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(evaluation, "NUM_TILES", 1)
     alive = []
 
-    from crossflow.tasks.base import Case
+    from crossflow.tasks.scoring import Case
 
     def cases(what: str, done: int, total: int) -> None:
         gc.collect()

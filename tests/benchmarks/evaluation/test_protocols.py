@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crossflow.benchmarks.evaluation.plan import bottom_centre, plan, with_options
+from crossflow.benchmarks.evaluation.plan import plan
 from crossflow.benchmarks.evaluation.protocol import load_protocol, protocols
 from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.data.images import save_depth_png, save_png
+from crossflow.data.readers import with_options
+from crossflow.tasks.depth.scoring import bottom_centre
 
 NAMES = (
     "b100-x4", "coco-fid10k", "coco-fid30k", "diode-affine", "eth3d-affine", "geneval", "imagenet-64-256", "karpathy",
@@ -53,7 +55,7 @@ def test_unknown_protocols_and_settings_are_refused(tmp_path: Path) -> None:
 
 def test_a_protocol_of_ones_own_changes_only_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: kitti-affine\ndepth: {space: disparity}")
-    rules = load_protocol(tmp_path / "mine.yaml").depth
+    rules = load_protocol(tmp_path / "mine.yaml").rules
     assert (rules.alignment, rules.space, rules.crop, rules.max_depth) == ("affine", "disparity", "eigen", 80)
 
 
@@ -92,14 +94,14 @@ def test_depth_is_scored_on_whole_pictures_by_the_protocols_rules(tiny_run, room
     from crossflow.engine.sample import load
     from crossflow.tasks.depth.metric import depth_errors
 
-    task = load(tiny_run("depth")).task
-    work = plan(task, load_protocol("nyu"), rooms, "all", 10, 0, None)
+    pipe = load(tiny_run("depth"))
+    work = plan(pipe, load_protocol("nyu"), rooms, "all", 10)
     (_, case), *others = work.cases.at(range(4))
     assert len(others) == 3
     assert case.input.shape == (60, 80, 3)
     assert case.truth.shape == (60, 80)
     guess = np.full((60, 80), 3.0, np.float32)
-    row = work.metric().add("0", guess, case.truth)
+    row = work.scoring.metric().add("0", guess, case.truth)
     inside = case.truth[5:58, 5:75]  # 45/480, 471/480, 41/640, 601/640 of the sides
     counted = inside[(inside > 1e-3) & (inside < 10)].astype(np.float64)
     assert row["num_pixels"] == counted.size
@@ -109,9 +111,9 @@ def test_depth_is_scored_on_whole_pictures_by_the_protocols_rules(tiny_run, room
 def test_an_affine_protocol_forgives_scale_and_shift_exactly(tiny_run, rooms: str) -> None:
     from crossflow.engine.sample import load
 
-    task = load(tiny_run("depth")).task
-    work = plan(task, load_protocol("eth3d-affine"), rooms, "all", 10, 0, None)
-    metric = work.metric()
+    pipe = load(tiny_run("depth"))
+    work = plan(pipe, load_protocol("eth3d-affine"), rooms, "all", 10)
+    metric = work.scoring.metric()
     for case in work.cases:
         row = metric.add(case.id, 0.37 * case.truth.astype(np.float64) - 5, case.truth)
         assert row["abs_rel"] == pytest.approx(0, abs=1e-6)
@@ -135,8 +137,8 @@ def test_pictures_are_cut_and_reduced_as_imagenet_64_256_says(tiny_run, tmp_path
     picture = np.random.default_rng(0).integers(0, 255, (300, 262, 3), dtype=np.uint8)
     save_png(picture, folder / "a.png")
     save_png(picture[:255], folder / "b.png")
-    task = load(tiny_run("sr")).task
-    work = plan(task, load_protocol("imagenet-64-256"), f"folder:{folder}@all", "all", 9, 0, None)
+    pipe = load(tiny_run("sr"))
+    work = plan(pipe, load_protocol("imagenet-64-256"), f"folder:{folder}@all", "all", 9)
     ((number, case),) = work.cases.at(range(2))
     assert number == 0
     square = np.array(Image.fromarray(picture[19:281]).resize((256, 256), Image.Resampling.BICUBIC))
@@ -154,10 +156,10 @@ def test_each_prompt_of_geneval_is_drawn_four_times_with_noise_of_its_own(tiny_r
     path = tmp_path / "evaluation_metadata.jsonl"
     line = '{"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}\n'
     path.write_text(line * 2)
-    task = load(tiny_run("t2i")).task
+    pipe = load(tiny_run("t2i"))
     asked: list[str] = []
-    eyes = SimpleNamespace(detector=SimpleNamespace(expect=asked.extend), colours=None)
-    work = plan(task, load_protocol("geneval"), str(path), "test", 10**9, 0, eyes)
+    eyes = {"detector": SimpleNamespace(expect=asked.extend)}
+    work = plan(pipe, load_protocol("geneval"), str(path), "test", 10**9, eyes)
     cases = list(work.cases)
     assert [case.id for case in cases] == [f"0000{n}/{k}" for n in range(2) for k in range(4)]
     noise = item_noise(0, [case.id for case in cases], (3,))
@@ -167,18 +169,17 @@ def test_each_prompt_of_geneval_is_drawn_four_times_with_noise_of_its_own(tiny_r
 
 
 def test_what_is_scored_does_not_depend_on_the_seed_of_the_run(tiny_run, rooms: str, tmp_path: Path) -> None:
-    from crossflow.engine.sample import load
-    from crossflow.tasks.base import build_task
+    from crossflow.engine.sample import Pipeline, load
 
     (tmp_path / "two.yaml").write_text("extends: nyu\nchoose: 2")
     ways = [("t2i", None, None), ("t2i", "scenes-geneval", None), ("depth", tmp_path / "two.yaml", rooms)]
     for name, protocol, spec in ways:
         rules = load_protocol(protocol) if protocol else None
-        config = load(tiny_run(name)).task.config
-        chosen = [
-            plan(build_task(config.model_copy(update={"seed": seed})), rules, spec, "test", 12, 0, None)
-            for seed in range(4)
-        ]
+        pipe = load(tiny_run(name))
+        chosen = []
+        for seed in range(4):
+            task = type(pipe.task)(pipe.task.config.model_copy(update={"seed": seed}), pipe.task.parts)
+            chosen.append(plan(Pipeline(task, pipe.model), rules, spec, "test", 12))
         told = {tuple((case.id, str(case.input) if name == "t2i" else "") for case in one.cases) for one in chosen}
         assert len(told) == 1
 
@@ -189,11 +190,11 @@ def test_the_bicubic_row_of_b100_is_the_published_one(tiny_run) -> None:
     from crossflow.engine.sample import load
 
     spec = f"folder:{os.environ['CROSSFLOW_TEST_DATA']}/data/sr/B100@all"
-    work = plan(load(tiny_run("sr")).task, load_protocol("b100-x4"), spec, "all", 10**9, 0, None)
-    metric = work.metric()
-    assert work.trivial is not None
+    work = plan(load(tiny_run("sr")), load_protocol("b100-x4"), spec, "all", 10**9)
+    metric = work.scoring.metric()
+    trivial = work.scoring.trivial(lambda: None)
     for case in work.cases:
-        metric.add(case.id, work.trivial(case), case.truth)
+        metric.add(case.id, trivial(case), case.truth)
     values = metric.compute()
     assert values["num_items"] == 100
     assert values["psnr_y"] == pytest.approx(25.96, abs=0.05)

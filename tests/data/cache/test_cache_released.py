@@ -19,7 +19,7 @@ from crossflow.data.readers import open_reader
 from crossflow.data.safe_pickle import read_npy
 from crossflow.engine import cache as caching
 from crossflow.networks.codecs.registry import build_codec
-from crossflow.tasks.base import build_task, load_config
+from crossflow.tasks.base import load_config, task_class
 
 WORDS = ("a red cube", "two green cones", "a small blue sphere on a plane")
 LENGTH, WIDTH = 16, 16
@@ -215,8 +215,7 @@ def test_a_validation_folder_joins_a_pictures_moments_with_each_caption(tmp_path
 @pytest.fixture
 def released(tmp_path: Path, frozen) -> Path:
     """A folder as the released scripts write it, of the tiny networks, with the pictures it was made from."""
-    task = build_task(load_config("t2i_tiny", released_settings(frozen)))
-    task.open_frozen()
+    task = task_class("t2i").frozen(load_config("t2i_tiny", released_settings(frozen)))
     rng, folder = np.random.default_rng(0), tmp_path / "released"
     for number in range(6):
         image = torch.from_numpy(rng.uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32))
@@ -261,10 +260,10 @@ def test_released_features_are_taken_over_unpadded(frozen, released, tmp_path: P
         assert np.array_equal(features[0][mask[0]], theirs["token_embedding_clip"][mask[0].numpy()])
     num_tokens = sum(len(cache.shard(number)["text"]) for number in range(2))
     assert num_tokens == sum(read_npy(file)["token_mask_clip"].sum() for file in released.glob("features/*.npy"))
-    task = build_task(load_config("t2i_tiny", [*released_settings(frozen), f"data.train=cache:{cache.folder}@all"]))
-    task.open_frozen()
-    task.accept(task.dataset("train"))
-    batch = task.batch(task.dataset("train").first(4))
+    config = load_config("t2i_tiny", [*released_settings(frozen), f"data.train=cache:{cache.folder}@all"])
+    task, examples = task_class("t2i").frozen(config), task_class("t2i").dataset(config, "train")
+    task.accept(examples)
+    batch = task.batch(examples.first(4))
     assert batch.target.shape == (4, *build_codec("autoencoder_kl", source=frozen["codec"]).latent_shape(16))
 
 
@@ -283,6 +282,6 @@ def test_moments_of_another_size_and_missing_pictures_are_told(frozen, released,
 
 
 def test_training_on_the_files_themselves_is_refused_with_the_way(frozen, released):
-    task = build_task(load_config("t2i_tiny", released_settings(frozen, f"data.train=npy:{released}@all")))
+    config = load_config("t2i_tiny", released_settings(frozen, f"data.train=npy:{released}@all"))
     with pytest.raises(UserError, match="no image"):
-        task.dataset("train")
+        task_class("t2i").dataset(config, "train")

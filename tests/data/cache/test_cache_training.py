@@ -8,18 +8,22 @@ import torch
 
 from crossflow.core.errors import UserError
 from crossflow.data.cache.build import Settings
+from crossflow.data.dataset import Examples
 from crossflow.engine import cache as caching
 from crossflow.engine.sample import load
-from crossflow.tasks.base import Task, build_task, load_config
+from crossflow.tasks.base import Task, load_config, task_class
 
 PLACES = [(0, 3), (0, 5), (1, 3), (2, 11)]
 
 
 def opened(overrides: list[str], data: str) -> Task:
     """A task as it trains on `data`, with its frozen networks."""
-    task = build_task(load_config("t2i_tiny", [*overrides, f"data.train={data}"]))
-    task.open_frozen()
-    return task
+    return task_class("t2i").frozen(load_config("t2i_tiny", [*overrides, f"data.train={data}"]))
+
+
+def train_data(task: Task) -> Examples:
+    """The training examples that the configuration of a task names."""
+    return task.dataset(task.config, "train")
 
 
 def cached(folder: Path, overrides: list[str], data: Path, **options) -> str:
@@ -43,7 +47,7 @@ def test_batches_are_those_without_a_cache(recipe, pictures, tmp_path: Path, mor
     settings = recipe(*more)
     spec = cached(tmp_path / "cache", settings, pictures, storage="float32")
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
-    data = {"plain": plain.dataset("train"), "cache": reading.dataset("train")}
+    data = {"plain": train_data(plain), "cache": train_data(reading)}
     reading.accept(data["cache"])
     theirs = plain.batch(data["plain"].__getitems__(PLACES))
     ours = reading.batch(data["cache"].__getitems__(PLACES)).to("cpu")
@@ -65,8 +69,8 @@ def test_batches_in_half_precision_differ_by_its_rounding(recipe, pictures, tmp_
     settings = recipe()
     spec = cached(tmp_path / "cache", settings, pictures, storage=storage)
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
-    theirs = plain.batch(plain.dataset("train").__getitems__(PLACES))
-    ours = reading.batch(reading.dataset("train").__getitems__(PLACES))
+    theirs = plain.batch(train_data(plain).__getitems__(PLACES))
+    ours = reading.batch(train_data(reading).__getitems__(PLACES))
     assert ours.features.dtype == getattr(torch, storage)
     ours = ours.to("cpu")
     torch.testing.assert_close(ours.target, theirs.target, atol=tolerance, rtol=tolerance)
@@ -77,12 +81,12 @@ def test_batches_in_half_precision_differ_by_its_rounding(recipe, pictures, tmp_
 def test_each_epoch_draws_another_latent_from_the_moments_and_the_same_one_again(recipe, pictures, tmp_path: Path):
     settings = recipe()
     task = opened(settings, cached(tmp_path / "cache", settings, pictures))
-    first, second, again = (task.batch(task.dataset("train").__getitems__([(epoch, 0)])) for epoch in (0, 1, 0))
+    first, second, again = (task.batch(train_data(task).__getitems__([(epoch, 0)])) for epoch in (0, 1, 0))
     assert torch.equal(first.target, again.target)
     assert not torch.equal(first.target, second.target)
-    moments = task.dataset("train").reader.cache.moments([task.dataset("train")[0, 0]["entry"]], 16)
+    moments = train_data(task).reader.cache.moments([train_data(task)[0, 0]["entry"]], 16)
     scaled = task.codec.scaled(moments)
-    drawn = torch.cat([task.batch(task.dataset("train").__getitems__([(e, 0)])).target for e in range(400)])
+    drawn = torch.cat([task.batch(train_data(task).__getitems__([(e, 0)])).target for e in range(400)])
     deviation = ((drawn - scaled.mean) / (scaled.log_var / 2).exp()).std(0)
     assert (deviation - 1).abs().max() < 0.2  # 400 draws: 0.035 is one standard deviation of each
     assert (drawn.mean(0) - scaled.mean).abs().max() < 0.25 * (scaled.log_var / 2).exp().max()
@@ -107,7 +111,7 @@ def test_a_cache_of_other_networks_is_refused(recipe, pictures, tmp_path: Path, 
     spec = cached(tmp_path / "cache", recipe(), pictures)
     task = opened(recipe(*change.pop("more", ()), **change), spec)
     with pytest.raises(UserError, match=complaint):
-        task.accept(task.dataset("train"))
+        task.accept(train_data(task))
 
 
 def test_padding_is_cached_only_for_models_that_look_at_it(recipe, pictures, tmp_path: Path):
@@ -115,7 +119,7 @@ def test_padding_is_cached_only_for_models_that_look_at_it(recipe, pictures, tmp
     tokens = {}
     for name, more in {"small": (), "released": released, "zero": (*released, "text.padding=zero")}.items():
         spec = cached(tmp_path / name, recipe(*more), pictures)
-        reader = opened(recipe(*more), spec).dataset("train").reader
+        reader = train_data(opened(recipe(*more), spec)).reader
         tokens[name] = len(reader.cache.shard(0)["text"])
     assert tokens["small"] == tokens["zero"] < tokens["released"] == 16 * 7  # captions of the first five items
 
@@ -125,23 +129,23 @@ def test_embeddings_of_the_image_tower_are_cached_and_bound_to_its_weights(froze
     settings = recipe(*aligned, f"tower.source={frozen['tower']}")
     spec = cached(tmp_path / "cache", settings, pictures, storage="float32")
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
-    reading.accept(reading.dataset("train"))
-    theirs = plain.batch(plain.dataset("train").__getitems__(PLACES)).alignment
-    ours = reading.batch(reading.dataset("train").__getitems__(PLACES)).alignment
+    reading.accept(train_data(reading))
+    theirs = plain.batch(train_data(plain).__getitems__(PLACES)).alignment
+    ours = reading.batch(train_data(reading).__getitems__(PLACES)).alignment
     assert ours.shape == (4, 16)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert "pixels_16" not in reading.dataset("train").reader.cache.features["parts"]
+    assert "pixels_16" not in train_data(reading).reader.cache.features["parts"]
     other = opened(recipe(*aligned, f"tower.source={frozen['other_tower']}"), spec)
     with pytest.raises(UserError, match="another image tower than the recipe's"):
-        other.accept(other.dataset("train"))
+        other.accept(train_data(other))
 
 
 def test_a_scale_may_change_and_more_than_is_needed_may_be_cached(recipe, pictures, tmp_path: Path):
     spec = cached(tmp_path / "cache", recipe("source.trunk=released", "text.head=flatten"), pictures, sizes=(16, 32))
     task = opened(recipe("codec.scale=2.0", "loss.encoder=none"), spec)
-    task.accept(task.dataset("train"))
+    task.accept(train_data(task))
     small = opened(recipe("loss.encoder=none"), spec)
-    z = [one.batch(one.dataset("train").__getitems__(PLACES)).target for one in (task, small)]
+    z = [one.batch(train_data(one).__getitems__(PLACES)).target for one in (task, small)]
     torch.testing.assert_close(z[0], 4 * z[1])
 
 
@@ -153,21 +157,20 @@ def test_a_task_on_pixels_has_nothing_to_cache(tiny_settings, tmp_path: Path):
 
 def test_tasks_on_pixels_refuse_a_cache(recipe, pictures, tiny_settings, tmp_path: Path):
     spec = cached(tmp_path / "cache", recipe(), pictures)
-    task = build_task(load_config("sr_tiny", [*tiny_settings("sr"), f"data.train={spec}"]))
+    config = load_config("sr_tiny", [*tiny_settings("sr"), f"data.train={spec}"])
     with pytest.raises(UserError, match="no image"):
-        task.dataset("train")
+        task_class("sr").dataset(config, "train")
 
 
 def test_the_pixel_codec_measures_the_same_scale_from_a_cache(tiny_settings, pictures, tmp_path: Path):
     settings = [*tiny_settings("t2i"), "codec.factor=2"]
     spec = cached(tmp_path / "cache", settings, pictures, storage="float32")
-    tasks = [
-        build_task(load_config("t2i_tiny", [*settings, f"data.train={data}"])) for data in (f"folder:{pictures}", spec)
-    ]
-    batches = []
-    for task in tasks:
-        task.prepare(task.dataset("train"), lambda text: None)
-        batches.append(task.batch(task.dataset("train").__getitems__(PLACES)))
+    tasks, batches = [], []
+    for data in (f"folder:{pictures}", spec):
+        config, kind = load_config("t2i_tiny", [*settings, f"data.train={data}"]), task_class("t2i")
+        examples = kind.dataset(config, "train")
+        tasks.append(kind.learn(config, examples, lambda text: None))
+        batches.append(tasks[-1].batch(examples.__getitems__(PLACES)))
     torch.testing.assert_close(tasks[1].codec.scale, tasks[0].codec.scale)
     torch.testing.assert_close(batches[1].target, batches[0].target, atol=1e-5, rtol=1e-5)
     assert torch.equal(batches[1].features, batches[0].features)
@@ -181,16 +184,15 @@ def test_captioning_reads_the_same_latents_from_a_cache(frozen, pictures, tiny_s
     spec = f"cache:{tmp_path / 'cache'}"
     targets = []
     for data in (f"folder:{pictures}", spec):
-        task = build_task(load_config("caption_tiny", [*settings, f"data.train={data}", f"data.val=folder:{pictures}"]))
-        examples = task.dataset("train")
-        task.prepare(examples, lambda text: None)
+        config = load_config("caption_tiny", [*settings, f"data.train={data}", f"data.val=folder:{pictures}"])
+        examples = task_class("caption").dataset(config, "train")
+        task = task_class("caption").learn(config, examples, lambda text: None)
         task.accept(examples)
         targets.append(task.batch(examples.__getitems__(PLACES)).features)
     torch.testing.assert_close(targets[1], targets[0], atol=1e-5, rtol=1e-5)
-    without = build_task(load_config("caption_tiny", [*settings, f"data.train={spec}"]))
-    without.open_frozen()
+    without = task_class("caption").frozen(load_config("caption_tiny", [*settings, f"data.train={spec}"]))
     with pytest.raises(UserError, match=r"data\.val=SPEC"):
-        without.accept(without.dataset("train"))
+        without.accept(train_data(without))
 
 
 @pytest.mark.slow
@@ -220,8 +222,8 @@ def test_workers_get_a_cache_without_its_open_files(recipe, pictures, tmp_path: 
 
     settings = recipe()
     task = opened(settings, cached(tmp_path / "cache", settings, pictures))
-    reader = task.dataset("train").reader
-    before = task.batch(task.dataset("train").__getitems__(PLACES)).target
+    reader = train_data(task).reader
+    before = task.batch(train_data(task).__getitems__(PLACES)).target
     copy = pickle.loads(pickle.dumps(reader))
     assert copy.ids[3] == reader.ids[3]
     moved = copy.cache.moments([copy[3].features], 16).mean

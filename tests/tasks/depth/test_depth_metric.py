@@ -149,7 +149,7 @@ def test_pictures_without_truth_are_noted_and_not_averaged():
     metric = DepthMetric()
     metric.add("empty", depth(), np.zeros((20, 30), np.float32))
     assert metric.rows[0]["num_pixels"] == 0
-    with pytest.raises(UserError, match="not defined for any"):
+    with pytest.raises(UserError, match="is undefined for all"):
         metric.compute()
     metric.add("full", 2 * depth(), depth())
     result = metric.compute()

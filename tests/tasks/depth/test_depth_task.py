@@ -7,7 +7,7 @@ import torch
 from crossflow.core.errors import UserError
 from crossflow.data.images import load_depth_png
 from crossflow.data.item import Item
-from crossflow.tasks.base import build_task, load_config
+from crossflow.tasks.base import load_config, task_class
 from crossflow.tasks.depth.dataset import Augmentation, coloured, example
 from crossflow.tasks.depth.decoder import DepthScale
 
@@ -17,11 +17,11 @@ def test_random_positions_cover_wide_and_high_pictures() -> None:
     for image in (ramp, ramp.transpose(1, 0, 2).copy()):
         item = Item("a", image, depth=image[..., 0].astype(np.float32) + 1)
         augmentation = Augmentation(flip=False, position="random")
-        crops = [example(item, 20, augmentation, np.random.default_rng(seed))["depth"] for seed in range(60)]
+        crops = [example(item, 20, augmentation, np.random.default_rng(seed))["target"] for seed in range(60)]
         assert min(crop.min() for crop in crops) < 5
         assert max(crop.max() for crop in crops) > 95
         assert all(crop.max() - crop.min() == 19 for crop in crops)  # whole squares, not zoomed
-        centre = example(item, 20, Augmentation(flip=False), np.random.default_rng(0))["depth"]
+        centre = example(item, 20, Augmentation(flip=False), np.random.default_rng(0))["target"]
         assert (centre.min(), centre.max()) == (41, 60)
 
 
@@ -65,8 +65,8 @@ def test_picture_and_depth_are_cropped_and_flipped_alike() -> None:
     flipped = set()
     for seed in range(20):
         one = example(item, 16, Augmentation(flip=True, crop=0.5), np.random.default_rng(seed))
-        grey = (one["rgb"][0] + 1) * 127.5
-        assert (grey - one["depth"][0]).abs().max() < 12  # bicubic against nearest
+        grey = (one["source"][0] + 1) * 127.5
+        assert (grey - one["target"][0]).abs().max() < 12  # bicubic against nearest
         flipped.add(bool(grey[0, 0] > grey[0, -1]))
     assert flipped == {True, False}
 
@@ -91,7 +91,7 @@ def test_colour_factors_follow_from_the_key_and_leave_crops_as_they_were() -> No
     plain, jitter = Augmentation(crop=0.5), Augmentation(crop=0.5, colour=0.3)
     for seed in range(5):
         a, b, again = (example(item, 16, how, np.random.default_rng(seed)) for how in (plain, jitter, jitter))
-        assert torch.equal(a["rgb"], b["rgb"])
+        assert torch.equal(a["source"], b["source"])
         assert a["colour"].tolist() == [1, 1, 1]
         assert (b["colour"] - 1).abs().max() <= 0.3
         assert b["colour"].std() > 0
@@ -99,7 +99,7 @@ def test_colour_factors_follow_from_the_key_and_leave_crops_as_they_were() -> No
 
 
 def test_depth_beyond_16_bits_of_millimetres_is_written_too(tmp_path) -> None:
-    task = build_task(load_config("depth_tiny"))
+    task = task_class("depth").outline(load_config("depth_tiny"))
     depth = np.array([[0.5, 65.535], [65.54, 100.0]], np.float32)
     millimetres, metres, picture = task.write_output(depth, tmp_path / "far", {})
     np.testing.assert_allclose(load_depth_png(millimetres), [[0.5, 65.535], [0, 0]], atol=1e-6)

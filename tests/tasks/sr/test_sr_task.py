@@ -8,8 +8,8 @@ import pytest
 from crossflow.core.errors import UserError
 from crossflow.data.item import Item
 from crossflow.tasks.base import load_config
-from crossflow.tasks.sr import Adapter
-from crossflow.tasks.sr.dataset import enlarge, random_pair, reduce, to_multiple
+from crossflow.tasks.sr.dataset import Augmentation, enlarge, pair, reduce, to_multiple
+from crossflow.tasks.sr.scoring import SrScoring
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -24,7 +24,7 @@ def test_a_crop_is_the_picture_and_its_bicubic_version(scale: Fraction | int) ->
     found, unit = 0, Fraction(scale).numerator
     size = 12 * unit if unit < 5 else 6 * unit
     for seed in range(12):
-        sharp, bicubic = random_pair(image, size, scale, np.random.default_rng(seed))
+        sharp, bicubic = pair(image, size, scale, Augmentation(), np.random.default_rng(seed))
         assert sharp.shape == bicubic.shape == (size, size, 3)
         for turned in _turns(sharp, bicubic):
             place = _find(image, turned[0])
@@ -58,7 +58,7 @@ def _find(image: np.ndarray, piece: np.ndarray) -> tuple[int, int] | None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 100), (31, 33)])
 def test_pictures_smaller_than_the_crop_still_give_one(shape: tuple[int, int]) -> None:
-    sharp, bicubic = random_pair(smooth(*shape), 32, 4, np.random.default_rng(0))
+    sharp, bicubic = pair(smooth(*shape), 32, 4, Augmentation(), np.random.default_rng(0))
     assert sharp.shape == bicubic.shape == (32, 32, 3)
 
 
@@ -73,8 +73,7 @@ def test_scales_are_whole_or_ratios(given: str, ratio: Fraction) -> None:
         f"sr.tile={16 * ratio.numerator}",
         "sr.overlap=0",
     ]
-    task = Adapter(load_config("sr_tiny", settings))
-    assert task.scale == ratio
+    assert load_config("sr_tiny", settings).sr.ratio == ratio
     low = smooth(31, 20)
     assert enlarge(low, ratio).shape == (-(-31 * ratio // 1), -(-20 * ratio // 1), 3)
     high = to_multiple(smooth(97, 120), ratio)
@@ -87,13 +86,12 @@ def test_scales_are_whole_or_ratios(given: str, ratio: Fraction) -> None:
 )
 def test_scales_that_cannot_be_are_refused(settings: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Adapter(load_config("sr_tiny", settings))
+        load_config("sr_tiny", settings)
 
 
 @pytest.mark.parametrize("grey", [False, True])
 def test_a_picture_stored_with_one_channel_is_scored_on_that_channel(grey: bool) -> None:
     image = np.repeat(smooth(64, 64)[..., :1], 3, axis=-1)
-    case = Adapter(load_config("sr_tiny", [])).case(Item("a", image, grey=grey))
-    assert case is not None
+    case = SrScoring(load_config("sr_tiny", [])).case(Item("a", image, grey=grey))
     assert case.truth.shape == ((64, 64) if grey else (64, 64, 3))
     assert case.input.ndim == 3  # the network always sees three channels

@@ -14,7 +14,7 @@ from crossflow.core.settings import build, merge, parse_overrides, read
 from crossflow.engine.sample import load
 from crossflow.engine.train import Run
 from crossflow.networks.text.tokenizer import build_tokenizer
-from crossflow.tasks.base import build_task, load_config, task_class
+from crossflow.tasks.base import load_config, task_class
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = {"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 77}
@@ -101,8 +101,8 @@ def test_gradient_reaches_every_parameter(networks, tmp_path: Path, recipe: str)
 def test_sampling_needs_no_image_tower(networks, tmp_path: Path) -> None:
     settings = merge(read("t2i_256_clip_dimr"), parse_overrides(small(networks, "t2i_256_clip_dimr")))
     Run.open(build(task_class("t2i").Config, settings), tmp_path / "run")
-    task = build_task(load_config(tmp_path / "run", ["tower.source=nowhere/at-all"]))
-    task.load(tmp_path / "run")
+    config = load_config(tmp_path / "run", ["tower.source=nowhere/at-all"])
+    task = task_class("t2i").load(config, tmp_path / "run")
     assert task.source(["a red cube"]).features.shape == (1, 77, 32)
     with pytest.raises(UserError, match="nowhere/at-all"):
         _ = task.tower
