@@ -85,7 +85,7 @@ def load_public(load: Callable[..., Any], source: str, *, files: str, **options:
 
 
 def public_folder(source: str, files: Sequence[str]) -> Path:
-    """The local folder of `source`, a folder or a hub id; of the latter only `files` are downloaded.
+    """The local folder of `source`, a folder or a hub id, from which only `files` are downloaded.
 
     Raises UserError when the hub repository is unavailable.
     """

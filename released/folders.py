@@ -53,7 +53,7 @@ def counter(progress: Progress, pieces: Sequence[Piece]) -> Callable[[int], None
 def check_free(folder: Path) -> None:
     """Raises UserError unless `folder` is empty or missing."""
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty. Give a new folder, so that nothing in it is mixed with the result.")
+        raise UserError(f"{folder} is not empty. Give a new folder.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, but the converted model is a folder. Give another name.")
 

@@ -1,8 +1,8 @@
 """The networks of FlowTiTok: pictures (B, 3, H, W) <-> 77 tokens of 16 channels, decoded with a text's features as
 guidance (FlowTok, arXiv 2503.10772, section 3.2; TA-TiTok, arXiv 2501.07730).
 
-Encoder: transformer over [patches, latent tokens], the latter -> mean and log-variance per token. Decoder: transformer
-over [mask tokens, tokens, text], the former -> pixels. Patches carry rotary positions, all other tokens learned ones.
+Encoder: transformer over [patches, latent tokens]; the latent tokens -> mean and log-variance. Decoder: transformer
+over [mask tokens, tokens, text]; the mask tokens -> pixels. Patches have rotary positions, other tokens learned ones.
 B batch, N tokens, G patches along a side, D width, C channels, H W height width.
 """
 

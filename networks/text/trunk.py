@@ -153,9 +153,7 @@ class QueryHead(nn.Module):
 
 
 class FlattenHead(nn.Module):
-    """Each token narrowed to D / 8, all of them flattened, one linear map to both moments; padded positions are
-    zero.
-    """
+    """Tokens narrowed to D / 8, flattened, then one linear map to both moments; padded positions are zero."""
 
     def __init__(self, latent_shape: tuple[int, ...], width: int, max_length: int) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""`recipe`: weights and inputs by name; `recorded`: what the reference networks made of them (tests/golden); `files`,
-`encoders`, `runs`: small released files, text encoders to go with them, and both converted.
+"""Fixtures: `recipe`, weights and inputs by name; `recorded`, the reference networks' outputs (tests/golden); `files`,
+`encoders` and `runs`, small released files, text encoders of their widths, and the converted runs.
 """
 
 import importlib.util
