@@ -233,7 +233,7 @@ def sync_folder(path: Path) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the error means that the disk (or the quota) is full; safetensors has an error class of its own."""
+    """Whether the error means that the disk (or the quota) is full; safetensors raises its own error class."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     from safetensors import SafetensorError

@@ -26,7 +26,7 @@ class TrainingProgress(Protocol):
         """A sentence about an event: resumed, saved, stopping."""
 
     def end(self) -> None:
-        """Training is over, for whatever reason."""
+        """Training is over: finished, stopped or failed."""
 
 
 class Silent:

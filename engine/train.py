@@ -21,7 +21,8 @@ from crossflow.core.objective import Objective
 from crossflow.core.progress import Silent, TrainingProgress
 from crossflow.core.settings import dump, flat
 from crossflow.core.solvers import SOLVERS
-from crossflow.core.training.trainer import DryRun, Trainer, TrainResult
+from crossflow.core.training.dry_run import DryRun
+from crossflow.core.training.trainer import Callbacks, Trainer, TrainResult
 from crossflow.data.dataset import Examples
 from crossflow.data.images import save_png
 from crossflow.data.readers import resolve_spec
@@ -219,9 +220,7 @@ class Run:
             run_dir=self.folder,
             seed=self.config.seed,
             latent_shape=self.task.latent_shape,
-            sample=self._sample,
-            validate=self._validate,
-            progress=self.progress,
+            callbacks=Callbacks(self._validate, self._sample, progress=self.progress),
             settings=self.config.model_dump(mode="json"),
         )
 

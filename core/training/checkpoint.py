@@ -1,8 +1,8 @@
-"""Checkpoints: everything a run needs to go on, written so that a crash at any instant leaves the one before usable.
+"""Checkpoints: all that a run needs to continue, written so that a crash at any instant leaves the one before usable.
 
 `checkpoints/step_00001000/` holds `*.safetensors` (model, ema, objective, optimizer), `state.json` (the rest) and
-`checkpoint.json` (size and SHA-256 of each file, written last). It is made under a temporary name, flushed to disk and
-renamed. Nothing in it is a pickle.
+`checkpoint.json` (size and SHA-256 of each file, written last). It is written under a temporary name, flushed to disk
+and renamed. Nothing in it is a pickle.
 """
 
 import hashlib
@@ -52,11 +52,11 @@ class CorruptCheckpoint(UserError):
 
 
 class NoSpace(UserError):
-    """There is no room for a checkpoint; the ones before are untouched."""
+    """The disk is too full for a checkpoint; earlier ones are untouched."""
 
     def __init__(self, root: Path, step: int, needed: int, free: int) -> None:
         super().__init__(
-            f"There is no space for the checkpoint of step {step} in {root}: it needs {size_in_words(needed)}, "
+            f"The disk is too full for the checkpoint of step {step} in {root}: it needs {size_in_words(needed)}, "
             f"{size_in_words(free)} are free. Earlier checkpoints are untouched. Free some space or choose another "
             "--output (lower train.keep to hold fewer checkpoints), then continue with --resume auto."
         )
@@ -71,8 +71,8 @@ def step_folder(root: Path, step: int) -> Path:
 
 def checkpoints(root: Path) -> list[Path]:
     """The finished checkpoints under `root`, newest first."""
-    found = {int(path.name[5:]): path for path in root.glob("step_*") if path.is_dir() and path.name[5:].isdigit()}
-    return [found[step] for step in sorted(found, reverse=True)]
+    by_step = {int(path.name[5:]): path for path in root.glob("step_*") if path.is_dir() and path.name[5:].isdigit()}
+    return [by_step[step] for step in sorted(by_step, reverse=True)]
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -85,8 +85,8 @@ def write_checkpoint(
 ) -> Path:
     """Writes the checkpoint of `step` and removes all but the newest `keep`; returns its folder.
 
-    tensors: by file name without ending (a file without tensors is not written); state: what JSON can hold. Checkpoints
-    of later steps belong to a continuation that was given up, and go. Raises NoSpace.
+    tensors: by file name without ending (a file without tensors is not written); state: JSON. Checkpoints of later
+    steps belong to a continuation that was abandoned, and are removed. Raises NoSpace.
     """
     root.mkdir(parents=True, exist_ok=True)
     needed = sum(map(num_bytes, tensors.values())) + _MARGIN
@@ -110,10 +110,10 @@ def write_checkpoint(
                 files[name]["sha256"] = digest
         write_atomically(temporary / MANIFEST, _json({"format": FORMAT, "step": step, "files": files}))
         sync_folder(temporary)
-        if final.exists():  # written by a continuation that was given up
-            given_up = root / f"{TEMPORARY}old-{final.name}"
-            shutil.rmtree(given_up, ignore_errors=True)
-            final.rename(given_up)
+        if final.exists():  # written by a continuation that was abandoned
+            abandoned = root / f"{TEMPORARY}old-{final.name}"
+            shutil.rmtree(abandoned, ignore_errors=True)
+            final.rename(abandoned)
         temporary.rename(final)
         sync_folder(root)
     except BaseException as error:
@@ -177,13 +177,13 @@ def verify(path: Path) -> None:
 def find_checkpoint(root: Path, resume: str | Path | None) -> Path | None:
     """The verified checkpoint to resume from; None: start from the beginning. root = RUN/checkpoints.
 
-    resume None: none may be there, so that no run is overwritten; "auto": the newest good one of `root`, if any;
-    a folder: that checkpoint, or the newest of that run. Raises UserError.
+    resume: None refuses a folder that holds checkpoints, so that no run is overwritten; "auto" takes the newest good
+    one of `root`, if any; a folder is that checkpoint, or the run whose newest one is taken. Raises UserError.
     """
     if resume is None:
-        if there := checkpoints(root):
+        if existing := checkpoints(root):
             raise UserError(
-                f"{root.parent} already holds a run with checkpoints up to {there[0].name}. Continue it with "
+                f"{root.parent} already holds a run with checkpoints up to {existing[0].name}. Continue it with "
                 "--resume auto, or choose another --output."
             )
         return None
@@ -193,24 +193,26 @@ def find_checkpoint(root: Path, resume: str | Path | None) -> Path | None:
     if not (folder / MANIFEST).is_file() and (of_run := checkpoints(folder / "checkpoints") or checkpoints(folder)):
         folder = of_run[0]
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder} to resume from. Give a checkpoint or a run directory, or auto.")
+        raise UserError(
+            f"The folder {folder} to resume from does not exist. Give a checkpoint, a run directory, or auto."
+        )
     verify(folder)
     return folder
 
 
 def newest_good(root: Path) -> Path | None:
-    """The newest checkpoint under `root` that passes `verify`; None without any checkpoint. Says which ones do not."""
-    found = checkpoints(root)
-    for path in found:
+    """The newest checkpoint under `root` that passes `verify`; None without any checkpoint. Logs which ones fail."""
+    candidates = checkpoints(root)
+    for path in candidates:
         try:
             verify(path)
             return path
         except CorruptCheckpoint as error:
             logger.warning("%s cannot be used (%s); trying the one before.", path, error.reason)
-    if found:
+    if candidates:
         raise UserError(
-            f"None of the {len(found)} checkpoints in {root} can be used (the log says why). Choose another --output "
-            "to start again, or delete them."
+            f"None of the {len(candidates)} checkpoints in {root} can be used (the log says why). Choose another "
+            "--output to start again, or delete them."
         )
     return None
 
@@ -222,7 +224,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of file `name` (without ending) of a checkpoint, on the CPU; none when there is no such file."""
+    """The tensors of file `name` (without ending) of a checkpoint, on the CPU; none without such a file."""
     file = path / f"{name}.safetensors"
     return read_file(file, "Resume from another checkpoint.") if file.exists() else {}
 

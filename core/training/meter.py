@@ -21,7 +21,7 @@ class Meter:
         self._sums: Tensor | None = None
         self._num_steps = 0  # in the sums
         self._num_timed = 0  # since the clock started
-        self._begun = time.monotonic()
+        self._start = time.monotonic()
 
     def add(self, names: tuple[str, ...], losses: Tensor, norm: Tensor) -> None:
         """The losses (P,) and the gradient norm of one step."""
@@ -32,9 +32,9 @@ class Meter:
         self._num_timed += 1
 
     def take(self) -> tuple[dict[str, float], float, int]:
-        """(means over steps and ranks by name, seconds, the steps in these seconds); begins anew."""
+        """(means over steps and ranks by name, seconds, the steps in these seconds); starts the next interval."""
         means = self._means()
-        seconds, num_timed = time.monotonic() - self._begun, self._num_timed
+        seconds, num_timed = time.monotonic() - self._start, self._num_timed
         self._sums, self._num_steps = None, 0
         self.restart_clock()
         return means, seconds, num_timed
@@ -47,16 +47,17 @@ class Meter:
         return dict(zip([*self.names, "grad_norm"], values.tolist(), strict=True))
 
     def restart_clock(self) -> None:
-        self._begun, self._num_timed = time.monotonic(), 0
+        """Measures the time from now on."""
+        self._start, self._num_timed = time.monotonic(), 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside does not count."""
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             yield
         finally:
-            self._begun += time.monotonic() - begun
+            self._start += time.monotonic() - start
 
     def state(self) -> dict[str, Any]:
         """The open interval, as JSON; the same on every rank."""
@@ -64,6 +65,7 @@ class Meter:
         return {"names": list(self.names), "sums": sums, "num_steps": self._num_steps}
 
     def load_state(self, content: Mapping[str, Any]) -> None:
+        """Continues an interval that `state` described."""
         self.names = tuple(content["names"])
         self._sums = None if content["sums"] is None else torch.tensor(content["sums"], device=self.device)
         self._num_steps = content["num_steps"]

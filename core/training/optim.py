@@ -44,15 +44,15 @@ def is_decayed(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """The trainable parameters of `module` in two groups, with and without weight decay, each in the module's order."""
     decayed: dict[nn.Parameter, None] = {}
-    spared: dict[nn.Parameter, None] = {}
+    undecayed: dict[nn.Parameter, None] = {}
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.requires_grad:
-                (decayed if is_decayed(owner, name, parameter) else spared)[parameter] = None
-    # A shared parameter that any of its owners spares is spared.
+                (decayed if is_decayed(owner, name, parameter) else undecayed)[parameter] = None
+    # A shared parameter that is not decayed in one of its owners is not decayed at all.
     groups = [
-        {"params": [parameter for parameter in decayed if parameter not in spared], "weight_decay": weight_decay},
-        {"params": list(spared), "weight_decay": 0.0},
+        {"params": [parameter for parameter in decayed if parameter not in undecayed], "weight_decay": weight_decay},
+        {"params": list(undecayed), "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -104,12 +104,14 @@ class Muon(torch.optim.Optimizer):
             part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for any optimizer; the parts see the loaded groups and state."""
         super().load_state_dict(state_dict)
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None, "the gradients are there already"
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both parts with the gradients of the parameters."""
+        assert closure is None, "the gradients are computed before"
         for part in self.parts:
             part.step()
 

@@ -36,6 +36,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
+    """Lets the backbone recompute its activations in the backward pass. Raises UserError if it cannot."""
     able = [module for module in model.modules() if callable(getattr(module, "set_checkpointing", None))]
     if not able:
         raise UserError(
@@ -46,6 +47,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def build_accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
+    """The accelerator of this process, which joins those of a launcher. Raises UserError for unsupported settings."""
     distributed.device()
     initialised = AcceleratorState._shared_state
     if initialised and initialised.get("_mixed_precision") not in (None, config.precision):
@@ -73,6 +75,7 @@ def build_accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
 
 
 def check_sizes(config: TrainConfig, num_examples: int, world_size: int) -> None:
+    """Raises UserError without training data, or for a batch that does not divide into processes and parts."""
     if num_examples == 0:
         raise UserError("The training data holds no example. Check data.train and its split.")
     parts = world_size * config.accumulate

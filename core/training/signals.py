@@ -9,7 +9,7 @@ from typing import Any, Self
 class StopRequest:
     """`with StopRequest() as stop:` catches the signals while inside (main thread only) and puts the old handlers back.
 
-    `stop.received` is the signal's name, or "" as long as none came.
+    `stop.received` is the signal's name, or "" before any.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The order of the data, and the micro-batches that follow from it.
 
 The sample at global position p = step * batch_size + k is example permutation(seed, epoch)[p mod n] of epoch p // n.
-So a position alone says what comes next: resuming needs no state of the loader, whatever the number of processes.
+So a position alone says what comes next: resuming needs no state of the loader, for any number of processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,6 +38,7 @@ class MicroBatch:
     noise: Noise
 
     def to(self, device: torch.device) -> Self:
+        """Batch and noise on `device`."""
         return replace(
             self, batch=self.batch.to(device, non_blocking=True), noise=self.noise.to(device, non_blocking=True)
         )

@@ -1,16 +1,19 @@
 """Settings: one YAML dialect, extends, overrides, errors that name the field, round trips."""
 
+import json
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import yaml
+from hypothesis import given
 from pydantic import ValidationError
 
 from crossflow.benchmarks.ablation.group import load_group
 from crossflow.benchmarks.evaluation.protocol import load_protocol
 from crossflow.core.config import Config, Section, TrainConfig
 from crossflow.core.errors import UserError
-from crossflow.core.settings import RECIPES, build, dump, flat, merge, parse_overrides, read, read_yaml
+from crossflow.core.settings import RECIPES, build, dump, flat, merge, parse_overrides, parse_yaml, read, read_yaml
 
 BASE = {"task": "toy"}
 
@@ -254,6 +257,24 @@ def test_texts_that_look_like_something_else_survive_the_round_trip(tmp_path: Pa
     path = write(tmp_path / "r.yaml", dump(config))
     assert build(Config, read(path)) == config
     assert yaml.safe_load(dump(config))["data"]["train"] == text
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], exclude_characters="\ufeff\ufffe\uffff"))
+
+
+@given(TEXTS)
+def test_any_text_survives_the_round_trip_in_both_dialects(text: str) -> None:
+    config = build(Config, merge(BASE, {"data": {"train": text}}))
+    written = dump(config)
+    assert parse_yaml(written, "config")["data"]["train"] == text
+    assert yaml.safe_load(written)["data"]["train"] == text
+
+
+@given(st.floats(1e-12, 1e12), st.integers(0, 10**12), st.booleans())
+def test_any_number_survives_an_override(lr: float, seed: int, joint: bool) -> None:
+    parsed = parse_overrides([f"train.lr={json.dumps(lr)}", f"seed={seed}", f"caption.joint={json.dumps(joint)}"])
+    assert parsed == {"train": {"lr": lr}, "seed": seed, "caption": {"joint": joint}}
+    assert [type(value) for value in flat(parsed).values()] == [float, int, bool]
 
 
 def test_configuration_is_frozen() -> None:

@@ -39,8 +39,8 @@ def test_weights_on_disk_are_those_of_the_generator_and_of_the_losses_apart(tiny
     trainer = tiny.trainer(tmp_path)
     trainer.run()
     model = load_file(tmp_path / "model.safetensors")
-    assert model.keys() == trainer.model.state_dict().keys()
-    assert all(torch.equal(model[name], value) for name, value in trainer.model.state_dict().items())
+    assert model.keys() == trainer.learner.model.state_dict().keys()
+    assert all(torch.equal(model[name], value) for name, value in trainer.learner.model.state_dict().items())
     ema = load_file(tmp_path / "ema.safetensors")
     assert ema.keys() == model.keys()
     assert not torch.equal(ema["backbone.0.weight"], model["backbone.0.weight"])
@@ -51,8 +51,8 @@ def test_weights_on_disk_are_those_of_the_generator_and_of_the_losses_apart(tiny
 def test_the_rate_that_is_logged_is_the_one_of_the_schedule(tiny: ModuleType, tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, log_every=1, schedule="cosine", final_lr=0.001, accumulate=2)
     used = []
-    original = trainer.stepper.step
-    trainer.stepper.step = lambda: (used.append(trainer.optimizer.param_groups[0]["lr"]), original())
+    original = trainer.learner.stepper.step
+    trainer.learner.stepper.step = lambda: (used.append(trainer.learner.optimizer.param_groups[0]["lr"]), original())
     trainer.run()
     expected = [
         learning_rate(step, lr=0.01, warmup_steps=3, steps=12, schedule="cosine", final_lr=0.001) for step in range(12)
@@ -75,14 +75,14 @@ def test_gradients_are_clipped_to_the_norm_that_is_logged(tiny: ModuleType, tmp_
     norms = []
     for clip in (0.0, 0.5):
         trainer = tiny.trainer(tmp_path / str(clip), grad_clip=clip, log_every=1, steps=1)
-        original = trainer.stepper.step
+        original = trainer.learner.stepper.step
 
         def step(trainer=trainer, original=original) -> None:  # type: ignore[no-untyped-def]
-            gradients = [p.grad for p in trainer.parameters if p.grad is not None]
+            gradients = [p.grad for p in trainer.learner.parameters if p.grad is not None]
             norms.append(nn.utils.get_total_norm(gradients).item())
             original()
 
-        trainer.stepper.step = step
+        trainer.learner.stepper.step = step
         trainer.run()
     logged = [tiny.lines(tmp_path / name)[0]["grad_norm"] for name in ("0.0", "0.5")]
     assert logged[0] == logged[1] == pytest.approx(norms[0])
@@ -128,8 +128,8 @@ def test_callbacks_see_averaged_weights_in_evaluation_mode(tiny: ModuleType, tmp
     seen = []
 
     def validate(step: int) -> dict[str, float]:
-        average = trainer.ema.state_dict()["backbone.0.weight"]
-        seen.append((step, torch.equal(trainer.model.backbone[0].weight, average), trainer.model.backbone[2].training))
+        model, average = trainer.learner.model, trainer.learner.ema.state_dict()["backbone.0.weight"]
+        seen.append((step, torch.equal(model.backbone[0].weight, average), model.backbone[2].training))
         assert not torch.is_grad_enabled()
         return {"score": 1.0}
 
@@ -215,12 +215,12 @@ def test_a_step_skipped_by_the_gradient_scaler_is_no_error(tiny: ModuleType, tmp
     trainer = tiny.trainer(tmp_path, log_every=12)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # overflows until it was halved a few times
     trainer.accelerator.scaler = scaler
-    trainer.stepper = AcceleratedOptimizer(trainer.optimizer, device_placement=False, scaler=scaler)
-    trainer.accelerator._optimizers = [trainer.stepper]
+    trainer.learner.stepper = AcceleratedOptimizer(trainer.learner.optimizer, device_placement=False, scaler=scaler)
+    trainer.accelerator._optimizers = [trainer.learner.stepper]
     trainer.run()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert 0 < line["skipped_steps"] < 6
-    assert trainer.ema.num_updates == 12 - line["skipped_steps"]
+    assert trainer.learner.ema.num_updates == 12 - line["skipped_steps"]
     assert math.isfinite(line["loss"])
     saved = json.loads((tmp_path / "checkpoints" / "step_00000012" / "state.json").read_text())
     assert saved["scaler"]["scale"] == 2.0 ** (127 - line["skipped_steps"])

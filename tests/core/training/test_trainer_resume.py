@@ -109,7 +109,7 @@ def test_a_run_without_steps_of_its_own_is_complete(tiny: ModuleType, tmp_path: 
     assert (result.status, result.step) == ("finished", 12 if resume else 0)
     assert result.checkpoint.parent == tmp_path / "second" / "checkpoints"
     model = load_file(tmp_path / "second" / "model.safetensors")
-    assert all(torch.equal(model[name], value) for name, value in trainer.model.state_dict().items())
+    assert all(torch.equal(model[name], value) for name, value in trainer.learner.model.state_dict().items())
 
 
 def test_a_run_is_not_overwritten(tiny: ModuleType, tmp_path: Path) -> None:
@@ -234,15 +234,15 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_good_checkpoint(
 def test_a_full_disk_stops_the_run_with_one_message(
     tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = state.save_file
+    original = state.write_tensors
 
-    def save_file(values: dict[str, Tensor], path: Path) -> None:
+    def write_tensors(path: Path, values: dict[str, Tensor]) -> None:
         if "00000008" in str(path) and path.name == "ema.safetensors":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(values, path)
+        original(path, values)
 
-    monkeypatch.setattr(state, "save_file", save_file)
-    with pytest.raises(UserError, match="no space for the checkpoint of step 8"):
+    monkeypatch.setattr(state, "write_tensors", write_tensors)
+    with pytest.raises(UserError, match="too full for the checkpoint of step 8"):
         tiny.trainer(tmp_path).run()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
     monkeypatch.undo()

@@ -135,7 +135,7 @@ def test_resume_words(tmp_path: Path) -> None:
     write(tmp_path, 3)
     with pytest.raises(UserError, match="--resume auto"):
         state.find_checkpoint(tmp_path, None)
-    with pytest.raises(UserError, match="There is no folder"):
+    with pytest.raises(UserError, match="does not exist"):
         state.find_checkpoint(tmp_path, tmp_path / "nowhere")
 
 

@@ -20,7 +20,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.noise import Noise
 from crossflow.core.settings import build
 from crossflow.core.training import checkpoint as state
-from crossflow.core.training.trainer import Trainer
+from crossflow.core.training.trainer import Callbacks, Trainer
 
 LATENT = (3,)
 
@@ -109,7 +109,7 @@ def trainer(run_dir: Path, objective: nn.Module | None = None, data: Data | None
         run_dir=run_dir,
         seed=seed,
         latent_shape=LATENT,
-        **known,
+        callbacks=Callbacks(**known),
     )
 
 

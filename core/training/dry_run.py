@@ -1,0 +1,82 @@
+"""What a run will take, measured on its first steps."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from crossflow.core.training.checkpoint import num_bytes
+from crossflow.core.training.learner import Learner
+from crossflow.core.training.stream import MicroBatch
+
+WARM_UP = 2
+"""Steps that are made before those that are timed."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run will take."""
+
+    parameters: dict[str, int]
+    """Numbers of parameters of the model's parts (backbone, source_encoder, ...) and of the `objective`."""
+    memory: dict[str, int]
+    """Bytes on each device of weights, gradients, optimizer, ema; activations come on top."""
+    peak_memory: int | None
+    """Bytes at the peak of the measured steps, activations included (GPU only)."""
+    seconds_per_step: float
+    remaining_steps: int
+    checkpoint_bytes: int
+    keep: int
+    """Checkpoints kept."""
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Time of the remaining steps, without validation and samples."""
+        return self.seconds_per_step * self.remaining_steps
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the kept checkpoints and of the one being written."""
+        return self.checkpoint_bytes * (self.keep + 1)
+
+
+def measure(learner: Learner, steps: Iterator[Sequence[MicroBatch]], num_steps: int, remaining_steps: int) -> DryRun:
+    """Makes `num_steps` steps after WARM_UP others and measures them. `steps`: the parts of each step."""
+    on_gpu = learner.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(learner.device)
+    learner.objective.train()
+    seconds = []
+    for _ in range(WARM_UP + num_steps):
+        start = time.monotonic()
+        learner.step(next(steps), learner.config.lr)
+        if on_gpu:
+            torch.cuda.synchronize(learner.device)
+        seconds.append(time.monotonic() - start)
+    tensors = learner.tensors()
+    memory = {
+        "weights": sum(parameter.nbytes for parameter in learner.objective.parameters()),
+        "gradients": sum(parameter.nbytes for parameter in learner.parameters),
+        "optimizer": num_bytes(tensors["optimizer"]),
+        "ema": sum(shadow.nbytes for shadow in learner.ema.shadows),
+    }
+    return DryRun(
+        parameters=_parameters(learner),
+        memory=memory,
+        peak_memory=torch.cuda.max_memory_allocated(learner.device) if on_gpu else None,
+        seconds_per_step=sum(seconds[WARM_UP:]) / num_steps,
+        remaining_steps=remaining_steps,
+        checkpoint_bytes=sum(map(num_bytes, tensors.values())),
+        keep=learner.config.keep,
+    )
+
+
+def _parameters(learner: Learner) -> dict[str, int]:
+    """Numbers of parameters of the model's parts and of what the losses learn."""
+    numbers: dict[str, int] = {}
+    for name, parameter in learner.objective.named_parameters():
+        first, _, rest = name.partition(".")
+        part = "objective" if first != "model" else rest.partition(".")[0] if "." in rest else "model"
+        numbers[part] = numbers.get(part, 0) + parameter.numel()
+    return numbers

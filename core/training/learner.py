@@ -1,0 +1,163 @@
+"""What learns: an objective with its optimizer and the moving average of its weights, advanced step by step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from crossflow.core.batch import Batch
+from crossflow.core.config import TrainConfig
+from crossflow.core.errors import UserError
+from crossflow.core.noise import Noise
+from crossflow.core.training import checkpoint
+from crossflow.core.training.ema import EMA
+from crossflow.core.training.optim import build_optimizer
+from crossflow.core.training.prepare import checkpoint_activations, compile_blocks
+from crossflow.core.training.stream import MicroBatch
+
+
+class _Losses(nn.Module):
+    """What is wrapped for data parallelism and autocast: (loss, all losses as one detached vector)."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+        self.names: tuple[str, ...] = ()
+
+    def forward(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+        losses = self.objective(batch, noise)
+        names = tuple(losses)
+        assert names == (self.names or names), f"the losses changed their names from {self.names} to {names}"
+        self.names = names
+        return losses["loss"].float(), torch.stack([loss.detach().float() for loss in losses.values()])
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step of this process, on its device."""
+
+    names: tuple[str, ...]
+    losses: Tensor
+    """(len(names),) losses by name, averaged over the parts."""
+    norm: Tensor
+    """Norm of the gradient before it was clipped, a scalar."""
+    skipped: bool
+    """Whether the gradient overflowed at the present fp16 scale and the weights stayed."""
+
+
+class Learner:
+    """Makes optimizer steps; its state is saved and loaded as one.
+
+    objective: module with the generator as `.model`, see `Trainer`; it is moved to the accelerator's device.
+    """
+
+    def __init__(self, config: TrainConfig, objective: nn.Module, accelerator: Accelerator) -> None:
+        self.config, self.objective, self.accelerator = config, objective, accelerator
+        self.model: nn.Module = objective.model  # type: ignore[assignment]
+        self._draw: Callable[..., list[Batch]] = objective.draw  # type: ignore[assignment]
+        self.device: torch.device = accelerator.device
+        if config.checkpointing:
+            checkpoint_activations(self.model)
+        if config.compile:
+            compile_blocks(self.model)
+        objective.to(self.device)
+        self.losses = _Losses(objective)
+        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
+        self.optimizer = build_optimizer(
+            objective,
+            name=config.optimizer,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            scaled=accelerator.scaler is not None,
+        )
+        self.wrapped, self.stepper = accelerator.prepare(self.losses, self.optimizer)
+        self.ema = EMA(self.model, config.ema)
+
+    def step(self, micro_batches: Sequence[MicroBatch], rate: float) -> StepResult:
+        """Makes one step with this process's parts of the batch at the learning rate `rate`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        noises = [micro_batch.noise for micro_batch in micro_batches]
+        batches = self._draw([micro_batch.batch for micro_batch in micro_batches], noises)
+        num = len(batches)
+        total = torch.zeros((), device=self.device)
+        for number, (batch, noise) in enumerate(zip(batches, noises, strict=True), start=1):
+            # Gradients are exchanged once per step, with the last part.
+            with nullcontext() if number == num else self.accelerator.no_sync(self.wrapped):
+                loss, values = self.wrapped(batch, noise)
+                self.accelerator.backward(loss / num)
+            total = total + values / num
+        norm = self._clip()
+        self.stepper.step()
+        skipped = bool(self.stepper.step_was_skipped)
+        self.stepper.zero_grad(set_to_none=True)
+        if not skipped:
+            self.ema.update()
+        return StepResult(self.losses.names, total, norm, skipped)
+
+    def _clip(self) -> Tensor:
+        """Clips the gradient and returns its norm before."""
+        self.accelerator.unscale_gradients()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.config.grad_clip > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+        return norm.detach()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Averaged weights, evaluation mode, no gradients; afterwards each module has the mode it had."""
+        modes = [(module, module.training) for module in self.objective.modules()]
+        self.objective.eval()
+        try:
+            with self.ema.applied(self.model), torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def release(self) -> None:
+        """Lets go of the process group, whose threads must be gone before the process ends."""
+        self.wrapped = self.losses
+        self.accelerator.free_memory()
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint by file: model, ema, objective (what the losses learn), optimizer."""
+        learned = {name: value for name, value in self.objective.state_dict().items() if not name.startswith("model.")}
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "objective": learned,
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.names),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The rest of a checkpoint's content, as JSON."""
+        scaler = self.accelerator.scaler
+        return {"ema_updates": self.ema.num_updates, "scaler": None if scaler is None else scaler.state_dict()}
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Takes over the tensors of the checkpoint `path` and its `state`.
+
+        Raises UserError for a checkpoint of another model.
+        """
+        model, learned = checkpoint.read_tensors(path, "model"), checkpoint.read_tensors(path, "objective")
+        try:
+            self.objective.load_state_dict({**{f"model.{name}": value for name, value in model.items()}, **learned})
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"The checkpoint {path} is of another model than the configuration describes: "
+                f"{reason if len(reason) <= 400 else f'{reason[:400]} ...'}"
+            ) from error
+        self.ema.load_state_dict(checkpoint.read_tensors(path, "ema"), state["ema_updates"])
+        checkpoint.load_optimizer(self.optimizer, self.names, checkpoint.read_tensors(path, "optimizer"))
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
