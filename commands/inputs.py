@@ -28,13 +28,15 @@ def named_inputs(pipe: "Pipeline", prompts: Sequence[str], paths: Sequence[Path]
     Pictures that cannot be read are skipped with a warning. Raises UserError when none can be read, or when the run
     takes the other kind of input.
     """
+    from crossflow.engine.inputs import read_prompt
+
     if pipe.task.input_kind == "text":
         if paths:
             raise UserError(
                 f"This {pipe.task.name} run takes prompts: give --prompt or --prompts instead of --input. To turn a "
                 "picture into its latent, use `crossflow invert`."
             )
-        return [(f"{number:04d}", pipe.task.read_input(text)) for number, text in enumerate(prompts)]
+        return [(f"{number:04d}", read_prompt(text)) for number, text in enumerate(prompts)]
     if prompts:
         raise UserError(f"This {pipe.task.name} run takes pictures: give --input FILE or FOLDER instead of a prompt.")
     return _pictures(paths)
@@ -68,12 +70,11 @@ def _pictures(paths: Sequence[Path]) -> list[tuple[str, Any]]:
 
 def typed_input(pipe: "Pipeline", text: str | None) -> Any:
     """A prompt, or the picture at a path, whichever the run takes; None stays None."""
+    from crossflow.engine.inputs import read_picture, read_prompt
+
     if text is None or pipe.task.input_kind == "text":
-        return None if text is None else pipe.task.read_input(text)
+        return None if text is None else read_prompt(text)
     path = Path(text)
     if not path.is_file():
         raise UserError(f"This {pipe.task.name} run takes pictures, and there is no file {text}.")
-    try:
-        return pipe.task.read_input(path)
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+    return read_picture(path)

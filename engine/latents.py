@@ -57,7 +57,7 @@ def encode(pipe: Pipeline, value: object, *, seed: int = 0, mode: bool = False, 
     `inputs.item_ids`) instead of the input itself.
     """
     (read,) = read_inputs([value], pipe.task.input_kind)
-    pieces = pipe.task.pieces(pipe.task.read_input(read))
+    pieces = pipe.task.pieces(read)
     return _encode(pipe, pieces, seed, mode, item_ids([read])[0] if id is None else id)
 
 
@@ -80,11 +80,10 @@ def _encode_all(
         )
     read = read_inputs(list(values.values()), pipe.task.input_kind)
     ids = item_ids(read)
-    inputs = [pipe.task.read_input(value) for value in read]
-    cut = [pipe.task.pieces(value) for value in inputs]
+    cut = [pipe.task.pieces(value) for value in read]
     fitted = [
-        pieces if pieces.layout == cut[0].layout else pipe.task.pieces(center_crop_resize(value, inputs[0].shape[:2]))
-        for pieces, value in zip(cut, inputs, strict=True)
+        pieces if pieces.layout == cut[0].layout else pipe.task.pieces(center_crop_resize(value, read[0].shape[:2]))
+        for pieces, value in zip(cut, read, strict=True)
     ]
     return {
         part: _encode(pipe, pieces, seed, part in means, ids[0] if shared_noise else id)

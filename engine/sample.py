@@ -143,7 +143,7 @@ class Pipeline:
         names = list(ids) if ids is not None else item_ids(values, num)
         if num < 1 or len(names) != len(values) * num:
             raise UserError(f"{len(names)} ids do not fit {len(values)} inputs with {num} outputs of each.")
-        repeated = [self.task.read_input(value) for value in values for _ in range(num)]
+        repeated = [value for value in values for _ in range(num)]
         outputs: list[Any] = []
         for start in range(0, len(repeated), chosen.batch_size):
             part = slice(start, start + chosen.batch_size)

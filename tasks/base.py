@@ -107,7 +107,7 @@ class Task(ABC, Generic[C, P]):
     """A task with its configuration and its parts; complete once constructed.
 
     A task sets the class attributes without a default, and writes `transform`, `latent_shape`, `build_model`,
-    `build_objective`, `batch`, `source`, `decode`, `read_input`, `target` and `write_output`.
+    `build_objective`, `batch`, `source`, `decode`, `target` and `write_output`.
 
     >>> from crossflow.tasks.base import load_config, task_class
     >>> config = load_config("sr_tiny")
@@ -257,12 +257,8 @@ class Task(ABC, Generic[C, P]):
 
     # -- sampling
 
-    @abstractmethod
-    def read_input(self, value: Any) -> Any:
-        """What a person gives (a prompt, a path, a picture) as an input. Raises UserError for anything else."""
-
     def pieces(self, value: Any) -> Pieces:
-        """A read input as the model takes it: here in whole."""
+        """An input (a prompt, or a picture uint8 (H, W, 3)) as the model takes it: here in whole."""
         return Pieces([value])
 
     @abstractmethod

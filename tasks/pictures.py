@@ -105,9 +105,6 @@ class PictureTask(Task[C, P]):
         is_gaussian = self.config.source.kind == "gaussian"
         return Source(pixels, condition=Condition(grid=pixels) if is_gaussian else None)
 
-    def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:
-        return value if isinstance(value, np.ndarray) else load_image(value)
-
     def pieces(self, value: np.ndarray) -> Pieces:
         """The picture with its shorter side at data.image_size; outputs are brought back to the picture's size."""
         fitted = fit_shorter_side(value, self.config.data.image_size, self.config.backbone.grain)
@@ -144,7 +141,7 @@ class PixelTask(PictureTask[C, PP]):
         return list(to_uint8(self.parts.codec.decode(z1)))
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
-        pieces = self.pieces(self.read_input(value))
+        pieces = self.pieces(as_picture(value))
         latents = self.parts.codec.encode(to_tensors(pieces.values)).mean
         return Pieces(list(latents), pieces.join, pieces.layout, pieces.numbered)
 
@@ -152,3 +149,8 @@ class PixelTask(PictureTask[C, PP]):
 def to_tensors(images: Sequence[np.ndarray]) -> Tensor:
     """Pictures uint8 (H, W, 3) of one size -> float32 (B, 3, H, W) in [-1, 1]."""
     return torch.stack([to_tensor(image) for image in images])
+
+
+def as_picture(value: str | Path | np.ndarray) -> np.ndarray:
+    """A picture uint8 (H, W, 3), read where `value` is a path."""
+    return value if isinstance(value, np.ndarray) else load_image(value)

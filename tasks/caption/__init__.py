@@ -37,7 +37,7 @@ from crossflow.data.image_latents import (
     read_codec,
     unscaled_codec,
 )
-from crossflow.data.images import load_image, to_tensor
+from crossflow.data.images import to_tensor
 from crossflow.data.item import Item
 from crossflow.data.resize import center_crop_resize
 from crossflow.networks.codecs.base import Codec
@@ -268,9 +268,6 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[str]:
         """Captions."""
         return self.text.decode(z1)
-
-    def read_input(self, value: str | Path | np.ndarray) -> np.ndarray:
-        return value if isinstance(value, np.ndarray) else load_image(value)
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         return Pieces(list(self.text.encode([str(value)]).mean.cpu()))

@@ -15,7 +15,7 @@ from crossflow.data.item import Item
 from crossflow.data.tiles import Tiles
 from crossflow.networks.trunks import IdentityTrunk
 from crossflow.tasks.base import Example, Pieces
-from crossflow.tasks.pictures import PixelParts, PixelTask, to_tensors
+from crossflow.tasks.pictures import PixelParts, PixelTask, as_picture, to_tensors
 from crossflow.tasks.sr.config import SrConfig
 from crossflow.tasks.sr.dataset import enlarge, example
 from crossflow.tasks.sr.scoring import SrScoring
@@ -47,7 +47,7 @@ class Adapter(PixelTask[SrConfig, PixelParts]):
         return self._cut(enlarge(value, self.config.sr.ratio))
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
-        tiles = self._cut(self.read_input(value))
+        tiles = self._cut(as_picture(value))
         return Pieces(
             list(self.parts.codec.encode(to_tensors(tiles.values)).mean), tiles.join, tiles.layout, tiles.numbered
         )

@@ -266,12 +266,6 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
             features = self.text.features([""])[0].expand(len(z1), -1, -1)
         return list(to_uint8(self.codec.decode(z1, features)))
 
-    def read_input(self, value: object) -> str:
-        if not isinstance(value, str):
-            raise UserError(f"A text-to-image model takes prompts, texts; got {type(value).__name__}.")
-        # Half a character, as a shell passes on bytes of another encoding: no key, token or file can hold it.
-        return value.encode("utf-8", "replace").decode("utf-8")
-
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         image = value if isinstance(value, np.ndarray) else load_image(value)
         return Pieces(list(encode(self.codec, to_tensor(center_crop_resize(image, self.config.data.image_size))[None])))
