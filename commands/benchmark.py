@@ -78,19 +78,19 @@ def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None, ove
     """
     import tempfile
 
-    from crossflow.benchmarks.speed import measures
+    from crossflow.benchmarks.speed import run
     from crossflow.core.files import write_atomically
 
     check_output(output, overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="crossflow-speed-") as folder, progress_bar("measuring") as on_step:
-        results = measures.speed(
+        results = run.measure(
             recipes or [f"{task}_tiny" for task in task_names()],
             Path(folder),
-            parts=parts or measures.USUAL,
-            sampled=recipes or measures.generation.RECIPES,
+            parts=parts or run.DEFAULT_PARTS,
+            sampled=recipes or run.RECIPES,
             progress=on_step,
         )
-    for row in [row for part in measures.PARTS for row in results.get(part, [])]:
+    for row in [row for part in run.PARTS for row in results.get(part, [])]:
         say("  ".join(f"{name} {value}" for name, value in row.items()))
     if output is not None:
         write_atomically(output, json.dumps(results, indent=1))

@@ -1,7 +1,7 @@
-"""How fast the papers' text-to-image models make pictures, and which part of them takes the time.
+"""How fast the papers' text-to-image models sample pictures, and which of their parts takes the time.
 
-Weights are random, as speed does not depend on them: nothing is downloaded. The parts are those of one batch of
-prompts: the CLIP text encoder, the source encoder, the flow with its guidance, and the decoder of the latents.
+Weights are random, since speed does not depend on them: nothing is downloaded. The parts of one batch of prompts are
+the CLIP text encoder, the source encoder, the flow with its guidance, and the decoder of the latents.
 """
 
 import statistics
@@ -22,54 +22,55 @@ from crossflow.tasks.base import load_config, task_class
 
 RECIPES = ("t2i_256_clip_dimr", "flowtok_xl")
 BATCH_SIZE = 64
-# A processor takes minutes for a batch of 64: one picture and a few steps show the same shares.
 ON_CPU = {"batch_size": 1, "steps": 2}
+"""A CPU takes minutes for a batch of 64; one picture and two steps show the same shares."""
 PARTS = ("text_encoder", "source_encoder", "flow", "decoder")
 ROUNDS = 3
+Stage = Callable[[Tensor], Tensor]
 
 
-def generation(
+def sampling_speed(
     recipes: Sequence[str] = RECIPES,
     overrides: Sequence[str] = (),
     *,
     batch_size: int | None = None,
     compiled: Sequence[bool] = (False, True),
-    done: Callable[[], None] = lambda: None,
+    on_row: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """A row per recipe, with and without torch.compile: images per second, and the seconds of each of the `PARTS`.
 
-    In bfloat16 on a GPU, in float32 on a CPU, where a batch of one and two steps stand for the rest. overrides:
-    settings of the recipes; batch_size: pictures at once, 64 on a GPU. `done` after each row; medians of several
-    rounds.
+    Medians of three rounds, in bfloat16 on a GPU; in float32 on a CPU, where two steps stand for the rest.
+
+    Args:
+        overrides: settings of the recipes.
+        batch_size: pictures at a time; None: 64 on a GPU, 1 on a CPU.
+        on_row: called after each row.
     """
-    return [_row(name, overrides, batch_size, compile_it, done) for name in recipes for compile_it in compiled]
+    rows = []
+    for name in recipes:
+        for compile_blocks_first in compiled:
+            rows.append(_row(name, overrides, batch_size, compile_blocks_first))
+            on_row()
+    return rows
 
 
-def _row(
-    name: str, overrides: Sequence[str], batch_size: int | None, compile_it: bool, done: Callable[[], None]
-) -> dict[str, Any]:
+def _row(name: str, overrides: Sequence[str], batch_size: int | None, compiled: bool) -> dict[str, Any]:
     device = find_device(None)
     on_gpu = device.type == "cuda"
     config = load_config(name, list(overrides))
     count = batch_size or (BATCH_SIZE if on_gpu else ON_CPU["batch_size"])
     steps = config.sample.steps if on_gpu else min(config.sample.steps, ON_CPU["steps"])
-    stages = _stages(config, device, count, steps, compile_it)
+    stages = _stages(config, device, count, steps, compiled)
     precision = torch.autocast(device.type, torch.bfloat16) if on_gpu else nullcontext()
-    rounds: list[dict[str, float]] = []
     with torch.no_grad(), precision:
-        for number in range(ROUNDS + 1):
-            seconds, value = {}, torch.empty(0)
-            for part, stage in zip(PARTS, stages, strict=True):
-                seconds[part], value = _timed(stage, value, device)
-            if number:  # the first round compiles and chooses kernels
-                rounds.append(seconds)
-    median = {part: statistics.median(one[part] for one in rounds) for part in PARTS}
-    done()
+        _round(stages, device)  # compiles, and chooses kernels
+        rounds = [_round(stages, device) for _ in range(ROUNDS)]
+    median = {part: statistics.median(seconds[part] for seconds in rounds) for part in PARTS}
     return {
         "recipe": name,
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "precision": "bf16" if on_gpu else "float32",
-        "compiled": compile_it,
+        "compiled": compiled,
         "batch_size": count,
         "steps": steps,
         "guidance": config.sample.guidance,
@@ -78,30 +79,35 @@ def _row(
     }
 
 
-def _timed(stage: Callable[[Tensor], Tensor], value: Tensor, device: torch.device) -> tuple[float, Tensor]:
-    begun = time.perf_counter()
-    result = stage(value)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begun, result
+def _round(stages: Sequence[Stage], device: torch.device) -> dict[str, float]:
+    """Seconds of each part in one pass through all of them."""
+    seconds, value = {}, torch.empty(0)
+    for part, stage in zip(PARTS, stages, strict=True):
+        start = time.perf_counter()
+        value = stage(value)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[part] = time.perf_counter() - start
+    return seconds
 
 
-def _stages(
-    config: Config, device: torch.device, count: int, steps: int, compile_it: bool
-) -> list[Callable[[Tensor], Tensor]]:
-    """Ids -> features -> z0 -> z1 -> pictures, as functions of what the one before gives."""
-    text: Any = getattr(config, "text", None)
-    if text is None or text.feature_width is None:
+def _stages(config: Config, device: torch.device, count: int, steps: int, compiled: bool) -> list[Stage]:
+    """Ids -> features -> z0 -> z1 -> pictures; each stage takes the output of the previous one."""
+    text, codec = getattr(config, "text", None), getattr(config, "codec", None)
+    if text is None or codec is None or text.feature_width is None:
         raise UserError(
-            "The speed of sampling is measured for text-to-image recipes that read a frozen text encoder "
-            f"(text.feature_width), such as {', '.join(RECIPES)}."
+            "Sampling is timed for text-to-image recipes with a frozen text encoder (text.feature_width), such as "
+            f"{', '.join(RECIPES)}; {config.task} has none here."
         )
     torch.manual_seed(0)
     task = task_class(config.task).outline(config)
     model = task.build_model().to(device).eval()
     encoder = _clip(text.feature_width, text.max_length).to(device).eval()
-    decode = _decoder(config, device)
-    if compile_it:
+    decoder = (
+        _flowtitok(config.data.image_size, text.feature_width) if codec.kind == "flowtitok" else _StableDiffusion()
+    )
+    decoder = decoder.to(device).eval()
+    if compiled:
         compile_blocks(model)
     ids = torch.randint(0, 1000, (count, text.max_length), device=device)
     mask = torch.ones(count, text.max_length, dtype=torch.bool, device=device)
@@ -120,12 +126,12 @@ def _stages(
         read,
         lambda value: model.source_encoder(value, mask).sample(generator=torch.Generator(device).manual_seed(0)),
         flow,
-        lambda z1: decode(z1, features),
+        lambda z1: decoder(z1 / codec.scale, features),
     ]
 
 
 def _clip(width: int, length: int) -> nn.Module:
-    """The text tower of CLIP ViT-L/14, of that width."""
+    """The text tower of CLIP ViT-L/14 with another width."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -140,24 +146,28 @@ def _clip(width: int, length: int) -> nn.Module:
     )
 
 
-def _decoder(config: Any, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """(z1, text features) -> pictures, by the codec that the recipe names: FlowTiTok, or Stable Diffusion's."""
-    if config.codec.kind == "flowtitok":
-        from crossflow.networks.codecs.flowtitok_network import FlowTiTokConfig, FlowTiTokDecoder
+def _flowtitok(image_size: int, text_width: int) -> nn.Module:
+    """(tokens (B, N, C), text features) -> pictures."""
+    from crossflow.networks.codecs.flowtitok_network import FlowTiTokConfig, FlowTiTokDecoder
 
-        tokenizer = FlowTiTokDecoder(
-            FlowTiTokConfig(image_size=config.data.image_size, text_width=config.text.feature_width)
+    return FlowTiTokDecoder(FlowTiTokConfig(image_size=image_size, text_width=text_width))
+
+
+class _StableDiffusion(nn.Module):
+    """(latents (B, 4, H, W), text features, which it ignores) -> pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKL
+
+        self.autoencoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
         )
-        tokenizer = tokenizer.to(device).eval()
-        return lambda z1, features: tokenizer(z1 / config.codec.scale, features)
-    from diffusers import AutoencoderKL
 
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-    )
-    autoencoder = autoencoder.to(device).eval()
-    return lambda z1, features: autoencoder.decode(z1 / config.codec.scale).sample
+    def forward(self, latents: Tensor, features: Tensor) -> Tensor:
+        pictures: Tensor = self.autoencoder.decode(latents).sample
+        return pictures
