@@ -18,6 +18,8 @@ class ScoreRow:
     value: float
     interval: tuple[float, float] | None = None
     baseline: float | None = None
+    is_controlled: bool = False
+    """Whether `baseline` is that of the control."""
 
 
 def score_rows(
@@ -36,7 +38,9 @@ def score_rows(
             continue
         low_high = (intervals or {}).get(name)
         interval = (float(low_high[0]), float(low_high[1])) if low_high is not None else None
-        rows.append(ScoreRow(name, value, interval, (baseline or {}).get(name, scores.get(CONTROL + name))))
+        trivial, control = (baseline or {}).get(name), scores.get(CONTROL + name)
+        is_controlled = trivial is None and control is not None
+        rows.append(ScoreRow(name, value, interval, control if is_controlled else trivial, is_controlled))
     return rows
 
 

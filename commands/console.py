@@ -69,19 +69,19 @@ def show_scores(
 ) -> None:
     """Prints a table of scores, those of the headline first, beside their intervals and the trivial baseline.
 
-    A score `shuffled_NAME` is the control of NAME (inputs exchanged between items) and stands in its baseline column.
+    The shuffled control of a score stands in its baseline column (see `score_table`).
     """
-    controls = {name: f"shuffled_{name}" for name in values if f"shuffled_{name}" in values}
-    names = [name for name in values if name not in controls.values()]
-    names.sort(key=lambda name: headline.index(name) if name in headline else len(headline))
-    baselines = {name: f"{baseline[name]:.4g}" for name in names if name in baseline}
-    baselines |= {name: f"{values[control]:.4g} (shuffled)" for name, control in controls.items()}
+    from crossflow.benchmarks.score_table import score_rows
+
+    table = score_rows(values, intervals, baseline)
+    table.sort(key=lambda row: headline.index(row.name) if row.name in headline else len(headline))
+    with_baseline = any(row.baseline is not None for row in table)
     rows = []
-    for name in names:
-        low, high = intervals.get(name, (None, None))
-        interval = "" if low is None else f"{low:.4g} to {high:.4g}"
-        rows.append((name, f"{values[name]:.4g}", interval, *([baselines.get(name, "")] if baselines else [])))
-    print_table(rows, ("score", "this run", "95 % interval", *(["trivial baseline"] if baselines else [])))
+    for row in table:
+        interval = "" if row.interval is None else f"{row.interval[0]:.4g} to {row.interval[1]:.4g}"
+        base = "" if row.baseline is None else f"{row.baseline:.4g}{' (shuffled)' * row.is_controlled}"
+        rows.append((row.name, f"{row.value:.4g}", interval, *([base] if with_baseline else [])))
+    print_table(rows, ("score", "this run", "95 % interval", *(["trivial baseline"] if with_baseline else [])))
 
 
 def training_progress() -> "RichProgress":

@@ -28,8 +28,8 @@ def command(
     \b
       crossflow statistics --protocol coco-fid30k --data coco:~/coco --output coco_val_256.safetensors
     """
-    from crossflow.benchmarks.evaluation.distances import statistics_of
     from crossflow.benchmarks.evaluation.protocol import load_protocol, roles
+    from crossflow.benchmarks.evaluation.real_pictures import statistics_of
     from crossflow.engine.sample import find_device
 
     check_output(output, overwrite=overwrite)

@@ -1,24 +1,26 @@
-"""One run on one split, by a protocol or by the task's own rules -> metrics.json with its manifest, one row per item,
-and a page of pictures.
+"""One run on one split, by a protocol or by its task's own rules: metrics.json with its manifest, one row per item, and
+a page of pictures.
 
-Items are worked off in batches that the processes share. What is finished lies on disk at once, so a killed evaluation
-goes on where it was; rows, features and a few pictures are all that is kept of an item.
+Items are scored in batches, which several processes share. Each finished batch is on disk at once, so that a killed
+evaluation continues; of an item only its row, its features and perhaps a picture are kept.
 """
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crossflow.benchmarks.evaluation import distances as distribution
 from crossflow.benchmarks.evaluation import manifest
-from crossflow.benchmarks.evaluation.ledger import Ledger, Part
-from crossflow.benchmarks.evaluation.networks import Networks
+from crossflow.benchmarks.evaluation.distances import distances
+from crossflow.benchmarks.evaluation.ledger import Finished, Ledger, Part, Row
+from crossflow.benchmarks.evaluation.networks import MeasuringNetworks
 from crossflow.benchmarks.evaluation.page import write_page
 from crossflow.benchmarks.evaluation.plan import Plan, plan
 from crossflow.benchmarks.evaluation.protocol import Protocol
+from crossflow.benchmarks.evaluation.real_pictures import prepare, reference
+from crossflow.benchmarks.evaluation.statistics import Statistics, read_statistics
 from crossflow.core import distributed
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
@@ -29,19 +31,25 @@ from crossflow.core.progress import Progress
 from crossflow.data.dataset import Examples
 from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, batches, seen_in_training
-from crossflow.tasks.scoring import Case, Cases
+from crossflow.tasks.scoring import Case
 
-UNFINISHED = ".unfinished"
-"""Subfolder of the results that holds what is finished of an interrupted evaluation."""
 NUM_TILES = 24
-USUAL_NUM = 1000
-EVERY = 10**9
+"""Items shown on the page."""
+DEFAULT_NUM = 1000
+"""Items scored without a protocol."""
+ALL = 10**9
+MEMORY = 2**28
+"""Bytes of decoded items kept for a second look."""
+UNFINISHED = ".unfinished"
+"""Subfolder of the results with the finished batches of an interrupted evaluation."""
 Trivial = Callable[[Case], Any]
-MEMORY = 2**28  # bytes of decoded items that an evaluation keeps for a second look
+"""The output that needs no model, such as a bicubic enlargement."""
 
 
 @dataclass(frozen=True)
 class Report:
+    """A finished evaluation and the folder with its files."""
+
     folder: Path
     scores: Scores
     baseline: dict[str, float]
@@ -64,232 +72,310 @@ def evaluate(
     statistics: Path | None = None,
     moved: Sequence[str] = (),
 ) -> Report | None:
-    """Scores `pipe` on at most `num` items of a split; spec: the data of the run's own validation when None.
+    """Scores `pipe` on a split and writes metrics.json, items.jsonl, index.html and pictures.png.
 
-    Several processes share the items; the first one writes and gets the report, the others get None.
+    Several processes share the items: each must call this; the first one writes and gets the report, the others None.
+    Usage::
+
+        report = evaluate(crossflow.load("runs/sr"), protocol=load_protocol("set5-x4"), spec="folder:Set5@all")
+        print(report.scores.values["psnr_y"], report.baseline["psnr_y"])
 
     Args:
-        split, num: as the protocol says when None, else `test` and 1,000.
-        settings: fields of SampleConfig.
-        folder: an empty or new folder to write to, or one where this evaluation was interrupted.
-        default: without `folder`, where to write, numbered if taken: RUN/evaluation/DATA-SPLIT-SOLVER and all that
-            differs from the recipe when None.
+        spec: the data; None: those of the run's own validation, or those embedded for the protocol.
+        split, num: None: those of the protocol, or `test` and at most 1,000 items without one.
+        seed: of the noise, which depends on it and the item's id alone.
+        settings: fields of SampleConfig that replace the run's own.
+        folder: an empty or new folder to write to, or one in which this evaluation was interrupted.
+        default: without `folder`, where to write, numbered if taken; None: `Evaluation.default_folder`.
         overwrite: replace earlier results in the folder.
         protocol: what is scored and how; None: the task's own rules.
-        statistics: a file of `distribution.Statistics` of the real pictures, instead of computing them.
+        statistics: file of statistics of the real pictures, for a protocol with a distance.
         moved: settings of the run that were replaced when it was loaded, for the manifest.
 
-    Writes metrics.json (scores, intervals, trivial baseline, manifest), items.jsonl and index.html. Raises UserError
-    when the data do not fit the task or the protocol.
+    Raises:
+        UserError: the data do not fit the task or the protocol, a measuring network is unavailable, or the folder
+            contains something else.
     """
-    chosen, begun = pipe.sample_settings(**(settings or {})), time.time()
-    if num is None:
-        num = USUAL_NUM if protocol is None else protocol.choose or EVERY
-    split = split or ("test" if protocol is None else protocol.split)
-    networks = Networks({} if protocol is None else protocol.networks, pipe.device, pipe.task.Scoring.networks_by_role)
-    work = plan(pipe, protocol, spec, split, num, networks)
-    if work.cases.examples is not None:
-        work.cases.examples.cache_bytes = MEMORY
-    real = _real(pipe, work, protocol, networks, statistics, spec, split, progress)
-    about = manifest.identity(pipe, work, protocol, chosen, seed=seed, num=num)
-    named = (pipe.folder or Path("outputs")) / "evaluation" / _label(pipe, work.cases, chosen, seed, protocol)
-    target = _claim(default or named, folder, overwrite, about)
-    before = output_files(target)
-    metric = work.scoring.metric(thorough=True)
-    trivial, apology = _trivial(pipe, work)
-    ledger = _run(
-        pipe, work, metric, trivial, networks, about, chosen, seed, target, progress, with_features=real is not None
+    evaluation = Evaluation.open(
+        pipe, protocol=protocol, spec=spec, split=split, num=num, seed=seed, settings=settings, moved=moved
     )
-    if ledger is None:
-        return None
-    report = _finish(pipe, work, metric, ledger, protocol, real, networks, about, begun, target, moved, apology)
-    ledger.remove()
-    record(target, output_files(target) - before)
-    return report
+    real = evaluation.real_pictures(statistics, progress)
+    target = evaluation.claim(folder, default=default, overwrite=overwrite)
+    return evaluation.run(target, real, progress)
 
 
-def _claim(default: Path, folder: Path | None, overwrite: bool, about: Mapping[str, Any]) -> Path:
-    """The folder of this evaluation in every process: where it was interrupted, else one without results."""
+@dataclass
+class Evaluation:
+    """What is scored (plan), by what rules (protocol), how it is sampled, and which networks measure.
 
-    def interrupted(place: Path) -> bool:
-        return not (place / "metrics.json").exists() and Ledger.holds(place / UNFINISHED, _same(about))
+    Usage::
 
-    return distributed.on_main(lambda: claim(default, folder, overwrite=overwrite, resumable=interrupted))
+        evaluation = Evaluation.open(pipe, protocol=load_protocol("set5-x4"), spec="folder:Set5@all")
+        report = evaluation.run(evaluation.claim())
+    """
 
+    pipe: Pipeline
+    plan: Plan
+    protocol: Protocol | None
+    sampling: SampleConfig
+    networks: MeasuringNetworks
+    seed: int = 0
+    num: int = DEFAULT_NUM
+    moved: Sequence[str] = ()
+    started: float = field(default_factory=time.time)
 
-def _same(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What an interrupted evaluation must agree in to be continued; batches change nothing but the last bits."""
-    return {**about, "sample": {**about["sample"], "batch_size": None}}
-
-
-def _real(
-    pipe: Pipeline, work: Plan, protocol: Protocol | None, networks: Networks, given: Path | None, spec: str | None,
-    split: str, progress: Progress | None,
-) -> distribution.Statistics | None:  # fmt: skip
-    """Statistics of the real pictures; None for a protocol without distances."""
-    if protocol is None or protocol.distribution is None:
-        if given is not None:
-            raise UserError("Statistics of real pictures are for protocols with a distance, such as coco-fid30k.")
-        return None
-    if given is not None:
-        found = distribution.read_statistics(given)
-        if found.about.get("weights") != networks.features.checksum:
-            raise UserError(
-                f"The statistics in {given} were made by {found.about.get('network')}, not by the same weights of "
-                f"{networks.features.words}."
-            )
-        return found
-    assert work.cases.examples is not None
-    examples = work.cases.examples
-    if protocol.distribution.reference == "split" and protocol.choose is not None:
-        examples = pipe.dataset(split, examples.reader.spec, options=protocol.reader)
-        examples.cache_bytes = 0
-    return distribution.reference(protocol, examples, networks.features, progress)
-
-
-def _run(
-    pipe: Pipeline, work: Plan, metric: TaskMetric, trivial: Trivial | None, networks: Networks,
-    about: Mapping[str, Any], chosen: SampleConfig, seed: int, target: Path, progress: Progress | None, *,
-    with_features: bool,
-) -> Ledger | None:  # fmt: skip
-    """Works off what is not finished; the first process gets the ledger, the others None."""
-    ledger = Ledger(target / UNFINISHED, _same(about)) if distributed.is_main() else None
-    finished = distributed.on_main(lambda: ledger.finished() if ledger is not None else set())
-    todo = [number for number in range(len(work.cases)) if number not in finished]
-
-    def one(part: Sequence[int]) -> Part:
-        return _part(pipe, work, metric, trivial, networks, part, chosen, seed, with_features)
-
-    done = len(finished)
-    for part, result in distributed.shared(list(batches(todo, chosen.batch_size)), one):
-        assert ledger is not None
-        ledger.add(result)
-        done += len(part)
-        if progress is not None:
-            progress(done, len(work.cases))
-    return ledger
-
-
-def _part(
-    pipe: Pipeline, work: Plan, metric: TaskMetric, trivial: Trivial | None, networks: Networks,
-    numbers: Sequence[int], chosen: SampleConfig, seed: int, with_features: bool,
-) -> Part:  # fmt: skip
-    """The cases with these numbers, drawn and scored."""
-    before = dict(work.cases.bad)
-    cases = work.cases.at(numbers)
-    part = Part(list(numbers), {}, bad={id: why for id, why in work.cases.bad.items() if id not in before})
-    if not cases:
-        return part
-    outputs = pipe.outputs([case.input for _, case in cases], [case.id for _, case in cases], seed, chosen)
-    plain = work.scoring.metric()
-    for (number, case), output in zip(cases, outputs, strict=True):
-        part.rows[number] = metric.add(case.id, output, case.truth)
-        if trivial is not None:
-            part.trivial[number] = plain.add(case.id, trivial(case), case.truth)
-        if number < NUM_TILES:
-            part.pages[number] = work.scoring.tiles(case, output)
-    if with_features:
-        part.arrays = networks.features(outputs)
-    return part
-
-
-def _finish(
-    pipe: Pipeline, work: Plan, metric: TaskMetric, ledger: Ledger, protocol: Protocol | None,
-    real: distribution.Statistics | None, networks: Networks, about: Mapping[str, Any], begun: float, target: Path,
-    moved: Sequence[str], apology: Sequence[str],
-) -> Report:  # fmt: skip
-    rows, trivial, pages, bad = _gathered(ledger)
-    metric.replace(rows)
-    values = metric.compute()
-    notes = list(metric.notes)
-    if real is not None and protocol is not None and protocol.distribution is not None:
-        arrays = (part.arrays for part in ledger.parts() if part.arrays)
-        rules, network = protocol.distribution, networks.features
-        found, said = distribution.distances(rules.numbers, arrays, real, network.is_inception)
-        values, notes = {**found, **values}, notes + said
-        if not network.is_inception:
-            notes.append(f"distances are by {network.words}: they are not FID, KID or IS and compare only among them")
-    notes += [*_partial(protocol, len(rows), work), *apology]
-    scores = Scores(values, metric.intervals(), metric.rows, pages, notes)
-    baseline = _baseline(work, trivial)
-    full = manifest.complete(
-        about, ids=[row["id"] for row in rows], bad={**work.cases.bad, **bad}, networks=networks.checksums, begun=begun,
-        seconds=time.time() - begun, processes=distributed.world_size(),
-        real=None if real is None else {"count": real.count, **real.about}, device=pipe.device, moved=moved,
-    )  # fmt: skip
-    _write(target, scores, baseline, full, f"{pipe.task.name} on {work.cases.spec} ({work.cases.split})")
-    return Report(target, scores, baseline, full)
-
-
-def _gathered(ledger: Ledger) -> tuple[list[Any], list[Any], list[Any], dict[str, str]]:
-    """Rows, rows of the trivial output and pictures in the order of the cases, and the bad items."""
-    rows: dict[int, Any] = {}
-    trivial: dict[int, Any] = {}
-    pages: dict[int, Any] = {}
-    bad: dict[str, str] = {}
-    for part in ledger.parts():
-        rows |= part.rows
-        trivial |= part.trivial
-        pages |= part.pages
-        bad |= part.bad
-    return *([found[number] for number in sorted(found)] for found in (rows, trivial, pages)), bad  # type: ignore[return-value]
-
-
-def _partial(protocol: Protocol | None, scored: int, work: Plan) -> list[str]:
-    if protocol is None or protocol.num_items in (None, scored):
-        return []
-    return [
-        f"partial: {scored} items were scored and {protocol.name} has {protocol.num_items}, so this is not its number"
-    ]
-
-
-def _trivial(pipe: Pipeline, work: Plan) -> tuple[Trivial | None, list[str]]:
-    """The trivial output of a case, and notes: on items that the run trained on, or why there is no trivial output."""
-    notes: list[str] = []
-
-    def open_train() -> Examples:
-        train = pipe.dataset("train")
+    @classmethod
+    def open(
+        cls,
+        pipe: Pipeline,
+        *,
+        protocol: Protocol | None = None,
+        spec: str | None = None,
+        split: str | None = None,
+        num: int | None = None,
+        seed: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        moved: Sequence[str] = (),
+    ) -> "Evaluation":
+        """Opens the data; arguments as those of `evaluate`."""
+        if num is None:
+            num = DEFAULT_NUM if protocol is None else protocol.choose or ALL
+        split = split or ("test" if protocol is None else protocol.split)
+        networks = MeasuringNetworks(
+            {} if protocol is None else protocol.networks, pipe.device, pipe.task.Scoring.networks_by_role
+        )
+        work = plan(pipe, protocol, spec, split, num, networks)
         if work.cases.examples is not None:
-            notes.extend(seen_in_training(train, work.cases.examples))
-        return train
+            work.cases.examples.cache_bytes = MEMORY
+        return cls(pipe, work, protocol, pipe.sample_settings(**(settings or {})), networks, seed, num, moved)
 
-    try:
-        return work.scoring.trivial(open_train), notes
-    except UserError as error:  # a run is complete without its training data, and is scored without them
-        return None, [f"no trivial baseline, which is made from the training data: {error}"]
+    def run(self, folder: Path, real: Statistics | None = None, progress: Progress | None = None) -> Report | None:
+        """Scores what is not finished and writes the files; None on all processes but the first.
+
+        real: statistics of the real pictures, for a protocol with a distance (`real_pictures`).
+        """
+        before = output_files(folder)
+        trivial, notes = self._trivial()
+        ledger = self._score(folder / UNFINISHED, trivial, real is not None, progress)
+        if ledger is None:
+            return None
+        report = self._report(folder, ledger, real, notes)
+        ledger.remove()
+        record(folder, output_files(folder) - before)
+        return report
+
+    def claim(self, folder: Path | None = None, *, default: Path | None = None, overwrite: bool = False) -> Path:
+        """The folder to write to, the same in every process: where this evaluation was interrupted, else one without
+        results. Raises UserError if `folder` contains something else.
+        """
+
+        def interrupted(place: Path) -> bool:
+            return not (place / "metrics.json").exists() and Ledger.holds(place / UNFINISHED, self._unchanging())
+
+        named = default or self.default_folder()
+        return distributed.on_main(lambda: claim(named, folder, overwrite=overwrite, resumable=interrupted))
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the numbers: data, model, sampling, protocol; neither times nor machines."""
+        return manifest.identity(self.pipe, self.plan, self.protocol, self.sampling, seed=self.seed, num=self.num)
+
+    def _unchanging(self) -> dict[str, Any]:
+        """What an interrupted evaluation must share to be continued; batches change nothing but the last bits."""
+        about = self.identity()
+        return {**about, "sample": {**about["sample"], "batch_size": None}}
+
+    def default_folder(self) -> Path:
+        """RUN/evaluation/NAME; the name has all settings that differ from the run's own."""
+        cases, pipe, sampling = self.plan.cases, self.pipe, self.sampling
+        place = cases.spec.partition("?")[0].rstrip("/").rpartition("/")[2].replace(":", "-")
+        place = place if self.protocol is None else f"{self.protocol.name}-{place}"
+        named = {"solver": sampling.solver, "steps": sampling.steps, "batch_size": sampling.batch_size}
+        recipe = {**pipe.settings.model_dump(mode="json"), **named}
+        changed = {name: value for name, value in sampling.model_dump(mode="json").items() if value != recipe[name]}
+        changed |= {"seed": self.seed} if self.seed else {}
+        words = [f"{name}{value}".replace(" ", "") for name, value in changed.items()]
+        words += [pipe.weights] * (pipe.weights != "ema") + ["autoguided"] * (pipe.weak is not None)
+        name = "-".join([place, cases.split, f"{sampling.solver}{sampling.steps}", *words])
+        return (pipe.folder or Path("outputs")) / "evaluation" / name
+
+    def real_pictures(self, path: Path | None, progress: Progress | None = None) -> Statistics | None:
+        """Statistics of the real pictures, from a file or computed; None for a protocol without distances."""
+        rules = None if self.protocol is None else self.protocol.distribution
+        if self.protocol is None or rules is None:
+            if path is not None:
+                raise UserError("--statistics is for protocols with a distance, such as coco-fid30k.")
+            return None
+        if path is not None:
+            statistics = read_statistics(path)
+            statistics.expect_network(self.networks.features)
+            return statistics
+        examples = self.plan.cases.examples
+        assert examples is not None
+        if rules.reference == "train":
+            examples = self._training_split(examples.reader.spec)
+        elif rules.reference == "split" and self.protocol.choose is not None:
+            reader = examples.reader
+            examples = self.pipe.dataset(reader.split, reader.spec, options=self.protocol.reader)
+            examples.cache_bytes = 0
+        return reference(self.protocol, examples, self.networks.features, progress)
+
+    def _training_split(self, spec: str) -> Examples:
+        """The training pictures of the evaluated data. Raises UserError for data without any."""
+        assert self.protocol is not None
+        advice = (
+            "Give --statistics FILE: published statistics (an .npz with mu and sigma), or those that crossflow "
+            "statistics computes from training pictures."
+        )
+        if self.plan.cases.split == "all":
+            raise UserError(
+                f"{self.protocol.name} compares with the training pictures of its data, but all of {spec} is scored. "
+                f"{advice}"
+            )
+        try:
+            examples = self.pipe.dataset("train", spec, options=self.protocol.reader)
+        except UserError as error:
+            raise UserError(
+                f"{self.protocol.name} compares with the training pictures of its data, which are unavailable: {error} "
+                f"{advice}"
+            ) from error
+        examples.cache_bytes = 0
+        return examples
+
+    # -- scoring
+
+    def _score(
+        self, folder: Path, trivial: Trivial | None, with_features: bool, progress: Progress | None
+    ) -> Ledger | None:
+        """Scores what is not finished; the first process gets the ledger, the others None."""
+        ledger = Ledger(folder, self._unchanging()) if distributed.is_main() else None
+        finished: set[int] = distributed.on_main(lambda: ledger.finished() if ledger is not None else set())
+        total, done = len(self.plan.cases), len(finished)
+        todo = [number for number in range(total) if number not in finished]
+        metric = self.plan.scoring.metric(thorough=True)
+
+        def score(numbers: Sequence[int]) -> Part:
+            return self._batch(numbers, metric, trivial, with_features)
+
+        for numbers, part in distributed.shared(list(batches(todo, self.sampling.batch_size)), score):
+            assert ledger is not None
+            ledger.add(part)
+            done += len(numbers)
+            if progress is not None:
+                progress(done, total)
+        return ledger
+
+    def _batch(self, numbers: Sequence[int], metric: TaskMetric, trivial: Trivial | None, with_features: bool) -> Part:
+        """Samples and scores the cases with these numbers."""
+        cases, scoring = self.plan.cases, self.plan.scoring
+        before = dict(cases.bad)
+        batch = cases.at(numbers)
+        part = Part(list(numbers), {}, bad={id: why for id, why in cases.bad.items() if id not in before})
+        if not batch:
+            return part
+        inputs, ids = [case.input for _, case in batch], [case.id for _, case in batch]
+        outputs = self.pipe.outputs(inputs, ids, self.seed, self.sampling)
+        baseline = scoring.metric()
+        for (number, case), output in zip(batch, outputs, strict=True):
+            part.rows[number] = metric.add(case.id, output, case.truth)
+            if trivial is not None:
+                part.trivial[number] = baseline.add(case.id, trivial(case), case.truth)
+            if number < NUM_TILES:
+                part.pages[number] = scoring.tiles(case, output)
+        if with_features:
+            part.arrays = self._features(outputs)
+        return part
+
+    def _trivial(self) -> tuple[Trivial | None, list[str]]:
+        """The trivial output of a case, and notes: on items that the run was trained on, or why there is none."""
+        notes: list[str] = []
+
+        def open_train() -> Examples:
+            train = self.pipe.dataset("train")
+            if self.plan.cases.examples is not None:
+                notes.extend(seen_in_training(train, self.plan.cases.examples))
+            return train
+
+        try:
+            return self.plan.scoring.trivial(open_train), notes
+        except UserError as error:  # a run is complete without its training data, and can be scored without them
+            return None, [f"no trivial baseline, which is made from the training data: {error}"]
+
+    def _features(self, outputs: Sequence[Any]) -> dict[str, Any]:
+        """Features of generated pictures, which are resized as the real ones are."""
+        assert self.protocol is not None
+        assert self.protocol.distribution is not None
+        pictures = [prepare(self.protocol.distribution, output) for output in outputs]
+        usable = [picture for picture in pictures if picture is not None]
+        if len(usable) < len(outputs):
+            raise UserError(
+                f"{self.protocol.name} compares pictures of {self.protocol.distribution.size} px or more; "
+                f"this run makes pictures of {min(outputs[0].shape[:2])} px."
+            )
+        return self.networks.features(usable)
+
+    # -- reporting
+
+    def _report(self, folder: Path, ledger: Ledger, real: Statistics | None, remarks: Sequence[str]) -> Report:
+        finished = Finished.of(ledger)
+        metric = self.plan.scoring.metric(thorough=True)
+        metric.replace(finished.rows)
+        values = metric.compute()
+        notes = list(metric.notes)
+        if real is not None:
+            numbers, more = self._distances(ledger, real)
+            values, notes = {**numbers, **values}, notes + more
+        notes += [*self._partial(len(finished.rows)), *remarks]
+        scores = Scores(values, metric.intervals(), metric.rows, finished.pages, notes)
+        about = {
+            **self.identity(),
+            **manifest.items([row["id"] for row in finished.rows], {**self.plan.cases.bad, **finished.bad}),
+            "networks": dict(self.networks.checksums),
+            "real_statistics": None if real is None else {"count": real.count, **real.about},
+            "set": list(self.moved),
+            **manifest.circumstances(self.started, self.pipe.device),
+        }
+        report = Report(folder, scores, self._baseline(finished.trivial), about)
+        _write(report, f"{self.pipe.task.name} on {self.plan.cases.spec} ({self.plan.cases.split})")
+        return report
+
+    def _distances(self, ledger: Ledger, real: Statistics) -> tuple[dict[str, float], list[str]]:
+        assert self.protocol is not None
+        assert self.protocol.distribution is not None
+        network = self.networks.features
+        arrays = (part.arrays for part in ledger.parts() if part.arrays)
+        values, notes = distances(self.protocol.distribution.numbers, arrays, real, network.is_inception)
+        if not network.is_inception:
+            notes.append(f"distances by {network.words} are not FID, KID or IS and compare only among themselves")
+        return values, notes
+
+    def _partial(self, scored: int) -> list[str]:
+        if self.protocol is None or self.protocol.num_items in (None, scored):
+            return []
+        return [
+            f"partial: {scored} items were scored, but {self.protocol.name} has {self.protocol.num_items}; the numbers "
+            "are not those of the protocol"
+        ]
+
+    def _baseline(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Scores of the trivial output."""
+        if not rows:
+            return {}
+        metric = self.plan.scoring.metric()
+        metric.replace(rows)
+        return metric.compute()
 
 
-def _baseline(work: Plan, rows: Sequence[Any]) -> dict[str, float]:
-    if not rows:
-        return {}
-    metric = work.scoring.metric()
-    metric.replace(rows)
-    return metric.compute()
-
-
-def _write(target: Path, scores: Scores, baseline: Mapping[str, float], full: Mapping[str, Any], title: str) -> None:
-    target.mkdir(parents=True, exist_ok=True)
+def _write(report: Report, title: str) -> None:
+    scores = report.scores
+    report.folder.mkdir(parents=True, exist_ok=True)
     content = {
         "scores": scores.values,
         "intervals": scores.intervals,
-        "baseline": baseline,
+        "baseline": report.baseline,
         "notes": scores.notes,
-        "manifest": full,
+        "manifest": report.manifest,
     }
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
-    write_atomically(target / "items.jsonl", "".join(lines))
-    write_page(target, title, content, scores.pages)
-    write_atomically(target / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False))
-
-
-def _label(pipe: Pipeline, cases: Cases, chosen: SampleConfig, seed: int, protocol: Protocol | None) -> str:
-    """The name of an evaluation's folder, so that one with other settings does not take the place of this one."""
-    place = cases.spec.partition("?")[0].rstrip("/").rpartition("/")[2].replace(":", "-")
-    place = place if protocol is None else f"{protocol.name}-{place}"
-    usual = {"solver": chosen.solver, "steps": chosen.steps, "batch_size": chosen.batch_size}
-    recipe = {**pipe.settings.model_dump(mode="json"), **usual}
-    other = {name: value for name, value in chosen.model_dump(mode="json").items() if value != recipe[name]}
-    other |= {"seed": seed} if seed else {}
-    words = [f"{name}{value}".replace(" ", "") for name, value in other.items()]
-    words += [pipe.weights] * (pipe.weights != "ema") + ["autoguided"] * (pipe.weak is not None)
-    return "-".join([place, cases.split, f"{chosen.solver}{chosen.steps}", *words])
+    write_atomically(report.folder / "items.jsonl", "".join(lines))
+    write_page(report.folder, title, content, scores.pages)
+    write_atomically(report.folder / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False))

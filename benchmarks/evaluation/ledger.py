@@ -1,7 +1,7 @@
-"""What an evaluation has finished, kept on disk batch by batch, so that a killed one goes on where it was.
+"""The finished batches of an evaluation on disk, so that a killed one continues where it was.
 
-One file for each batch, written whole or not at all: rows, features and the first pictures. A folder belongs to one
-evaluation; what another one left there is removed.
+One file for each batch: rows, features and the pictures of the page. A folder belongs to one evaluation; batches of
+another one are removed.
 """
 
 import hashlib
@@ -17,24 +17,29 @@ import numpy as np
 from crossflow.core.files import DamagedFile, read_metadata, read_tensors, write_atomically, write_tensors
 from crossflow.tasks.scoring import Tile
 
+Row = dict[str, Any]
+"""The numbers of one item and its id."""
+
 
 @dataclass
 class Part:
-    """A finished batch: numbers of its cases (also of those that cannot be scored), rows by number, pictures.
+    """A finished batch.
 
-    trivial: rows of the trivial output; arrays: per scored case, in the order of `rows`, such as features (N, D).
+    numbers: those of all its cases, with or without a row; rows: by number; bad: item id -> why it has no row; trivial:
+    rows of the trivial output; pages: the tiles of shown items; arrays: one row per scored case, in the order of
+    `rows`, such as features (N, D).
     """
 
     numbers: list[int]
-    rows: dict[int, dict[str, Any]]
+    rows: dict[int, Row]
     bad: dict[str, str] = field(default_factory=dict)
-    trivial: dict[int, dict[str, Any]] = field(default_factory=dict)
+    trivial: dict[int, Row] = field(default_factory=dict)
     pages: dict[int, list[Tile]] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Ledger:
-    """The finished batches of one evaluation, in a folder. `identity`: everything that its numbers depend on."""
+    """The finished batches of one evaluation in a folder; `identity` is everything that its numbers depend on."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -50,6 +55,7 @@ class Ledger:
         return file.is_file() and file.read_text() == _key(identity)
 
     def add(self, part: Part) -> None:
+        """Writes a finished batch, completely or not at all."""
         tiles = {
             f"tile/{number}/{place}": np.ascontiguousarray(tile.image)
             for number, page in part.pages.items()
@@ -67,7 +73,7 @@ class Ledger:
         write_tensors(path, tensors, {"part": json.dumps(about, ensure_ascii=False)})
 
     def parts(self) -> Iterator[Part]:
-        """The finished batches in order; a file that cannot be read counts as not finished."""
+        """The finished batches in order; a damaged file counts as unfinished and is removed."""
         for path in sorted(self.folder.glob("*.safetensors")):
             part = _read(path)
             if part is None:
@@ -80,6 +86,7 @@ class Ledger:
         return {number for part in self.parts() for number in part.numbers}
 
     def remove(self) -> None:
+        """Removes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -102,3 +109,32 @@ def _read(path: Path) -> Part | None:
         tensors["numbers"].tolist(), dict(map(tuple, about["rows"])), about["bad"],
         dict(map(tuple, about["trivial"])), pages, arrays,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All finished batches of a ledger together, in the order of the cases."""
+
+    rows: list[Row]
+    trivial: list[Row]
+    pages: list[list[Tile]]
+    bad: dict[str, str]
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> "Finished":
+        """Everything but the arrays, which may be too large to be held at once."""
+        rows: dict[int, Row] = {}
+        trivial: dict[int, Row] = {}
+        pages: dict[int, list[Tile]] = {}
+        bad: dict[str, str] = {}
+        for part in ledger.parts():
+            rows |= part.rows
+            trivial |= part.trivial
+            pages |= part.pages
+            bad |= part.bad
+        return cls(
+            [rows[number] for number in sorted(rows)],
+            [trivial[number] for number in sorted(trivial)],
+            [pages[number] for number in sorted(pages)],
+            bad,
+        )

@@ -1,4 +1,4 @@
-"""What a number was made of, so that it can be made again, and what differs between two numbers."""
+"""What the numbers of an evaluation depend on, and when and where they were measured."""
 
 import hashlib
 import platform
@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from crossflow.benchmarks.evaluation.plan import Plan
 from crossflow.benchmarks.evaluation.protocol import Protocol
+from crossflow.core import distributed
 from crossflow.core.config import SampleConfig
 from crossflow.core.sampling import count_evaluations
 from crossflow.engine.folder import WEIGHTS
@@ -34,11 +36,10 @@ SAMPLING_COST = {"solver", "steps", "guidance", "guidance_interval", "zero_init"
 
 
 def identity(
-    pipe: Pipeline, work: Plan, protocol: Protocol | None, chosen: SampleConfig, *, seed: int, num: int
+    pipe: Pipeline, plan: Plan, protocol: Protocol | None, sampling: SampleConfig, *, seed: int, num: int
 ) -> dict[str, Any]:
-    """Everything that decides the numbers: data, model, sampling, protocol. Times and machines stand elsewhere."""
-    cases = work.cases
-    data = {"spec": cases.spec, "split": cases.split, "fingerprint": cases.fingerprint()}
+    """Everything that decides the numbers: data, model, sampling, protocol. Times and machines are not part of it."""
+    cases = plan.cases
     return {
         "task": pipe.task.name,
         "protocol": None if protocol is None else protocol.model_dump(mode="json"),
@@ -46,61 +47,62 @@ def identity(
         "checksums": checksums(pipe),
         "weights": pipe.weights,
         "guided_by": pipe.guided_by,
-        "data": data,
+        "data": {"spec": cases.spec, "split": cases.split, "fingerprint": cases.fingerprint()},
         "num": num,
         "image_size": pipe.task.config.data.image_size,
-        "resize": work.scoring.resize,
-        "sample": chosen.model_dump(mode="json"),
-        "evaluations": count_evaluations(**chosen.model_dump(include=SAMPLING_COST)),
+        "resize": plan.scoring.resize,
+        "sample": sampling.model_dump(mode="json"),
+        "evaluations": count_evaluations(**sampling.model_dump(include=SAMPLING_COST)),
         "seed": seed,
-        "precision": "float32",
+        **arithmetic(pipe.model),
     }
+
+
+def arithmetic(model: nn.Module) -> dict[str, Any]:
+    """The precision of the weights, and whether a GPU multiplies float32 matrices in TF32."""
+    types = sorted({str(weight.dtype).removeprefix("torch.") for weight in model.parameters()})
+    tf32 = {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
+    return {"precision": " and ".join(types), "tf32": tf32}
 
 
 def checksums(pipe: Pipeline) -> dict[str, str]:
     """SHA-256 of the run's files that sampling reads; of a model that was never saved, that of its weights."""
     if pipe.folder is None:
         return {"model": weights_checksum(pipe.model)}
-    kept = {WEIGHTS[pipe.weights], "config.yaml"}
-    unused = (
-        {*WEIGHTS.values(), "manifest.json", "metrics.jsonl", "scores.json", "objective.safetensors"}
-        - kept
-        - set(pipe.task.parts.files())
-    )
-    folders = {"checkpoints", "samples", "evaluation"}
-    found = {}
+    weights = set(WEIGHTS.values()) - {WEIGHTS[pipe.weights]}
+    unused = (UNUSED | weights) - set(pipe.task.parts.files())
+    digests = {}
     for path in sorted(pipe.folder.rglob("*")):
         name = path.relative_to(pipe.folder)
         hidden = any(part.startswith(".") for part in name.parts)
-        if not path.is_file() or hidden or name.parts[0] in folders | unused or path.suffix not in SUFFIXES:
+        if not path.is_file() or hidden or name.parts[0] in FOLDERS | unused or path.suffix not in SUFFIXES:
             continue
-        if not any((folder / "items.jsonl").is_file() for folder in path.parents):  # an evaluation that lies in the run
+        if not any((folder / "items.jsonl").is_file() for folder in path.parents):  # an evaluation inside the run
             with path.open("rb") as file:
-                found[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                digests[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 SUFFIXES = {".safetensors", ".yaml", ".json", ".txt", ".model"}
+FOLDERS = {"checkpoints", "samples", "evaluation"}
+UNUSED = {"manifest.json", "metrics.jsonl", "scores.json", "objective.safetensors"}
+"""Files and folders of a run that sampling does not read, unless the task's parts name them."""
 
 
-def complete(
-    about: Mapping[str, Any], *, ids: Sequence[str], bad: Mapping[str, str], networks: Mapping[str, str], begun: float,
-    seconds: float, processes: int, real: Mapping[str, Any] | None, device: torch.device, moved: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
-    """The manifest of a finished evaluation: `about` of `identity`, what was scored, and where and when it ran."""
+def items(ids: Sequence[str], bad: Mapping[str, str]) -> dict[str, Any]:
+    """What was scored: ids in order, and the reasons why other items were not."""
+    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+    return {"num_items": len(ids), "ids": {"sha256": digest, "first": list(ids[:3])}, "bad_items": dict(bad)}
+
+
+def circumstances(started: float, device: torch.device) -> dict[str, Any]:
+    """When, how long and where an evaluation ran that started at `started` (seconds since 1970) and ends now."""
     here = environment()
     versions = {**here.pop("versions"), **{name: _version(name) for name in PACKAGES}}
     return {
-        **about,
-        "num_items": len(ids),
-        "ids": {"sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(), "first": list(ids[:3])},
-        "bad_items": dict(bad),
-        "networks": dict(networks),
-        "real_statistics": None if real is None else dict(real),
-        "set": list(moved),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begun)),
-        "seconds": round(seconds, 2),
-        "processes": processes,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 2),
+        "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "processor": _processor(),

@@ -24,7 +24,7 @@ def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequ
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in content["notes"])
     manifest = html.escape("\n".join(f"{name}: {value}" for name, value in content["manifest"].items()))
     body = (
-        f"<table><tr><th>score<th>this run<th>95 % interval<th>baseline or shuffled control{rows}</table>{notes}"
+        f"<table><tr><th>score<th>this run<th>95 % interval<th>trivial baseline{rows}</table>{notes}"
         f"{''.join(strips)}<h2>Manifest</h2><pre>{manifest}</pre>"
     )
     write_atomically(folder / "index.html", document(title, body))
@@ -35,7 +35,7 @@ def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequ
 
 def _row(row: ScoreRow) -> str:
     interval = f"{row.interval[0]:.4g} to {row.interval[1]:.4g}" if row.interval is not None else ""
-    baseline = f"{row.baseline:.4g}" if row.baseline is not None else ""
+    baseline = "" if row.baseline is None else f"{row.baseline:.4g}{' (shuffled)' * row.is_controlled}"
     return f"<tr><td>{html.escape(row.name)}<td>{row.value:.4g}<td>{interval}<td>{baseline}"
 
 

@@ -28,15 +28,21 @@ DISTANCES = {
 
 
 class DistributionRules(Section):
-    """Distances between the distributions of drawn and of real pictures."""
+    """Distances between the distributions of generated and of real pictures."""
 
     numbers: tuple[Literal["fid", "kid", "is"], ...] = ("fid",)
-    reference: Literal["items", "split"] = "items"
-    """The real pictures: those of the items that are scored, or all of the split."""
+    reference: Literal["items", "split", "train"] = "items"
+    """The real pictures: those of the scored items, all of the split, or the training pictures of the same data.
+
+    Where an output is made from its item's own picture, only `train` measures anything: the reference must not contain
+    the pictures that are restored. `--statistics FILE` replaces them, for example by published statistics.
+    """
     size: int | None = None
-    """Side of the real pictures' centre square, resized by antialiased bicubic interpolation; none: whole pictures."""
+    """Side to which the centre squares of real and generated pictures are resized (antialiased bicubic); None: whole
+    pictures.
+    """
     smaller: Literal["enlarged", "left out"] = "enlarged"
-    """Real pictures whose shorter side is below `size`."""
+    """What happens to real pictures whose shorter side is below `size`."""
 
 
 class Protocol(Section):

@@ -23,7 +23,7 @@ from crossflow.benchmarks.report.matching import (
 from crossflow.benchmarks.report.measured import Measured, find, flow_losses
 from crossflow.benchmarks.report.page import Block, Bullets, Cell, Grid, Heading, Link, Picture, Text
 from crossflow.benchmarks.report.paper import Paper, Table, paper
-from crossflow.benchmarks.score_table import CONTROL, score_rows
+from crossflow.benchmarks.score_table import score_rows
 from crossflow.core.errors import UserError
 from crossflow.core.progress import duration
 from crossflow.tasks import task_names
@@ -97,7 +97,7 @@ def _headline(row: Measured) -> tuple[str, str]:
     known = [table[name] for name in names if table[name].baseline is not None]
     scores = ", ".join(f"{name} {_number(row.scores[name])}" for name in names)
     baseline = ", ".join(f"{line.name} {_number(line.baseline)}" for line in known)
-    controls = any(CONTROL + line.name in row.scores and line.name not in row.baseline for line in known)
+    controls = any(line.is_controlled for line in known)
     return scores, f"{baseline}{'; shuffled inputs' if controls else ''}" if known else "none"
 
 

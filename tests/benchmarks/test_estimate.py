@@ -1,11 +1,9 @@
 """Intervals are Student's, at every number of values."""
 
-import doctest
 import statistics
 
 import pytest
 
-from crossflow.benchmarks import estimate
 from crossflow.benchmarks.estimate import Estimate, student_factor
 
 
@@ -34,8 +32,3 @@ def test_a_single_value_has_no_interval() -> None:
 )
 def test_an_interval_excludes_zero_when_it_lies_on_one_side(values: list[float], excludes: bool) -> None:
     assert Estimate.of(values).excludes_zero is excludes
-
-
-def test_the_example_of_the_docstring_holds() -> None:
-    assert doctest.testmod(estimate).attempted == 1
-    assert doctest.testmod(estimate).failed == 0

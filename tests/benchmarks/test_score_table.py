@@ -1,8 +1,5 @@
 """Controls stand beside the score that they control."""
 
-import doctest
-
-from crossflow.benchmarks import score_table
 from crossflow.benchmarks.evaluation.page import write_page
 from crossflow.benchmarks.score_table import ScoreRow, score_rows
 
@@ -10,7 +7,7 @@ from crossflow.benchmarks.score_table import ScoreRow, score_rows
 def test_a_control_becomes_the_baseline_of_its_score() -> None:
     scores = {"colors": 0.9, "shuffled_colors": 0.1, "judge": 0.99, "shuffled_alone": 0.5}
     assert score_rows(scores, {"colors": [0.8, 0.95]}) == [
-        ScoreRow("colors", 0.9, (0.8, 0.95), 0.1),
+        ScoreRow("colors", 0.9, (0.8, 0.95), 0.1, is_controlled=True),
         ScoreRow("judge", 0.99),
         ScoreRow("shuffled_alone", 0.5),
     ]
@@ -24,10 +21,5 @@ def test_the_page_of_an_evaluation_shows_a_control_in_the_baseline_column(tmp_pa
     scores = {"colors": 0.91, "shuffled_colors": 0.0123}
     content = {"scores": scores, "intervals": {}, "baseline": {}, "notes": [], "manifest": {}}
     html = write_page(tmp_path, "title", content, []).read_text()
-    assert "<td>colors<td>0.91<td><td>0.0123" in html
+    assert "<td>colors<td>0.91<td><td>0.0123 (shuffled)" in html
     assert "shuffled_colors" not in html
-
-
-def test_the_example_of_the_docstring_holds() -> None:
-    results = doctest.testmod(score_table)
-    assert (results.attempted, results.failed) == (1, 0)

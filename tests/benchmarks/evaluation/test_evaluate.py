@@ -1,15 +1,22 @@
-"""An evaluation can be killed, repeated and compared; batches do not change it; protocols decide what is measured."""
+"""An evaluation can be killed, resumed, repeated and compared; its numbers do not depend on the batches."""
 
+import inspect
+import itertools
 import json
 import os
+import shutil
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from crossflow.benchmarks.evaluation import evaluate as evaluation
 from crossflow.benchmarks.evaluation.evaluate import evaluate
+from crossflow.benchmarks.evaluation.manifest import arithmetic, checksums
 from crossflow.benchmarks.evaluation.protocol import load_protocol
 from crossflow.cli import main
 from crossflow.core.errors import UserError
@@ -34,12 +41,12 @@ def sr(tiny_run) -> Pipeline:
     return load(tiny_run("sr"))
 
 
-def test_a_killed_evaluation_goes_on_without_doing_anything_again(sr, tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_evaluation_continues_without_repeating_finished_items(sr, tmp_path: Path, monkeypatch) -> None:
     spec, protocol = pictures(tmp_path / "data", 7), load_protocol("set5-x4")
     options = {"spec": spec, "protocol": protocol, "settings": {"batch_size": 2}}
     whole = evaluate(sr, folder=tmp_path / "whole", **options)
 
-    def kill(what: str, done: int, total: int) -> None:
+    def kill(done: int, total: int) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
@@ -64,10 +71,10 @@ def test_a_killed_evaluation_goes_on_without_doing_anything_again(sr, tmp_path: 
     assert not (tmp_path / "killed" / ".unfinished").exists()
 
 
-def test_what_another_evaluation_left_unfinished_is_not_taken(sr, tmp_path: Path) -> None:
+def test_unfinished_batches_of_another_evaluation_are_not_used(sr, tmp_path: Path) -> None:
     spec = pictures(tmp_path / "data", 3)
 
-    def kill(what: str, done: int, total: int) -> None:
+    def kill(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     options = {"spec": spec, "folder": tmp_path / "out", "protocol": load_protocol("set5-x4")}
@@ -108,10 +115,10 @@ def test_an_evaluation_is_repeated_from_its_manifest_and_differences_are_named(
     assert main([*argv, "--steps", "1", "--output", str(tmp_path / "b")]) == 0
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    said = capsys.readouterr().out
-    assert "sample.steps: 3 -> 1" in said
-    assert "evaluations: 3 -> 1" in said
-    assert "measured differently" not in said
+    output = capsys.readouterr().out
+    assert "sample.steps: 3 -> 1" in output
+    assert "evaluations: 3 -> 1" in output
+    assert "measured differently" not in output
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "data" / "1.png")
     assert main(["evaluate", "--repeat", str(tmp_path / "a")]) == 2
     assert "data.fingerprint" in capsys.readouterr().err
@@ -119,22 +126,71 @@ def test_an_evaluation_is_repeated_from_its_manifest_and_differences_are_named(
     assert "not an evaluation" in capsys.readouterr().err
 
 
-def test_a_manifest_tells_what_a_number_was_made_of(sr, tmp_path: Path) -> None:
+def test_a_manifest_records_everything_that_the_numbers_depend_on(sr, tmp_path: Path) -> None:
     report = evaluate(
         sr, spec=pictures(tmp_path / "data", 5), protocol=load_protocol("set5-x4"), folder=tmp_path / "out"
     )
-    told = metrics(tmp_path / "out")["manifest"]
-    assert told == json.loads(json.dumps(report.manifest))
-    assert told["protocol"]["sr"] == {"scale": 4, "crop": None, "shave": 4}
-    assert told["num_items"] == 5
-    assert len(told["ids"]["sha256"]) == 64
-    assert len(told["checksums"]["ema.safetensors"]) == 64
-    assert {"config.yaml", "codec/codec.json"} & set(told["checksums"])
-    assert told["evaluations"] == told["sample"]["steps"]
-    assert {"torch", "torchmetrics", "timm", "scikit-image"} <= set(told["versions"])
+    manifest = metrics(tmp_path / "out")["manifest"]
+    assert manifest == json.loads(json.dumps(report.manifest))
+    assert manifest["protocol"]["sr"] == {"scale": 4, "crop": None, "shave": 4}
+    assert manifest["num_items"] == 5
+    assert len(manifest["ids"]["sha256"]) == 64
+    assert len(manifest["checksums"]["ema.safetensors"]) == 64
+    assert {"config.yaml", "codec/codec.json"} <= set(manifest["checksums"])
+    assert "objective.safetensors" not in manifest["checksums"]
+    assert manifest["precision"] == "float32"
+    assert manifest["tf32"] == {"matmul": False, "cudnn": torch.backends.cudnn.allow_tf32}
+    assert manifest["evaluations"] == manifest["sample"]["steps"]
+    assert {"torch", "torchmetrics", "timm", "scikit-image"} <= set(manifest["versions"])
     for name in ("seed", "precision", "weights", "resize", "started", "seconds", "machine", "processor", "device"):
-        assert told[name] is not None, name
+        assert manifest[name] is not None, name
     assert report.scores.notes == []
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_precision_and_tf32_are_recorded_as_they_are(allowed: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).to(torch.bfloat16))
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        recorded = arithmetic(model)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert recorded["precision"] == "bfloat16 and float32"
+    assert recorded["tf32"]["matmul"] is allowed
+
+
+@pytest.mark.slow
+def test_the_checksums_of_joint_captioning_cover_its_text_autoencoder(tiny_settings, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [*tiny_settings("caption"), "caption.joint=true"]
+    assert main(["train", "--task", "caption", "--output", str(run), *settings]) == 0
+    pipe = load(run)
+    before = checksums(pipe)["objective.safetensors"]
+    weights = load_file(run / "objective.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, run / "objective.safetensors")
+    assert checksums(pipe)["objective.safetensors"] != before
+
+
+def usage_of(thing: object) -> str:
+    """The code behind `Usage::` in a docstring."""
+    lines = (inspect.getdoc(thing) or "").partition("Usage::\n\n")[2].splitlines()
+    return textwrap.dedent("\n".join(itertools.takewhile(lambda line: not line or line[0] == " ", lines)))
+
+
+@pytest.mark.parametrize("thing", [evaluate, evaluation.Evaluation])
+def test_the_usage_in_docstrings_runs(thing: object, tiny_run, tmp_path: Path, monkeypatch) -> None:
+    import crossflow
+
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "Set5", 2)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(tiny_run("sr"), tmp_path / "runs" / "sr")
+    names = {"crossflow": crossflow, "load_protocol": load_protocol, "pipe": load("runs/sr")}
+    code = usage_of(thing)
+    assert "set5-x4" in code
+    exec(code, names | {"evaluate": evaluate, "Evaluation": evaluation.Evaluation})
+    assert len(list((tmp_path / "runs" / "sr" / "evaluation").glob("set5-x4-*/metrics.json"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -155,10 +211,10 @@ def test_a_manifest_counts_network_evaluations_with_autoguidance(
     assert report.manifest["evaluations"] == count
 
 
-def test_a_protocol_on_other_items_is_marked_as_partial(sr, tmp_path: Path) -> None:
+def test_scores_on_fewer_items_than_the_protocol_are_marked_as_partial(sr, tmp_path: Path) -> None:
     spec = pictures(tmp_path / "data", 3)
     report = evaluate(sr, spec=spec, protocol=load_protocol("set5-x4"), folder=tmp_path / "out")
-    assert "3 items were scored and set5-x4 has 5" in report.scores.notes[-1]
+    assert "3 items were scored, but set5-x4 has 5" in report.scores.notes[-1]
 
 
 def test_memory_does_not_grow_with_the_items(sr, tmp_path: Path, monkeypatch) -> None:
@@ -171,9 +227,9 @@ def test_memory_does_not_grow_with_the_items(sr, tmp_path: Path, monkeypatch) ->
 
     from crossflow.tasks.scoring import Case
 
-    def cases(what: str, done: int, total: int) -> None:
+    def cases(done: int, total: int) -> None:
         gc.collect()
-        alive.append(sum(isinstance(one, Case) for one in gc.get_objects()))
+        alive.append(sum(isinstance(each, Case) for each in gc.get_objects()))
 
     evaluate(
         sr, spec=pictures(tmp_path / "data", 8), protocol=load_protocol("set5-x4"), folder=tmp_path / "out",
@@ -183,7 +239,7 @@ def test_memory_does_not_grow_with_the_items(sr, tmp_path: Path, monkeypatch) ->
     assert max(alive) <= 4
 
 
-def test_protocols_refuse_what_does_not_fit_them(sr, tmp_path: Path) -> None:
+def test_protocols_refuse_other_tasks_missing_data_and_unknown_roles(sr, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one for depth runs"):
         evaluate(sr, protocol=load_protocol("nyu"), spec="scenes")
     with pytest.raises(UserError, match="needs its data"):

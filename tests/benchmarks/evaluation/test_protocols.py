@@ -1,5 +1,6 @@
-"""Every shipped protocol reads, is listed, and prepares pictures and cases as it says."""
+"""Every shipped protocol is valid, is listed, and prepares pictures and cases as it says."""
 
+import json
 import os
 from pathlib import Path
 
@@ -25,12 +26,12 @@ NAMES = (
 def test_the_shipped_protocols_are_these_and_are_listed(capsys) -> None:
     assert tuple(protocols()) == NAMES
     assert main(["list", "protocols"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in NAMES)
+    output = capsys.readouterr().out
+    assert all(name in output for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_names_its_data_and_its_numbers(name: str) -> None:
+def test_each_protocol_names_its_data_and_its_numbers(name: str) -> None:
     protocol = load_protocol(name)
     assert protocol.name == name
     assert protocol.headline
@@ -53,13 +54,13 @@ def test_unknown_protocols_and_settings_are_refused(tmp_path: Path) -> None:
         load_protocol(tmp_path / "none.yaml")
 
 
-def test_a_protocol_of_ones_own_changes_only_what_it_says(tmp_path: Path) -> None:
+def test_a_protocol_of_the_user_changes_only_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: kitti-affine\ndepth: {space: disparity}")
     rules = load_protocol(tmp_path / "mine.yaml").rules
     assert (rules.alignment, rules.space, rules.crop, rules.max_depth) == ("affine", "disparity", "eigen", 80)
 
 
-def test_kittis_cut_is_at_the_bottom_in_the_middle() -> None:
+def test_the_kitti_crop_is_at_the_bottom_centre() -> None:
     picture = np.arange(375 * 1242).reshape(375, 1242)
     cut = bottom_centre(picture, 352, 1216)
     assert cut.shape == (352, 1216)
@@ -68,14 +69,14 @@ def test_kittis_cut_is_at_the_bottom_in_the_middle() -> None:
 
 
 def test_a_benchmark_reader_leaves_crop_and_cap_to_the_protocol() -> None:
-    wanted = load_protocol("kitti-affine").reader
-    assert with_options("kitti:data/kitti", wanted) == "kitti:data/kitti?crop=none&cap=none"
-    assert with_options("kitti:k?cap=50@test", wanted) == "kitti:k?cap=50&crop=none@test"
-    assert with_options("eth3d:e", wanted) == "eth3d:e?cap=none"
+    settings = load_protocol("kitti-affine").reader
+    assert with_options("kitti:data/kitti", settings) == "kitti:data/kitti?crop=none&cap=none"
+    assert with_options("kitti:k?cap=50@test", settings) == "kitti:k?cap=50&crop=none@test"
+    assert with_options("eth3d:e", settings) == "eth3d:e?cap=none"
     coco = load_protocol("coco-fid30k").reader
     assert with_options("coco:c", coco) == with_options(with_options("coco:c", coco), coco) == "coco:c?year=2014"
     for other in ("pairs:rooms@all", "folder:a", "rooms"):
-        assert with_options(other, wanted) == other
+        assert with_options(other, settings) == other
 
 
 @pytest.fixture
@@ -124,8 +125,17 @@ def test_the_depth_protocol_evaluates_a_run(tiny_run, rooms: str, tmp_path: Path
     out = tmp_path / "out"
     argv = ["evaluate", "--checkpoint", str(tiny_run("depth")), "--protocol", "nyu-affine", "--data", rooms]
     assert main([*argv, "--split", "all", "--output", str(out)]) == 0
-    assert (out / "metrics.json").is_file()
-    assert main([*argv[:5], "--output", str(out)]) == 2, "without data"
+    content = json.loads((out / "metrics.json").read_text())
+    assert content["scores"]["num_items"] == 4
+    assert 0 < content["scores"]["abs_rel"] < 1
+    assert content["manifest"]["protocol"]["depth"]["alignment"] == "affine"
+    assert "shorter side" in content["manifest"]["resize"]
+
+
+def test_a_protocol_without_its_data_is_refused(tiny_run, tmp_path: Path, capsys) -> None:
+    argv = ["evaluate", "--checkpoint", str(tiny_run("depth")), "--protocol", "nyu-affine"]
+    assert main([*argv, "--output", str(tmp_path / "out")]) == 2
+    assert "nyu-affine needs its data: give --data" in capsys.readouterr().err
 
 
 def test_pictures_are_cut_and_reduced_as_imagenet_64_256_says(tiny_run, tmp_path: Path) -> None:
@@ -147,7 +157,7 @@ def test_pictures_are_cut_and_reduced_as_imagenet_64_256_says(tiny_run, tmp_path
     assert work.cases.bad == {"b.png": "too small to be scored"}
 
 
-def test_each_prompt_of_geneval_is_drawn_four_times_with_noise_of_its_own(tiny_run, tmp_path: Path) -> None:
+def test_each_prompt_of_geneval_is_drawn_four_times_with_different_noise(tiny_run, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
     from crossflow.core.noise import item_noise
@@ -180,8 +190,8 @@ def test_what_is_scored_does_not_depend_on_the_seed_of_the_run(tiny_run, rooms: 
         for seed in range(4):
             task = type(pipe.task)(pipe.task.config.model_copy(update={"seed": seed}), pipe.task.parts)
             chosen.append(plan(Pipeline(task, pipe.model), rules, spec, "test", 12))
-        told = {tuple((case.id, str(case.input) if name == "t2i" else "") for case in one.cases) for one in chosen}
-        assert len(told) == 1
+        cases = {tuple((case.id, str(case.input) if name == "t2i" else "") for case in each.cases) for each in chosen}
+        assert len(cases) == 1
 
 
 @pytest.mark.skipif("CROSSFLOW_TEST_DATA" not in os.environ, reason="needs the real pictures")
