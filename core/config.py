@@ -21,6 +21,8 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
+    """Data, and the pictures made of them."""
+
     train: str = "scenes"
     """SPEC of the training data: a format prefix and a path (`crossflow list datasets`)."""
     val: str | None = None
@@ -36,6 +38,8 @@ class DataConfig(Section):
 
 
 class SourceConfig(Section):
+    """The source encoder (CrossFlow Table 3)."""
+
     kind: SourceKind = "variational"
     """variational | deterministic | noisy | gaussian (the noise-source baseline: the features become a condition)."""
     noise_scale: float = Field(1.0, gt=0)
@@ -81,6 +85,8 @@ class StageConfig(Section):
 
 
 class BackboneConfig(Section):
+    """The network of the velocity."""
+
     name: str = "dit"
     """`crossflow list backbones`."""
     size: str = "tiny"
@@ -121,6 +127,8 @@ class BackboneConfig(Section):
 
 
 class PathConfig(Section):
+    """The path from z0 to z1."""
+
     name: str = "linear"
     """linear | sincos."""
     sigma_min: float = Field(1e-5, ge=0, lt=1)
@@ -128,6 +136,8 @@ class PathConfig(Section):
 
 
 class TimeConfig(Section):
+    """The distribution of the training time t in [0, 1]."""
+
     law: str = "logit_normal"
     """Law of the training time: logit_normal | uniform."""
     mean: float = 0.0
@@ -137,6 +147,8 @@ class TimeConfig(Section):
 
 
 class LossConfig(Section):
+    """The losses of eq. 4 and their weights."""
+
     flow_weight: float = Field(1.0, ge=0)
     """Of the flow loss; 0: the source encoder alone is trained, and no flow is computed (first of two stages)."""
     kl: str = "standard"
@@ -157,11 +169,15 @@ class LossConfig(Section):
 
 
 class GuidanceConfig(Section):
+    """The indicator of CrossFlow section 4.3 in training."""
+
     drop: float = Field(0.1, ge=0, lt=1)
     """Probability that a training sample is unconditional."""
 
 
 class TrainConfig(Section):
+    """The training loop."""
+
     steps: int = Field(1000, ge=0)
     """Optimizer steps; 0: only what comes before the flow is learned (a caption decoder for a t2i run backwards)."""
     batch_size: int = Field(64, ge=1)
@@ -204,6 +220,8 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
+    """How the velocity is integrated."""
+
     solver: str = "euler"
     """`crossflow list solvers`."""
     steps: int = Field(50, ge=1)
