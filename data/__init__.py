@@ -1,1 +1,1 @@
-"""Items, splits, readers, caches and the embedded scenes."""
+"""Data sets: items and splits, readers of the formats, feature caches, and the embedded scenes."""

@@ -1,7 +1,7 @@
-"""Examples of a data set as training and evaluation take them, and the order in which training does.
+"""Examples of a data set, as training and evaluation use them.
 
-Which example comes when is a function of (seed, step), how it is augmented of (seed, epoch, index): a run that is
-resumed, or that has another number of processes, sees the same examples without saving any state.
+The order of examples is a function of (seed, epoch), augmentation one of (seed, epoch, index): a run that is resumed,
+or continued on another number of processes, sees the same examples without any saved state.
 """
 
 import logging
@@ -22,28 +22,34 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CACHE_BYTES = 2**30
-NUM_LISTED = 10  # bad items named in an error or in the log
+NUM_LISTED = 10  # bad items named in messages
 
 
 class Examples(Generic[T]):
     """`examples[epoch, index]` = transform(item, generator), for the items of a reader.
 
-    A bad item is skipped: the next good one stands in for it, the same one in every process. Decoded items stay in
-    memory while they fit, so that a small set is decoded once. Can be pickled and used by the workers of a DataLoader,
-    which ask for a whole batch at a time.
+    >>> from crossflow.data.readers import open_reader
+    >>> reader = open_reader("scenes", "train", image_size=16, limit=4)
+    >>> examples = Examples(reader, lambda item, generator: item.image.shape, seed=0)
+    >>> len(examples), examples[0, 3]
+    (4, (16, 16, 3))
+
+    A bad item is replaced by the next good one, the same one in every process. Decoded items stay in memory while they
+    fit, so a small set is decoded once. Examples can be pickled and used by the workers of a DataLoader, which request
+    a whole batch at a time.
 
     Args:
-        reader: the items, as `require` gives them.
-        transform: (item, numpy generator keyed by (seed, epoch, index)) -> example. It must not change the item's
-            arrays, and may raise BadItem for an item that it cannot use.
+        reader: the items, as returned by `require`.
+        transform: (item, numpy generator keyed by (seed, epoch, index)) -> example. It must not modify the item's
+            arrays, and may raise BadItem for an unusable item.
         seed: of the augmentation.
         cache: keep decoded items in memory.
-        cache_bytes: how much memory they may take, shared by the workers of a DataLoader.
+        cache_bytes: limit of that memory, shared by the workers of a DataLoader.
         max_bad: share of bad items in [0, 1] above which the data are refused.
 
     Raises:
-        UserError: more than `max_bad` of all items are bad, or all of them; with the reasons of the first ten.
-            Raised as soon as it is known, which for files that cannot be decoded is when they have been asked for.
+        UserError: more than `max_bad` of all items, or all of them, are bad; with the first ten reasons. Raised as soon
+            as it is known, for undecodable files on access.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class Examples(Generic[T]):
     ) -> None:
         self.reader, self.transform, self.seed, self.max_bad = reader, transform, seed, max_bad
         self.cache_bytes = cache_bytes if cache else 0
-        self.bad: dict[str, str] = {}  # id -> reason, of the bad items met so far
+        self.bad: dict[str, str] = {}  # id -> reason, of the bad items encountered so far
         self._cached: dict[int, Item] = {}
         self._used_bytes = 0
         self._unreadable: dict[int, BadItem] = {}
@@ -69,25 +75,25 @@ class Examples(Generic[T]):
         return len(self.reader)
 
     def __getitem__(self, place: int | tuple[int, int]) -> T:
-        """The example at (epoch, index); an index alone is of epoch 0."""
+        """The example at (epoch, index); an index alone means epoch 0."""
         return self.__getitems__([place])[0]
 
     def __getitems__(self, places: Sequence[int | tuple[int, int]]) -> list[T]:
-        """Several examples. Their items are loaded together, which matters where a reader renders."""
-        wanted = [place if isinstance(place, tuple) else (0, place) for place in places]
+        """Several examples, whose items are loaded in one call, which is faster for readers that render."""
+        keys = [place if isinstance(place, tuple) else (0, place) for place in places]
         total = len(self)
-        for _, index in wanted:
+        for _, index in keys:
             if not 0 <= index < total:
                 raise IndexError(f"index {index} of {total} examples")
-        loaded, chance = self._load(wanted), _ItemGenerator(self.seed)
-        return [self._example(epoch, index, loaded, chance) for epoch, index in wanted]
+        loaded, generators = self._load(keys), _ItemGenerator(self.seed)
+        return [self._example(epoch, index, loaded, generators) for epoch, index in keys]
 
     def first(self, count: int) -> list[T]:
         """The examples of epoch 0 at the first `count` indices, loaded together."""
         return self.__getitems__(list(range(min(count, len(self)))))
 
     def items(self, limit: int | None = None) -> Iterator[Item]:
-        """The good items themselves, in the reader's order, at most `limit`; bad ones are left out and counted."""
+        """The good items in the reader's order, from at most `limit` of them; bad ones are skipped and counted."""
         start, left = 0, len(self) if limit is None else limit
         while start < len(self) and left > 0:
             stop = min(start + min(left, max(16, self.reader.batch_hint)), len(self))
@@ -97,7 +103,7 @@ class Examples(Generic[T]):
             start = stop
 
     def items_at(self, indices: Sequence[int]) -> Iterator[Item]:
-        """The good items at these indices, loaded together; bad ones are left out and counted."""
+        """The good items at these indices, loaded in one call; bad ones are skipped and counted."""
         missing = [index for index in indices if index not in self._cached and index not in self._unreadable]
         fresh = dict(zip(missing, self.reader.load(missing), strict=True))
         for index in indices:
@@ -110,14 +116,14 @@ class Examples(Generic[T]):
                 yield item
 
     def captions(self, limit: int | None = None) -> Iterator[str]:
-        """Every caption of the first `limit` items, without decoding images where the reader can do without."""
+        """All captions of the first `limit` items, if possible without decoding images."""
         for index in range(min(len(self), limit or len(self))):
             yield from self.reader.captions(index)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cached": {}, "_used_bytes": 0}
 
-    def _example(self, epoch: int, index: int, loaded: dict[int, Item | BadItem], chance: "_ItemGenerator") -> T:
+    def _example(self, epoch: int, index: int, loaded: dict[int, Item | BadItem], generators: "_ItemGenerator") -> T:
         total = len(self)
         for distance in range(total):
             candidate = (index + distance) % total
@@ -128,17 +134,17 @@ class Examples(Generic[T]):
                 self._note(item)
                 continue
             try:
-                return self.transform(item, chance.of(epoch, index))
+                return self.transform(item, generators.at(epoch, index))
             except BadItem as bad:
                 self._note(bad)
-        raise UserError(f"{self.reader.spec!r}: not one item can be used.{self._listed()}")
+        raise UserError(f"{self.reader.spec!r}: no item is usable.{self._listed()}")
 
-    def _load(self, wanted: Sequence[tuple[int, int]]) -> dict[int, Item | BadItem]:
-        """The items at the wanted (epoch, index), from memory where they are."""
-        indices = list(dict.fromkeys(index for _, index in wanted))
+    def _load(self, keys: Sequence[tuple[int, int]]) -> dict[int, Item | BadItem]:
+        """The items at these (epoch, index), from memory if possible."""
+        indices = list(dict.fromkeys(index for _, index in keys))
         missing = [index for index in indices if index not in self._cached and index not in self._unreadable]
         if missing:
-            missing += self._ahead(*wanted[-1], missing)
+            missing += self._ahead(*keys[-1], missing)
         fresh = dict(zip(missing, self.reader.load(missing), strict=True))
         for index, item in fresh.items():
             if isinstance(item, BadItem):
@@ -148,7 +154,7 @@ class Examples(Generic[T]):
         return {index: self._cached.get(index) or self._unreadable.get(index) or fresh[index] for index in indices}
 
     def _ahead(self, epoch: int, index: int, missing: Sequence[int]) -> list[int]:
-        """What to load along with the missing ones: those that follow in the epoch, if there is room to keep them."""
+        """The next items of the epoch to load with the missing ones, if there is memory left."""
         room = self.reader.batch_hint - len(missing)
         if room <= 0 or self._used_bytes >= self._budget():
             return []
@@ -181,7 +187,8 @@ class Examples(Generic[T]):
         if len(self.bad) > self.max_bad * len(self) or len(self.bad) == len(self):
             raise UserError(
                 f"{self.reader.spec!r} (split {self.reader.split!r}): {len(self.bad)} of {len(self)} items are bad so "
-                f"far, and at most {self.max_bad:.0%} may be. Mend or remove them, or raise the limit.{self._listed()}"
+                f"far; the limit is {self.max_bad:.0%} (data.max_bad). Repair or remove them, or raise the limit."
+                f"{self._listed()}"
             )
 
     def _listed(self) -> str:
@@ -191,8 +198,9 @@ class Examples(Generic[T]):
 
 
 class _ItemGenerator:
-    """The generator of an example, keyed by (seed, epoch, index). One is set anew for each: making one takes longer
-    than reading an example from a feature cache.
+    """The generator of each example, keyed by (seed, epoch, index).
+
+    One generator is reset for each example, because creating one takes longer than reading from a feature cache.
     """
 
     def __init__(self, seed: int) -> None:
@@ -201,8 +209,8 @@ class _ItemGenerator:
         self.start = self.bits.state
         self.generator = np.random.Generator(self.bits)
 
-    def of(self, epoch: int, index: int) -> np.random.Generator:
-        """Good until it is asked for the next."""
+    def at(self, epoch: int, index: int) -> np.random.Generator:
+        """The generator of (epoch, index), valid until the next call."""
         self.start["state"]["key"][0] = key("augment", self.seed, epoch, index)
         self.bits.state = self.start
         return self.generator
@@ -210,7 +218,7 @@ class _ItemGenerator:
 
 @dataclass(frozen=True)
 class Check:
-    """What going over all items of a reader found: how many are good, and why the others are not."""
+    """The result of reading all items: the number of good ones, and the reasons of the bad ones."""
 
     total: int
     good: int
@@ -223,7 +231,7 @@ def check(
     progress: Progress | None = None,
     on_item: Callable[[Item], None] | None = None,
 ) -> Check:
-    """Read every item. `progress(done, total)` is called now and then, `on_item` with each good one."""
+    """Reads every item. Calls `progress(done, total)` after each batch and `on_item` with each good item."""
     bad: dict[str, str] = {}
     num_captions = 0
     stride = max(16, reader.batch_hint)

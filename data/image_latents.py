@@ -23,6 +23,8 @@ NUM_FIRST = 512
 
 
 class CodecSettings(Section):
+    """Settings of the image codec, `codec.*`."""
+
     kind: Literal["pixel", "autoencoder_kl", "autoencoder_tiny", "flowtitok"] = "pixel"
     """pixel: the picture itself, scaled to unit variance; or a frozen autoencoder of diffusers, or FlowTiTok."""
     source: str | None = None
@@ -46,32 +48,37 @@ def open_codec(settings: CodecSettings, images: Iterable[Tensor]) -> Codec:
         return build_codec("pixel", factor=settings.factor).fit_scale(images)
     if settings.source is None:
         raise UserError(f"codec.kind = {settings.kind} needs codec.source, the hub id or folder of an autoencoder.")
-    given = {"scale": settings.scale, "shift": settings.shift, "subfolder": settings.subfolder}
+    overrides = {"scale": settings.scale, "shift": settings.shift, "subfolder": settings.subfolder}
     return build_codec(
         settings.kind,
         source=settings.source,
-        **{name: value for name, value in given.items() if value not in (None, "")},
+        **{name: value for name, value in overrides.items() if value not in (None, "")},
     )
 
 
 def unscaled_codec(settings: CodecSettings) -> Codec:
-    """The codec of the settings before its scale is measured, for what does not depend on that: raw moments."""
+    """The codec before its scale is measured, for raw moments, which do not depend on it."""
     return build_codec("pixel", factor=settings.factor) if settings.kind == "pixel" else open_codec(settings, ())
 
 
-def first_pictures(examples: Examples, config: Any) -> Iterator[Tensor]:
-    """Pictures (B, 3, H, W) that the pixel codec's scale is measured on; read when they are asked for."""
+def first_pictures(examples: Examples, image_size: int, factor: int) -> Iterator[Tensor]:
+    """Pictures (B, 3, H, W) for measuring the pixel codec's scale, read lazily.
+
+    image_size: side of the pictures in pixels; factor: of the pixel codec.
+    """
     cache = cache_of(examples.reader)
     if cache is None:
-        yield torch.stack([one["image"] for one in examples.first(NUM_FIRST)])
+        yield torch.stack([example["image"] for example in examples.first(NUM_FIRST)])
     else:
-        entries = [one["entry"] for one in examples.first(NUM_FIRST)]
-        yield from pixel_pictures(cache, entries, config.data.image_size, config.codec.factor)
+        entries = [example["entry"] for example in examples.first(NUM_FIRST)]
+        yield from pixel_pictures(cache, entries, image_size, factor)
 
 
 def read_codec(folder: Path, settings: CodecSettings | None = None) -> Codec:
-    """The codec of a run. settings: of its configuration; when `source` there is no longer the recorded one, the
-    network is taken from the new place (and must be the same, where its checksum is known).
+    """The codec of a run.
+
+    settings: of its configuration. If their `source` differs from the recorded one, the network is loaded from there;
+    it must be the same network, if its checksum is known.
     """
     if settings is None or settings.source is None:
         return load_codec(folder / FOLDER)
@@ -79,8 +86,9 @@ def read_codec(folder: Path, settings: CodecSettings | None = None) -> Codec:
 
 
 def assumed_shape(settings: CodecSettings, image_size: int) -> tuple[int, ...]:
-    """The latent shape that the codec of these settings will have, known before it is loaded: that of the Stable
-    Diffusion autoencoders (also the tiny ones) and of FlowTiTok.
+    """The latent shape of the codec of these settings, without loading it.
+
+    Autoencoders are assumed to have the latents of Stable Diffusion's (including the tiny ones).
     """
     if settings.kind == "flowtitok":
         return FLOWTITOK_SHAPE
@@ -91,20 +99,21 @@ def assumed_shape(settings: CodecSettings, image_size: int) -> tuple[int, ...]:
 def encode(codec: Codec, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, *latent).
 
-    seeds: one per image; where the codec's posterior has a spread, a sample keyed by it is taken (a new one each
-    epoch), else the mean.
+    seeds: one per image, the key of its sample from the codec's posterior; without seeds, or where the posterior has
+    no spread, the mean.
     """
     return draw(codec.encode(images), seeds)
 
 
 def latents(codec: Codec, examples: Sequence[Any], cached: CachedBatch | None) -> Tensor:
-    """The scaled latents (B, *latent) of training examples, sampled with their seeds: from their pictures, or from the
-    moments in a cache.
+    """The scaled latents (B, *latent) of training examples, sampled with their seeds.
+
+    They are computed from the pictures, or from the moments in a cache.
     """
-    seeds = [one["seed"] for one in examples]
+    seeds = [example["seed"] for example in examples]
     if cached is not None:
         return draw(codec.scaled(cached.moments()), seeds)
-    return encode(codec, torch.stack([one["image"] for one in examples]), seeds)
+    return encode(codec, torch.stack([example["image"] for example in examples]), seeds)
 
 
 def draw(posterior: Posterior, seeds: Sequence[int] | None) -> Tensor:

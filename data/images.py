@@ -49,11 +49,11 @@ def load_image(
 
     Args:
         source: path, encoded bytes, or an open binary file.
-        max_pixels: largest H * W that is decoded; a small file can claim a picture that fills the memory.
-        upright: apply the EXIF rotation; without, pixels stay as they lie in the file.
+        max_pixels: largest H * W to decode; a small file can claim a picture larger than the memory.
+        upright: apply the EXIF rotation; otherwise keep the pixels as stored.
 
     Raises:
-        ValueError: the picture cannot be read; the text is the reason, ready for a list of bad items.
+        ValueError: the picture is unreadable; the text is the reason, suitable for a list of bad items.
     """
     with _open(source, max_pixels) as image:
         return picture_pixels(image, upright=upright)
@@ -87,14 +87,14 @@ def load_depth_png(source: str | Path | bytes | BinaryIO, *, units_per_metre: fl
 
     Args:
         source: path, encoded bytes, or an open binary file.
-        units_per_metre: what one metre is in the file: 1000 for millimetres, 256 for KITTI, 5000 for TUM.
+        units_per_metre: value of one metre in the file: 1000 for millimetres, 256 for KITTI, 5000 for TUM.
 
     Raises:
-        ValueError: the file cannot be read or does not hold 16-bit grey values; the text is the reason.
+        ValueError: the file is unreadable or has no 16-bit grey values; the text is the reason.
     """
     with _open(source, MAX_PIXELS) as image:
         if image.mode not in ("I;16", "I;16B", "I"):
-            raise ValueError(f"a depth map is a 16-bit grey PNG, this picture has mode {image.mode}")
+            raise ValueError(f"expected a 16-bit grey PNG as depth map, got mode {image.mode}")
         try:
             units = np.array(image)
         except PARSING_ERRORS as error:
@@ -117,18 +117,18 @@ def is_grey(image: np.ndarray, source: str | Path | bytes) -> bool:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text entries of a PNG, by key, as `save_png` wrote them (values that were not text come as JSON)."""
+    """The text entries of a PNG by key, as written by `save_png` (values other than text as JSON)."""
     with _open(path, MAX_PIXELS) as image:
-        image.load()  # text may stand behind the pixels
+        image.load()  # text entries may follow the pixels
         return dict(getattr(image, "text", {}))
 
 
 def _open(source: str | Path | bytes | BinaryIO, max_pixels: int) -> Image.Image:
-    """Open without decoding; every failure is a ValueError whose text is the reason."""
+    """Opens a picture without decoding it. Every failure is a ValueError whose text is the reason."""
     try:
         file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
         with _OPENING, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below, as an error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
             image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"the picture is larger than the limit of {max_pixels:,} pixels ({error})") from error
@@ -169,10 +169,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.array(image).astype(np.int64)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            raise ValueError(f"integer pixels from {low} to {high}, only 0 to 65535 have a known brightness")
+            raise ValueError(f"integer pixels from {low} to {high}; brightness is defined for 0 to 65535 only")
         return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known brightness range")
+        raise ValueError("floating-point pixels have no defined brightness range")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         return Image.fromarray(over_white(np.array(image.convert("RGBA"))))
     return image.convert("RGB")
@@ -190,13 +190,13 @@ def to_uint8(tensor: torch.Tensor) -> np.ndarray:
     """float (3, H, W) or (B, 3, H, W) in [-1, 1] -> uint8 (H, W, 3) or (B, H, W, 3), clipped and rounded.
 
     Raises:
-        ValueError: NaN values, which no brightness stands for.
+        ValueError: NaN values.
     """
     if tensor.ndim not in (3, 4) or tensor.shape[-3] != 3:
         raise ValueError(f"expected (3, H, W) or (B, 3, H, W), got {tuple(tensor.shape)}")
     values = tensor.detach().to("cpu", torch.float32)
     if torch.isnan(values).any():
-        raise ValueError(f"{int(torch.isnan(values).sum())} of {values.numel()} pixel values are NaN: no picture")
+        raise ValueError(f"{int(torch.isnan(values).sum())} of {values.numel()} pixel values are NaN")
     pixels = ((values + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
     return np.ascontiguousarray(np.moveaxis(pixels.numpy(), -3, -1))
 
@@ -210,12 +210,12 @@ def rgb_to_y(image: np.ndarray) -> np.ndarray:
 
 
 def save_png(array: np.ndarray, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write uint8 (H, W, 3), uint8 (H, W) or uint16 (H, W) as PNG, whole or not at all.
+    """Write uint8 (H, W, 3), uint8 (H, W) or uint16 (H, W) as PNG, atomically.
 
     Args:
         array: the pixels.
-        path: the file; its folder is made when missing.
-        metadata: text entries (prompt, seed, settings). Values that are not text are written as JSON; text outside
+        path: the file; missing folders are created.
+        metadata: text entries (prompt, seed, settings). Values other than text are written as JSON; text outside
             Latin-1 becomes an iTXt entry. Keys have 1 to 79 Latin-1 characters.
 
     Returns:
@@ -243,10 +243,10 @@ def save_depth_png(
     units_per_metre: float = 1000.0,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write depth (H, W) in metres as a 16-bit grey PNG; not finite or not positive values become 0, "not measured".
+    """Write depth (H, W) in metres as a 16-bit grey PNG; values that are not finite and positive become 0 (unmeasured).
 
     Raises:
-        ValueError: a depth does not fit in 16 bits (65.535 m at the default unit); smaller `units_per_metre` hold more.
+        ValueError: a depth exceeds 16 bits (65.535 m at the default unit); fewer `units_per_metre` extend the range.
     """
     if depth.ndim != 2:
         raise ValueError(f"expected depth (H, W), got {depth.shape}")
@@ -261,5 +261,5 @@ def save_depth_png(
 
 
 def printable(text: str) -> str:
-    """Without what neither UTF-8 nor a PNG text entry can hold: lone surrogates and NUL."""
+    """The text without lone surrogates and NUL, which neither UTF-8 nor a PNG text entry can represent."""
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ")

@@ -14,14 +14,14 @@ from PIL import Image
 def center_crop_resize(
     image: np.ndarray, size: int | tuple[int, int], *, resample: Literal["bicubic", "nearest"] = "bicubic"
 ) -> np.ndarray:
-    """Crop the largest centred box of the wanted aspect ratio and resize it.
+    """Crop the largest centred box with the aspect ratio of `size` and resize it.
 
     Args:
         image: uint8 (H, W, 3) picture, or with `nearest` any (H, W) or (H, W, C) array such as a depth map. A picture
-            and a depth map of one size get the same crop, so they stay registered.
+            and a depth map of the same size get the same crop, so they stay aligned.
         size: side of a square, or (height, width), in pixels.
         resample: `bicubic` is antialiased; `nearest` takes the value at each output pixel's centre and never mixes
-            values, as depth maps with holes need.
+            values, which depth maps with holes require.
 
     Returns:
         array of the same type, (height, width) or (height, width, C).
@@ -48,7 +48,7 @@ def center_crop_resize(
 def imresize_matlab(
     image: np.ndarray, scale: float | Fraction, *, border: Literal["mirror", "repeat"] = "mirror"
 ) -> np.ndarray:
-    """MATLAB's `imresize(image, scale)`: bicubic, antialiased when shrinking, as all published SR tables use it.
+    """MATLAB's `imresize(image, scale)`: bicubic, antialiased when reducing, as in all published SR tables.
 
     Output sides are ceil(scale * side). Output pixel i (from 1) looks at u = i / scale + (1 - 1 / scale) / 2; its
     weights are k(u - j) with Keys' kernel (a = -0.5), for scale < 1 widened to scale * k(scale * x), normalised to sum
@@ -58,8 +58,8 @@ def imresize_matlab(
         image: (H, W) or (H, W, C). uint8 is rounded and clipped to uint8 after each of the two passes, as MATLAB does;
             floating point is computed and returned in float64, without clipping.
         scale: output side / input side, > 0; of a fraction the output sides are exact.
-        border: what lies beyond the picture: `mirror` (edge pixel included) as in today's MATLAB, or the edge pixel
-            repeated as in the older MATLAB that made, for instance, the SelfExSR files.
+        border: how the picture continues beyond its edge: `mirror` (edge pixel included) as in current MATLAB, or
+            `repeat` the edge pixel as in the older MATLAB that produced, for instance, the SelfExSR files.
     """
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be a positive number, got {scale}")
@@ -71,7 +71,7 @@ def imresize_matlab(
     for axis in (0, 1):
         weights, indices = _matlab_weights(image.shape[axis], scale, border)
         moved = np.moveaxis(result, axis, 0)
-        # one tap at a time: the taps of a strong reduction would not fit in memory together
+        # one tap at a time: all taps of a strong reduction would not fit in memory
         mixed = np.zeros((len(weights), *moved.shape[1:]))
         for tap in range(weights.shape[1]):
             mixed += weights[:, tap].reshape(-1, *[1] * (moved.ndim - 1)) * moved[indices[:, tap]]

@@ -1,4 +1,4 @@
-"""Pictures for people to look at: grids with captions, and depth in colours.
+"""Pictures to look at: grids with captions, and depth in colours.
 
 H height, W width in pixels.
 """
@@ -6,12 +6,13 @@ H height, W width in pixels.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from crossflow.data.images import printable
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def colour_depth(depth: np.ndarray, *, near: float | None = None, far: float | None = None) -> np.ndarray:
@@ -19,8 +20,8 @@ def colour_depth(depth: np.ndarray, *, near: float | None = None, far: float | N
 
     Args:
         depth: metres; not finite or not positive values are unmeasured.
-        near, far: metres at the ends of the colour scale; the smallest and largest measured depth when None. Give both
-            when pictures are to be compared.
+        near, far: metres at the ends of the colour scale; None means the smallest and largest measured depth. Set both
+            to compare pictures.
     """
     from matplotlib import colormaps
 
@@ -48,9 +49,9 @@ def sheet(
 
     Args:
         pictures: uint8 (H, W, 3) or (H, W), of any sizes. Each is scaled to fit its cell, keeping its aspect ratio:
-            larger ones shrink antialiased, smaller ones grow by whole pixels so that what was computed stays visible.
+            larger ones are reduced with antialiasing, smaller ones enlarged by whole factors so that pixels stay sharp.
         captions: one per picture, or none at all. Wrapped to the cell's width, cut with "..." after `max_lines`; any
-            text is accepted, characters without a glyph show as boxes.
+            text is accepted; characters without a glyph appear as boxes.
         columns: pictures per row; None makes the grid about square.
         cell: side of a cell in pixels; None takes the largest picture's side, within 96 to 512.
         title: one line above the grid.
@@ -60,7 +61,7 @@ def sheet(
         uint8 (H, W, 3).
     """
     if not pictures:
-        raise ValueError("a sheet needs at least one picture")
+        raise ValueError("expected at least one picture, got none")
     if captions and len(captions) != len(pictures):
         raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions")
     columns = min(len(pictures), columns or math.ceil(math.sqrt(len(pictures))))
@@ -107,17 +108,17 @@ def _fit(picture: np.ndarray, cell: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _font(size: int) -> Any:
-    """DejaVu Sans, which comes with matplotlib and knows far more scripts than Pillow's own font."""
+def _font(size: int) -> Font:
+    """DejaVu Sans, which comes with matplotlib and covers far more scripts than Pillow's own font."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(str(path), size) if path.exists() else ImageFont.load_default(size)
 
 
-def _wrap(text: str, font: Any, width: int, max_lines: int) -> list[str]:
+def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
     """Greedy lines no wider than `width` pixels; words wider than a line are broken."""
-    text = " ".join(printable(text)[:2000].split())  # more than any sheet shows, and measuring text is slow
+    text = " ".join(printable(text)[:2000].split())  # more than fits on any sheet, and measuring text is slow
     lines: list[str] = []
     line = ""
     for word in text.split(" "):

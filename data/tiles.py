@@ -8,10 +8,9 @@ from PIL import Image
 
 
 def fit_shorter_side(image: np.ndarray, size: int, multiple: int) -> np.ndarray:
-    """The picture (H, W, 3) uint8 resized so that its shorter side is `size`, both sides rounded to multiples of
-    `multiple`.
+    """The picture uint8 (H, W, 3) resized to a shorter side of `size`, both sides rounded to multiples of `multiple`.
 
-    `size` itself must be such a multiple. A side is at most 4 x `size`: longer pictures are squeezed.
+    `size` must be such a multiple. The longer side is at most 4 x `size`: longer pictures are squeezed.
     """
     return resize_image(image, fitted_sides(image.shape, size, multiple))
 
@@ -24,29 +23,32 @@ def resize_image(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def fitted_sides(shape: tuple[int, ...], size: int, multiple: int) -> tuple[int, int]:
-    """Height and width that `fit_shorter_side` gives a picture of `shape` (H, W, ...)."""
+    """Height and width after `fit_shorter_side` of a picture of `shape` (H, W, ...)."""
     factor = size / min(shape[:2])
     height, width = (min(max(size, round(side * factor / multiple) * multiple), 4 * size) for side in shape[:2])
     return height, width
 
 
 def tile_starts(length: int, tile: int, overlap: int, align: int = 1) -> list[int]:
-    """Where tiles of `tile` pixels start so that they cover `length` >= tile and neighbours share >= `overlap` pixels.
+    """Starts of tiles of `tile` pixels that cover `length` >= tile, neighbours sharing at least `overlap` pixels.
 
-    Every start is a multiple of `align`, as length and tile are.
+    Every start is a multiple of `align`, provided that `length` and `tile` are.
+
+    >>> tile_starts(40, 16, 4)
+    [0, 12, 24]
     """
     step = max(align, (tile - overlap) // align * align)
     return [*range(0, length - tile, step), length - tile]
 
 
 def blend_window(tile: int, overlap: int) -> np.ndarray:
-    """(tile, tile) weights that fall towards the borders over `overlap` pixels and are nowhere zero."""
+    """Weights float32 (tile, tile) that fall towards the borders over `overlap` pixels and are always positive."""
     ramp = np.minimum(np.arange(1, tile + 1), np.arange(tile, 0, -1)).clip(max=max(overlap, 1)) / max(overlap, 1)
     return np.outer(ramp, ramp).astype(np.float32)
 
 
 def cut(image: np.ndarray, tile: int, overlap: int, align: int = 1) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
-    """Tiles (tile, tile, C) of an image (H, W, C) with H, W >= tile, and where each starts: see `tile_starts`."""
+    """Tiles (tile, tile, C) of an image (H, W, C) with H, W >= tile, and the start (row, column) of each."""
     rows, columns = (tile_starts(length, tile, overlap, align) for length in image.shape[:2])
     starts = [(row, column) for row in rows for column in columns]
     return [image[row : row + tile, column : column + tile] for row, column in starts], starts
@@ -54,24 +56,30 @@ def cut(image: np.ndarray, tile: int, overlap: int, align: int = 1) -> tuple[lis
 
 @dataclass(frozen=True)
 class Tiles:
-    """A picture cut into overlapping tiles, and the way back for what is made of them.
+    """A picture cut into overlapping tiles, which `join` puts together again.
 
-    pieces: uint8 (tile, tile, 3) each. shape: height and width of the picture, which `join` gives back.
+    >>> image = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)
+    >>> tiles = Tiles.of(image, tile=16, overlap=4, multiple=4)
+    >>> bool((tiles.join(tiles.pieces) == image).all())
+    True
     """
 
     pieces: list[np.ndarray]
+    """uint8 (tile, tile, 3) each."""
     starts: list[tuple[int, int]]
+    """Row and column of each tile in the padded picture."""
     shape: tuple[int, int]
+    """Height and width of the picture."""
     padded: tuple[int, ...]
+    """Shape of the padded picture."""
     tile: int
     overlap: int
 
     @classmethod
     def of(cls, image: np.ndarray, tile: int, overlap: int, multiple: int) -> "Tiles":
-        """Tiles of a picture uint8 (H, W, 3) that start at multiples of `multiple`, as `tile` is one.
+        """Tiles of a picture uint8 (H, W, 3) that start at multiples of `multiple`, of which `tile` is one.
 
-        Sides that are not such multiples are continued by their mirror image; a picture smaller than a tile is one
-        smaller tile.
+        Sides that are not multiples are padded by reflection; a picture smaller than a tile is a single smaller tile.
         """
         height, width = image.shape[:2]
         sides = [length + -length % multiple for length in (height, width)]
@@ -82,7 +90,7 @@ class Tiles:
         return cls(pieces, starts, (height, width), padded.shape, side, overlap)
 
     def join(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
-        """One picture uint8 (H, W, 3) of one uint8 output for each tile, blended where tiles overlap."""
+        """The picture uint8 (H, W, 3) of one uint8 output for each tile, blended where tiles overlap."""
         height, width = self.shape
         joined = join(outputs, self.starts, self.padded, self.tile, self.overlap)
         return np.rint(joined[:height, :width]).clip(0, 255).astype(np.uint8)

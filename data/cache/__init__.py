@@ -1,5 +1,5 @@
-"""Feature caches: what frozen networks make of a data set, computed once, kept in shards and read back in training.
+"""Feature caches: the outputs of frozen networks for a data set, computed once, stored in shards and read in training.
 
-`extract` turns items into features, `build` writes them (resumable), `store` reads them, `verify` checks them; `shards`
-is the file format, `keys` says what an entry was made from.
+`extract` turns items into features and `released` imports published ones, `build` writes them (resumable), `store` and
+`training` read them, `verify` checks them; `shards` is the file format, `keys` identifies the content of an entry.
 """

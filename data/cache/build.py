@@ -1,8 +1,8 @@
-"""Makes a cache: shard by shard, each written whole, so that a run killed at any instant goes on at its last shard.
+"""Building a cache shard by shard, each written atomically, so that an interrupted build continues at its last shard.
 
-A shard covers a fixed range of the reader's items, and batches are cut inside it, so that what is written depends on
-the data and the recipe alone: a cache that was interrupted has the same bytes as one that was not. Several processes
-(RANK and WORLD_SIZE, as launchers set them) share the shards of one folder without talking to each other.
+A shard covers a fixed range of the reader's items, and batches never cross its bounds, so the bytes depend on the data
+and the recipe alone: an interrupted build ends with the same files as an uninterrupted one. Several processes (RANK and
+WORLD_SIZE, as set by launchers) share the shards of one folder without communicating.
 """
 
 import contextlib
@@ -29,56 +29,58 @@ from crossflow.data.cache.store import FORMAT, MANIFEST, read_manifest
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
 
-NUM_PROBED = 256  # items that the expected size is measured on
-ABANDONED = 3600  # seconds after which a file that is not yet under its name will never be
-NUM_COMPARED = 4  # items whose token features are compared with the recipe's encoder before they are taken over
+NUM_PROBED = 256  # items from which the size is estimated
+ABANDONED = 3600  # seconds after which a temporary file is taken for the remains of a killed process
+NUM_COMPARED = 4  # items whose imported token features are compared with the recipe's encoder
 
 
 @dataclass(frozen=True)
 class Settings:
-    """items_per_shard: what an interruption costs at most; batch_size: items that pass the networks together;
-    workers: threads that decode pictures; max_bad: share of bad items above which the data are refused.
-    """
+    """How a cache is built."""
 
     items_per_shard: int = 1000
+    """Items per file, the most that an interruption can lose."""
     batch_size: int = 32
+    """Items per forward pass of the networks."""
     workers: int = 2
+    """Threads that decode pictures."""
     max_bad: float = 0.05
+    """Share of bad items in [0, 1] above which the data are refused."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a cache will take. bytes_per_item counts all captions of an item."""
+    """The expected size of a cache. `bytes_per_item` includes all captions of an item."""
 
     num_items: int
     num_bytes: int
     bytes_per_item: float
     free: int
-    """Bytes free on the disk."""
+    """Free bytes on the disk."""
     finished: int = 0
-    """Bytes that are there already."""
+    """Bytes of the finished shards."""
 
     def require(self, folder: Path) -> None:
-        """Raises UserError when the disk has less room."""
+        """Raises UserError when the disk has less free space."""
         if self.free < self.num_bytes - self.finished:
             raise UserError(
-                f"The cache will take about {size_in_words(self.num_bytes - self.finished)}, and "
-                f"{size_in_words(self.free)} are free where {folder} lies. Make room, choose another --output, "
-                "or cache fewer items (--num) or sizes (--resolution)."
+                f"The cache will take about {size_in_words(self.num_bytes - self.finished)}, but only "
+                f"{size_in_words(self.free)} are free on the disk of {folder}. Free some space, choose another "
+                "--output, or cache fewer items (--num) or sizes (--resolution)."
             )
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was made: items and bytes in the folder, and the items left out with their reasons."""
+    """The result of a build: items and bytes in the folder, and the bad items with their reasons."""
 
     num_items: int
     num_bytes: int
     new_items: int
-    """Items computed by this call."""
+    """Items computed in this call."""
     bad: dict[str, str] = field(default_factory=dict)
     complete: bool = True
-    """False when other processes still work on their shards."""
+    """False while other processes are still computing their shards."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,14 @@ class Part:
 
     @property
     def name(self) -> str:
+        """File name of the shard without its ending."""
         return f"{self.split}-{self.number:05d}"
 
 
 class Builder:
-    """One cache to be made in `folder`, from a reader for each split. Raises UserError when the folder holds something
-    else, or a cache of other data, networks or settings.
+    """Builds one cache in `folder` from a reader for each split.
+
+    Raises UserError when the folder contains something else, or a cache of other data, networks or settings.
     """
 
     def __init__(
@@ -107,7 +111,7 @@ class Builder:
         settings: Settings | None = None,
         limits: Mapping[str, tuple[int | None, int]] | None = None,
     ) -> None:
-        """limits: (limit, seed) that a split's reader was opened with, so that the same items can be found again."""
+        """limits: (limit, seed) with which a split's reader was opened, so that the same items can be read again."""
         self.folder, self.readers, self.extractor = folder, readers, extractor
         self.settings = settings or Settings()
         self.plan: dict[str, Any] = {
@@ -134,7 +138,7 @@ class Builder:
 
     def _expect_same(self) -> None:
         if not self.folder.is_dir() or all(path.name.startswith(".") for path in self.folder.iterdir()):
-            return  # new, or killed while the manifest was written
+            return  # a new folder, or one whose build was killed before the manifest was written
         before = read_manifest(self.folder)["plan"]
         different = [
             f"{name} ({_words(before_value)} -> {_words(value)})"
@@ -142,19 +146,19 @@ class Builder:
         ]
         if different:
             raise UserError(
-                f"The cache in {self.folder} was begun with other data or settings: {'; '.join(different[:4])}. "
-                "Go on with what it was begun with, or choose another --output."
+                f"The cache in {self.folder} was started with other data or settings: {'; '.join(different[:4])}. "
+                "Continue with the same ones, or choose another --output."
             )
 
     # -- size
 
     def estimate(self) -> Estimate:
-        """The expected size, from the shapes of the features and the captions of some items of each split."""
+        """The expected size, from the shapes of the features and a sample of the captions of each split."""
         total = sum(self._item_bytes(reader) * len(reader) for reader in self.readers.values())
         count = sum(map(len, self.readers.values()))
-        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
+        parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
         finished = sum(record["bytes"] for record in map(self._finished, self.parts) if record is not None)
-        return Estimate(count, round(total), total / max(1, count), shutil.disk_usage(place).free, finished)
+        return Estimate(count, round(total), total / max(1, count), shutil.disk_usage(parent).free, finished)
 
     def _item_bytes(self, reader: Reader) -> float:
         """Mean bytes of an item of a split."""
@@ -167,7 +171,7 @@ class Builder:
                 number += values * (1 if name.startswith("pixels") else itemsize * spread)
         stride = -(-len(reader) // NUM_PROBED)
         probed = [reader.captions(index) for index in range(0, len(reader), stride)]
-        captions = [caption for one in probed for caption in one]
+        captions = [caption for item_captions in probed for caption in item_captions]
         number += sum(len(caption.encode()) + 12 for caption in captions) / len(probed)
         if "text" in described and captions:
             tokens = self.extractor.num_tokens(captions)
@@ -175,10 +179,10 @@ class Builder:
             number += vectors * described["text"]["width"] * itemsize / len(probed)
         return number
 
-    # -- making
+    # -- building
 
     def run(self, progress: Progress | None = None) -> Summary:
-        """Makes what is missing. progress(done, total) counts items."""
+        """Computes and writes the missing shards. `progress(done, total)` counts items."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / MANIFEST).exists():
             self._write_manifest({"plan": self.plan, "complete": False})
@@ -204,20 +208,20 @@ class Builder:
         return self._finish(new)
 
     def _batches(self, part: Part) -> "Iterator[tuple[tuple[list[Item], list[Features], list[bytes]], list[BadItem]]]":
-        """(good items, their features and keys), bad items: batch after batch, the next one decoded meanwhile."""
+        """(good items, their features and keys), bad items: batch by batch, while the next one is decoded."""
         reader, size = self.readers[part.split], self.settings.batch_size
         batches = [part.items[start : start + size] for start in range(0, len(part.items), size)]
         with ThreadPoolExecutor(self.settings.workers) as pool:
 
-            def begin(indices: Sequence[int]) -> list[Future[list[Item | BadItem]]]:
+            def submit(indices: Sequence[int]) -> list[Future[list[Item | BadItem]]]:
                 share = max(1, -(-len(indices) // self.settings.workers), reader.batch_hint)
                 pieces = [indices[start : start + share] for start in range(0, len(indices), share)]
                 return [pool.submit(reader.load, piece) for piece in pieces]
 
-            pending = begin(batches[0])
+            pending = submit(batches[0])
             for following in [*batches[1:], None]:
                 loaded = [item for future in pending for item in future.result()]
-                pending = begin(following) if following is not None else []
+                pending = submit(following) if following is not None else []
                 yield self._computed(loaded)
 
     def _computed(
@@ -225,14 +229,14 @@ class Builder:
     ) -> tuple[tuple[list[Item], list[Features], list[bytes]], list[BadItem]]:
         items = [item for item in loaded if isinstance(item, Item)]
         bad = [item for item in loaded if isinstance(item, BadItem)]
-        found = features_of(self.extractor, items) if items else []
-        pairs = [(item, one) for item, one in zip(items, found, strict=True) if isinstance(one, Features)]
-        bad += [one for one in found if isinstance(one, BadItem)]
+        results = features_of(self.extractor, items) if items else []
+        pairs = [(item, result) for item, result in zip(items, results, strict=True) if isinstance(result, Features)]
+        bad += [result for result in results if isinstance(result, BadItem)]
         keys = [item_key(item, self.plan["features"]) for item, _ in pairs]
-        return ([item for item, _ in pairs], [one for _, one in pairs], keys), bad
+        return ([item for item, _ in pairs], [features for _, features in pairs], keys), bad
 
     def _finished(self, part: Part) -> dict[str, Any] | None:
-        """What is written of a finished shard; None for one that is missing, unfinished or cut."""
+        """The record of a finished shard; None when it is missing, unfinished or truncated."""
         path = self.folder / f"{part.name}.safetensors"
         try:
             record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -249,13 +253,12 @@ class Builder:
         if len(bad) > self.settings.max_bad * total or len(bad) == total:
             listed = "".join(f"\n  {id}: {reason}" for id, reason in list(bad.items())[:10])
             raise UserError(
-                f"{len(bad)} of {total} items are bad so far, and at most {self.settings.max_bad:.0%} may be. Mend or "
-                f"remove them, or raise data.max_bad.{listed}"
+                f"{len(bad)} of {total} items are bad so far; the limit is {self.settings.max_bad:.0%}. Repair "
+                f"or remove them, or raise data.max_bad.{listed}"
             )
 
     def _finish(self, new: int) -> Summary:
-        found = [self._finished(part) for part in self.parts]
-        records = [record for record in found if record is not None]
+        records = [record for part in self.parts if (record := self._finished(part)) is not None]
         complete = len(records) == len(self.parts)
         if complete:
             self._write_manifest({"plan": self.plan, "complete": True, "shards": records})
@@ -269,9 +272,9 @@ class Builder:
         )
 
     def _sweep(self) -> None:
-        """Removes what killed writes left; a younger file may be another process's that is being written."""
+        """Removes the temporary files of killed processes; younger ones may be in use by another process."""
         for path in self.folder.glob(f"{TEMPORARY}*"):
-            with contextlib.suppress(FileNotFoundError):  # another process swept it
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
 
@@ -279,15 +282,15 @@ class Builder:
         shards.write_bytes(self.folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
     def compare_imported(self) -> None:
-        """Where features came with the data, compares those of a few items with the recipe's text encoder."""
+        """Compares imported features, if any, of a few items with those of the recipe's text encoder."""
         reader = next(iter(self.readers.values()))
         if "released" in reader.fields:
-            some = [item for item in reader.load(range(min(NUM_COMPARED, len(reader)))) if isinstance(item, Item)]
-            expect_same_encoder(self.extractor, some)
+            items = [item for item in reader.load(range(min(NUM_COMPARED, len(reader)))) if isinstance(item, Item)]
+            expect_same_encoder(self.extractor, items)
 
 
 class Rows:
-    """The rows of a shard in the making."""
+    """The rows of a shard under construction."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
@@ -297,12 +300,13 @@ class Rows:
         self.bad: list[tuple[str, str]] = []
 
     def add(self, items: Sequence[Item], features: Sequence[Features], keys: Sequence[bytes]) -> None:
-        self.items += [Item(item.id, captions=item.captions) for item in items]  # their pictures are not needed again
+        """Appends a batch of items."""
+        self.items += [Item(item.id, captions=item.captions) for item in items]  # without their pictures
         self.features += features
         self.keys += keys
 
     def about(self, split: str) -> dict[str, Any]:
-        """What the file beside the shard says of it."""
+        """The content of the JSON file beside the shard, except for name, size and checksum."""
         return {
             "split": split,
             "num_items": len(self.items),
@@ -311,38 +315,41 @@ class Rows:
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the shard by name."""
         captions = [caption for item in self.items for caption in item.captions]
         joined = torch.frombuffer(bytearray(b"".join(self.keys) or b"\0"), dtype=torch.uint8)
-        found = {"keys": joined[: KEY_BYTES * len(self.keys)].reshape(-1, KEY_BYTES)}
+        tensors = {"keys": joined[: KEY_BYTES * len(self.keys)].reshape(-1, KEY_BYTES)}
         for name, texts in (("ids", [item.id for item in self.items]), ("captions", captions)):
-            found[name], found[name + shards.OFFSETS] = shards.pack_texts(texts)
-        found["items" + shards.OFFSETS] = shards.offsets([len(item.captions) for item in self.items])
+            tensors[name], tensors[name + shards.OFFSETS] = shards.pack_texts(texts)
+        tensors["items" + shards.OFFSETS] = shards.offsets([len(item.captions) for item in self.items])
         for name in self.features[0].fixed if self.features else ():
-            found[name] = torch.stack([one.fixed[name] for one in self.features])
+            tensors[name] = torch.stack([features.fixed[name] for features in self.features])
         if self.extractor.text is not None:
-            pieces = [tokens for one in self.features for tokens in one.text]
-            lengths = [length for one in self.features for length in one.lengths]
+            pieces = [tokens for features in self.features for tokens in features.text]
+            lengths = [length for features in self.features for length in features.lengths]
             nothing = torch.zeros(0, self.extractor.text.width, dtype=STORAGE[self.extractor.options.storage])
-            found["text"] = torch.cat([nothing, *pieces])
-            found["text" + shards.OFFSETS] = shards.offsets([len(piece) for piece in pieces])
-            found["text.lengths"] = torch.tensor(lengths, dtype=torch.int32)
-            pooled = [vector for one in self.features for vector in one.pooled]
+            tensors["text"] = torch.cat([nothing, *pieces])
+            tensors["text" + shards.OFFSETS] = shards.offsets([len(piece) for piece in pieces])
+            tensors["text.lengths"] = torch.tensor(lengths, dtype=torch.int32)
+            pooled = [vector for features in self.features for vector in features.pooled]
             if pooled:
-                found["text.pooled"] = torch.stack(pooled)
-        return found
+                tensors["text.pooled"] = torch.stack(pooled)
+        return tensors
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted name, value before, value now) of all that differs in two plans."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = list(dict.fromkeys([*before, *now]))
+def _differences(before: object, after: object, name: str = "") -> list[tuple[str, object, object]]:
+    """(dotted name, old value, new value) of all differences between two plans."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys([*before, *after])
         return [
-            one for key in names for one in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+            difference
+            for key in keys
+            for difference in _differences(before.get(key), after.get(key), f"{name}.{key}".lstrip("."))
         ]
-    return [] if before == now else [(name, before, now)]
+    return [] if before == after else [(name, before, after)]
 
 
-def _words(value: Any) -> str:
-    """A value of a plan, short enough for a sentence."""
+def _words(value: object) -> str:
+    """A value of a plan, shortened for a message."""
     text = "none" if value is None else str(value)
     return f"{text[:24]}…" if len(text) > 28 else text

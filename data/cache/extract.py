@@ -1,7 +1,7 @@
-"""What is cached of an item: moments of its picture, features of its captions, what the encoder loss aligns z0 with.
+"""The cached features of an item: moments of its picture, features of its captions, targets of the encoder loss.
 
-A task makes an `Extractor` of its frozen networks, for `crossflow cache` and again in training, where its description
-must agree with that of the cache. B batch, N tokens, D width, S picture size in pixels.
+A task builds an `Extractor` from its frozen networks, for `crossflow cache` and again in training, where its
+description must agree with that of the cache. B batch, N tokens, D width, S picture size in pixels.
 """
 
 import functools
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,18 +25,20 @@ STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 @dataclass(frozen=True)
 class Options:
-    """How features are made and kept: picture sizes in pixels, the type they are stored in, the device they are made
-    on; images: false for data that have none (a list of prompts).
-    """
+    """How features are computed and stored."""
 
     sizes: tuple[int, ...]
+    """Sides of the square pictures in pixels."""
     storage: str = "float16"
+    """Data type in the shards: float16, bfloat16 or float32."""
     device: str = "cpu"
+    """Device of the networks."""
     images: bool = True
+    """False for data without pictures, such as a list of prompts."""
 
 
 class Tower(Protocol):
-    """A frozen image tower, known by a checksum."""
+    """A frozen image tower, identified by a checksum."""
 
     width: int
     checksum: str
@@ -46,21 +49,32 @@ class Tower(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """What was computed for one item. Tensors of one row each; `text` one (n, D) per caption, without padding."""
+    """The features of one item."""
 
     fixed: Mapping[str, Tensor]
+    """Tensors of the same shape for every item, by name."""
     text: Sequence[Tensor] = ()
+    """(n, D) for each caption; n includes padding only where padding is kept."""
     lengths: Sequence[int] = ()
-    """Tokens of each caption; fewer than the rows of `text` where padding is kept."""
+    """Number of tokens of each caption."""
     pooled: Sequence[Tensor] = ()
+    """(D,) for each caption."""
 
 
 class Extractor:
-    """Items -> `Features`, by the frozen networks of a recipe.
+    """Items -> `Features`, computed by the frozen networks of a recipe.
 
-    codec: of the pictures, none for prompts alone; text: encoder of the captions, none where the model reads words;
-    pooled: keep one vector per caption too; keep_padding: for models that look at the features of padding;
-    pixels: keep the pictures (uint8) for an encoder loss that looks at them; tower: or the features of a frozen tower.
+    Args:
+        options: sizes, data type and device.
+        codec: of the pictures; None for prompts alone.
+        text: encoder of the captions; None for models that read words.
+        pooled: store one vector per caption too.
+        keep_padding: store the features of padding tokens, for models that attend to them.
+        pixels: store the pictures (uint8), for an encoder loss with a trained image tower.
+        tower: store the embeddings of this frozen image tower.
+
+    Raises:
+        UserError: neither pictures nor a text encoder, so there is nothing to cache.
     """
 
     def __init__(
@@ -81,12 +95,12 @@ class Extractor:
         self.tower = tower if options.images else None
         if self.codec is None and text is None:
             raise UserError(
-                "There is nothing to cache: these data have no pictures, and the recipe has no frozen text encoder "
-                "(text.encoder). Give data with pictures, or a recipe that reads frozen text features."
+                "Nothing to cache: the data have no pictures and the recipe has no frozen text encoder (text.encoder). "
+                "Give data with pictures, or a recipe with frozen text features."
             )
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides what the features are: {"networks": ..., "parts": ...}, of JSON types."""
+        """Everything that determines the features, in JSON types: {"networks": ..., "parts": ...}."""
         networks: dict[str, Any] = {}
         parts: dict[str, Any] = {}
         if self.codec is not None:
@@ -109,7 +123,7 @@ class Extractor:
         return {"networks": networks, "parts": parts}
 
     def to(self, device: str) -> "Extractor":
-        """Moves the networks."""
+        """Moves the networks to a device; returns self."""
         for network in (self.codec, self.text, self.tower):
             if isinstance(network, torch.nn.Module):
                 network.to(device)
@@ -117,7 +131,7 @@ class Extractor:
 
     @functools.cached_property
     def has_spread(self) -> bool:
-        """Whether moments are a mean and a log-variance, or a mean alone."""
+        """Whether moments are a mean and a log-variance, rather than a mean alone."""
         if self.codec is None:
             return False
         size = min(self.options.sizes)
@@ -126,53 +140,55 @@ class Extractor:
         )
 
     def num_tokens(self, captions: Sequence[str]) -> int:
-        """Rows of token features that captions take."""
+        """Number of rows of token features that the captions take."""
         assert self.text is not None
         return self.text.max_length * len(captions) if self.keep_padding else int(self.text.tokens(captions)[1].sum())
 
     @property
     def needs(self) -> frozenset[str]:
-        """The reader's fields that are looked at."""
+        """The fields of items that are used."""
         return frozenset({"captions"} | ({"image"} if self.codec is not None else set()))
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> list[Features | BadItem]:
-        """The features of items, computed together; an item whose features are unusable is returned as bad."""
-        fixed = self.seen(items, with_moments=True)
-        texts = self._read(items)
-        return [checked(item, Features(row, *text)) for item, row, text in zip(items, fixed, texts, strict=True)]
+        """The features of items, computed in one batch; a BadItem where they are unusable."""
+        fixed = self.image_features(items, with_moments=True)
+        texts = self._text_features(items)
+        return [finite_or_bad(item, Features(row, *text)) for item, row, text in zip(items, fixed, texts, strict=True)]
 
-    def seen(self, items: Sequence[Item], with_moments: bool) -> list[dict[str, Tensor]]:
-        """What is computed from the pictures of items."""
+    def image_features(self, items: Sequence[Item], with_moments: bool) -> list[dict[str, Tensor]]:
+        """name -> tensor, computed from the picture of each item."""
         fixed: list[dict[str, Tensor]] = [{} for _ in items]
         if self.codec is not None and (with_moments or self.pixels or self.tower is not None):
             for size in self.options.sizes:
-                self._see(items, size, fixed, with_moments)
+                self._add_image_features(fixed, items, size, with_moments)
         return fixed
 
-    def _see(self, items: Sequence[Item], size: int, rows: Sequence[dict[str, Tensor]], with_moments: bool) -> None:
-        """Adds to `rows` what is seen at one size."""
+    def _add_image_features(
+        self, rows: Sequence[dict[str, Tensor]], items: Sequence[Item], size: int, with_moments: bool
+    ) -> None:
+        """Adds the features at one picture size to the row of each item."""
         assert self.codec is not None
         pictures = [center_crop_resize(_picture(item), size) for item in items]
         uint8 = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures])  # (B, 3, S, S)
         images = from_uint8(uint8).to(self.options.device)
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         if with_moments:
-            found |= self.moments(self.codec.encode_moments(images), size)
+            features |= self.moments(self.codec.encode_moments(images), size)
         if self.pixels:
-            found[f"pixels_{size}"] = uint8
+            features[f"pixels_{size}"] = uint8
         if self.tower is not None:
-            found[f"tower_{size}"] = self.stored(self.tower(images))
-        for name, values in found.items():
+            features[f"tower_{size}"] = self.stored(self.tower(images))
+        for name, values in features.items():
             for row, value in zip(rows, values, strict=True):
                 row[name] = value
 
     def moments(self, raw: Posterior, size: int) -> dict[str, Tensor]:
-        """Raw moments (B, 1 or 2, *latent), mean and log-variance, as they are kept, by name."""
+        """The entry `moments_SIZE`: (B, 1 or 2, *latent), mean and log-variance, in the storage type."""
         both = [raw.mean] if raw.log_var is None else [raw.mean, raw.log_var]
         return {f"moments_{size}": self.stored(torch.stack(both, 1))}
 
-    def _read(self, items: Sequence[Item]) -> list[tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor]]]:
+    def _text_features(self, items: Sequence[Item]) -> list[tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor]]]:
         """(features, lengths, pooled) of the captions of each item."""
         captions = [caption for item in items for caption in item.captions]
         if self.text is None or not captions:
@@ -192,23 +208,23 @@ class Extractor:
         return result
 
     def stored(self, values: Tensor) -> Tensor:
-        """Values in the type they are kept in, on the CPU. Raises UserError when that type cannot hold them."""
-        kept = values.detach().to(STORAGE[self.options.storage]).cpu()
-        if kept.isinf().any() and not values.isinf().any():
+        """Values in the storage type, on the CPU. Raises UserError when they overflow it."""
+        result = values.detach().to(STORAGE[self.options.storage]).cpu()
+        if result.isinf().any() and not values.isinf().any():
             raise UserError(
-                f"Features of {values.abs().max().item():.3g} are too large for float16 (65504): "
-                "cache them with --precision bfloat16 or float32."
+                f"Features of {values.abs().max().item():.3g} overflow float16 (65504): cache them with --precision "
+                "bfloat16 or float32."
             )
-        return kept
+        return result
 
 
 def from_uint8(pictures: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1], as pictures are read without a cache."""
+    """uint8 -> float32 in [-1, 1], as without a cache."""
     return pictures.float() / 127.5 - 1
 
 
 def codec_identity(codec: Codec) -> dict[str, Any]:
-    """What decides raw moments: not the scale and shift, which are applied to them afterwards."""
+    """What determines raw moments. Scale and shift are applied later, so they are not part of it."""
     return {
         "kind": codec.kind,
         "sha256": getattr(codec, "checksum", None),  # the pixel codec has no weights
@@ -217,7 +233,7 @@ def codec_identity(codec: Codec) -> dict[str, Any]:
 
 
 def text_identity(text: FrozenTextEncoder) -> dict[str, Any]:
-    """What decides the features of a caption."""
+    """What determines the features of a caption."""
     return {
         "family": text.family,
         "sha256": text.checksum,
@@ -225,16 +241,17 @@ def text_identity(text: FrozenTextEncoder) -> dict[str, Any]:
         "layer": text.settings.layer,
         "template": text.settings.template,
         "clean": text.settings.clean,
-        "pad_id": text.settings.pad_id,  # decides features of padding, where those are kept
+        "pad_id": text.settings.pad_id,  # determines the features of padding, where those are kept
     }
 
 
-def _picture(item: Item) -> Any:
+def _picture(item: Item) -> np.ndarray:
     assert item.image is not None
     return item.image
 
 
-def checked(item: Item, features: Features) -> Features | BadItem:
+def finite_or_bad(item: Item, features: Features) -> Features | BadItem:
+    """The features, or a BadItem when any value is not finite."""
     values = [*features.fixed.values(), *features.text, *features.pooled]
     if not all(value.isfinite().all() for value in values):
         return BadItem(item.id, "its features are not finite")

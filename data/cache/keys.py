@@ -1,7 +1,7 @@
-"""Keys of cache entries: a hash of an item's content and of everything that decides what its features are.
+"""Keys of cache entries: a hash of an item's content and of everything that determines its features.
 
-key = BLAKE2b-128(features' description, content): the same picture and captions under the same frozen networks have the
-same key wherever they lie; another pixel, word, checksum, resolution or precision gives another key.
+key = BLAKE2b-128(description of the features, content): the same picture and captions under the same frozen networks
+have the same key in any folder; another pixel, word, checksum, resolution or precision gives another key.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from crossflow.data.item import Item
 KEY_BYTES = 16
 
 
-def canonical(content: Any) -> str:
-    """JSON that depends on the content alone."""
+def canonical(content: object) -> str:
+    """JSON text that depends on the content alone, not on the order of keys."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def item_key(item: Item, features: Mapping[str, Any]) -> bytes:
-    """The key, 16 bytes, of an item whose features are described by `features` (`Extractor.describe`)."""
+    """The key (16 bytes) of an item whose features are described by `features` (`Extractor.describe`)."""
     digest = hashlib.blake2b(canonical(features).encode(), digest_size=KEY_BYTES)
     if item.image is not None:
         _add(digest, "image", item.image)

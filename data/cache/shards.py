@@ -1,8 +1,8 @@
-"""Shards: the features of some hundred items in one safetensors file, written whole or not at all, read by mapping.
+"""Shards: the features of several hundred items in one safetensors file, written atomically and memory-mapped.
 
-Rows of equal shape are one tensor. Rows of any length (`ids`, `captions`, token features) lie end to end, and row i of
-`x` is x[x.offsets[i] : x.offsets[i + 1]], so nothing is padded. A JSON file beside each shard, written after it, says
-what it holds: a shard without one is unfinished.
+Rows of equal shape form one tensor. Rows of varying length (`ids`, `captions`, token features) are concatenated, and
+row i of `x` is x[x.offsets[i] : x.offsets[i + 1]], so nothing is padded. A JSON file beside each shard, written after
+it, describes the content: a shard without one is unfinished.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ LARGEST_HEADER = 2**24
 
 
 def pack_texts(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Texts as UTF-8 end to end (uint8), and the offsets (len + 1,) int64 at which they begin and end."""
+    """The concatenated UTF-8 bytes of texts (uint8), and the offsets (len + 1,) int64 of each text."""
     encoded = [text.encode("utf-8") for text in texts]
     joined = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
-    return joined, offsets([len(one) for one in encoded])
+    return joined, offsets([len(text) for text in encoded])
 
 
 def offsets(lengths: Iterable[int]) -> Tensor:
@@ -47,7 +47,7 @@ def offsets(lengths: Iterable[int]) -> Tensor:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a shard and, after it, the JSON file that declares it finished; returns that file's content.
+    """Writes a shard and then the JSON file that marks it as finished; returns the content of that file.
 
     The same tensors give the same bytes. Raises UserError when the disk is full.
     """
@@ -64,7 +64,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, A
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all, also after a loss of power. UserError on a full disk."""
+    """Writes a file atomically, safe against loss of power. Raises UserError when the disk is full."""
     try:
         write_atomically(path, content)
     except OSError as error:
@@ -72,16 +72,15 @@ def write_bytes(path: Path, content: bytes) -> None:
             free = shutil.disk_usage(path.parent).free
             raise UserError(
                 f"The disk is full: {path} of {size_in_words(len(content))} did not fit ({size_in_words(free)} free). "
-                "What is finished is kept; make room and give the same command again to go on."
+                "Finished shards are kept; free some space and repeat the command to continue."
             ) from error
         raise
 
 
 class Shard:
-    """A shard's tensors, mapped: `shard["moments_256.mean"]`; only what is read is loaded. Raises UserError when the
-    file is not what it should be.
+    """The memory-mapped tensors of a shard: `shard["moments_256"]`. Raises UserError for a damaged file.
 
-    `arrays` holds the same as numpy arrays, whose rows are copied faster one by one, and `dtypes` what they stand for.
+    `arrays` holds the same data as numpy arrays, whose single rows are copied faster, and `dtypes` their torch types.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +96,7 @@ class Shard:
             raise UserError(f"The shard {path} cannot be read ({error}); check the cache with --verify.") from error
 
     def will_need(self, name: str, begin: int, end: int) -> None:
-        """Asks the system to read rows begin ... end - 1 of a tensor from the disk, without waiting for it."""
+        """Asks the system to read rows begin ... end - 1 of a tensor from disk, without waiting."""
         row, start = self._places[name]
         first = (start + begin * row) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin and hasattr(mmap, "MADV_WILLNEED"):
@@ -106,7 +105,7 @@ class Shard:
     def _read(self) -> None:
         length = int.from_bytes(self._map[:8], "little")
         if not 0 < length <= LARGEST_HEADER:
-            raise ValueError("it has no safetensors header")
+            raise ValueError("no safetensors header")
         header = json.loads(self._map[8 : 8 + length])
         whole = np.frombuffer(self._map, np.uint8)[8 + length :]
         for name, entry in header.items():
@@ -115,28 +114,30 @@ class Shard:
             begin, end = entry["data_offsets"]
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             if not 0 <= begin <= end <= len(whole) or end - begin != dtype[0].itemsize * math.prod(shape):
-                raise ValueError(f"its tensor {name} lies outside of it")
+                raise ValueError(f"tensor {name} lies outside of the file")
             self.arrays[name] = whole[begin:end].view(dtype[1]).reshape(shape)
             self.dtypes[name] = dtype[0]
             self._places[name] = (dtype[0].itemsize * math.prod(shape[1:]), 8 + length + begin)
 
     def __getitem__(self, name: str) -> Tensor:
+        """The tensor `name`, backed by the file."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the map is read-only, and nobody writes to it
+            warnings.simplefilter("ignore", UserWarning)  # the map is read-only, and the tensor is never written to
             return torch.from_numpy(self.arrays[name]).view(self.dtypes[name])
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
 
     def span(self, name: str, row: int) -> tuple[int, int]:
-        """Where row `row` of the ragged tensor `name` begins and ends."""
-        found = self.arrays[name + OFFSETS]
-        return int(found[row]), int(found[row + 1])
+        """The bounds (begin, end) of row `row` in the concatenated tensor `name`."""
+        begin, end = self.arrays[name + OFFSETS][row : row + 2].tolist()
+        return begin, end
 
     def text(self, name: str, row: int) -> str:
+        """Text `row` of `ids` or `captions`."""
         begin, end = self.span(name, row)
         return self.arrays[name][begin:end].tobytes().decode("utf-8")
 
     def captions(self, row: int) -> range:
-        """The captions of item `row`, as rows of what belongs to captions."""
+        """The rows of the captions of item `row`."""
         return range(*self.span("items", row))

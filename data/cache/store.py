@@ -1,4 +1,4 @@
-"""A finished cache as training reads it: items by split and number, their features gathered into batches.
+"""A finished cache as training reads it: items by split and number, their features in batches.
 
 B batch, N tokens, D width.
 """
@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where the features of an item lie."""
+    """The place of an item's features: row `row` of shard `shard`."""
 
     cache: "Cache"
     shard: int
@@ -38,10 +38,10 @@ class Entry:
 
 
 class Cache:
-    """The cache in `folder`; can be pickled, and opens its shards when they are first asked for.
+    """The cache in `folder`. It can be pickled, and opens each shard on first access.
 
-    features: what it holds (`Extractor.describe`); records: one per shard. Raises UserError when there is none, when it
-    is unfinished, or from a newer version.
+    `features` describes the content (`Extractor.describe`), `records` has one entry per shard. Raises UserError when
+    the cache is missing, unfinished or from a newer version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,14 +49,14 @@ class Cache:
         manifest = read_manifest(folder)
         if not manifest.get("complete"):
             raise UserError(
-                f"The cache in {folder} is not finished. Give the command that began it again, and it goes on where it "
-                f"stopped: crossflow cache --output {folder} ..."
+                f"The cache in {folder} is not finished. Repeat the command that started it to continue: "
+                f"crossflow cache --output {folder} ..."
             )
         self.plan: dict[str, Any] = manifest["plan"]
         self.features: dict[str, Any] = self.plan["features"]
         self.records: list[dict[str, Any]] = manifest["shards"]
         self._shards: dict[int, Shard] = {}
-        self._seen: dict[int, bytearray] = {}  # shard -> which of its items were read
+        self._seen: dict[int, bytearray] = {}  # shard -> flags of the items read so far
         self._fits_memory = sum(record["bytes"] for record in self.records) < _memory() / 2
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,68 +64,73 @@ class Cache:
 
     @property
     def splits(self) -> list[str]:
+        """The cached splits."""
         return list(self.plan["data"])
 
     def rows(self, split: str) -> "Rows":
-        """The items of a split, or of `all`. Raises UserError when the cache lacks it."""
+        """The items of a split, or of `all`. Raises UserError when the split is not cached."""
         if split != "all" and split not in self.splits:
             raise UserError(
-                f"The cache in {self.folder} holds {', '.join(self.splits)} and no {split!r}. Cache that split too "
+                f"The cache in {self.folder} has {', '.join(self.splits)} but no {split!r}. Cache that split too "
                 f"(crossflow cache --split {split} ...), or give other data for it (data.val=SPEC)."
             )
         return Rows(self, [n for n, record in enumerate(self.records) if split in ("all", record["split"])])
 
     def shard(self, number: int) -> Shard:
-        found = self._shards.get(number)
-        if found is None:
-            found = self._shards[number] = Shard(self.folder / self.records[number]["file"])
-        return found
+        """Shard `number`, opened on first access."""
+        shard = self._shards.get(number)
+        if shard is None:
+            shard = self._shards[number] = Shard(self.folder / self.records[number]["file"])
+        return shard
 
     def id(self, entry: Entry) -> str:
+        """The id of an item."""
         return self.shard(entry.shard).text("ids", entry.row)
 
     def captions(self, entry: Entry) -> tuple[str, ...]:
+        """The captions of an item."""
         shard = self.shard(entry.shard)
         return tuple(shard.text("captions", row) for row in shard.captions(entry.row))
 
-    # -- features, gathered
+    # -- features of a batch
 
     def fetch(self, entries: Sequence[Entry], which: Sequence[int], size: int) -> None:
-        """Asks the system for all that a batch needs at once, instead of waiting for each piece when it is copied.
+        """Asks the system to read all features of a batch at once, rather than one after the other as they are copied.
 
-        Not for what was read before and is likely to be in memory still: asking costs a fifth of copying.
+        Skips items that were read before and are probably still in memory: a request costs a fifth of a copy.
         """
         fixed = [name for name in self.features["parts"] if name.endswith(f"_{size}")]
-        for one, number in zip(entries, which, strict=True):
-            seen = self._seen.get(one.shard)
+        for entry, number in zip(entries, which, strict=True):
+            seen = self._seen.get(entry.shard)
             if seen is None:
-                seen = self._seen[one.shard] = bytearray(self.records[one.shard]["num_items"])
-            if seen[one.row] and self._fits_memory:
+                seen = self._seen[entry.shard] = bytearray(self.records[entry.shard]["num_items"])
+            if seen[entry.row] and self._fits_memory:
                 continue
-            seen[one.row] = True
-            shard = self.shard(one.shard)
+            seen[entry.row] = True
+            shard = self.shard(entry.shard)
             for name in fixed:
-                shard.will_need(name, one.row, one.row + 1)
+                shard.will_need(name, entry.row, entry.row + 1)
             if "text" in shard:
-                shard.will_need("text", *shard.span("text", shard.captions(one.row)[number]))
+                shard.will_need("text", *shard.span("text", shard.captions(entry.row)[number]))
 
     def moments(self, entries: Sequence[Entry], size: int) -> Posterior:
-        """Posterior over raw latents (B, *latent) of pictures of `size` pixels, in the type they are stored in; scaling
-        by a codec (`Codec.scaled`) gives float32.
+        """Posterior over raw latents (B, *latent) of pictures of `size` pixels, in the storage type.
+
+        Scaling by a codec (`Codec.scaled`) gives float32.
         """
-        found = self.fixed(entries, f"moments_{size}")  # (B, 1 or 2, *latent): mean, log-variance
-        return Posterior(found[:, 0], found[:, 1] if found.shape[1] == 2 else None)
+        moments = self.fixed(entries, f"moments_{size}")  # (B, 1 or 2, *latent): mean, log-variance
+        return Posterior(moments[:, 0], moments[:, 1] if moments.shape[1] == 2 else None)
 
     def pixels(self, entries: Sequence[Entry], size: int) -> Tensor:
         """Pictures (B, 3, S, S) float32 in [-1, 1]."""
         return from_uint8(self.fixed(entries, f"pixels_{size}"))
 
     def fixed(self, entries: Sequence[Entry], name: str) -> Tensor:
-        """The rows of a tensor of one row per item: (B, ...) in the type they are stored in."""
-        return self._rows(name, [(one.shard, one.row) for one in entries])
+        """Rows (B, ...) of a tensor with one row per item, in the storage type."""
+        return self._rows(name, [(entry.shard, entry.row) for entry in entries])
 
     def _rows(self, name: str, places: Sequence[tuple[int, int]]) -> Tensor:
-        """The rows `row` of the tensor in shard `number`, for each (number, row)."""
+        """Row `row` of the tensor in shard `number`, for each (number, row)."""
         first = self.shard(places[0][0])
         like = first.arrays[name]
         result = np.empty((len(places), *like.shape[1:]), like.dtype)
@@ -134,18 +139,18 @@ class Cache:
         return torch.from_numpy(result).view(first.dtypes[name])
 
     def text(self, entries: Sequence[Entry], which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features (B, N, D), zero where padding was dropped, and mask (B, N) bool of caption `which` of each item.
+        """Features (B, N, D), zero where padding was dropped, and mask (B, N) bool, of caption `which` of each item.
 
-        Features are in the type they are stored in: half of the bytes on the way to a device, where `Batch.to` makes
-        them float32.
+        Features stay in the storage type, which halves the bytes copied to a device, where `Batch.to` converts them to
+        float32.
         """
         first, part = self.shard(entries[0].shard), self.features["parts"]["text"]
         num_tokens = part["max_length"]
         features = np.empty((len(entries), num_tokens, part["width"]), first.arrays["text"].dtype)
         lengths = np.empty((len(entries), 1), np.int64)
-        for place, (one, number) in enumerate(zip(entries, which, strict=True)):  # the innermost loop of training
-            arrays = self.shard(one.shard).arrays
-            caption = int(arrays["items.offsets"][one.row]) + number
+        for place, (entry, number) in enumerate(zip(entries, which, strict=True)):  # the innermost loop of training
+            arrays = self.shard(entry.shard).arrays
+            caption = int(arrays["items.offsets"][entry.row]) + number
             begin, end = arrays["text.offsets"][caption : caption + 2].tolist()
             length = end - begin
             features[place, :length] = arrays["text"][begin:end]
@@ -155,19 +160,20 @@ class Cache:
         return torch.from_numpy(features).view(first.dtypes["text"]), mask
 
     def pooled(self, entries: Sequence[Entry], which: Sequence[int]) -> Tensor:
-        """One vector (B, D) per caption, in the type they are stored in."""
-        rows = [self.shard(one.shard).captions(one.row)[number] for one, number in zip(entries, which, strict=True)]
-        return self._rows("text.pooled", [(one.shard, row) for one, row in zip(entries, rows, strict=True)])
+        """One vector (B, D) per caption, in the storage type."""
+        rows = [
+            self.shard(entry.shard).captions(entry.row)[number] for entry, number in zip(entries, which, strict=True)
+        ]
+        return self._rows("text.pooled", [(entry.shard, row) for entry, row in zip(entries, rows, strict=True)])
 
     # -- agreement with a recipe
 
     def expect(self, needed: Mapping[str, Any]) -> None:
-        """Raises UserError unless the cache holds what a recipe needs (`Extractor.describe`), by the same networks."""
-        ours = self.features
+        """Raises UserError unless the cache has the features `needed` (`Extractor.describe`), by the same networks."""
         for name, identity in needed["networks"].items():
-            cached = ours["networks"].get(name)
+            cached = self.features["networks"].get(name)
             if cached is None:
-                raise UserError(f"The cache in {self.folder} has no features of a {NETWORKS[name]}. {_AGAIN}")
+                raise UserError(f"The cache in {self.folder} has no features of the {NETWORKS[name]}. {_ADVICE}")
             other = [
                 f"{key} {_short(cached.get(key))} instead of {_short(value)}"
                 for key, value in identity.items()
@@ -175,38 +181,38 @@ class Cache:
             ]
             if other:
                 raise UserError(
-                    f"The cache in {self.folder} was made with another {NETWORKS[name]} than the recipe's: "
-                    f"{', '.join(other)}. {_AGAIN}"
+                    f"The cache in {self.folder} was built with another {NETWORKS[name]} than the recipe's: "
+                    f"{', '.join(other)}. {_ADVICE}"
                 )
         for name, part in needed["parts"].items():
-            problem = _lacks(name, part, ours["parts"])
+            problem = _mismatch(name, part, self.features["parts"])
             if problem:
-                raise UserError(f"The cache in {self.folder} does not fit the recipe: {problem}. {_AGAIN}")
+                raise UserError(f"The cache in {self.folder} does not match the recipe: {problem}. {_ADVICE}")
 
     def fingerprint(self) -> str:
-        """32 hex digits of the plan and the checksums of all shards."""
+        """32 hex digits, from the description of the features and the checksums of all shards."""
         content = canonical([self.plan["features"], [record["sha256"] for record in self.records]])
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 NETWORKS = {"codec": "image codec", "text": "text encoder", "tower": "image tower"}
-_AGAIN = "Make the cache with this recipe (crossflow cache --config ...), or train with the recipe it was made with."
+_ADVICE = "Build a cache with this recipe (crossflow cache --config ...), or train with the recipe of this cache."
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 16 else str(value)
 
 
-def _lacks(name: str, part: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """What the cached part called `name` lacks to serve as `part`, "" when nothing."""
-    cached = there.get(name)
+def _mismatch(name: str, part: Mapping[str, Any], available: Mapping[str, Any]) -> str:
+    """Why the cached part `name` cannot serve as `part`; "" if it can."""
+    cached = available.get(name)
     if cached is None:
-        return f"it has no {name.replace('_', ' of size ')} (it has {', '.join(there)})"
+        return f"it has no {name.replace('_', ' of size ')} (it has {', '.join(available)})"
     for key, value in part.items():
-        # More than is needed does no harm.
+        # Having more than needed is fine.
         enough = (key == "padding" and cached[key] == "kept") or (key == "pooled" and cached[key])
         if cached[key] != value and not enough:
-            return f"{name}.{key} is {cached[key]}, and {value} is needed"
+            return f"{name}.{key} is {cached[key]}, but {value} is needed"
     return ""
 
 
@@ -228,7 +234,7 @@ class Rows:
 
 
 def _memory() -> float:
-    """Bytes of this machine's memory; without end where that cannot be told."""
+    """Bytes of this machine's memory; infinity where that is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -236,15 +242,15 @@ def _memory() -> float:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of a cache's manifest. Raises UserError when there is none that can be read."""
+    """The content of a cache's manifest. Raises UserError when it is missing or unreadable."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder} holds no feature cache: there is no {MANIFEST} in it. Make one by crossflow cache.")
+        raise UserError(f"{folder} is not a feature cache: it has no {MANIFEST}. Build one by crossflow cache.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["plan"]["format"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}). Make the cache again, in another folder.") from error
+        raise UserError(f"{path} is damaged ({error}). Build the cache again, in another folder.") from error
     if version != FORMAT:
-        raise UserError(f"{path} is of format {version}, and this version of crossflow reads format {FORMAT}.")
+        raise UserError(f"{path} has format {version}, but this version of crossflow reads format {FORMAT}.")
     return content

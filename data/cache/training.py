@@ -1,8 +1,8 @@
-"""Training from a cache: the features of a batch of examples, gathered. Everything else is as without a cache.
+"""Training from a cache: the features of a batch of examples. Everything else is as without a cache.
 
-An example of a cached item has "entry" (where its features lie) in place of "image", and "which" of its captions was
-drawn. Its latent is drawn from the moments with the example's own seed, keyed by (seed, epoch, index): another one each
-epoch, the same one when a run is resumed, and the one that would be drawn without a cache.
+An example of a cached item has "entry" (the place of its features) instead of "image", and "which" caption was drawn.
+Its latent is sampled from the moments with the example's own seed, keyed by (seed, epoch, index): a new sample each
+epoch, the same one after resuming, and the one that training without a cache would draw.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,20 +17,22 @@ from crossflow.data.reader import Reader
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.codecs.registry import build_codec
 
-TOGETHER = 64  # pictures decoded at once
+DECODE_BATCH = 64  # pictures
 
 
 @dataclass(frozen=True)
 class CachedBatch:
-    """The cached features of a batch: entries of one cache, the captions drawn, the picture size in pixels."""
+    """The cached features of a batch."""
 
     cache: Cache
     entries: Sequence[Entry]
     which: Sequence[int]
+    """Index of the caption of each example."""
     size: int
+    """Picture size in pixels."""
 
     def moments(self) -> Posterior:
-        """Over raw latents (B, *latent), in the type they are stored in."""
+        """Posterior over raw latents (B, *latent), in the storage type."""
         return self.cache.moments(self.entries, self.size)
 
     def text(self) -> tuple[Tensor, Tensor]:
@@ -38,7 +40,7 @@ class CachedBatch:
         return self.cache.text(self.entries, self.which)
 
     def pooled(self) -> Tensor:
-        """(B, D), one vector per caption."""
+        """One vector per caption (B, D)."""
         return self.cache.pooled(self.entries, self.which)
 
     def pixels(self) -> Tensor:
@@ -51,21 +53,22 @@ class CachedBatch:
 
 
 def cached_batch(examples: Sequence[Any], size: int) -> CachedBatch | None:
-    """The cached features of examples; None when they are not from a cache."""
+    """The cached features of examples; None when they do not come from a cache."""
     if "entry" not in examples[0]:
         return None
-    entries, which = [one["entry"] for one in examples], [one["which"] for one in examples]
+    entries = [example["entry"] for example in examples]
+    which = [example["which"] for example in examples]
     entries[0].cache.fetch(entries, which, size)
     return CachedBatch(entries[0].cache, entries, which, size)
 
 
 def cache_of(reader: Reader) -> Cache | None:
-    """The cache that a reader reads, if it reads one."""
+    """The cache behind a reader; None for other data."""
     return getattr(reader, "cache", None) if "features" in reader.fields else None
 
 
 def pixel_pictures(cache: Cache, entries: Sequence[Entry], size: int, factor: int) -> Iterator[Tensor]:
-    """Pictures (B, 3, S, S) back from the moments of a pixel codec, which are the pixels: to measure its scale on."""
+    """Pictures (B, 3, S, S) from the moments of a pixel codec, which are the pixels themselves."""
     codec: Codec = build_codec("pixel", factor=factor)
-    for start in range(0, len(entries), TOGETHER):
-        yield codec.decode(cache.moments(entries[start : start + TOGETHER], size).mean.float())
+    for start in range(0, len(entries), DECODE_BATCH):
+        yield codec.decode(cache.moments(entries[start : start + DECODE_BATCH], size).mean.float())

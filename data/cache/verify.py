@@ -1,4 +1,4 @@
-"""Checks a cache from end to end: every shard's checksum, every entry, and, with the data at hand, every key."""
+"""Checking a whole cache: the checksum of every shard, every entry, and, given the data, every key."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ from crossflow.core.progress import Progress
 from crossflow.data.cache import shards
 from crossflow.data.cache.extract import STORAGE
 from crossflow.data.cache.keys import KEY_BYTES, item_key
-from crossflow.data.cache.store import Cache
+from crossflow.data.cache.store import Cache, Entry
 from crossflow.data.item import BadItem
 from crossflow.data.reader import Reader
 
 
 @dataclass
 class Report:
-    """What was checked, and what is wrong in words; good when nothing is."""
+    """The number of items and bytes checked, and a sentence for each problem."""
 
     num_items: int = 0
     num_bytes: int = 0
@@ -30,7 +30,7 @@ class Report:
 
 
 def verify(folder: Path, progress: Progress | None = None) -> Report:
-    """Reads every byte of a cache. Raises UserError when there is none in `folder`, or an unfinished one."""
+    """Reads every byte of a cache. Raises UserError when `folder` has no finished cache."""
     cache, report = Cache(folder), Report()
     total, seen = sum(record["bytes"] for record in cache.records), set[tuple[str, str]]()
     for record in cache.records:
@@ -44,7 +44,7 @@ def verify(folder: Path, progress: Progress | None = None) -> Report:
     known = {record["file"] for record in cache.records}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in known:
-            report.problems.append(f"{path.name}: it is in the folder and not in the manifest")
+            report.problems.append(f"{path.name}: it is in the folder but not in the manifest")
     return report
 
 
@@ -56,9 +56,9 @@ def _shard_problems(
         yield "it is missing"
         return
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != record["sha256"]:
-        yield f"its SHA-256 is {found[:12]}…, recorded is {record['sha256'][:12]}…"
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != record["sha256"]:
+        yield f"its SHA-256 is {digest[:12]}…, but {record['sha256'][:12]}… is recorded"
         return
     try:
         beside = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def _shard_problems(
 def _entry_problems(
     shard: shards.Shard, record: Mapping[str, Any], features: Mapping[str, Any], seen: set[tuple[str, str]]
 ) -> Iterator[str]:
-    """What is wrong with the entries of a shard whose bytes are as they were written."""
+    """The problems of the entries of a shard with the right checksum."""
     items, captions = record["num_items"], record["num_captions"]
     rows = {"ids": items, "items": items, "captions": captions}
     if "text" in features["parts"]:
@@ -82,7 +82,7 @@ def _entry_problems(
     for name, number in rows.items():
         end = captions if name == "items" else len(shard[name]) if name in shard else -1
         if not _are_offsets(shard, name, number, end):
-            yield f"the offsets of {name} do not fit its {number} entries"
+            yield f"the offsets of {name} do not match its {number} entries"
             return
     for name, tensor in _expected(record, features).items():
         if name not in shard:
@@ -105,51 +105,52 @@ def _entry_problems(
 
 
 def _are_offsets(shard: shards.Shard, name: str, number: int, end: int) -> bool:
-    found = shard.arrays.get(name + shards.OFFSETS)
-    if found is None or len(found) != number + 1 or found[0] != 0 or found[-1] != end:
+    """Whether the offsets of `name` cover `number` rows, from 0 to `end`."""
+    offsets = shard.arrays.get(name + shards.OFFSETS)
+    if offsets is None or len(offsets) != number + 1 or offsets[0] != 0 or offsets[-1] != end:
         return False
-    return bool((found[1:] >= found[:-1]).all())
+    return bool((offsets[1:] >= offsets[:-1]).all())
 
 
 def _expected(record: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors without storage of the shapes and types that a shard must hold."""
+    """The tensors that a shard must have, on the meta device."""
     items, captions, storage = record["num_items"], record["num_captions"], STORAGE[features["storage"]]
 
     def like(*shape: int, dtype: torch.dtype = storage) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    found = {"keys": like(items, KEY_BYTES, dtype=torch.uint8)}
+    tensors = {"keys": like(items, KEY_BYTES, dtype=torch.uint8)}
     for name, part in features["parts"].items() if items else ():
         if name.startswith("moments"):
-            found[name] = like(items, 2 if part["spread"] else 1, *part["shape"])
+            tensors[name] = like(items, 2 if part["spread"] else 1, *part["shape"])
         elif name == "text":
-            found["text"] = like(0, part["width"])
-            found["text.lengths"] = like(captions, dtype=torch.int32)
+            tensors["text"] = like(0, part["width"])
+            tensors["text.lengths"] = like(captions, dtype=torch.int32)
             if part["pooled"] and captions:
-                found["text.pooled"] = like(captions, part["width"])
+                tensors["text.pooled"] = like(captions, part["width"])
         else:
-            found[name] = like(items, *part["shape"], dtype=torch.uint8 if name.startswith("pixels") else storage)
-    return found
+            tensors[name] = like(items, *part["shape"], dtype=torch.uint8 if name.startswith("pixels") else storage)
+    return tensors
 
 
 def _split_problems(cache: Cache) -> Iterator[str]:
-    """Items that are neither in the cache nor among its bad ones."""
+    """Splits with items that are neither in the cache nor recorded as bad."""
     for split, about in cache.plan["data"].items():
         records = [record for record in cache.records if record["split"] == split]
-        there = sum(record["num_items"] + len(record["bad"]) for record in records)
-        if there != about["items"]:
-            yield f"split {split}: {there} of {about['items']} items are accounted for"
+        count = sum(record["num_items"] + len(record["bad"]) for record in records)
+        if count != about["items"]:
+            yield f"split {split}: {count} of {about['items']} items are accounted for"
 
 
 def compare(folder: Path, readers: Mapping[str, Reader], progress: Progress | None = None) -> Report:
-    """Reads the data again and compares the key of every item with the cache's: whatever changed is listed."""
+    """Reads the data again and compares the key of every item with that in the cache; changed items are problems."""
     cache, report = Cache(folder), Report()
     total = sum(map(len, readers.values()))
     done = 0
     for split, reader in readers.items():
-        keys = {
-            cache.id(entry): _key(cache, entry) for entry in map(cache.rows(split).__getitem__, _count(cache, split))
-        }
+        rows = cache.rows(split)
+        entries = [rows[index] for index in range(len(rows))]
+        keys = {cache.id(entry): _key(cache, entry) for entry in entries}
         stride = max(16, reader.batch_hint)
         for start in range(0, len(reader), stride):
             for item in reader.load(range(start, min(start + stride, len(reader)))):
@@ -158,22 +159,15 @@ def compare(folder: Path, readers: Mapping[str, Reader], progress: Progress | No
                     continue
                 cached = keys.pop(item.id, None)
                 if cached is None:
-                    report.problems.append(f"{item.id}: it is in the data and not in the cache")
+                    report.problems.append(f"{item.id}: it is in the data but not in the cache")
                 elif cached != item_key(item, cache.features):
-                    report.problems.append(f"{item.id}: its picture or captions are not those that were cached")
+                    report.problems.append(f"{item.id}: its picture or captions have changed")
                 report.num_items += 1
             if progress is not None:
                 progress(done, total)
-        report.problems += [f"{id}: it is in the cache and not in the data any more" for id in keys]
+        report.problems += [f"{id}: it is in the cache but no longer in the data" for id in keys]
     return report
 
 
-def _count(cache: Cache, split: str) -> range:
-    return range(len(cache.rows(split)))
-
-
-def _key(cache: Cache, entry: Any) -> bytes:
+def _key(cache: Cache, entry: Entry) -> bytes:
     return cache.shard(entry.shard)["keys"][entry.row].numpy().tobytes()
-
-
-__all__ = ["Report", "compare", "verify"]

@@ -1,4 +1,4 @@
-"""The embedded world: procedural scenes, their pictures with metric depth, and what is said about them.
+"""The embedded world: procedural scenes, their pictures with metric depth, and their captions.
 
 ``make_scene(scene_seed(split, index))`` -> Scene; ``render(scenes, size)`` -> images, depths, masks;
 ``captions(scene)`` -> five sentences.

@@ -1,7 +1,7 @@
-"""What is said about scenes: captions, prompts of the GenEval kinds, and a parser that reads either back.
+"""The language of scenes: captions, prompts of the GenEval kinds, and a parser for both.
 
 Every sentence is true of the picture: an indefinite noun phrase ("a red cube", "two cones", "another sphere") stands
-for a solid of its own, a definite one ("the red cube") for a solid mentioned before, or for a new one if none was.
+for a new solid, a definite one ("the red cube") for a solid mentioned before, or for a new one if there is none.
 GenEval: Ghosh et al., "GenEval: an object-focused framework for evaluating text-to-image alignment", NeurIPS 2023.
 """
 
@@ -18,7 +18,7 @@ from crossflow.data.scenes.world import COLOURS, RELATIONS, SHAPES, Scene, Solid
 
 PROMPT_KINDS = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 
-ObjectName = tuple[str | None, str]  # (colour, shape); the colour is None where a text does not say it
+ObjectName = tuple[str | None, str]  # (colour, shape); the colour is None where a text does not state it
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _COUNT_OF = {name: number for number, name in enumerate(_NUMBERS) if number} | {
@@ -130,7 +130,7 @@ def _related(rng: random.Random, scene: Scene) -> str:
 
 
 def _third(rng: random.Random, scene: Scene, k: int, i: int, j: int) -> str:
-    """The last of three solids, with its relation to one that is mentioned already and that it cannot be taken for."""
+    """The last of three solids, with its relation to a mentioned solid of another name."""
     solid = scene.objects[k]
     known = {_name(scene.objects[i]), _name(scene.objects[j])}
     words = f"another {_name(solid)}" if _name(solid) in known else _phrase(1, (solid.colour,), solid.shape)
@@ -211,7 +211,7 @@ def _tie(scene: Scene, rng: random.Random, relation: tuple[int, str, int]) -> st
     return f"the {_name(scene.objects[i])} {verb} {_choose(rng, _RELATION_WORDS[name])} the {_name(scene.objects[j])}"
 
 
-# ---- reading captions back
+# ---- parsing captions
 
 
 def objects_of(scene: Scene) -> tuple[ObjectName, ...]:
@@ -220,11 +220,14 @@ def objects_of(scene: Scene) -> tuple[ObjectName, ...]:
 
 
 def parse_objects(text: str) -> tuple[ObjectName, ...]:
-    """The (colour, shape) of every solid that a text mentions, sorted; colour None where it is not said.
+    """The (colour, shape) of every solid that a text mentions, sorted; colour None where it is not stated.
 
-    Never fails: words outside the language of scenes are passed over, so that any generated text can be scored.
+    Never fails: words outside the language of scenes are ignored, so any generated text can be scored.
+
+    >>> parse_objects("a red cube behind two cones")
+    ((None, 'cone'), (None, 'cone'), ('red', 'cube'))
     """
-    found: list[ObjectName] = []
+    names: list[ObjectName] = []
     count, colour, definite = 0, None, False
     for word in re.findall(r"[a-z]+", text.lower()):
         if word in _COUNT_OF or word == "the":
@@ -233,33 +236,33 @@ def parse_objects(text: str) -> tuple[ObjectName, ...]:
             colour = word
         elif word in _SHAPE_OF:
             shape = _SHAPE_OF[word]
-            known = definite and any(o[1] == shape and (colour is None or o[0] == colour) for o in found)
+            known = definite and any(o[1] == shape and (colour is None or o[0] == colour) for o in names)
             if not known:
-                found += [(colour, shape)] * (count or (1 if word == shape else 2))
+                names += [(colour, shape)] * (count or (1 if word == shape else 2))
             count, colour, definite = 0, None, False
         elif word not in _ADJECTIVES:
             count, colour, definite = 0, None, False
-    return tuple(sorted(found, key=lambda name: (name[0] or "", name[1])))
+    return tuple(sorted(names, key=lambda name: (name[0] or "", name[1])))
 
 
 def object_f1(mentioned: Iterable[ObjectName], truth: Iterable[ObjectName]) -> dict[str, float]:
     """``precision``, ``recall`` and ``f1`` in [0, 1] of (colour, shape) pairs, counted with their multiplicity.
 
-    A pair counts only when both parts agree; the scores are 0 when either side is empty.
+    A pair counts only if both parts agree; the scores are 0 if either side is empty.
     """
-    said, true = Counter(mentioned), Counter(truth)
-    right = (said & true).total()
+    predicted, true = Counter(mentioned), Counter(truth)
+    right = (predicted & true).total()
     if right == 0:
         return {"precision": 0.0, "recall": 0.0, "f1": 0.0}
     return {
-        "precision": right / said.total(),
+        "precision": right / predicted.total(),
         "recall": right / true.total(),
-        "f1": 2 * right / (said.total() + true.total()),
+        "f1": 2 * right / (predicted.total() + true.total()),
     }
 
 
 def objects_in_references(references: Sequence[str]) -> tuple[ObjectName, ...]:
-    """What captions of one scene say together: the reading with the most solids whose colour is given."""
+    """The solids in captions of one scene: those of the caption that states the most colours."""
     readings = [parse_objects(text) for text in references]
     return max(readings, key=lambda names: sum(colour is not None for colour, _ in names), default=())
 
@@ -269,7 +272,7 @@ def objects_in_references(references: Sequence[str]) -> tuple[ObjectName, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Requirement:
-    """``count`` solids of a shape (and of a colour, where one is asked for)."""
+    """``count`` solids of a shape, and of a colour unless it is None."""
 
     count: int
     shape: str
@@ -287,7 +290,7 @@ class Prompt:
 
 
 def geneval_prompts(kind: str, seed: int, count: int) -> tuple[Prompt, ...]:
-    """``count`` prompts of one of ``PROMPT_KINDS``; none occurs again before all of the kind have occurred."""
+    """``count`` prompts of one of ``PROMPT_KINDS``; none repeats before all of its kind have occurred."""
     if kind not in PROMPT_KINDS:
         raise unknown_name("kind of prompts", kind, PROMPT_KINDS)
     rng = random.Random(f"prompts/{kind}/{seed}")
@@ -315,9 +318,9 @@ def _all_prompts(kind: str) -> list[Prompt]:
             for relation in RELATIONS
         ]
     return [
-        _prompt(kind, [Requirement(1, a, one), Requirement(1, b, two)])
+        _prompt(kind, [Requirement(1, a, first), Requirement(1, b, second)])
         for a, b in shape_pairs
-        for one, two in itertools.permutations(COLOURS, 2)
+        for first, second in itertools.permutations(COLOURS, 2)
     ]
 
 

@@ -1,10 +1,10 @@
 """Pictures, metric depth and masks of scenes, by vectorised analytic ray casting.
 
 A picture averages 2 x 2 rays per pixel in linear light and is stored with gamma 2; depth and mask come from the ray
-through the pixel's centre, so that they are exact there. A ray is
+through the pixel's centre, where they are exact. A ray is
 ``(0, 0, h) + t (u, cos p - v sin p, -sin p - v cos p)``, and t is the depth along the optical axis.
-Pixels see only additions, multiplications, divisions, square roots and comparisons, each of which IEEE arithmetic
-rounds correctly: the same scene gives the same bytes alone, in any batch, on any machine.
+Pixels are computed by additions, multiplications, divisions, square roots and comparisons only, each of which IEEE
+arithmetic rounds correctly: a scene has the same bytes alone, in any batch and on any machine.
 
 Letters: B scenes, S side of the picture, n side of the grid of rays, K solids of the batch, R rays.
 """
@@ -21,7 +21,7 @@ from crossflow.data.scenes.world import COLOURS, FAR, HALF_VIEW, SHAPES, Box, Sc
 
 SKY, GROUND = -1, 0  # values of the mask; solid i has the value i + 1
 
-_CHUNK_RAYS = 2**17  # keeps the working arrays of a chunk inside the processor's cache
+_CHUNK_RAYS = 2**17  # the working arrays of a chunk then fit into the processor's cache
 _SUN = (1.50, 1.40, 1.22)
 _AMBIENT = (0.40, 0.44, 0.52)
 _REFLECTANCES = {  # linear
@@ -42,7 +42,7 @@ Array = np.ndarray
 def render(scenes: Sequence[Scene], size: int) -> tuple[Array, Array, Array]:
     """Image uint8 (B, S, S, 3) RGB, depth float32 (B, S, S) in metres, 0 where there is none, and mask int8 (B, S, S).
 
-    The mask holds -1 for sky (and ground lost in haze, farther than ``FAR``), 0 for ground and i + 1 for solid i.
+    The mask is -1 for sky (and for ground farther than ``FAR``, lost in haze), 0 for ground and i + 1 for solid i.
     """
     if size < 1:
         raise UserError(f"A picture of {size} x {size} pixels cannot be rendered: the size must be at least 1.")
@@ -241,10 +241,10 @@ def _meet_cube(o: _Vector, d: _Vector, a: Array, h: Array) -> _Meeting:
     enter, leave = np.full_like(h, -np.inf), np.full_like(h, np.inf)
     entries = []
     for origin, direction, extent in ((o[0], d[0], a), (o[1], d[1], a), (o[2] - half, d[2], half)):
-        one, two = (-extent - origin) / direction, (extent - origin) / direction
-        entries.append(np.minimum(one, two))
+        first, second = (-extent - origin) / direction, (extent - origin) / direction
+        entries.append(np.minimum(first, second))
         enter = np.fmax(enter, entries[-1])
-        leave = np.fmin(leave, np.maximum(one, two))
+        leave = np.fmin(leave, np.maximum(first, second))
     normal = tuple(np.where(entry == enter, -np.sign(x), np.float32(0)) for entry, x in zip(entries, d, strict=True))
     return np.where((enter <= leave) & (enter > _TOUCH), enter, _NEVER), (normal[0], normal[1], normal[2])
 
@@ -453,7 +453,7 @@ def _shade(stage: _Stage, rays: _Rays, hits: _Hits) -> list[Array]:
     (px, py, pz), (nx, ny, nz) = hits.point, hits.normal
     facing = nx * sun[:, 0] + ny * sun[:, 1] + nz * sun[:, 2]
     lit = np.maximum(facing, np.float32(0)) * _sunlit(stage, hits, sun)
-    # Directions of the line of sight and of its mirror image.
+    # Directions of the line of sight and of its reflection.
     vz = pz - stage.camera_height[scene]
     length = np.sqrt(px * px + py * py + vz * vz)
     vx, vy, vz = px / length, py / length, vz / length

@@ -1,17 +1,18 @@
-"""The procedural world: one to three solids on a ground plane, seen by a camera that stands above the ground.
+"""The procedural world: one to three solids on a ground plane, seen by a camera above the ground.
 
 Frame: x right, y forward along the ground, z up, in metres; the camera stands at (0, 0, height) and looks along
 ``(0, cos(pitch), -sin(pitch))``. A point (x, y, z) has the depth ``d = y cos(pitch) + (height - z) sin(pitch)`` along
 the optical axis and appears at ``u = x / d``, ``v = (-y sin(pitch) + (height - z) cos(pitch)) / d``.
 Solids have fixed sizes in metres and the camera's height and field of view hardly vary, so metric depth is identifiable
 from one picture. A scene is a function of its seed alone: numbers come from Python's ``random()``, whose stream is
-guaranteed across versions, and are rounded to 4 decimals, so that a scene survives JSON exactly.
+guaranteed across versions, and are rounded to 4 decimals, so a scene round-trips through JSON exactly.
 """
 
 import dataclasses
 import math
 import random
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from crossflow.core.errors import UserError, unknown_name
 
@@ -24,17 +25,18 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "in front of": "behind
 SPLITS = ("train", "val", "test", "recogniser")
 
 HALF_VIEW = 0.48  # tangent of half the field of view (51 degrees), the same in both directions
-FAR = 10.0  # metres along the optical axis; ground beyond it is lost in haze and counts as sky
-MIN_SHARE = 0.03  # of the picture, shown by every solid
+FAR = 10.0  # metres along the optical axis; ground beyond it fades into haze and counts as sky
+MIN_SHARE = 0.03  # of the picture, covered by every solid at least
 LEFT_MARGIN = 0.15  # of the picture's width, between the centres of solids called left or right of one another
 FRONT_MARGIN = 0.4  # metres along the ground, between the centres of solids called in front of or behind one another
 
 _SEEDS_PER_SPLIT = 2**40
 _RADIUS = {"small": 0.36, "large": 0.54}  # metres: a sphere's radius, from which the other solids' measures follow
 _BODY = {"cube": (0.82, 1.64), "sphere": (1.0, 2.0), "cylinder": (0.80, 1.70), "cone": (0.98, 2.10)}
-_FILL = {"cube": 0.73, "sphere": 0.76, "cylinder": 0.82, "cone": 0.53}  # least share of its box that a solid covers
+_FILL = {"cube": 0.73, "sphere": 0.76, "cylinder": 0.82, "cone": 0.53}  # minimum share of its box that a solid covers
 _FOOTPRINT = {"cube": math.sqrt(2.0), "sphere": 1.0, "cylinder": 1.0, "cone": 1.0}  # of the half-width, seen from above
 
+T = TypeVar("T")
 Colour = tuple[float, float, float]
 Box = tuple[float, float, float, float]
 
@@ -56,7 +58,7 @@ _SKIES: tuple[tuple[Colour, Colour], ...] = (  # linear colours at the zenith an
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Camera:
-    """Where the picture is taken from: ``height`` metres above the ground, ``pitch`` radians below the horizontal."""
+    """The camera: ``height`` in metres above the ground, ``pitch`` in radians below the horizontal."""
 
     height: float
     pitch: float
@@ -71,10 +73,10 @@ class Camera:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Solid:
-    """One solid: its attributes, where it stands and where it appears.
+    """One solid: its attributes, its position on the ground and its place in the picture.
 
     ``x``, ``y`` metres on the ground; ``angle`` radians about the vertical (cubes); ``box`` = left, top, right, bottom
-    of the whole solid as fractions of the picture, hidden parts included; ``share`` = a lower bound of the part of the
+    of the whole solid as fractions of the picture, hidden parts included; ``share`` = a lower bound of the share of the
     picture that it visibly covers.
     """
 
@@ -121,7 +123,12 @@ class Surroundings:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture's content: the solids in the order in which they were placed, and how they are seen."""
+    """The content of a picture: the solids in the order of their placement, the camera and the surroundings.
+
+    >>> scene = make_scene(scene_seed("val", 0))
+    >>> 1 <= len(scene.objects) <= 3 and Scene.from_json(scene.to_json()) == scene
+    True
+    """
 
     seed: int
     objects: tuple[Solid, ...]
@@ -130,7 +137,7 @@ class Scene:
 
     @property
     def relations(self) -> tuple[tuple[int, str, int], ...]:
-        """Every (i, relation, j) that clearly holds between two solids as seen in the picture."""
+        """Every (i, relation, j) that clearly holds between two solids in the picture."""
         pairs = ((i, j) for i in range(len(self.objects)) for j in range(len(self.objects)) if i != j)
         return tuple((i, name, j) for i, j in pairs for name in _relations(self.objects[i], self.objects[j]))
 
@@ -145,17 +152,17 @@ class Scene:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Scene":
-        """The scene that ``to_json`` wrote, also after a trip through text."""
+        """The scene of ``to_json``, also after a round trip through text."""
         return cls(
             seed=values["seed"],
-            objects=tuple(Solid(*map(_frozen, solid)) for solid in values["objects"]),
+            objects=tuple(Solid(*_tuples(solid)) for solid in values["objects"]),
             camera=Camera(*values["camera"]),
-            surroundings=Surroundings(*map(_frozen, values["surroundings"])),
+            surroundings=Surroundings(*_tuples(values["surroundings"])),
         )
 
 
 def scene_seed(split: str, index: int) -> int:
-    """The seed of item ``index`` of a split. Splits are disjoint; ``recogniser`` serves to train the judge alone."""
+    """The seed of item ``index`` of a split. Splits are disjoint; ``recogniser`` is reserved for training the judge."""
     if split not in SPLITS:
         raise unknown_name("split of scenes", split, SPLITS)
     if not 0 <= index < _SEEDS_PER_SPLIT:
@@ -178,23 +185,24 @@ def make_scene(seed: int) -> Scene:
 
 
 def place(camera: Camera, kind: tuple[str, str], size: str, material: str, x: float, y: float, angle: float) -> Solid:
-    """A solid of kind (shape, colour) standing at (x, y), with its box and the share that it shows while not hidden."""
+    """A solid of kind (shape, colour) standing at (x, y), with its box and its unoccluded share of the picture."""
     shape, colour = kind
     half_width, tall = (measure * _RADIUS[size] for measure in _BODY[shape])
     box = _project_box(camera, shape, half_width, tall, x, y, angle)
     return Solid(shape, colour, size, material, x, y, angle, box, share=round(_FILL[shape] * _area(box), 4))
 
 
-def _astuple(value: Any) -> tuple[Any, ...]:
+def _astuple(value: "Solid | Camera | Surroundings") -> tuple[Any, ...]:
     return tuple(getattr(value, field.name) for field in dataclasses.fields(value))
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _tuples(values: list[Any]) -> list[Any]:
+    """The values with lists, which JSON has in place of tuples, turned back into tuples."""
+    return [tuple(value) if isinstance(value, list) else value for value in values]
 
 
 def _relations(a: Solid, b: Solid) -> list[str]:
-    """What clearly holds of a with respect to b."""
+    """The relations that clearly hold of a with respect to b."""
     names = []
     across, away = a.centre[0] - b.centre[0], a.y - b.y
     if abs(across) >= LEFT_MARGIN:
@@ -204,14 +212,14 @@ def _relations(a: Solid, b: Solid) -> list[str]:
     return names
 
 
-# ---- drawing
+# ---- random choices
 
 
 def _uniform(rng: random.Random, low: float, high: float) -> float:
     return round(low + (high - low) * rng.random(), 4)
 
 
-def _choose(rng: random.Random, values: Any) -> Any:
+def _choose(rng: random.Random, values: Sequence[T]) -> T:
     return values[int(rng.random() * len(values))]
 
 
@@ -237,7 +245,7 @@ def _jitter(rng: random.Random, colour: Colour) -> Colour:
 
 
 def _draw_kinds(rng: random.Random) -> list[tuple[str, str]]:
-    """The (shape, colour) of each solid. Equal kinds are common enough for counts ("three cubes") to be learnt."""
+    """The (shape, colour) of each solid. Equal kinds are common enough for a model to learn counts ("three cubes")."""
     number = 1 + int(rng.random() * 3)
     first, second, third = _draw_distinct_colours(rng)
     shapes = [_choose(rng, SHAPES) for _ in range(3)]
@@ -262,24 +270,22 @@ def _draw_distinct_colours(rng: random.Random) -> list[str]:
 
 
 def _place_all(rng: random.Random, camera: Camera, kinds: list[tuple[str, str]]) -> tuple[Solid, ...]:
-    """Solids that fit the picture and one another, or () when there was no room for one of them."""
+    """Solids that fit the picture and one another, or () when one of them found no room."""
     placed: list[Solid] = []
     cos, sin = math.cos(camera.pitch), math.sin(camera.pitch)
     farthest = 3.2 if len(kinds) == 1 else 4.0
     for kind in kinds:
         size, material = _choose(rng, SIZES), _choose(rng, MATERIALS)
         half_width, tall = (measure * _RADIUS[size] for measure in _BODY[kind[0]])
-        # Beyond this depth a solid would show less than its share. Only the tests in _fit decide; this saves tries.
+        # Beyond this depth a solid would cover less than MIN_SHARE. _fit decides; this only saves attempts.
         deepest = math.sqrt(_FILL[kind[0]] * 2 * half_width * tall / (1.2 * MIN_SHARE)) / (2 * HALF_VIEW)
         reach = min(farthest, (deepest - camera.height * sin) / cos + 0.4)
         for _ in range(12):
             y = _uniform(rng, 1.8, reach)
             depth = y * cos + camera.height * sin
-            room = (
-                HALF_VIEW * depth - half_width
-            )  # metres from the middle of the picture to where it would cut the solid
+            room = HALF_VIEW * depth - half_width  # metres from the middle within which the picture holds the solid
             x = _uniform(rng, -room, room)
-            # A cube shows two sides, turned by 20 to 70 degrees from the line of sight, so that it is no cylinder.
+            # A cube shows two sides, turned by 20 to 70 degrees from the line of sight, to differ from a cylinder.
             angle = round(_uniform(rng, 0.35, 1.22) - math.atan2(x, y), 4)
             fitted = _fit(place(camera, kind, size, material, x, y, angle), placed)
             if fitted:
@@ -291,7 +297,7 @@ def _place_all(rng: random.Random, camera: Camera, kinds: list[tuple[str, str]])
 
 
 def _fit(solid: Solid, placed: list[Solid]) -> list[Solid]:
-    """``placed`` with the solid added and the shares brought up to date, or [] when it does not fit."""
+    """``placed`` plus the solid, with updated shares, or [] when it does not fit."""
     left, top, right, bottom = solid.box
     if left < 0.02 or top < 0.02 or right > 0.98 or bottom > 0.98 or solid.share < 1.2 * MIN_SHARE:
         return []
@@ -335,9 +341,9 @@ def _project_box(camera: Camera, shape: str, half_width: float, tall: float, x: 
         bounds = (*_sphere_bounds(x, depth, half_width), *_sphere_bounds(down, depth, half_width))
     elif shape == "cube":
         along, across = half_width * math.cos(angle), half_width * math.sin(angle)
-        one, two = along - across, along + across
+        near, far = along - across, along + across
         u, v = [], []
-        for dx, dy in ((one, two), (-two, one), (-one, -two), (two, -one)):
+        for dx, dy in ((near, far), (-far, near), (-near, -far), (far, -near)):
             for below in (bottom, top):
                 depth = (y + dy) * cos + below * sin
                 u.append((x + dx) / depth)
@@ -361,7 +367,7 @@ def _sphere_bounds(offset: float, depth: float, radius: float) -> tuple[float, f
 def _rim_bounds(
     x: float, y: float, below: float, cos: float, sin: float, radius: float
 ) -> tuple[float, float, float, float]:
-    """Least and greatest u, then v, of a horizontal circle that lies ``below`` metres under the camera.
+    """Minimum and maximum u, then v, of a horizontal circle ``below`` metres under the camera.
 
     u is extreme where ``(u d - x)^2 = r^2 (1 + u^2 cos^2)``, v at the circle's nearest and farthest points.
     """

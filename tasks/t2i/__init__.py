@@ -86,7 +86,7 @@ class TextToImageParts(Parts):
     @classmethod
     def learn(cls, config: T2IConfig, examples: Examples, report: Report) -> Self:
         text = TextSide.prepare(config.text, examples.captions(NUM_FOR_TOKENIZER))
-        codec = open_codec(config.codec, first_pictures(examples, config))
+        codec = open_codec(config.codec, first_pictures(examples, config.data.image_size, config.codec.factor))
         tower = None
         if needs_tower(config):
             checksum = ImageTower.load(config.tower, None).checksum

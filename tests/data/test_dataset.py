@@ -273,11 +273,11 @@ def test_examples_of_scenes_render_together_and_repeat():
         assert item.captions == again[key].captions
 
 
-def test_chance_is_that_of_a_generator_of_its_own_keyed_by_epoch_and_index():
-    chance = _ItemGenerator(3)
+def test_the_reset_generator_equals_a_new_one_keyed_by_epoch_and_index():
+    generators = _ItemGenerator(3)
     for epoch, index in ((0, 0), (0, 1), (2, 1), (0, 0)):
         own = np.random.Generator(np.random.Philox(key=noise.key("augment", 3, epoch, index)))
-        given = chance.of(epoch, index)
-        assert given.integers(5) == own.integers(5)
-        assert given.integers(2**62) == own.integers(2**62)
-        assert np.array_equal(given.standard_normal(3), own.standard_normal(3))
+        reset = generators.at(epoch, index)
+        assert reset.integers(5) == own.integers(5)
+        assert reset.integers(2**62) == own.integers(2**62)
+        assert np.array_equal(reset.standard_normal(3), own.standard_normal(3))

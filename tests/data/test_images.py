@@ -278,5 +278,5 @@ def test_depth_that_does_not_fit_is_refused(tmp_path):
 
 
 def test_a_colour_picture_is_not_depth():
-    with pytest.raises(ValueError, match="16-bit grey PNG, this picture has mode RGB"):
+    with pytest.raises(ValueError, match="16-bit grey PNG as depth map, got mode RGB"):
         images.load_depth_png(encode(Image.fromarray(noise(2, 2))))

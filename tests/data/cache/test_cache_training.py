@@ -100,10 +100,10 @@ def test_each_epoch_draws_another_latent_from_the_moments_and_the_same_one_again
         ({"more": ("text.scale=10",)}, "text encoder than the recipe's: scale 1.0 instead of 10.0"),
         ({"more": ("data.image_size=32",)}, "no moments of size 32"),
         ({"more": ("loss.encoder_target=image",)}, "no pixels of size 16"),
-        ({"more": ("text.max_length=12",)}, "text.max_length is 16, and 12 is needed"),
+        ({"more": ("text.max_length=12",)}, "text.max_length is 16, but 12 is needed"),
         (
             {"more": ("source.trunk=released", "text.head=flatten", "source.heads=2")},
-            "text.padding is dropped, and kept is needed",
+            "text.padding is dropped, but kept is needed",
         ),
     ],
 )
