@@ -10,6 +10,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crossflow.core.errors import UserError
 from crossflow.data import scenes as world
@@ -280,6 +282,15 @@ def test_captions_name_every_solid_and_agree():
         assert world.objects_in_references(five) == truth
         assert len(five[0].split()) <= 11
         assert max(len(text.split()) for text in five) <= 30
+
+
+@given(seed=st.integers(0, 2**60))
+@settings(max_examples=50, deadline=None)
+def test_any_scene_survives_json_and_its_captions_read_back_as_its_solids(seed: int):
+    scene = make_scene(seed)
+    assert Scene.from_json(json.loads(json.dumps(scene.to_json()))) == scene
+    for text in captions(scene)[1:]:
+        assert world.parse_objects(text) == world.objects_of(scene), text
 
 
 def test_full_caption_names_sizes_and_materials():

@@ -7,11 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from crossflow.cli import main
@@ -66,6 +69,19 @@ def test_a_shard_gives_back_what_was_written(tmp_path: Path):
     assert [shard.text("words", row) for row in range(3)] == ["a", "", "zwei Würfel"]
     assert record["sha256"] == hashlib.sha256((tmp_path / "one.safetensors").read_bytes()).hexdigest()
     assert json.loads((tmp_path / "one.json").read_text()) == record
+
+
+@given(texts=st.lists(st.text(max_size=20), max_size=6), rows=st.integers(0, 4), width=st.integers(1, 5))
+@settings(max_examples=25)
+def test_any_texts_and_rows_survive_a_shard(texts: list[str], rows: int, width: int):
+    tensors = {"rows": torch.arange(rows * width, dtype=torch.float16).reshape(rows, width)}
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    tensors["captions"], tensors["captions.offsets"] = pack_texts(texts)
+    with tempfile.TemporaryDirectory() as folder:
+        write_shard(Path(folder) / "a.safetensors", tensors, {})
+        shard = Shard(Path(folder) / "a.safetensors")
+        assert torch.equal(shard["rows"], tensors["rows"])
+        assert [shard.text("captions", row) for row in range(len(texts))] == texts
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100, (20).to_bytes(8, "little") + b'{"a": {"dtype": 1}}  '])
@@ -195,7 +211,7 @@ def test_changed_data_are_noticed_by_going_on_and_by_comparing(builder, pictures
     picture.putpixel((12, 10), (1, 2, 3))
     picture.save(pictures / "train" / "07.png")
     (pictures / "val" / "01.txt").write_text("other words", encoding="utf-8")
-    with pytest.raises(UserError, match=r"begun with other data or settings: data\.train\.fingerprint"):
+    with pytest.raises(UserError, match=r"started with other data or settings: data\.train\.fingerprint"):
         builder()
     readers = {split: open_reader(f"folder:{pictures}", split) for split in ("train", "val")}
     problems = compare(tmp_path / "cache", readers).problems
@@ -219,7 +235,7 @@ def test_the_expected_size_is_near_the_real_one(builder, more, tmp_path: Path):
 def test_a_disk_without_room_is_refused_before_anything_is_written(builder, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     made = builder()
-    with pytest.raises(UserError, match="are free where"):
+    with pytest.raises(UserError, match="are free on the disk of"):
         made.estimate().require(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     Estimate(1, 100, 100.0, free=60, finished=50).require(tmp_path)

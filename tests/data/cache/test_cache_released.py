@@ -277,7 +277,7 @@ def test_features_of_another_text_encoder_are_not_taken_over(frozen, released, t
 def test_moments_of_another_size_and_missing_pictures_are_told(frozen, released, tmp_path: Path):
     with pytest.raises(UserError, match="need image_latent_32, but 00 has image_latent_16"):
         imported(tmp_path / "size", released, released_settings(frozen, "data.image_size=32"))
-    with pytest.raises(UserError, match="looks at pictures"):
+    with pytest.raises(UserError, match="encoder loss needs pictures"):
         imported(tmp_path / "pictures", released, released_settings(frozen, "loss.encoder_target=image"))
 
 
