@@ -94,9 +94,7 @@ class _Statistics:
         return numbers
 
 
-def inspect(
-    reader: Reader, *, num_shown: int = 24, progress: Progress | None = None
-) -> Inspection:
+def inspect(reader: Reader, *, num_shown: int = 24, progress: Progress | None = None) -> Inspection:
     """Reads all items of a reader; `num_shown` of them, spread evenly, are on the sheet."""
     places = np.unique(np.linspace(0, len(reader) - 1, min(num_shown, len(reader))).astype(int))
     statistics = _Statistics({reader.ids[int(place)] for place in places} if num_shown else set())

@@ -1,4 +1,4 @@
-"""Pictures of any size through a model of patches: fitting sides, overlapped and blended tiles."""
+"""Pictures of any size for models with patches: fitting sides, and overlapping, blended tiles."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -88,7 +88,10 @@ class CaptionParts(Parts):
             codec: Codec = origin.codec
             text: TextAutoencoder = SourceText.of(origin, captions, settings.vocab_size, settings.autoencoder)
         else:
-            origin, codec = None, open_codec(config.codec, first_pictures(examples, config.data.image_size, config.codec.factor))
+            origin, codec = (
+                None,
+                open_codec(config.codec, first_pictures(examples, config.data.image_size, config.codec.factor)),
+            )
             tokenizer = build_tokenizer(captions, settings.vocab_size, settings.autoencoder.max_length)
             text = TextAutoencoder(tokenizer, codec.latent_shape(config.data.image_size), settings.autoencoder)
         quality = cls._fit(config, text, captions, report)
