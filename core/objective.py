@@ -89,11 +89,6 @@ class Objective(nn.Module):
             return losses.sigmoid_contrastive_loss(z0, target, self.log_temperature, self.bias)
         return losses.clip_contrastive_loss(z0, target, self.log_temperature)
 
-    @property
-    def logit_scale(self) -> Tensor:
-        """The factor on contrastive similarities, 1 / temperature, at most MAX_LOGIT_SCALE."""
-        return self.log_temperature.exp().clamp(max=MAX_LOGIT_SCALE)
-
     @torch.no_grad()
     def _limit_temperature(self) -> None:
         """Clamps the parameter itself: clamped in the graph it would have no gradient beyond the bound."""

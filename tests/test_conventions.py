@@ -18,7 +18,14 @@ NOT_NAMES = {
     *("tell", "theirs", "told", "wanted", "whence"),
 }
 # Public functions whose keyword-only options do not count as parameters.
-ENTRY_POINTS: set[str] = {"engine/latents.py:arithmetic", "engine/latents.py:interpolate", "engine/latents.py:invert"}
+ENTRY_POINTS: set[str] = {
+    "engine/latents.py:arithmetic",
+    "engine/latents.py:interpolate",
+    "engine/latents.py:invert",
+    "core/sampling.py:generate",
+    "core/sampling.py:flow",
+    "core/solvers.py:solve",
+}
 # `Any` parameters and why a closer type is impossible.
 ANY: dict[str, str] = {
     "commands/ablate.py:command": "click passes options by keyword",
