@@ -213,3 +213,12 @@ def test_latents_of_other_sizes_stretch_the_positions():
 def test_invalid_shapes_are_user_errors(settings, shape, message):
     with pytest.raises(UserError, match=message):
         tiny(shape, **settings)
+
+
+def test_norms_read_time_as_one_minus_twice_t():
+    model, (z, t, flags) = tiny(), inputs()
+    times = []
+    for stage in model.stages:
+        stage.norm.register_forward_pre_hook(lambda _, arguments: times.append(arguments[1]))
+    model(z, t, flags)
+    assert [c.tolist() for c in times] == [[1.0, 0.0, -1.0]] * 2  # t is 0, 1/2, 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from crossflow.core.backbones import BACKBONES, build_backbone
-from crossflow.core.backbones.dit import SIZES, DiT
+from crossflow.core.backbones.dit import SIZES, DiT, DiTBlock
 from crossflow.core.batch import Condition
 from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError
@@ -190,3 +190,17 @@ def test_user_errors_say_what_is_possible() -> None:
     with pytest.raises(UserError, match="5 x 4 cannot be cut into patches of 2 x 2"):
         model(*inputs((2, 5, 4)))
     assert "dit" in BACKBONES.names()
+
+
+@torch.no_grad()
+def test_a_block_is_its_formula_written_out(perturb: Callable) -> None:
+    block = perturb(DiTBlock(8, 2, context_dim=None))
+    x, c = torch.randn(2, 5, 8), torch.randn(2, 8)
+    shift1, scale1, gate1, shift2, scale2, gate2 = (
+        part[:, None] for part in block.modulation[1](torch.nn.functional.silu(c)).split(8, dim=1)
+    )
+    normed = torch.nn.functional.layer_norm(x, (8,), eps=1e-6)
+    y = x + gate1 * block.attn(normed * (1 + scale1) + shift1)
+    normed = torch.nn.functional.layer_norm(y, (8,), eps=1e-6)
+    expected = y + gate2 * block.mlp(normed * (1 + scale2) + shift2)
+    assert torch.allclose(block(x, c, None, None, None, None), expected, atol=1e-6)
