@@ -131,14 +131,13 @@ def indicator_guidance(
     model: CrossFlow, scale: float, condition: Condition | None = None, interval: tuple[float, float] = (0.0, 1.0)
 ) -> Velocity:
     """v_uncond + scale (v_cond - v_uncond) inside the interval, both from one batched forward of 2B samples."""
-    conditional = plain(model, condition)
     if scale == 1:
-        return conditional
+        return plain(model, condition)
     doubled = _doubled(condition)
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         if not _within(t, interval):
-            return conditional(z, t)
+            return model.velocity(z, t.expand(len(z)), as_flags(False, z), condition)
         flags = torch.cat([as_flags(False, z), as_flags(True, z)])
         both = model.velocity(torch.cat([z, z]), t.expand(2 * len(z)), flags, doubled)
         v_cond, v_uncond = both.chunk(2)
@@ -158,15 +157,16 @@ def autoguidance(
     """v_weak + scale (v - v_weak) inside the interval, v_weak of an under-trained version of the same model (Karras et
     al. 2024); outside it the velocity is the model's own.
     """
-    strong, inferior = plain(model, condition), plain(weak, weak_condition)
     if scale == 1:
-        return strong
+        return plain(model, condition)
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
+        times, flags = t.expand(len(z)), as_flags(False, z)
+        v = model.velocity(z, times, flags, condition)
         if not _within(t, interval):
-            return strong(z, t)
-        v_weak = inferior(z, t)
-        return v_weak + scale * (strong(z, t) - v_weak)
+            return v
+        v_weak = weak.velocity(z, times, flags, weak_condition)
+        return v_weak + scale * (v - v_weak)
 
     return velocity
 

@@ -60,7 +60,7 @@ class CrossFlow(nn.Module):
 
     def velocity(self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None) -> Tensor:
         """The velocity at full resolution, (B, *latent), of z_t's type: guidance magnifies a half type's rounding."""
-        return self.velocities(z_t, t, unconditional, condition)[-1].to(z_t.dtype)
+        return self.backbone(z_t, t, unconditional, condition)[-1].to(z_t.dtype)
 
     def num_parameters(self) -> dict[str, int]:
         """Number of parameters of the flow network and of each encoder."""

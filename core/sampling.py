@@ -79,16 +79,16 @@ def flow(
     An adaptive solver takes the items one by one, so that each has its own steps and its result depends on no other.
     """
 
-    def integrate(state: Tensor, its_condition: Condition | None) -> Solution:
-        return solve(
-            guidance.velocity(model, its_condition, weak), state, solver=solver, steps=steps, time_grid=time_grid,
-            reverse=reverse, evaluations_at=guidance.evaluations, on_step=on_step,
+    alone = SOLVERS.get(solver).adaptive and len(z) > 1
+    solutions = []
+    for rows in [slice(i, i + 1) for i in range(len(z))] if alone else [slice(None)]:
+        velocity = guidance.velocity(model, None if condition is None else condition[rows], weak)
+        solutions.append(
+            solve(
+                velocity, z[rows], solver=solver, steps=steps, time_grid=time_grid, reverse=reverse,
+                evaluations_at=guidance.evaluations, on_step=on_step,
+            )
         )  # fmt: skip
-
-    if not SOLVERS.get(solver).adaptive or len(z) <= 1:
-        return integrate(z, condition)
-    rows = [slice(i, i + 1) for i in range(len(z))]
-    solutions = [integrate(z[row], None if condition is None else condition[row]) for row in rows]
     return Solution(torch.cat([each.z for each in solutions]), sum((each.evaluations for each in solutions), ()))
 
 

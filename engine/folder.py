@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
 from crossflow.core.training.checkpoint import checkpoints
 from crossflow.core.weights import WEIGHTS
+from crossflow.networks.hub import CONFIG
 
-CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 OBJECTIVE = "objective.safetensors"
 METRICS = "metrics.jsonl"
@@ -43,8 +42,8 @@ class RunFolder:
     """A run directory, which need not exist yet.
 
     >>> folder = RunFolder(Path("runs/none"))
-    >>> folder.weights("ema")
-    PosixPath('runs/none/ema.safetensors')
+    >>> folder.config.as_posix()
+    'runs/none/config.yaml'
     >>> folder.is_run, folder.has_progress, folder.last_step
     (False, False, None)
     """
@@ -77,18 +76,7 @@ class RunFolder:
         """Whether training left anything here: weights, a checkpoint, or a line of metrics."""
         metrics = self.path / METRICS
         written = metrics.is_file() and metrics.stat().st_size > 0
-        return written or bool(self.checkpoints) or any(self.weights(kind).is_file() for kind in WEIGHTS)
-
-    def weights(self, kind: str) -> Path:
-        """The file of the weights of a kind (ema | model). Raises UserError for another kind."""
-        if kind not in WEIGHTS:
-            raise UserError(f"Unknown weights {kind!r}. Known: {', '.join(WEIGHTS)}.")
-        return self.path / WEIGHTS[kind]
-
-    @property
-    def preferred_weights(self) -> str:
-        """The kind of weights used by default: `ema` where there are averaged weights, else `model`."""
-        return next((kind for kind in WEIGHTS if self.weights(kind).is_file()), "model")
+        return written or bool(self.checkpoints) or any((self.path / name).is_file() for name in WEIGHTS.values())
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; empty when it is missing or damaged, since a run works without it."""

@@ -15,6 +15,7 @@ from crossflow.core import distributed, launcher, sampling
 from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
+from crossflow.core.guidance import Guidance
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import item_noise
 from crossflow.core.progress import Progress
@@ -120,6 +121,7 @@ class Pipeline:
         seed: int = 0,
         ids: Sequence[str] | None = None,
         output_type: str = "pil",
+        return_latents: bool = False,
         on_step: Progress | None = None,
         **settings: object,
     ) -> Outputs:
@@ -131,6 +133,7 @@ class Pipeline:
                 `pipe([a, b])[1]` equals `pipe(b)[0]`, and `pipe([a, a])` equals `pipe(a, num=2)`.
             ids: of the noise, one for each output, instead of those of `inputs.item_ids`.
             output_type: pil | np | pt, see `Outputs`.
+            return_latents: keep the latents z1 in `Outputs.latents`.
             on_step: called with (done, total) after each solver step of a batch.
             settings: fields of `SampleConfig` (steps, solver, guidance, batch_size, ...) instead of the recipe's.
 
@@ -144,11 +147,16 @@ class Pipeline:
         if num < 1 or len(names) != len(values) * num:
             raise UserError(f"{len(names)} ids do not fit {len(values)} inputs with {num} outputs of each.")
         repeated = [value for value in values for _ in range(num)]
-        outputs: list[Any] = []
+        raw: list[Any] = []
+        latents: list[Tensor] = []
         for start in range(0, len(repeated), chosen.batch_size):
             part = slice(start, start + chosen.batch_size)
-            outputs += self.outputs(repeated[part], names[part], seed, chosen, on_step)
-        return Outputs(tuple(outputs), self.task.pictures, seed, tuple(names), output_type)
+            outputs, z1 = self._sample(repeated[part], names[part], seed, chosen, on_step)
+            raw += outputs
+            latents += map(torch.stack, z1) if return_latents else ()
+        return Outputs(
+            tuple(raw), self.task.pictures, seed, tuple(names), output_type, tuple(latents) if return_latents else None
+        )
 
     def dataset(
         self,
@@ -164,7 +172,6 @@ class Pipeline:
         config = config if seed is None else config.model_copy(update={"seed": seed})
         return open_data(type(self.task), config, split, spec, run=self.folder, limit=limit, options=options)
 
-    @torch.no_grad()
     def outputs(
         self,
         inputs: Sequence[Any],
@@ -173,21 +180,34 @@ class Pipeline:
         settings: SampleConfig | None = None,
         on_step: Progress | None = None,
     ) -> list[Any]:
-        """Outputs of read inputs. Pieces of one shape share batches, also across inputs; noise is keyed by their
-        ids.
+        """Outputs, as the task makes them, of inputs that the task has read; `ids` key their noise."""
+        return self._sample(inputs, ids, seed, settings or self.settings, on_step)[0]
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        inputs: Sequence[Any],
+        ids: Sequence[str],
+        seed: int,
+        settings: SampleConfig,
+        on_step: Progress | None = None,
+    ) -> tuple[list[Any], list[list[Tensor]]]:
+        """The outputs of inputs, and the latents z1 (*latent) of their pieces. Pieces of one shape share batches, also
+        across inputs.
         """
-        settings = settings or self.settings
         pieces = [self.task.pieces(value) for value in inputs]
-        names = [part.names(name) for part, name in zip(pieces, ids, strict=True)]
-        outputs: list[list[Any]] = [[None] * len(part.values) for part in pieces]
+        names = [part.names(id) for part, id in zip(pieces, ids, strict=True)]
+        decoded: dict[tuple[int, int], Any] = {}
+        latents: dict[tuple[int, int], Tensor] = {}
         for places in _batches(pieces, settings.batch_size):
             source = self.task.source([pieces[i].values[k] for i, k in places])
             z0 = self.latents(source, [names[i][k] for i, k in places], seed, settings.mode)
-            z1 = self.generate(source, z0, settings, on_step)
-            decoded = self.task.decode(z1.float().cpu(), source.features)
-            for (i, k), output in zip(places, decoded, strict=True):
-                outputs[i][k] = output
-        return [part.join(made) for part, made in zip(pieces, outputs, strict=True)]
+            z1 = self.generate(source, z0, settings, on_step).float().cpu()
+            latents |= zip(places, z1, strict=True)
+            decoded |= zip(places, self.task.decode(z1, source.features), strict=True)
+        numbers = [range(len(part.values)) for part in pieces]
+        outputs = [part.join([decoded[i, k] for k in numbers[i]]) for i, part in enumerate(pieces)]
+        return outputs, [[latents[i, k] for k in numbers[i]] for i in range(len(pieces))]
 
     @torch.no_grad()
     def latents(self, source: Source, ids: Sequence[str], seed: int = 0, mode: bool = False) -> Tensor:
@@ -207,40 +227,40 @@ class Pipeline:
         return (*shape[:1], *grid.shape[-2:]) if grid is not None and len(shape) == 3 else shape
 
     def generate(self, source: Source, z0: Tensor, settings: SampleConfig, on_step: Progress | None = None) -> Tensor:
-        """z0 (B, *latent) -> z1 on this pipeline's device. Raises UserError when there are NaNs in it."""
+        """z0 (B, *latent) -> z1 (B, *latent) on this pipeline's device. Raises UserError when it contains NaNs."""
         if settings.guidance != 1 and self.weak is None and self.task.config.guidance.drop == 0:
             raise UserError(
-                f"guidance = {settings.guidance:g} needs a model that was trained without its source now and then, and "
-                "this run has guidance.drop = 0. Use guidance 1, a weaker run to guide with, or guidance.drop=0.1."
+                f"guidance = {settings.guidance:g} needs a model that was also trained without its source; this run "
+                "has guidance.drop = 0. Use guidance 1, guide with a weaker run, or train with guidance.drop=0.1."
             )
         condition = source.condition.to(self.device) if source.condition is not None else None
-        z1 = sampling.generate(
+        z1 = sampling.flow(
             self.model,
             z0.to(self.device),
+            Guidance(settings.guidance, settings.guidance_interval, settings.zero_init / max(settings.steps, 1)),
             condition=condition,
+            weak=self.weak,
             solver=settings.solver,
             steps=settings.steps,
-            guidance=settings.guidance,
-            guidance_interval=settings.guidance_interval,
-            zero_init=settings.zero_init,
             time_grid=settings.time_grid,
-            weak=self.weak,
             on_step=on_step,
-        )
+        ).z
         if z1.isnan().any():
             raise UserError(
-                f"There are NaNs in what was sampled (guidance = {settings.guidance:g}, {settings.solver}, "
-                f"{settings.steps} steps): numbers on the way became too large. Give smaller ones, of guidance or of "
-                "an arithmetic's strength; if that does not help, the weights are damaged."
+                f"The sampled latents contain NaNs (guidance = {settings.guidance:g}, {settings.solver}, "
+                f"{settings.steps} steps): values became too large on the way. Use a smaller guidance or, in latent "
+                "arithmetic, a smaller strength; if that does not help, the weights are damaged."
             )
         return z1
 
     def guide_with(self, other: "Pipeline") -> "Pipeline":
-        """Guides by the model of another run, trained less or smaller, on the same latents. Returns self."""
+        """Guides by the model of another run on the same latents, smaller or trained less; returns self. UserError for
+        other latents.
+        """
         if other.task.name != self.task.name or other.task.latent_shape != self.task.latent_shape:
             raise UserError(
-                f"A model can be guided only by one on the same latents; {other.folder} is a {other.task.name} run on "
-                f"{other.task.latent_shape}, not {self.task.name} on {self.task.latent_shape}."
+                f"A guiding model needs the same latents: {other.folder} is a {other.task.name} run on "
+                f"{other.task.latent_shape}, this is a {self.task.name} run on {self.task.latent_shape}."
             )
         self.weak = other.model.to(self.device).eval()
         self.guided_by = str(other.folder)

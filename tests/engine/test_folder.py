@@ -5,24 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from crossflow.core.errors import UserError
 from crossflow.engine import folder as module
 from crossflow.engine.folder import RunFolder, new_folder
 
 
 def test_the_example_holds() -> None:
     assert doctest.testmod(module).failed == 0
-
-
-def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    assert run.preferred_weights == "model"
-    (tmp_path / "model.safetensors").touch()
-    assert run.preferred_weights == "model"
-    (tmp_path / "ema.safetensors").touch()
-    assert run.preferred_weights == "ema"
-    with pytest.raises(UserError, match="Unknown weights 'best'"):
-        run.weights("best")
 
 
 def test_the_last_step_is_that_of_the_newest_checkpoint(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A loaded run: an output has one noise at every entry point, and comes in the form asked for; errors are clear."""
 
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,7 +116,43 @@ def test_a_picture_that_was_made_can_be_an_input(pipe) -> None:
         assert pipe("depth")(enlarged).depth[0].shape == (80, 112)
 
 
+def test_latents_come_on_request(pipe) -> None:
+    run = pipe("sr")
+    assert run(picture()).latents is None
+    outputs = run([picture(1)[:9, :13], picture(2)], return_latents=True, output_type="np")
+    for pixels, latents, low in zip(outputs, outputs.latents, [picture(1)[:9, :13], picture(2)], strict=True):
+        pieces = run.task.pieces(low)
+        assert len(latents) == len(pieces.values)
+        assert np.array_equal(pieces.join(run.task.decode(latents)), pixels)
+
+
 # -- the pipeline
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance": 2.0, "zero_init": 1}, {"guidance_interval": (0.0, 0.1)}])
+@pytest.mark.parametrize("guided", ["by the indicator", "by a weaker run"])
+def test_ten_calls_lead_from_a_prompt_to_the_network(pipe, monkeypatch, guided: str, settings: dict) -> None:
+    run, package = pipe("t2i"), Path(crossflow.__file__).resolve().parent
+    if guided == "by a weaker run":
+        run.guide_with(pipe("t2i"))
+    paths: list[list[str]] = []
+
+    def is_ours(file: Path) -> bool:
+        return file.is_file() and file.resolve().is_relative_to(package) and "tests" not in file.parts
+
+    forward = type(run.model.backbone).forward
+
+    def count(backbone: torch.nn.Module, *args: object) -> object:
+        codes = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe(1))]
+        files = [Path(code.co_filename) for code in codes]
+        paths.append([code.co_qualname for code, file in zip(codes, files, strict=True) if is_ours(file)])
+        return forward(backbone, *args)
+
+    monkeypatch.setattr(type(run.model.backbone), "forward", count)
+    run("a red cube", steps=4, **settings)
+    assert paths
+    longest = max(paths, key=len)
+    assert len(longest) <= 10, " < ".join(longest)
 
 
 def test_the_repr_says_what_it_is(tiny_run) -> None:
