@@ -92,7 +92,7 @@ def test_half_transparent_pixels_are_mixed_with_white() -> None:
         (None, "got None"),
         (7, "got int. This model takes pictures"),
         (Path("no such.png"), r"no such.png: no such file\. Expected a picture"),
-        (Image.fromarray(np.zeros((2, 2), np.float32)), "no known brightness"),
+        (Image.fromarray(np.zeros((2, 2), np.float32)), "no defined brightness"),
     ],
 )
 def test_other_values_get_a_clear_message(value: object, message: str) -> None:
