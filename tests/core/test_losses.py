@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from crossflow.core import losses
 from crossflow.core.losses import (
     KL_FORMS,
     clip_contrastive_loss,
@@ -204,3 +205,26 @@ def test_reconstruction_loss_counts_only_what_the_mask_holds() -> None:
     mask = torch.tensor([[True, False, False], [True, True, False]])
     assert reconstruction_loss(reconstruction, features, mask).item() == pytest.approx((1 + 4 + 9) / 3)
     assert reconstruction_loss(reconstruction, features).item() == pytest.approx((1 + 4 + 9 + 3 * 81) / 6)
+
+
+@pytest.mark.parametrize("kind", ["clip", "sigmoid"])
+def test_contrastive_losses_of_two_ranks_average_to_that_of_the_whole_batch(
+    monkeypatch: pytest.MonkeyPatch, pairs: tuple[Tensor, Tensor], kind: str
+) -> None:
+    scale = torch.tensor(10.0).log()
+
+    def loss(z0: Tensor, target: Tensor) -> Tensor:
+        if kind == "clip":
+            return clip_contrastive_loss(z0, target, scale)
+        return sigmoid_contrastive_loss(z0, target, scale, torch.tensor(-2.0))
+
+    whole = loss(*pairs)
+    normalised = [F.normalize(part.flatten(1), dim=1) for part in pairs]
+    values = []
+    for rank in (0, 1):
+        rows = slice(3 * rank, 3 * rank + 3)
+        everywhere = {tuple(part[rows].flatten().tolist()): part for part in normalised}
+        monkeypatch.setattr(losses, "gather_with_grad", lambda x, known=everywhere: known[tuple(x.flatten().tolist())])
+        monkeypatch.setattr(losses, "rank", lambda rank=rank: rank)
+        values.append(loss(pairs[0][rows], pairs[1][rows]))
+    assert torch.allclose(sum(values) / 2, whole, rtol=1e-5)
