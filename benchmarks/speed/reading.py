@@ -58,7 +58,8 @@ class _Codec:
 class _Text:
     """What a cache records of a text encoder."""
 
-    family, checksum, width, settings = "clip", "0" * 64, CLIP_WIDTH, TextEncoderSettings(max_length=NUM_TOKENS)
+    family, checksum, width, max_length = "clip", "0" * 64, CLIP_WIDTH, NUM_TOKENS
+    settings = TextEncoderSettings()
 
 
 def write_cache(folder: Path, released: Path, keep_padding: bool = False) -> None:
