@@ -243,7 +243,7 @@ class Run:
             raise
         if result.status == "stopped" or not distributed.is_main():
             return Outcome(self.folder, result)
-        with trainer.ema.applied():
+        with trainer.learner.ema.applied():
             return self._score(result)
 
     def _open_validation(self) -> None:
