@@ -80,11 +80,11 @@ def _encode_all(
         )
     read = read_inputs(list(values.values()), pipe.task.input_kind)
     ids = item_ids(read)
-    cut = [pipe.task.pieces(value) for value in read]
-    fitted = [
-        pieces if pieces.layout == cut[0].layout else pipe.task.pieces(center_crop_resize(value, read[0].shape[:2]))
-        for pieces, value in zip(cut, read, strict=True)
-    ]
+    fitted = [pipe.task.pieces(value) for value in read]
+    for index, value in enumerate(read):
+        if fitted[index].layout != fitted[0].layout:
+            assert isinstance(value, np.ndarray) and isinstance(read[0], np.ndarray), "only pictures differ in layout"
+            fitted[index] = pipe.task.pieces(center_crop_resize(value, read[0].shape[:2]))
     return {
         part: _encode(pipe, pieces, seed, part in means, ids[0] if shared_noise else id)
         for part, pieces, id in zip(values, fitted, ids, strict=True)

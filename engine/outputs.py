@@ -81,7 +81,7 @@ class Outputs(Sequence[Any]):
     def __iter__(self) -> Iterator[Any]:
         return map(self._convert, self.raw)
 
-    def _convert(self, value: Any) -> Any:
+    def _convert(self, value: str | np.ndarray) -> Any:
         if isinstance(value, str):
             return value
         if value.ndim == 2:
