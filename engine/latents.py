@@ -83,7 +83,8 @@ def _encode_all(
     fitted = [pipe.task.pieces(value) for value in read]
     for index, value in enumerate(read):
         if fitted[index].layout != fitted[0].layout:
-            assert isinstance(value, np.ndarray) and isinstance(read[0], np.ndarray), "only pictures differ in layout"
+            assert isinstance(value, np.ndarray), "only pictures differ in layout"
+            assert isinstance(read[0], np.ndarray)
             fitted[index] = pipe.task.pieces(center_crop_resize(value, read[0].shape[:2]))
     return {
         part: _encode(pipe, pieces, seed, part in means, ids[0] if shared_noise else id)
