@@ -45,7 +45,7 @@ from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.networks.trunks import Reconstructor
 from crossflow.tasks.base import Example, Parts, Pieces, Report, Task
 from crossflow.tasks.caption.config import CaptionConfig
-from crossflow.tasks.caption.decoder import TextAutoencoder, TextReport
+from crossflow.tasks.caption.decoder import TextAutoencoder, TextReport, TextTraining
 from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
 from crossflow.tasks.caption.inverted import Origin, SourceText
 from crossflow.tasks.caption.objective import ExtraLosses, ReadingLoss, TextLoss
@@ -55,6 +55,8 @@ TEXT_FOLDER, T2I_FOLDER = "text_autoencoder", "t2i"
 OBJECTIVE_FILE = "objective.safetensors"
 JOINT = "extra_losses.0.autoencoder."
 """Prefix of the text autoencoder's weights among those of the objective, when it is trained with the flow."""
+NUM_FOR_REPORT = 256
+"""Validation captions on which the text autoencoder is evaluated."""
 NUM_FOR_TEXT = 20_000
 """Items whose captions the text autoencoder is trained on."""
 
@@ -94,31 +96,35 @@ class CaptionParts(Parts):
             )
             tokenizer = build_tokenizer(captions, settings.vocab_size, settings.autoencoder.max_length)
             text = TextAutoencoder(tokenizer, codec.latent_shape(config.data.image_size), settings.autoencoder)
-        quality = cls._fit(config, text, captions, report)
+        cls._fit(config, text, captions, report)
+        validation = Adapter.dataset(config, "val", limit=NUM_FOR_REPORT)
+        quality = text.evaluate(list(validation.captions())[:NUM_FOR_REPORT], seed=config.seed)
+        report(
+            f"text autoencoder: {quality.token_accuracy:.2%} of tokens and {quality.exact_match:.2%} of validation "
+            f"captions come back; latent mean {quality.latent_mean:.2f}, standard deviation {quality.latent_std:.2f}, "
+            f"spread {quality.spread:.2f}."
+        )
         return cls(codec, text, origin, quality, settings.joint)
 
     @staticmethod
-    def _fit(config: CaptionConfig, text: TextAutoencoder, captions: Sequence[str], report: Report) -> TextReport:
+    def _fit(config: CaptionConfig, text: TextAutoencoder, captions: Sequence[str], report: Report) -> None:
         settings = config.caption
-        report(f"Training the text autoencoder on {len(captions)} captions, {text.vocab_size} tokens.")
-        quality = text.fit(
-            captions,
+        training = TextTraining(
             steps=settings.text_steps,
             batch_size=settings.text_batch_size,
             lr=settings.text_lr,
             seed=config.seed,
             precision="bf16" if config.train.precision == "bf16" else "no",
+        )
+        report(f"Training the text autoencoder on {len(captions)} captions, {text.vocab_size} tokens.")
+        text.fit(
+            captions,
+            training,
             progress=lambda step, losses: report(
                 f"text autoencoder {step}/{settings.text_steps}: loss {losses['loss']:.3f}, "
-                f"tokens right {losses['token_accuracy']:.3f}"
+                f"training tokens right {losses['token_accuracy']:.3f}"
             ),
         )
-        report(
-            f"text autoencoder: {quality.token_accuracy:.2%} of tokens and {quality.exact_match:.2%} of captions come "
-            f"back; latent mean {quality.latent_mean:.2f}, standard deviation {quality.latent_std:.2f}, spread "
-            f"{quality.spread:.2f}."
-        )
-        return quality
 
     @classmethod
     def load(cls, config: CaptionConfig, folder: Path) -> Self:

@@ -52,6 +52,20 @@ class TextReport:
     num_captions: int
 
 
+@dataclass(frozen=True)
+class TextTraining:
+    """How a text autoencoder is trained; batches and noise follow from (seed, step) alone."""
+
+    steps: int = 300
+    minutes: float | None = None
+    """Stop after this time even if steps are left: the result then depends on the machine's speed."""
+    batch_size: int = 64
+    lr: float = 2e-3
+    seed: int = 0
+    precision: Literal["no", "bf16"] = "no"
+    """bf16: autocast."""
+
+
 class TextAutoencoder(nn.Module):
     """`encode(texts) -> Posterior` over latents of mean 0 and variance 1, `decode(z) -> texts`.
 
@@ -147,32 +161,25 @@ class TextAutoencoder(nn.Module):
     def fit(
         self,
         captions: Sequence[str],
-        *,
-        steps: int = 300,
-        minutes: float | None = None,
-        batch_size: int = 64,
-        lr: float = 2e-3,
-        seed: int = 0,
-        precision: Literal["no", "bf16"] = "no",
+        training: "TextTraining | None" = None,
         progress: Callable[[int, dict[str, float]], None] | None = None,
         log_every: int = 50,
-    ) -> TextReport:
-        """Trains on captions (AdamW, warm-up, cosine), measures the statistics of the latent on them and reports on
-        them.
+    ) -> None:
+        """Trains on captions (AdamW, warm-up, cosine) and measures the statistics of the latent on them. The module
+        is in evaluation mode afterwards; `evaluate` it on other captions.
 
-        minutes: stop after so many even if steps are left (the result then depends on the machine's speed);
-        seed: batches and noise follow from (seed, step) alone; precision bf16: autocast;
-        progress: called every `log_every` steps with the step and its losses. The module is in evaluation mode
-        afterwards.
+        progress: called every `log_every` steps with the step and its losses. Raises UserError without captions.
         """
+        training = training or TextTraining()
+        steps, seed = training.steps, training.seed
         if not captions:
             raise UserError("The text autoencoder is trained on captions, and the data holds none.")
         ids, mask = self.tokenize(captions)
-        batch_size = min(batch_size, len(ids))
-        optimizer = torch.optim.AdamW(self.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+        batch_size = min(training.batch_size, len(ids))
+        optimizer = torch.optim.AdamW(self.parameters(), lr=training.lr, betas=(0.9, 0.95), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(steps))
         device = self.shift.device.type
-        autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+        autocast = torch.autocast(device, torch.bfloat16) if training.precision == "bf16" else nullcontext()
         start = time.monotonic()
         self.train()
         for step in range(steps):
@@ -189,14 +196,11 @@ class TextAutoencoder(nn.Module):
                 logger.info("text autoencoder, step %d: %s", step + 1, values)
                 if progress is not None:
                     progress(step + 1, values)
-            if minutes is not None and time.monotonic() - start > 60 * minutes:
-                logger.info("text autoencoder: stopped after %d of %d steps, %.1f minutes", step + 1, steps, minutes)
+            if training.minutes is not None and time.monotonic() - start > 60 * training.minutes:
+                logger.info("text autoencoder: stopped after %d of %d steps", step + 1, steps)
                 break
         self.eval()
         self.measure_statistics(captions)
-        report = self.evaluate(captions[: 2 * batch_size], seed=seed)
-        logger.info("text autoencoder: %s", report)
-        return report
 
     @torch.no_grad()
     def measure_statistics(self, captions: Sequence[str], most: int = 2048) -> None:
@@ -218,7 +222,7 @@ class TextAutoencoder(nn.Module):
         generator = keyed_generator("text_autoencoder/evaluate", seed)
         z = posterior.mean + noise * self.decoder.noise(len(ids), generator).to(ids.device)
         decoded = torch.cat([self.logits(part).argmax(-1) for part in z.split(256)])
-        same = [ours == theirs for ours, theirs in zip(self._texts(decoded), self._texts(ids), strict=True)]
+        same = [a == b for a, b in zip(self._texts(decoded), self._texts(ids), strict=True)]
         return TextReport(
             token_accuracy=((decoded == ids) & mask).sum().item() / mask.sum().item(),
             exact_match=sum(same) / len(same),

@@ -23,6 +23,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
@@ -88,8 +89,8 @@ def scan(caption: str) -> list[str]:
         if best is None:
             position += 1  # nothing known: it vanishes
             continue
-        found = best[best.lastindex or 1]
-        token = action(found) if action is not None else found
+        text = best[best.lastindex or 1]
+        token = action(text) if action is not None else text
         if token:
             tokens.append(token.lower())
         position = best.end(best.lastindex or 1)
@@ -149,9 +150,38 @@ def _quotes(token: str) -> str:
     return token
 
 
-@cache
-def _scanner() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action | None]]]:
-    """The rule for plain words, and all rules: group 1 is the token, what is matched behind it is only looked at."""
+Rule = tuple[str, Action | None]
+"""A pattern whose group 1 is the token, what is matched behind it only looked at; and how the token is rewritten."""
+
+
+class _Patterns(NamedTuple):
+    """Patterns that the rules are composed of."""
+
+    letter: str
+    alnum: str
+    d: str
+    space: str
+    apostrophe: str
+    any_apostrophe: str
+    word: str
+    clitic: str
+    acronym: str
+    number: str
+    name: str
+    address: str
+    address_end: str
+    host: str
+    bare_host: str
+    mail: str
+    domain: str
+    irish: str
+    joined: str
+    hyphened: str
+    chunk: str
+    insentence: str
+
+
+def _patterns() -> _Patterns:
     digits = _character_class(lambda c: unicodedata.category(c) == "Nd")
     letters = _character_class(lambda c: unicodedata.category(c).startswith("L"))
     letter = f"(?:[{letters}{_ranges(MARKS)}\u00ad]|&[aeiouAEIOU](?i:acute|grave|uml);)"
@@ -177,55 +207,102 @@ def _scanner() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action | No
     hyphened = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]{{0,200}}(?:-(?:{acronym}\.|[A-Za-z0-9\u00ad]+))+"
     chunk = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"  # of and/or, 1/2-full
     insentence = "[,;:\u3001]"
+    return _Patterns(
+        letter=letter,
+        alnum=alnum,
+        d=d,
+        space=space,
+        apostrophe=apostrophe,
+        any_apostrophe=any_apostrophe,
+        word=word,
+        clitic=clitic,
+        acronym=acronym,
+        number=number,
+        name=name,
+        address=address,
+        address_end=address_end,
+        host=host,
+        bare_host=bare_host,
+        mail=mail,
+        domain=domain,
+        irish=irish,
+        joined=joined,
+        hyphened=hyphened,
+        chunk=chunk,
+        insentence=insentence,
+    )
 
-    table: list[tuple[str, Action | None]] = [
-        # assimilated words come apart; the rest of the word is scanned again
+
+def _contractions(p: _Patterns) -> list[Rule]:
+    """Assimilated words come apart; the rest of the word is scanned again."""
+    return [
         (r"(?i:(can)not|(gon)na|(got)ta|(lem)me|(gim)me|(wan)na)", None),
         (r"(?i:('t)(?:is|was))", None),
-        # markup
+    ]
+
+
+def _markup(p: _Patterns) -> list[Rule]:
+    """Tags, dashes and entities."""
+    return [
         (
-            rf"(<(?:[!?][A-Za-z-][^>\r\n]*|/?{name}(?:[ ]+(?:{name}[ ]*=[ ]*(?:'[^']*'|\"[^\"]*\")|{name}))*[ ]*/?)>)",
+            rf"(<(?:[!?][A-Za-z-][^>\r\n]*"
+            rf"|/?{p.name}(?:[ ]+(?:{p.name}[ ]*=[ ]*(?:'[^']*'|\"[^\"]*\")|{p.name}))*[ ]*/?)>)",
             _no_break,
         ),
         (r"([\u0096\u0097\u2013-\u2015]|&(?i:MD|mdash|ndash);)", _as("--")),
         (r"(?i:(&amp;))", _as("&")),
         (r"(&(?i:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);)", None),
-        # words
-        (rf"({word}){clitic}", _word),
-        (rf"([A-Za-z\u00ad]*[A-MO-Za-mo-z\u00ad])[nN]{any_apostrophe}[tT]", _word),
-        (rf"({word})", _word),
+    ]
+
+
+def _words(p: _Patterns) -> list[Rule]:
+    """Words, with what an apostrophe cuts off."""
+    return [
+        (rf"({p.word}){p.clitic}", _word),
+        (rf"([A-Za-z\u00ad]*[A-MO-Za-mo-z\u00ad])[nN]{p.any_apostrophe}[tT]", _word),
+        (rf"({p.word})", _word),
         (
-            rf"(?i:({apostrophe}n{apostrophe}?|[ldj]{apostrophe}|dunkin{apostrophe}|somethin{apostrophe}|ol{apostrophe}"
-            rf"|{apostrophe}em|{apostrophe}till?|{apostrophe}cause|cap{apostrophe}n|c{apostrophe}est|c['`]mon"
+            rf"(?i:({p.apostrophe}n{p.apostrophe}?|[ldj]{p.apostrophe}|dunkin{p.apostrophe}|somethin{p.apostrophe}|ol{p.apostrophe}"
+            rf"|{p.apostrophe}em|{p.apostrophe}till?|{p.apostrophe}cause|cap{p.apostrophe}n|c{p.apostrophe}est|c['`]mon"
             r"|s'mores|ev'ry|li'l|nat'l|e'er))",
             None,
         ),
-        (rf"((?i:y){apostrophe}){letter}", None),
+        (rf"((?i:y){p.apostrophe}){p.letter}", None),
         (
-            rf"([A-HJ-XZn]{any_apostrophe}{letter}{{2,}}|{letter}+[aeiouyAEIOUY]{any_apostrophe}[aeiouA-Z]{letter}*)",
+            rf"([A-HJ-XZn]{p.any_apostrophe}{p.letter}{{2,}}|{p.letter}+[aeiouyAEIOUY]{p.any_apostrophe}[aeiouA-Z]{p.letter}*)",
             None,
         ),
-        # addresses
-        (rf"((?i:https?)://{address}+{address_end})", None),
+    ]
+
+
+def _addresses(p: _Patterns) -> list[Rule]:
+    """Addresses of pages and people, and hash tags."""
+    return [
+        (rf"((?i:https?)://{p.address}+{p.address_end})", None),
         (
-            rf"((?:(?i:www)\.(?:{host}+\.)+[A-Za-z]{{2,4}}|(?:{bare_host}{{1,100}}\.){{1,20}}(?i:com|net|org|edu))(?:/{address}+{address_end})?)",
+            rf"((?:(?i:www)\.(?:{p.host}+\.)+[A-Za-z]{{2,4}}|(?:{p.bare_host}{{1,100}}\.){{1,20}}(?i:com|net|org|edu))(?:/{p.address}+{p.address_end})?)",
             None,
         ),
-        (rf"((?:&lt;|<)?[A-Za-z0-9]{mail}{{0,200}}@(?:{domain}+\.)*{domain}+(?:&gt;|>)?)", None),
+        (rf"((?:&lt;|<)?[A-Za-z0-9]{p.mail}{{0,200}}@(?:{p.domain}+\.)*{p.domain}+(?:&gt;|>)?)", None),
         (r"(@[A-Za-z_][A-Za-z_0-9]*)", None),
-        (rf"(#{letter}+)", None),
-        (rf"({clitic})(?:[^A-Za-z]|$)", _apostrophe),
-        (rf"([nN]{any_apostrophe}[tT])(?:[^A-Za-z]|$)", _apostrophe),
-        # numbers
-        (rf"({d}{{1,2}}[-/]{d}{{1,2}}[-/]{d}{{2,4}})", None),
-        (rf"([-+]?{number})", None),
+        (rf"(#{p.letter}+)", None),
+        (rf"({p.clitic})(?:[^A-Za-z]|$)", _apostrophe),
+        (rf"([nN]{p.any_apostrophe}[tT])(?:[^A-Za-z]|$)", _apostrophe),
+    ]
+
+
+def _numbers(p: _Patterns) -> list[Rule]:
+    """Dates, numbers, fractions, telephone numbers, currencies."""
+    return [
+        (rf"({p.d}{{1,2}}[-/]{p.d}{{1,2}}[-/]{p.d}{{2,4}})", None),
+        (rf"([-+]?{p.number})", None),
         (r"([\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+))", None),
-        (rf"((?:{d}{{1,4}}[- \u00a0])?{d}{{1,4}}[/\u2044]{d}{{1,4}})", _no_break),
+        (rf"((?:{p.d}{{1,4}}[- \u00a0])?{p.d}{{1,4}}[/\u2044]{p.d}{{1,4}})", _no_break),
         (r"([\u00bc-\u00be\u2153-\u215e])", _fraction),
         (r"(?i:(-(?:RRB|LRB|RCB|LCB|RSB|LSB)-|C\.D\.s|pro-|anti-|S(?:&|&amp;)P-500|S(?:&|&amp;)Ls))", None),
-        (rf"({apostrophe}[2-9]0[sS])", None),
-        (rf"({apostrophe}[0-9][0-9])(?:{space}|$)", None),
-        (rf"({chunk}(?:\\?/{chunk}){{1,2}})", None),
+        (rf"({p.apostrophe}[2-9]0[sS])", None),
+        (rf"({p.apostrophe}[0-9][0-9])(?:{p.space}|$)", None),
+        (rf"({p.chunk}(?:\\?/{p.chunk}){{1,2}})", None),
         (
             r"(\([0-9]{2,3}\) ?[0-9]{3,4}[- ]?[0-9]{3,5}"
             r"|\+?(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ][0-9]{3,4}[- ]?[0-9]{3,5})",
@@ -235,20 +312,30 @@ def _scanner() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action | No
         ("(\u00a2)", _as("cents")),
         ("(\u00a3)", _as("#")),
         ("([\u0080\u00a4\u20a0\u20ac])", _as("$")),
-        # abbreviations
+    ]
+
+
+def _abbreviations(p: _Patterns) -> list[Rule]:
+    """What keeps its full stop."""
+    return [
         (rf"((?i:{_any(ABBREVIATIONS)})\.)(?:[\s\S]{{2}}|$)", None),
         (rf"((?i:{_any(ABBREVIATIONS)})\.)", None),
         (rf"((?i:{_any(TITLES)})\.)", None),
-        (rf"((?i:{_any(BEFORE_NUMBERS)})\.){space}?{d}", None),
-        (rf"({acronym}\.)", None),
-        (rf"({alnum}+(?:\.{alnum}+)*\.(?i:{_any(FILE_ENDINGS)}))(?:{space}|[.,;:?!]|$)", None),
-        (rf"([A-Za-z])\.{space}+(?=[A-Z])(?i:{_any(SENTENCE_STARTS)})(?:{space}|$)", None),
+        (rf"((?i:{_any(BEFORE_NUMBERS)})\.){p.space}?{p.d}", None),
+        (rf"({p.acronym}\.)", None),
+        (rf"({p.alnum}+(?:\.{p.alnum}+)*\.(?i:{_any(FILE_ENDINGS)}))(?:{p.space}|[.,;:?!]|$)", None),
+        (rf"([A-Za-z])\.{p.space}+(?=[A-Z])(?i:{_any(SENTENCE_STARTS)})(?:{p.space}|$)", None),
         (r"([A-Za-z]\.)", None),
-        (rf"({word}\.){insentence}", None),
-        (rf"({alnum}+\.){insentence}", None),
-        (rf"({joined}\.){insentence}", None),
-        (rf"({hyphened}\.){insentence}", None),
-        # marks
+        (rf"({p.word}\.){p.insentence}", None),
+        (rf"({p.alnum}+\.){p.insentence}", None),
+        (rf"({p.joined}\.){p.insentence}", None),
+        (rf"({p.hyphened}\.){p.insentence}", None),
+    ]
+
+
+def _marks(p: _Patterns) -> list[Rule]:
+    """Faces, brackets, runs of marks, and compounds."""
+    return [
         (r"([<>]?[:;=]['\-o*]?[()DPdpO\\{@|\[\]]|:3)(?:[^A-Za-z0-9]|$)", _parentheses),
         (r"([-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.-]?[-^x=~<>']\))", _parentheses),
         (r"([()\[\]{}])", _brackets),
@@ -262,19 +349,31 @@ def _scanner() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action | No
         (r"([?!]+)", None),
         (rf"([-.,;:=/%&+~|\\^$\u3001\u207a\u207b\u208a\u208b]|[{_ranges(SYMBOLS)}])", None),
         (r"([cCfF]#|[cC]\+\+)", None),
-        (rf"({joined})", _word),
-        (rf"({hyphened})", _word),
-        (rf"({irish})", _word),
-        (rf"({alnum}+)", _word),
+        (rf"({p.joined})", _word),
+        (rf"({p.hyphened})", _word),
+        (rf"({p.irish})", _word),
+        (rf"({p.alnum}+)", _word),
         (r"([A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+)", lambda token: token.replace("&amp;", "&")),
-        # quotes
+    ]
+
+
+def _quotation_marks(p: _Patterns) -> list[Rule]:
+    """Opening and closing quotation marks."""
+    return [
         (r"(\"|(?i:&quot;))[A-Za-z0-9$]", _as("``")),
         (r"(\"|(?i:&quot;))", _as("''")),
         (r"(')[A-Za-z][^ \t\n\r\u00a0]", _as("`")),
-        (rf"({clitic})", _apostrophe),
-        (rf"(''|[`\u0082\u0084\u0091-\u0094\u00ab\u00bb\u2018-\u201f\u2039\u203a]{{1,2}}|{apostrophe})", _quotes),
+        (rf"({p.clitic})", _apostrophe),
+        (rf"(''|[`\u0082\u0084\u0091-\u0094\u00ab\u00bb\u2018-\u201f\u2039\u203a]{{1,2}}|{p.apostrophe})", _quotes),
     ]
-    rules = [(re.compile(pattern), action) for pattern, action in table]
+
+
+@cache
+def _scanner() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action | None]]]:
+    """The rule for plain words, and all rules in the order in which they win ties."""
+    patterns = _patterns()
+    groups = (_contractions, _markup, _words, _addresses, _numbers, _abbreviations, _marks, _quotation_marks)
+    rules = [(re.compile(pattern), action) for group in groups for pattern, action in group(patterns)]
     return re.compile(r"(?!(?:cannot|gonna|gotta|lemme|gimme|wanna)\b)([A-Za-z]+)(?: |$)", re.IGNORECASE), rules
 
 

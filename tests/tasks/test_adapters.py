@@ -109,3 +109,25 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
     config = load_config(name)
     assert shipped()[name].read_text().startswith("# ")
     assert build(type(config), config.model_dump()) == config
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_validation_examples_are_the_items_as_they_are(tiny_settings, name: str) -> None:
+    """Other seeds of the augmentation change training examples, and no picture of a validation example."""
+    changed = {"train": False, "val": False}
+    for split in changed:
+        for setting in (["seed=0"], ["seed=1"]):
+            more = ["depth.augmentation.crop=0.5", "depth.augmentation.colour=0.3"] if name == "depth" else []
+            config = load_config(f"{name}_tiny", [*tiny_settings(name), *more, *setting])
+            examples = task_class(name).dataset(config, split, "scenes", limit=6)
+            pictures = [
+                value
+                for example in examples.first(6)
+                for key, value in example.items()
+                if isinstance(value, torch.Tensor)
+            ]
+            if setting == ["seed=0"]:
+                before = pictures
+        changed[split] = any(not torch.equal(a, b) for a, b in zip(before, pictures, strict=True))
+    assert changed["train"] == (name in ("depth", "sr")), "the others draw captions alone"
+    assert not changed["val"]

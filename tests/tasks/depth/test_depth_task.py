@@ -105,3 +105,22 @@ def test_depth_beyond_16_bits_of_millimetres_is_written_too(tmp_path) -> None:
     np.testing.assert_allclose(load_depth_png(millimetres), [[0.5, 65.535], [0, 0]], atol=1e-6)
     np.testing.assert_array_equal(np.load(metres), depth)
     assert picture.is_file()
+
+
+def test_without_a_protocol_the_crop_is_taken_once_and_on_the_whole_picture(tmp_path) -> None:
+    height, width = 96, 128
+    place = np.arange(height * width, dtype=np.float32).reshape(height, width) / 2000 + 1  # metres that tell the pixel
+    item = Item("a", np.zeros((height, width, 3), np.uint8), depth=place)
+    config = load_config("depth_tiny", ["depth.crop=nyu", "depth.near=0.5", "depth.far=50"])
+    scoring = task_class("depth")(config, None).scoring()
+    case = scoring.case(item)
+    assert scoring.options == {"crop": "none"}, "the reader's own crop would be a second one"
+    inside = np.zeros((height, width), bool)
+    inside[int(45 / 480 * height) : int(471 / 480 * height), int(41 / 640 * width) : int(601 / 640 * width)] = True
+    scored = case.truth[case.truth > 0]
+    assert set(scored.tolist()) <= set(place[inside].tolist())
+    row = scoring.metric().add("a", np.full_like(case.truth, 3), case.truth)
+    assert row["num_pixels"] == len(scored)
+    # The centre square keeps its columns; of its rows only those outside the crop are left out.
+    rows = int(471 / 480 * height) - int(45 / 480 * height)
+    assert len(scored) / case.truth.size == pytest.approx(rows / height, abs=0.04)

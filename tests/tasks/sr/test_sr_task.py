@@ -95,3 +95,22 @@ def test_a_picture_stored_with_one_channel_is_scored_on_that_channel(grey: bool)
     case = SrScoring(load_config("sr_tiny", [])).case(Item("a", image, grey=grey))
     assert case.truth.shape == ((64, 64) if grey else (64, 64, 3))
     assert case.input.ndim == 3  # the network always sees three channels
+
+
+def test_the_papers_recipe_trains_on_centre_squares_of_large_pictures_as_they_are() -> None:
+    from crossflow.data.item import BadItem
+    from crossflow.data.resize import center_crop_resize
+    from crossflow.tasks.base import task_class
+
+    config, task = load_config("sr_505m", ["data.image_size=32", "sr.tile=32", "sr.overlap=0"]), task_class("sr")
+    picture = smooth(48, 70)
+    examples = [
+        task.transform(config, Item("a", picture), np.random.default_rng(seed), augment=True) for seed in range(6)
+    ]
+    square = center_crop_resize(picture, 32)
+    for example in examples:
+        np.testing.assert_array_equal(((example["target"].numpy() + 1) * 127.5).round(), square.transpose(2, 0, 1))
+        low = enlarge(reduce(square, 4), 4)
+        np.testing.assert_array_equal(((example["source"].numpy() + 1) * 127.5).round(), low.transpose(2, 0, 1))
+    with pytest.raises(BadItem, match="31 pixels is below"):
+        task.transform(config, Item("b", smooth(31, 70)), np.random.default_rng(0), augment=True)
