@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,8 +119,9 @@ def _timm(source: str, place: str) -> FeatureNetwork:
     name, _, mode = source.partition("@")
     if mode not in ("", "random"):
         raise UserError(f"timm:{source}: expected `@random` or nothing after the name, got @{mode}.")
-    network = freeze(_timm_network(name, place, random=mode == "random"))
     import timm
+
+    network: Any = freeze(_timm_network(name, place, random=mode == "random"))  # has methods of timm
 
     settings = timm.data.resolve_data_config({}, model=network)
     side = settings["input_size"][-2:]

@@ -28,7 +28,7 @@ class MeasuringNetworks(Mapping[str, Any]):
     ) -> None:
         self.sources, self.device = dict(sources), device
         self.checksums: dict[str, str] = {}
-        self._openers = {"features": _features, "lpips": Lpips, **(openers or {})}
+        self._openers: dict[str, Opener] = {"features": _features, "lpips": Lpips, **(openers or {})}
         self._opened: dict[str, Any] = {}
 
     def __getitem__(self, role: str) -> Any:

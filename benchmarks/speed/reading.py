@@ -9,10 +9,11 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,6 @@ from crossflow.networks.text.frozen_encoder import TextEncoderSettings
 ROUNDS, BATCH = 5, 64
 MEMORY = ("warm", "cold")
 NUM_ROWS = len(CONTENTS) * len(MEMORY)
-R = TypeVar("R")
 
 
 class _Codec:
@@ -166,30 +166,28 @@ def _measure(released: Path, cache: Path, rounds: int, cold: bool) -> list[Secon
         shuffled, seconds = order(0, epoch, len(files)).tolist(), Seconds()
         batches = [shuffled[start : start + BATCH] for start in range(0, len(shuffled), BATCH)]
         for batch in batches:
-            _timed(seconds.released, lambda batch=batch: read_released([files[index] for index in batch]))
+            with _timed(seconds.released):
+                read_released([files[index] for index in batch])
         for batch in batches:
-            last = _timed(
-                seconds.cached,
-                lambda batch=batch, epoch=epoch, examples=examples: read_cached(
-                    examples, [(epoch, index) for index in batch]
-                ),
-            )
-        (stored, features, _), seeds = last
+            with _timed(seconds.cached):
+                (stored, features, _), seeds = read_cached(examples, [(epoch, index) for index in batch])
         assert stored.log_var is not None
         posterior = Posterior(stored.mean.float(), stored.log_var.float())
         for _ in batches:
-            _timed(seconds.drawing, lambda posterior=posterior, seeds=seeds: draw(posterior, seeds))
-            _timed(seconds.widening, features.float)
+            with _timed(seconds.drawing):
+                draw(posterior, seeds)
+            with _timed(seconds.widening):
+                features.float()
         epochs += [seconds] if cold or epoch > 0 else []
     return epochs
 
 
-def _timed(seconds: np.ndarray, action: Callable[[], R]) -> R:
-    """The result of the action; the time that it took is added to `seconds`."""
+@contextmanager
+def _timed(seconds: np.ndarray) -> Iterator[None]:
+    """Adds the time that the body takes to `seconds`."""
     start = np.array([time.perf_counter(), time.process_time()])
-    result = action()
+    yield
     seconds += np.array([time.perf_counter(), time.process_time()]) - start
-    return result
 
 
 def _forget(files: Iterable[Path]) -> None:
