@@ -29,7 +29,7 @@ def command(what: str) -> None:
 def first_sentence(text: str) -> str:
     """The first sentence of a docstring or comment, in one line; a sentence may go over several lines."""
     paragraph = " ".join(text.strip().partition("\n\n")[0].split())
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph)[0]
+    return re.split(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z])", paragraph)[0]
 
 
 def _tasks() -> list[Row]:

@@ -1,0 +1,79 @@
+"""Sampling: files and their metadata, inputs of any kind."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from crossflow.cli import main
+
+
+def test_pictures_carry_prompt_seed_and_settings(tiny_run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    argv = ["sample", "--checkpoint", str(tiny_run("t2i")), "--prompt", "a red cube", "--prompt", "كرة حمراء 🎉"]
+    assert main([*argv, "--num", "2", "--seed", "5", "--output", str(folder)]) == 0
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    assert names == ["0000_0.png", "0000_1.png", "0001_0.png", "0001_1.png", "grid.png"]
+    picture = Image.open(folder / "0000_1.png")
+    assert picture.info["prompt"] == "a red cube"
+    assert picture.info["seed"] == "5"
+    assert json.loads(picture.info["settings"])["steps"] == 2
+
+
+def test_a_picture_can_be_sampled_again_by_itself(tiny_run, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cube\n\na blue sphere\n")
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    run = str(tiny_run("t2i"))
+    assert (
+        main(["sample", "--checkpoint", run, "--prompts", str(prompts), "--num", "2", "--output", str(together)]) == 0
+    )
+    assert main(["sample", "--checkpoint", run, "--prompt", "a blue sphere", "--output", str(alone)]) == 0
+    np.testing.assert_array_equal(
+        np.array(Image.open(together / "0001_0.png")), np.array(Image.open(alone / "0000.png"))
+    )
+    assert Image.open(together / "0001_0.png").info["item"] == "a blue sphere/0"
+
+
+def test_sample_reads_pictures_of_any_size_and_skips_broken_ones(tiny_run, tmp_path: Path, photo: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(photo, tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").write_bytes(photo.read_bytes()[:60])
+    Image.new("L", (1, 1)).save(tmp_path / "in" / "c.png")
+    for task in ("depth", "sr", "caption"):
+        folder = tmp_path / task
+        assert (
+            main(
+                [
+                    "sample",
+                    "--checkpoint",
+                    str(tiny_run(task)),
+                    "--input",
+                    str(tmp_path / "in"),
+                    "--output",
+                    str(folder),
+                ]
+            )
+            == 0
+        )
+        assert "skipped" in capsys.readouterr().err
+    assert np.load(tmp_path / "depth" / "a_depth.npy").shape == (20, 28)
+    assert Image.open(tmp_path / "depth" / "a_depth_mm.png").mode == "I;16"
+    assert Image.open(tmp_path / "sr" / "a_x4.png").size == (112, 80)
+    assert Image.open(tmp_path / "sr" / "c_x4.png").size == (4, 4)
+    assert (tmp_path / "caption" / "a.txt").is_file()
+
+
+def test_a_full_disk_is_reported_in_one_sentence(refused, tiny_run, tmp_path: Path, monkeypatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write raises it, without a name
+
+    run = str(tiny_run("t2i"))
+    monkeypatch.setattr(os, "fsync", full)
+    argv = ["sample", "--checkpoint", run, "--prompt", "a cube", "--output", str(tmp_path / "out")]
+    assert "disk is full" in refused(*argv)
+    assert not (tmp_path / "out").exists()
