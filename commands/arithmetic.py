@@ -9,7 +9,7 @@ import click
 from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
 from crossflow.commands.console import progress_bar
-from crossflow.commands.inputs import typed_input
+from crossflow.commands.inputs import typed_inputs
 from crossflow.commands.outputs import write_results
 from crossflow.core.errors import UserError
 from crossflow.core.output import output_folder
@@ -55,12 +55,13 @@ def command(
     if plus is None and minus is None:
         raise UserError("Latent arithmetic needs something to add or to subtract: give --plus, --minus, or both.")
     pipe = model.pipe
+    first, added, subtracted = typed_inputs(pipe, base, plus, minus)
     with progress_bar("computing") as on_step:
         results = latents.arithmetic(
             pipe,
-            typed_input(pipe, base),
-            plus=typed_input(pipe, plus),
-            minus=typed_input(pipe, minus),
+            first,
+            plus=added,
+            minus=subtracted,
             strengths=(0.0, *strengths),
             restandardise=restandardise,
             seed=model.seed,

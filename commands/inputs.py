@@ -36,7 +36,9 @@ def named_inputs(pipe: "Pipeline", prompts: Sequence[str], paths: Sequence[Path]
                 f"This {pipe.task.name} run takes prompts: give --prompt or --prompts instead of --input. To turn a "
                 "picture into its latent, use `crossflow invert`."
             )
-        return [(f"{number:04d}", read_prompt(text)) for number, text in enumerate(prompts)]
+        values = [read_prompt(text) for text in prompts]
+        warn_of_unknown_words(pipe, values)
+        return [(f"{number:04d}", value) for number, value in enumerate(values)]
     if prompts:
         raise UserError(f"This {pipe.task.name} run takes pictures: give --input FILE or FOLDER instead of a prompt.")
     return _pictures(paths)
@@ -66,6 +68,20 @@ def _pictures(paths: Sequence[Path]) -> list[tuple[str, Any]]:
     for problem in problems:
         warn(f"skipped {problem}")
     return list(pictures.items())
+
+
+def warn_of_unknown_words(pipe: "Pipeline", values: Sequence[Any]) -> None:
+    """Warns once of the words in read inputs that the model never saw in training."""
+    words = dict.fromkeys(word for value in values for word in pipe.task.unknown_words(value))
+    if words:
+        warn(f"note: the model was trained without these words and cannot follow them: {', '.join(words)}.")
+
+
+def typed_inputs(pipe: "Pipeline", *texts: str | None) -> list[Any]:
+    """Prompts, or the pictures at paths, whichever the run takes; None stays None. Warns of unknown words."""
+    values = [typed_input(pipe, text) for text in texts]
+    warn_of_unknown_words(pipe, [value for value in values if value is not None])
+    return values
 
 
 def typed_input(pipe: "Pipeline", text: str | None) -> Any:

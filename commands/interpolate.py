@@ -7,7 +7,7 @@ import click
 from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
 from crossflow.commands.console import progress_bar
-from crossflow.commands.inputs import typed_input
+from crossflow.commands.inputs import typed_inputs
 from crossflow.commands.outputs import write_animation, write_results
 from crossflow.core.output import output_folder
 
@@ -40,7 +40,7 @@ def command(model: Model, start: str, end: str, frames: int, kind: str, noise: s
     from crossflow.engine import latents
 
     pipe = model.pipe
-    ends = typed_input(pipe, start), typed_input(pipe, end)
+    ends = typed_inputs(pipe, start, end)
     with progress_bar("interpolating") as on_step:
         results = latents.interpolate(
             pipe,

@@ -1,6 +1,6 @@
 """``crossflow train``: a run from a recipe, or the continuation of one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,8 @@ def command(
     settings = ([f"data.train={data}"] if data is not None else []) + list(overrides)
     config = load_config(source, settings, task)
     if dry_run:
-        _dry_run(load_config(source, [*settings, *task_class(config.task).quick], task))
+        quick = load_config(source, [*settings, *task_class(config.task).quick], task)
+        _dry_run(quick, data_given=any(setting.startswith("data.train=") for setting in settings))
         return
     # All processes must name the same new folder, so the first one looks which names are taken.
     folder = output or distributed.on_main(lambda: new_folder(Path("runs"), Path(source).stem))
@@ -106,19 +107,36 @@ def _show_end(run: "Run", outcome: "Outcome", folder: Path) -> None:
     say(f"The run is in {folder}. Use it: crossflow sample --checkpoint {folder} {example}")
 
 
-def _dry_run(config: "Config") -> None:
+def _dry_run(config: "Config", data_given: bool) -> None:
+    """Prints what a training takes: measured where the data are, else as far as the settings alone say."""
     from crossflow.core import distributed
-    from crossflow.engine.train import dry_run
+    from crossflow.engine.train import dry_run, estimate
+    from crossflow.tasks.base import task_class
 
-    report = dry_run(config, progress=training_progress())
+    try:
+        task_class(config.task).dataset(config, "train")
+    except UserError as error:
+        if data_given:
+            raise
+        report = estimate(config)
+        _show_size(report.parameters, report.memory)
+        say(f"Time, disk and peak memory are measured with the training data alone. {error}")
+        return
+    measured = dry_run(config, progress=training_progress())
     if distributed.is_main():
-        _show_dry_run(report)
+        _show_size(measured.parameters, measured.memory)
+        _show_costs(measured)
 
 
-def _show_dry_run(report: "DryRun") -> None:
-    memory = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in report.memory.items())
-    say("parameters      " + ", ".join(f"{name} {number / 1e6:.2f}M" for name, number in report.parameters.items()))
-    say(f"memory          {memory}, and activations")
+def _show_size(parameters: Mapping[str, int], memory: Mapping[str, int]) -> None:
+    """Prints numbers of parameters, and bytes of memory, by part."""
+    total = sum(memory.values())
+    say("parameters      " + ", ".join(f"{name} {number / 1e6:.2f}M" for name, number in parameters.items()))
+    sizes = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items())
+    say(f"memory          {total / 2**30:.2f} GiB ({sizes}), and activations")
+
+
+def _show_costs(report: "DryRun") -> None:
     if report.peak_memory is not None:
         say(f"peak            {report.peak_memory / 2**30:.2f} GiB")
     say(

@@ -139,6 +139,27 @@ def dry_run(config: Config, *, progress: TrainingProgress | None = None) -> DryR
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What the settings alone say of a training: parameters by part, and bytes of memory on each device.
+
+    Learned parts of the losses, activations and frozen networks come on top.
+    """
+
+    parameters: dict[str, int]
+    memory: dict[str, int]
+
+
+def estimate(config: Config) -> Estimate:
+    """Parameters and memory of a training, without its data and networks. Raises UserError for invalid settings."""
+    task = task_class(config.task).outline(config)
+    with torch.device("meta"):
+        model = task.build_model()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    memory = {"weights": size, "gradients": size, "optimizer": 2 * size, "ema": size}
+    return Estimate(model.num_parameters(), memory)
+
+
 @dataclass
 class Run:
     """A run directory with its task, model and data, ready to train: `Run.open` makes one.

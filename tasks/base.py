@@ -280,6 +280,10 @@ class Task(ABC, Generic[C, P]):
         inversion.
         """
 
+    def unknown_words(self, value: Any) -> list[str]:
+        """Words of a read input that the task has never seen and cannot follow; none for pictures."""
+        return []
+
     def pictures(self, outputs: Sequence[Any]) -> list[np.ndarray]:
         """Outputs as comparable pictures uint8 (H, W, 3); empty for a task that makes no pictures."""
         return list(outputs)

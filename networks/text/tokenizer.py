@@ -110,6 +110,17 @@ def tokenize(
     return ids, torch.tensor(rows["attention_mask"], dtype=torch.bool).reshape(len(texts), length)
 
 
+def unknown_words(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[str]:
+    """The words of a text that the tokenizer spells in bytes because its captions never had them, in order.
+
+    >>> unknown_words(build_tokenizer(["a red cube"]), "a red zebra")
+    ['zebra']
+    """
+    words = _splitter().pre_tokenize_str(_normalizer().normalize_str(_encodable(text)))
+    spelled = [word for word, _ in words if any(token in BYTE_TOKENS for token in tokenizer.tokenize(word))]
+    return list(dict.fromkeys(word.strip(SPACE) for word in spelled if word.strip(SPACE)))
+
+
 def detokenize(tokenizer: "PreTrainedTokenizerBase", ids: Tensor) -> list[str]:
     """Ids (B, N) -> texts up to the first `<eos>`, without special tokens and bytes that are not valid UTF-8."""
     texts = []

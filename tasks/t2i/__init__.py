@@ -39,6 +39,7 @@ from crossflow.data.resize import center_crop_resize
 from crossflow.networks.alignment import EmbeddingHead, PictureHead
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.image_tower import ImageTower
+from crossflow.networks.text.tokenizer import unknown_words
 from crossflow.networks.text.variational import Adaptor
 from crossflow.tasks.base import Example, Parts, Pieces, Report, Task
 from crossflow.tasks.t2i.config import T2IConfig
@@ -265,6 +266,10 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         if features is None:
             features = self.text.features([""])[0].expand(len(z1), -1, -1)
         return list(to_uint8(self.codec.decode(z1, features)))
+
+    def unknown_words(self, value: str) -> list[str]:
+        """Words that the run's own tokenizer spells in bytes; none with a pretrained text encoder."""
+        return [] if self.text.tokenizer is None else unknown_words(self.text.tokenizer, value)
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         image = value if isinstance(value, np.ndarray) else load_image(value)

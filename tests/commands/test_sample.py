@@ -77,3 +77,15 @@ def test_a_full_disk_is_reported_in_one_sentence(refused, tiny_run, tmp_path: Pa
     argv = ["sample", "--checkpoint", run, "--prompt", "a cube", "--output", str(tmp_path / "out")]
     assert "disk is full" in refused(*argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_unknown_words_are_named_once(tiny_run, tmp_path: Path, capsys) -> None:
+    run = str(tiny_run("t2i"))
+    argv = ["sample", "--checkpoint", run, "--prompt", "a red zebra", "--prompt", "a zebra on a cube"]
+    assert main([*argv, "--output", str(tmp_path / "a")]) == 0
+    error = capsys.readouterr().err
+    assert error.count("cannot follow them: zebra.") == 1
+    assert "cube" not in error
+    argv = ["arithmetic", "--checkpoint", run, "--base", "a red cube", "--plus", "a giraffe"]
+    assert main([*argv, "--output", str(tmp_path / "b")]) == 0
+    assert "giraffe" in capsys.readouterr().err

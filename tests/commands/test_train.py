@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -207,3 +208,14 @@ def test_a_finished_run_is_not_scored_again(tiny_run, tmp_path: Path, capsys) ->
     assert main(["train", "--output", str(run), "--resume", "auto"]) == 0
     assert "is finished: 2 of 2 steps" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("recipe", ["t2i_256_clip_dimr", "flowtok_b", "caption_351m", "depth_527m", "sr_505m"])
+def test_a_dry_run_of_a_paper_recipe_needs_no_data(tmp_path: Path, capsys, monkeypatch, recipe: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", recipe, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"parameters .*flow [1-9]\d+\.\d\dM", out)
+    assert re.search(r"memory +[1-9]\d*\.\d\d GiB \(weights", out)
+    assert "measured with the training data alone" in out
+    assert list(tmp_path.iterdir()) == []
