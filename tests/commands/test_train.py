@@ -168,7 +168,7 @@ def test_a_rejected_run_leaves_its_folder_free(refused, tiny_settings, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"), [("data.val=pairs:gone", "gone"), ("data.image_size=16", "none can be scored")]
+    ("override", "said"), [("data.val=pairs:gone", "gone"), ("data.image_size=16", "can be scored")]
 )
 def test_data_without_scores_are_refused_before_training(
     refused, tiny_settings, tmp_path: Path, override: str, said: str
