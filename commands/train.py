@@ -55,7 +55,7 @@ def command(
     config = load_config(source, settings, task)
     if dry_run:
         quick = load_config(source, [*settings, *task_class(config.task).quick], task)
-        _dry_run(quick, data_given=any(setting.startswith("data.train=") for setting in settings))
+        _dry_run(quick, names_data=any(setting.startswith("data.train=") for setting in settings))
         return
     # All processes must name the same new folder, so the first one looks which names are taken.
     folder = output or distributed.on_main(lambda: new_folder(Path("runs"), Path(source).stem))
@@ -107,7 +107,7 @@ def _show_end(run: "Run", outcome: "Outcome", folder: Path) -> None:
     say(f"The run is in {folder}. Use it: crossflow sample --checkpoint {folder} {example}")
 
 
-def _dry_run(config: "Config", data_given: bool) -> None:
+def _dry_run(config: "Config", names_data: bool) -> None:
     """Prints what a training takes: measured where the data are, else as far as the settings alone say."""
     from crossflow.core import distributed
     from crossflow.engine.train import dry_run, estimate
@@ -116,7 +116,7 @@ def _dry_run(config: "Config", data_given: bool) -> None:
     try:
         task_class(config.task).dataset(config, "train")
     except UserError as error:
-        if data_given:
+        if names_data:
             raise
         report = estimate(config)
         _show_size(report.parameters, report.memory)

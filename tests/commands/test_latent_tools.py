@@ -94,4 +94,4 @@ def test_latent_tools_record_their_settings(tiny_run, tmp_path: Path, capsys, re
     assert "'seed'" in refused("sample", "--checkpoint", run, "--prompt", "a", "seed=3")
     argv = ["arithmetic", "--checkpoint", run, "--base", "a"]
     assert "--plus, --minus, or both" in refused(*argv)
-    assert "NaNs" in refused(*argv, "--plus", "a ball", "--strength", "1e30", "--output", str(tmp_path / "n"))
+    assert "NaN" in refused(*argv, "--plus", "a red cube", "--strength", "1e30", "--output", str(tmp_path / "n"))
