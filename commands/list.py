@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Callable, Sequence
 
 import click
 
@@ -9,13 +10,14 @@ from crossflow.commands.console import print_table
 from crossflow.tasks import task_names
 
 Row = tuple[str, ...]
+Rows = Sequence[Row]
 
 
 @click.command("list")
 @click.argument("what", type=click.Choice(["tasks", "configs", "datasets", "protocols", "solvers", "backbones"]))
 def command(what: str) -> None:
     """Names that options accept: tasks, configs, datasets, protocols, solvers, backbones."""
-    rows = {
+    rows: dict[str, Callable[[], Rows]] = {
         "tasks": _tasks,
         "configs": _configs,
         "datasets": _datasets,
@@ -32,26 +34,26 @@ def first_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z])", paragraph)[0]
 
 
-def _tasks() -> list[Row]:
+def _tasks() -> Rows:
     from crossflow.tasks.base import task_class
 
     return [(name, first_sentence(sys.modules[task_class(name).__module__].__doc__ or "")) for name in task_names()]
 
 
-def _configs() -> list[Row]:
+def _configs() -> Rows:
     from crossflow.core.settings import shipped
 
-    rows = []
+    rows: list[Row] = []
     for name, path in shipped().items():
         comment = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))
         rows.append((name, first_sentence(comment[0].replace("#", " ") if comment else "")))
     return rows
 
 
-def _datasets() -> list[Row]:
+def _datasets() -> Rows:
     from crossflow.data.readers import READERS
 
-    rows = []
+    rows: list[Row] = []
     for name in READERS.names():
         reader = READERS.get(name)
         options = [f"?{key}={option.describe()}" for key, option in reader.options.items()]
@@ -59,7 +61,7 @@ def _datasets() -> list[Row]:
     return rows
 
 
-def _protocols() -> list[Row]:
+def _protocols() -> Rows:
     from crossflow.benchmarks.evaluation.protocol import load_protocol, protocols
 
     loaded = [(name, load_protocol(name)) for name in protocols()]
@@ -69,13 +71,13 @@ def _protocols() -> list[Row]:
     ]
 
 
-def _solvers() -> list[Row]:
+def _solvers() -> Rows:
     from crossflow.core.solvers import SOLVERS
 
     return [(name, SOLVERS.get(name).summary) for name in SOLVERS.names()]
 
 
-def _backbones() -> list[Row]:
+def _backbones() -> Rows:
     from crossflow.core.backbones import BACKBONES
 
     return [

@@ -37,7 +37,7 @@ class Reader(ABC):
     prefix: ClassVar[str]  # what users write before the colon
     layout: ClassVar[str]  # what a location must look like, for messages: "a folder with ..."
     offers: ClassVar[frozenset[str]]  # the fields that data of this format can have
-    batch_hint: ClassVar[int] = 1  # number of items for which one call of `load` is efficient
+    batch_hint: int = 1  # number of items for which one call of `load` is efficient
     embedded: ClassVar[bool] = False  # comes with the package, so the prefix takes no location
     options: ClassVar[Options] = {}  # options after the location: `DIR?crop=eigen`
 

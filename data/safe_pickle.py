@@ -218,9 +218,10 @@ def _array(call: Call) -> np.ndarray:
 
 def _number_type(call: object) -> np.dtype:
     """dtype('f4') with the state (version, byte order, ...)."""
-    is_type = isinstance(call, Call) and call.function == DTYPE and call.arguments
-    name = call.arguments[0] if is_type else None
-    if not is_type or not isinstance(name, str) or not NUMBERS.fullmatch(name):
+    if not isinstance(call, Call) or call.function != DTYPE or not call.arguments:
+        raise ValueError(f"an array of {type(call).__name__}, not of numbers")
+    name = call.arguments[0]
+    if not isinstance(name, str) or not NUMBERS.fullmatch(name):
         raise ValueError(f"an array of {name[:80] if isinstance(name, str) else type(name).__name__}, not of numbers")
     kind = np.dtype(name)
     return kind.newbyteorder(">") if call.state[1:2] == (">",) else kind

@@ -175,7 +175,8 @@ def _initial_norm(module: nn.Module) -> Iterator[bool]:
     """
     if not isinstance(module, NORMS):
         return
-    if getattr(module, "running_mean", None) is not None:
-        yield not module.running_mean.any() and bool((module.running_var == 1).all())
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    if mean is not None and variance is not None:
+        yield not mean.any() and bool((variance == 1).all())
     elif module.weight is not None:
         yield bool((module.weight == 1).all()) and (module.bias is None or not module.bias.any())

@@ -12,7 +12,6 @@ from crossflow.core.errors import UserError
 from crossflow.networks.codecs.autoencoders import AutoencoderKLCodec
 from crossflow.networks.codecs.flowtitok import FlowTiTokCodec
 from crossflow.networks.codecs.flowtitok_network import FlowTiTok, FlowTiTokConfig, rotary_tables
-from crossflow.networks.codecs.network import NetworkCodec
 from crossflow.released.kinds import KINDS, Kind, ReferenceConfig
 from crossflow.released.rules import Rule
 
@@ -65,12 +64,6 @@ def _rotary(function: Literal["cos", "sin"]) -> Callable[[Tensor], Tensor]:
     return table
 
 
-def _around(codec: Callable[[nn.Module], NetworkCodec], network: nn.Module) -> NetworkCodec:
-    """`codec` around a network on the meta device; its scale is on the CPU, since it is not in the file."""
-    with torch.device("cpu"):
-        return codec(network)
-
-
 def _section(config: ReferenceConfig, name: str, required: str) -> Mapping[str, Any]:
     """A section of the reference's settings. Raises UserError when one of the `required` settings is missing."""
     section = config.get(name)
@@ -89,7 +82,9 @@ def _section(config: ReferenceConfig, name: str, required: str) -> Mapping[str, 
 
 
 def _build_flowtitok(config: ReferenceConfig, keys: Collection[str]) -> nn.Module:
-    return _around(FlowTiTokCodec, FlowTiTok(flowtitok_config(config)))
+    network = FlowTiTok(flowtitok_config(config))
+    with torch.device("cpu"):  # the network may be on the meta device; the scale is not in the file
+        return FlowTiTokCodec(network)
 
 
 def flowtitok_config(config: ReferenceConfig) -> FlowTiTokConfig:
@@ -182,7 +177,8 @@ def _build_autoencoder(config: ReferenceConfig, keys: Collection[str]) -> nn.Mod
         sample_size=settings.get("resolution", 256),
         scaling_factor=float(config.get("scale_factor", CROSSFLOW_SCALE)),
     )
-    return _around(AutoencoderKLCodec, network)
+    with torch.device("cpu"):
+        return AutoencoderKLCodec(network)
 
 
 def _residual_rules(pattern: str, key: str) -> tuple[Rule, ...]:

@@ -64,7 +64,7 @@ class JoinedReader(Reader):
         return self.readers[number].captions(inner)
 
     @functools.cached_property
-    def problems(self) -> dict[str, str]:  # type: ignore[override]
+    def problems(self) -> dict[str, str]:
         """The known bad items of all data sets."""
         return {
             self._name(number, id): reason

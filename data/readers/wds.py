@@ -227,11 +227,11 @@ def shard_files(place: str, spec: str) -> list[Path]:
 
 def _pattern(place: str) -> list[Path]:
     """The files that brace patterns (`{00000..00099}`, `{a,b}`) and `*` stand for, missing ones of a range included."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         names = list(braceexpand(place))
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # unbalanced braces
         raise UserError(f"{place!r} is not a valid brace pattern: {error}.") from error
     files: list[Path] = []
     for name in filter(None, names):

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class FrozenTextEncoder(nn.Module):
         self.settings = replace(
             settings,
             clean=self.family == "t5" if settings.clean is None else settings.clean,
-            precision=str(next(network.parameters()).dtype).removeprefix("torch."),
+            precision=cast(Precision, str(next(network.parameters()).dtype).removeprefix("torch.")),
         )
 
     @classmethod
