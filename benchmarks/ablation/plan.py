@@ -68,9 +68,11 @@ class Job:
 class Plan:
     """A group at a budget, as jobs in `folder`.
 
-    plan = Plan(load_group("encoder"), Budget(task="t2i", recipe="t2i_tiny", steps=500), Path("ablations/encoder"))
-    for job in plan.jobs:
-        print(*job.command)
+    >>> from crossflow.benchmarks.ablation.group import load_group
+    >>> budget = Budget(task="t2i", recipe="t2i_tiny", steps=500)
+    >>> plan = Plan(load_group("encoder"), budget, Path("ablations/encoder"))
+    >>> plan.jobs[0].name, plan.steps
+    ('train deterministic-seed0', 500)
     """
 
     def __init__(self, group: Group, budget: Budget, folder: Path) -> None:
