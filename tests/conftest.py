@@ -64,16 +64,24 @@ def blind_judge():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, tiny_settings, blind_judge):
-    """tiny_run(task): the directory of a run of two steps, trained once by the command line. Not to be written to."""
-    made = {}
+    """tiny_run(task): the directory of a run of two steps, trained once by the command line. Not to be written to.
+
+    The workers of pytest-xdist share the runs: the first that needs one trains it while the others wait.
+    """
+    from filelock import FileLock
+
+    session = tmp_path_factory.getbasetemp()
+    shared = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "runs"
+    shared.mkdir(exist_ok=True)
 
     def run(task: str) -> Path:
-        if task not in made:
-            from crossflow.cli import main
+        with FileLock(shared / f"{task}.lock"):
+            if not (shared / task).exists():
+                from crossflow.cli import main
 
-            folder = tmp_path_factory.mktemp("runs") / task
-            assert main(["train", "--task", task, "--output", str(folder), *tiny_settings(task)]) == 0
-            made[task] = folder
-        return made[task]
+                scratch = shared / f"{task}.scratch"
+                assert main(["train", "--task", task, "--output", str(scratch), *tiny_settings(task)]) == 0
+                scratch.rename(shared / task)
+        return shared / task
 
     return run
