@@ -40,11 +40,12 @@ def command(model: Model, start: str, end: str, frames: int, kind: str, noise: s
     from crossflow.engine import latents
 
     pipe = model.pipe
-    ends = typed_inputs(pipe, start, end)
+    first, last = typed_inputs(pipe, start, end)
     with progress_bar("interpolating") as on_step:
         results = latents.interpolate(
             pipe,
-            *ends,
+            first,
+            last,
             frames,
             kind=kind,
             seed=model.seed,
