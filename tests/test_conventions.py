@@ -34,6 +34,8 @@ ANY: dict[str, str] = {
 }
 # Rooms with rules left to keep. An entry goes when its room is clean.
 UNFINISHED = {"benchmarks", "core", "data", "engine", "networks", "released", "tasks"}
+# Docstrings are missing in these rooms alone.
+UNDOCUMENTED = {"tasks"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -122,7 +124,7 @@ def test_public_names_are_documented(room: str) -> None:
             else:
                 missing.append(f"{path}:{node.lineno}: {node.name}")
     share = documented / (documented + len(missing)) if documented or missing else 1.0
-    if share < MIN_DOCUMENTED and room in UNFINISHED:
+    if share < MIN_DOCUMENTED and room in UNDOCUMENTED:
         pytest.xfail(f"{share:.1%} are documented")
     assert share >= MIN_DOCUMENTED, "\n".join(missing)
 

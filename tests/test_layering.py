@@ -177,23 +177,9 @@ def safe_loaders(tree: ast.Module) -> set[str]:
     return safe | {n.name for n in derived if safe & {ast.unparse(base) for base in n.bases}}
 
 
-# Rules that a file does not keep yet. An entry goes when its file is clean.
-UNFINISHED = dict.fromkeys(
-    (
-        *("benchmarks/ablation/plan.py", "benchmarks/evaluation/evaluate.py", "benchmarks/evaluation/manifest.py"),
-        *("benchmarks/evaluation/networks.py", "benchmarks/evaluation/plan.py", "benchmarks/evaluation/protocol.py"),
-        *("tasks/base.py", "tasks/caption/__init__.py", "tasks/caption/inverted.py"),
-    ),
-    "knows tasks by name, or imports upwards",
-)
-
-
 @pytest.mark.parametrize("path", package_files(), ids=str)
 def test_module_keeps_the_rules(path: Path):
-    broken = broken_rules(path, (ROOT / path).read_text(encoding="utf-8"), root_names())
-    if broken and path.as_posix() in UNFINISHED:
-        pytest.xfail(UNFINISHED[path.as_posix()])
-    assert broken == []
+    assert broken_rules(path, (ROOT / path).read_text(encoding="utf-8"), root_names()) == []
 
 
 def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
@@ -229,13 +215,9 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     return visited
 
 
-# Circles that are not untied yet. An entry goes when its files import each other one way only.
-TIED: list[list[str]] = []
-
-
 def test_no_files_import_each_other():
     sources = {path.as_posix(): (ROOT / path).read_text(encoding="utf-8") for path in package_files()}
-    assert [circle for circle in circles(import_graph(sources)) if circle not in TIED] == []
+    assert circles(import_graph(sources)) == []
 
 
 def test_circles_are_found_through_local_and_dynamic_imports():
