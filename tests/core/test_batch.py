@@ -8,7 +8,7 @@ import torch
 from crossflow.core.batch import Batch, Condition
 
 
-def test_all_tensors_move_including_those_of_the_condition() -> None:
+def test_all_tensors_move_including_the_conditions() -> None:
     condition = Condition(tokens=torch.zeros(2, 3, 4), mask=torch.ones(2, 3, dtype=torch.bool))
     batch = Batch(features=torch.zeros(2, 5), target=torch.zeros(2, 4, 8, 8), condition=condition, ids=("a", "b"))
     moved = batch.to("meta")

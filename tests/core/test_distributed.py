@@ -141,7 +141,7 @@ def test_parts_are_shared_and_the_first_rank_gets_them_in_order(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", [UserError, ZeroDivisionError])
-def test_what_one_rank_raises_is_raised_on_all(tmp_path: Path, kind: type[Exception]) -> None:
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, kind: type[Exception]) -> None:
     def on_rank(rank: int) -> list[str]:
         def work(part: int) -> int:
             if part == 3:  # of rank 1

@@ -8,7 +8,7 @@ def test_a_user_error_is_not_caught_as_a_bad_value() -> None:
     assert not issubclass(UserError, (ValueError, *PARSING_ERRORS))
 
 
-def test_unknown_names_list_near_ones_first() -> None:
+def test_unknown_names_suggest_similar_ones_first() -> None:
     message = str(unknown_name("setting", "train.stepz", ["train.steps", "train.lr", "sample.steps"]))
     assert message == (
         "Unknown setting 'train.stepz'. Did you mean 'train.steps'? Known: sample.steps, train.lr, train.steps."

@@ -48,7 +48,7 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders cannot be opened")
-def test_the_name_of_a_file_is_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_entry_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
     write_atomically(tmp_path / "a", b"content")
@@ -138,13 +138,13 @@ def test_damaged_tensors_are_a_user_error_of_one_paragraph(tmp_path: Path, read:
         read(path, "Take another.")
 
 
-def test_a_name_as_long_as_can_be_is_written(tmp_path: Path) -> None:
+def test_a_file_name_of_maximum_length_is_written(tmp_path: Path) -> None:
     path = tmp_path / ("🎉" * 62 + ".txt")  # 252 of the 255 bytes a name may have
     write_atomically(path, "content")
     assert path.read_text() == "content"
 
 
-def test_is_full_tells_a_full_disk_from_other_troubles() -> None:
+def test_is_full_recognises_only_a_full_disk() -> None:
     from safetensors import SafetensorError
 
     assert is_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
@@ -160,7 +160,7 @@ def test_size_in_words(number: float, words: str) -> None:
     assert size_in_words(number) == words
 
 
-def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_user_cache_follows_xdg_cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_cache() == tmp_path / "crossflow"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -40,7 +40,7 @@ def test_samples_are_drawn_with_the_drop_probability() -> None:
     assert not draw_unconditional([uniform], 0.0)[0].any()
 
 
-def test_lone_draw_stays_conditional() -> None:
+def test_a_single_drawn_sample_stays_conditional() -> None:
     assert draw_unconditional([torch.tensor([0.9, 0.05, 0.9])], 0.1)[0].tolist() == [False, False, False]
     assert draw_unconditional([torch.tensor([0.05, 0.9, 0.01])], 0.1)[0].tolist() == [True, False, True]
 
@@ -76,7 +76,7 @@ def test_no_unconditional_sample_takes_its_own_target() -> None:
         assert rotated[:, 0].sort().values.tolist() == list(range(9)), "each target is used once"
 
 
-def test_targets_that_bring_gradients_keep_them_beside_rotated_ones() -> None:
+def test_unrotated_targets_keep_their_gradients() -> None:
     target = torch.randn(4, 3, requires_grad=True)
     rotate_targets([target], [torch.tensor([True, True, False, False])])[0].sum().backward()
     assert target.grad is not None

@@ -6,7 +6,7 @@ import pytest
 from crossflow.core.intervals import bootstrap_interval, mean_share_interval, resamples, wilson_interval
 
 
-def test_interval_covers_the_mean_as_often_as_it_says():
+def test_interval_covers_the_mean_at_its_level():
     generator = np.random.default_rng(0)
     hits = 0
     for trial in range(200):
@@ -50,7 +50,7 @@ def test_interval_of_one_share_is_wilsons() -> None:
     assert mean_share_interval([[1, 0, 1, 1]]) == pytest.approx(wilson_interval(3, 4))
 
 
-def test_interval_of_a_mean_of_shares_covers_it_as_often_as_it_says() -> None:
+def test_interval_of_a_mean_of_shares_covers_it_at_its_level() -> None:
     generator = np.random.default_rng(0)
     probabilities = np.array([0.05, 0.5, 0.9, 0.3])
     hits = 0
@@ -61,7 +61,7 @@ def test_interval_of_a_mean_of_shares_covers_it_as_often_as_it_says() -> None:
     assert 370 <= hits <= 397
 
 
-def test_interval_of_shares_of_agreeing_items_has_a_width() -> None:
+def test_interval_of_agreeing_items_has_positive_width() -> None:
     low, high = mean_share_interval([[1, 1], [0, 0]])
     assert 0 < low < 0.3
     assert 0.7 < high < 1

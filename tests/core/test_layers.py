@@ -63,7 +63,7 @@ def test_sincos_tables_need_float64_on_the_cpu_only(no_float64) -> None:
     assert sincos_tokens(7, 4).device.type == "cpu"
 
 
-def test_a_changed_sincos_table_leaves_later_ones_as_they_were() -> None:
+def test_modifying_a_sincos_table_does_not_affect_later_ones() -> None:
     before = sincos_2d(2, 2, 4)
     sincos_2d(2, 2, 4).zero_()
     assert torch.equal(sincos_2d(2, 2, 4), before)

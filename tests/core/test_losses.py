@@ -30,7 +30,7 @@ def posterior() -> tuple[Tensor, Tensor]:
     return mean, log_var
 
 
-def test_standard_kl_is_that_of_torch_distributions(posterior: tuple[Tensor, Tensor]) -> None:
+def test_standard_kl_equals_torch_distributions(posterior: tuple[Tensor, Tensor]) -> None:
     mean, log_var = posterior
     expected = kl_divergence(Normal(mean, (log_var / 2).exp()), Normal(0.0, 1.0)).flatten(1).sum(1)
     assert torch.allclose(kl_standard(mean, log_var), expected, rtol=1e-5)
@@ -199,7 +199,7 @@ def test_contrastive_logits_are_float32_under_autocast(name: str, pairs: tuple[T
         assert loss() == pytest.approx(expected, rel=1e-5)
 
 
-def test_reconstruction_loss_counts_only_what_the_mask_holds() -> None:
+def test_reconstruction_loss_ignores_masked_values() -> None:
     features = torch.zeros(2, 3, 2)
     reconstruction = torch.tensor([[[1.0, 1.0], [9.0, 9.0], [9.0, 9.0]], [[2.0, 2.0], [3.0, 3.0], [9.0, 9.0]]])
     mask = torch.tensor([[True, False, False], [True, True, False]])

@@ -78,7 +78,7 @@ def test_averages_of_zeros_and_ones_have_wilsons_interval_and_others_a_bootstrap
 
 
 @pytest.mark.slow
-def test_processes_at_once_leave_nothing_behind(tmp_path):
+def test_concurrent_processes_leave_no_files(tmp_path):
     script = (
         "from crossflow.core.metrics import mean_metric\n"
         "for _ in range(20): assert mean_metric({'a': [1.0, None, 3.0]}) == {'a': 2.0}\n"

@@ -54,7 +54,7 @@ def test_parameters_are_counted_by_part(tiny_dit: Callable) -> None:
     assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_flags() -> None:
+def test_flags_repeat_a_value_for_each_sample() -> None:
     flags = as_flags(True, torch.zeros(3, 2))
     assert flags.dtype == torch.bool
     assert flags.tolist() == [True] * 3

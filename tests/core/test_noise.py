@@ -50,7 +50,7 @@ def test_item_noise_follows_from_seed_and_id(shape: tuple[int, ...]) -> None:
     assert len(whole.unique()) > 0.99 * whole.numel()
 
 
-def test_items_whose_keys_agree_in_32_bits_have_noise_of_their_own() -> None:
+def test_keys_equal_in_32_bits_give_different_noise() -> None:
     """torch's CPU generator, which takes 32 bits of a seed, draws the same numbers for these."""
     first, second = "4596", "59334"
     assert key("item", 0, first) % 2**32 == key("item", 0, second) % 2**32
@@ -118,7 +118,7 @@ def test_order_is_a_permutation_per_epoch_and_seed():
         orders[0][0] = 1
 
 
-def test_order_is_mixed():
+def test_order_is_shuffled():
     permutation = order(0, 0, 10_000)
     assert abs(np.corrcoef(permutation, np.arange(10_000))[0, 1]) < 0.05
     assert np.mean(permutation == np.arange(10_000)) < 0.01

@@ -198,7 +198,7 @@ def test_unconditional_samples_of_crossflow_flow_to_rotated_targets(make: Callab
 
 
 @torch.no_grad()
-def test_a_lone_draw_stays_conditional_with_its_target(make: Callable[..., Objective]) -> None:
+def test_a_single_drawn_sample_stays_conditional_and_keeps_its_target(make: Callable[..., Objective]) -> None:
     objective, b = make(settings={"time": {"law": "uniform"}}), batch()
     inputs = seen(objective, b, at_the_end(noise(drop=(0.9, 0.01, 0.9, 0.9, 0.9, 0.9))))
     assert not inputs["unconditional"].any()
@@ -206,7 +206,7 @@ def test_a_lone_draw_stays_conditional_with_its_target(make: Callable[..., Objec
 
 
 @torch.no_grad()
-def test_baselines_keep_their_targets_and_drop_a_lone_condition(make: Callable[..., Objective]) -> None:
+def test_baselines_keep_their_targets_and_may_drop_a_single_condition(make: Callable[..., Objective]) -> None:
     objective, b = make(kind="gaussian", context=True, settings={"time": {"law": "uniform"}}), batch(context=True)
     inputs = seen(objective, b, at_the_end(noise()))
     assert inputs["unconditional"].tolist() == [True, False, True, False, False, True]
@@ -259,7 +259,7 @@ def test_losses_are_float32_and_near_the_exact_ones_under_autocast(make: Callabl
         assert value.item() == pytest.approx(exact[name].item(), rel=0.03), name
 
 
-def test_learned_parts_of_losses_are_apart_from_the_generator(make: Callable[..., Objective]) -> None:
+def test_learned_parts_of_losses_are_separate_from_the_generator(make: Callable[..., Objective]) -> None:
     generator = {name for name, _ in make().model.named_parameters()}
     for encoder, own in (
         ("none", set()),

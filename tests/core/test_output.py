@@ -84,7 +84,7 @@ def test_a_record_cannot_remove_files_outside_its_folder(tmp_path: Path) -> None
     assert (tmp_path / "outside.txt").exists()
 
 
-def test_a_requested_file_is_replaced_only_when_told_to(tmp_path: Path) -> None:
+def test_a_requested_file_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(UserError, match="exists"):
         check_output(tmp_path / "a.json")

@@ -62,7 +62,7 @@ def test_each_sample_has_its_own_time(ends: tuple[torch.Tensor, torch.Tensor]) -
     assert torch.equal(z_t[::2], z0[::2])
 
 
-def test_half_precision_targets_meet_float32_sources_in_float32() -> None:
+def test_half_precision_targets_and_float32_sources_give_float32() -> None:
     point = LinearPath()(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.float16), torch.full((2,), 0.5))
     assert point.z_t.dtype == point.velocity.dtype == torch.float32
 
@@ -99,14 +99,14 @@ def test_shift_has_its_closed_form_and_fixed_ends() -> None:
     assert torch.allclose(shift_time(shift_time(t, 3.0), 1 / 3), t), "a and 1/a undo each other"
 
 
-def test_unknown_path_and_law_name_near_ones() -> None:
+def test_unknown_path_and_law_suggest_similar_names() -> None:
     with pytest.raises(UserError, match=r"Unknown path 'liner'\. Did you mean 'linear'"):
         PATHS.get("liner")
     with pytest.raises(UserError, match=r"Unknown time law 'logitnormal'\. Did you mean 'logit_normal'"):
         TIME_LAWS.get("logitnormal")
 
 
-def test_logit_normal_needs_no_float64_of_a_device_without_it(no_float64) -> None:
+def test_logit_normal_works_on_devices_without_float64(no_float64) -> None:
     with FakeTensorMode(), no_float64:  # a tensor of that device without the device
         t = logit_normal_time(torch.empty(3, device="mps"))
     assert (t.device.type, t.dtype) == ("mps", torch.float32)

@@ -29,14 +29,14 @@ def test_names_are_sorted(shapes: Registry[int]) -> None:
     assert shapes.names() == ["square", "triangle"]
 
 
-def test_unknown_name_gives_near_names_and_all_known(shapes: Registry[int]) -> None:
+def test_unknown_name_suggests_similar_and_lists_all_known(shapes: Registry[int]) -> None:
     with pytest.raises(
         UserError, match=r"Unknown shape 'triangel'\. Did you mean 'triangle'\? Known: square, triangle\."
     ):
         shapes.get("triangel")
 
 
-def test_unknown_name_far_from_all_gives_no_false_hint(shapes: Registry[int]) -> None:
+def test_a_dissimilar_name_gives_no_hint(shapes: Registry[int]) -> None:
     with pytest.raises(UserError) as error:
         shapes.get("xyz")
     assert "Did you mean" not in str(error.value)
@@ -49,10 +49,10 @@ def test_a_name_is_registered_once(shapes: Registry[int]) -> None:
     assert shapes.get("square") == 4
 
 
-def test_an_empty_table_knows_no_names() -> None:
+def test_the_error_of_an_empty_table_lists_no_names() -> None:
     assert str(unknown_name("planet", "Vulcan", [])) == "Unknown planet 'Vulcan'. Known: none."
 
 
-def test_a_common_prefix_makes_no_name_near() -> None:
+def test_a_common_prefix_does_not_make_names_similar() -> None:
     assert "Did you mean" not in str(unknown_name("setting", "path.xyzzy", ["path.name", "path.sigma_min"]))
     assert "Did you mean 'train.steps'?" in str(unknown_name("setting", "train.step", ["train.steps", "train.lr"]))

@@ -9,7 +9,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.layers import Attention, rotary_2d
 
 
-def test_scores_depend_on_the_difference_of_two_places_alone() -> None:
+def test_scores_depend_only_on_relative_positions() -> None:
     torch.manual_seed(0)
     rotary = rotary_2d(5, 6, 16)
     query, key = torch.randn(2, 16).double()
@@ -22,12 +22,12 @@ def test_scores_depend_on_the_difference_of_two_places_alone() -> None:
     assert not torch.allclose(scores[2, 2, 2, 3], scores[2, 2, 2, 1], rtol=1e-2)  # and so do directions
 
 
-def test_turning_keeps_norms() -> None:
+def test_rotation_keeps_norms() -> None:
     x = torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(rotary_2d(3, 4, 8).turn(x).norm(dim=-1), x.norm(dim=-1))
 
 
-def test_pairs_attend_within_the_reach_alone() -> None:
+def test_pairs_attend_only_within_the_reach() -> None:
     near = rotary_2d(2, 9, 8, reach=(4, 3)).near
     assert near is not None
     columns = torch.arange(18) % 9
@@ -36,7 +36,7 @@ def test_pairs_attend_within_the_reach_alone() -> None:
     assert rotary_2d(4, 90, 8).near is None
 
 
-def test_what_lies_out_of_reach_has_no_influence() -> None:
+def test_tokens_out_of_reach_have_no_influence() -> None:
     torch.manual_seed(0)
     attention, rotary = Attention(16, 2), rotary_2d(1, 12, 8, reach=(1, 4))
     x = torch.randn(1, 12, 16)
@@ -59,7 +59,7 @@ def wide_velocity(positions: str, column: int) -> torch.Tensor:
         return model(z, torch.tensor([0.3]), torch.tensor([False]))[0]
 
 
-def test_an_object_gets_the_same_velocity_wherever_it_lies_in_a_wide_picture() -> None:
+def test_velocity_of_an_object_does_not_depend_on_its_place() -> None:
     """Four columns of patches in training, 24 here. What an object changes reaches 3 columns by attention and 1 by the
     convolution, so that both places are apart from the borders by more than that.
     """

@@ -87,7 +87,7 @@ def test_evaluations_of_an_adaptive_solver_are_counted_and_not_predicted(
 
 
 @pytest.mark.parametrize("solver", SOLVERS.names())
-def test_an_item_is_generated_alike_alone_and_in_a_batch(
+def test_an_item_is_generated_identically_alone_and_in_a_batch(
     make: Callable[..., CrossFlow], z0: torch.Tensor, solver: str
 ) -> None:
     model = make()
@@ -95,9 +95,7 @@ def test_an_item_is_generated_alike_alone_and_in_a_batch(
     assert torch.allclose(generate(model, z0[1:2], solver=solver, steps=5, guidance=3.0)[0], whole[1], atol=1e-5)
 
 
-def test_a_difficult_neighbour_does_not_change_the_steps_of_an_adaptive_solver(
-    tiny_dit: Callable, z0: torch.Tensor
-) -> None:
+def test_adaptive_steps_do_not_depend_on_other_items(tiny_dit: Callable, z0: torch.Tensor) -> None:
     model = CrossFlow(SourceEncoder(None, "gaussian", LATENT), tiny_dit(LATENT, context_dim=6, time_scale=20.0))
     z = torch.cat([z0[:1], 100 * z0[1:2]])
     condition = Condition(torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2)))
@@ -118,7 +116,7 @@ def test_invert_returns_to_the_source(make: Callable[..., CrossFlow], z0: torch.
     assert torch.allclose(back, z0, atol=1e-3)
 
 
-def test_zeroed_first_steps_leave_the_source_where_it_is(make: Callable[..., CrossFlow], z0: torch.Tensor) -> None:
+def test_zeroed_first_steps_leave_the_source_unchanged(make: Callable[..., CrossFlow], z0: torch.Tensor) -> None:
     velocity = Guidance(zero_until=1 / 50).velocity(make())
     with torch.no_grad():
         states = solve(velocity, z0, steps=50, keep_trajectory=True).trajectory
@@ -132,7 +130,7 @@ def test_zero_steps_are_a_user_error(make: Callable[..., CrossFlow], z0: torch.T
 
 
 @torch.no_grad()
-def test_interval_holds_for_guidance_by_a_weak_model_too(make: Callable[..., CrossFlow], z0: torch.Tensor) -> None:
+def test_guidance_interval_applies_to_autoguidance(make: Callable[..., CrossFlow], z0: torch.Tensor) -> None:
     model, weak = make(), make(1)
     velocity = Guidance(3.0, (0.5, 1.0)).velocity(model, weak=weak)
     assert torch.equal(velocity(z0, torch.tensor(0.2)), plain(model)(z0, torch.tensor(0.2)))

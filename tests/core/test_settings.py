@@ -27,7 +27,7 @@ def built(*overrides: str) -> Config:
     return build(Config, merge(BASE, parse_overrides(overrides)))
 
 
-def test_a_chain_of_extends_lays_the_nearer_on_top(tmp_path: Path) -> None:
+def test_a_file_overrides_the_files_it_extends(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", "task: toy\ntrain: {lr: 1.0e-3, steps: 10}\nsource: {kind: noisy}\n")
     write(tmp_path / "b.yaml", "extends: a.yaml\ntrain: {steps: 20, batch_size: 8}\n")
     write(tmp_path / "c.yaml", "extends: b.yaml\ntrain: {batch_size: 4}\nseed: 3\n")
@@ -40,7 +40,7 @@ def test_a_chain_of_extends_lays_the_nearer_on_top(tmp_path: Path) -> None:
     }
 
 
-def test_extends_finds_files_beside_the_one_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extends_finds_neighbouring_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deep").mkdir()
     write(tmp_path / "deep" / "base.yaml", "task: toy\nseed: 5\n")
     write(tmp_path / "deep" / "top.yaml", "extends: base.yaml\n")
@@ -53,7 +53,7 @@ def test_a_run_directory_is_read_by_its_config(tmp_path: Path) -> None:
     assert build(Config, read(tmp_path)) == built("seed=7")
 
 
-def test_extends_by_name_takes_the_file_beside_before_the_shipped_one(tmp_path: Path) -> None:
+def test_extends_prefers_a_neighbouring_file_to_a_shipped_one(tmp_path: Path) -> None:
     write(tmp_path / "top.yaml", "extends: t2i_tiny\nseed: 3\n")
     assert read(tmp_path / "top.yaml") == {**read("t2i_tiny"), "seed": 3}
     write(tmp_path / "t2i_tiny.yaml", "task: toy\n")
@@ -71,7 +71,7 @@ def test_extending_an_unknown_name_lists_the_shipped_ones(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_circle_of_extends_is_a_user_error(tmp_path: Path, length: int) -> None:
+def test_circular_extends_is_a_user_error(tmp_path: Path, length: int) -> None:
     for i in range(length):
         write(tmp_path / f"r{i}.yaml", f"extends: r{(i + 1) % length}.yaml\n")
     with pytest.raises(UserError, match=r"extends itself: r0\.yaml -> .*r0\.yaml"):
@@ -87,7 +87,7 @@ def test_unreadable_recipes_are_user_errors(tmp_path: Path, text: str, message: 
         read(write(tmp_path / "bad.yaml", text))
 
 
-def test_recipes_that_are_not_there_are_user_errors(tmp_path: Path) -> None:
+def test_missing_recipes_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"The recipe file .* does not exist"):
         read(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="Unknown recipe 'no_such_recipe'"):
@@ -179,12 +179,12 @@ def test_precision_no_needs_no_quotes_in_a_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "steps 10"])
-def test_what_is_no_override_is_a_user_error(override: str) -> None:
+def test_malformed_overrides_are_user_errors(override: str) -> None:
     with pytest.raises(UserError, match="Write key=value"):
         parse_overrides([override])
 
 
-def test_a_value_that_is_no_yaml_is_a_user_error() -> None:
+def test_an_override_with_invalid_yaml_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"'train.betas=\[0.9' is not valid YAML"):
         parse_overrides(["train.betas=[0.9"])
 
@@ -199,7 +199,7 @@ def test_a_value_that_is_no_yaml_is_a_user_error() -> None:
         ("train.guidance=3", "'sample.guidance'"),
     ],
 )
-def test_unknown_keys_name_near_ones_with_their_whole_path(override: str, near: str) -> None:
+def test_unknown_keys_suggest_full_paths_of_similar_keys(override: str, near: str) -> None:
     with pytest.raises(UserError) as error:
         built(override)
     name = override.partition("=")[0]
@@ -228,7 +228,7 @@ def test_an_unknown_key_lists_its_section() -> None:
         ("sample.guidance_interval=[0.9, 0.1]", "sample.guidance_interval = [0.9, 0.1]"),
     ],
 )
-def test_bad_values_name_the_field_and_what_came(override: str, name: str) -> None:
+def test_errors_name_the_field_and_its_invalid_value(override: str, name: str) -> None:
     with pytest.raises(UserError) as error:
         built(override)
     assert f"The setting {name} is invalid" in str(error.value)

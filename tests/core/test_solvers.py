@@ -69,14 +69,14 @@ def test_dopri5_integrates_one_item_at_a_time() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 10])
 @pytest.mark.parametrize("solver", FIXED)
-def test_fixed_step_solvers_spend_the_evaluations_of_their_record(solver: str, steps: int) -> None:
+def test_fixed_step_solvers_evaluate_as_often_as_recorded(solver: str, steps: int) -> None:
     record, times = SOLVERS.get(solver), []
     solution = solve(lambda z, t: times.append(t) or linear(z, t), Z0.expand(3, -1), solver=solver, steps=steps)
     assert len(times) == record.first_evaluations + record.evaluations * steps
     assert solution.evaluations == (len(times),) * 3
 
 
-def test_dopri5_spends_the_evaluations_of_its_record_in_each_attempted_step() -> None:
+def test_dopri5_evaluates_as_often_as_recorded_in_each_attempted_step() -> None:
     record, times = SOLVERS.get("dopri5"), []
     solution = solve(lambda z, t: times.append(t) or linear(z, t), Z0, solver="dopri5")
     assert solution.evaluations == (len(times),)
@@ -204,7 +204,7 @@ def test_invalid_settings_are_user_errors_that_name_the_valid_ones(arguments: di
 
 
 @pytest.mark.parametrize("solver", FIXED)
-def test_an_item_is_solved_alike_alone_and_in_a_batch(solver: str) -> None:
+def test_an_item_is_solved_identically_alone_and_in_a_batch(solver: str) -> None:
     z = torch.tensor([[0.5, -1.0], [2.0, 0.1]], dtype=torch.float64)
     whole, alone = (solve(linear, start, solver=solver, steps=5).z for start in (z, z[1:]))
     assert torch.equal(whole[1:], alone)

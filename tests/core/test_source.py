@@ -60,7 +60,7 @@ def test_the_same_generator_gives_the_same_sample() -> None:
     assert torch.equal(first, second)
 
 
-def test_a_point_ignores_noise_and_has_nothing_to_regularise() -> None:
+def test_a_point_posterior_ignores_noise_and_has_zero_kl() -> None:
     point = Posterior(torch.ones(2, 3))
     assert torch.equal(point.sample(noise=torch.randn(2, 3)), point.mean)
     assert torch.equal(point.kl(), torch.zeros(2))
@@ -134,6 +134,6 @@ def test_extreme_log_variance_stays_finite_and_half_precision_trunks_give_float3
     assert posterior.kl().isfinite().all()
 
 
-def test_unknown_kind_names_near_ones() -> None:
+def test_unknown_kind_suggests_similar_names() -> None:
     with pytest.raises(UserError, match=r"Unknown source kind 'variatonal'\. Did you mean 'variational'"):
         SourceEncoder(Trunk((2,)), "variatonal", (2,))  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ def pairs(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def test_what_is_counted(pairs):
+def test_inspection_counts_items_sizes_and_depth(pairs):
     (pairs / "rgb/03.png").write_bytes(b"broken")
     told = []
     found = inspect(open_reader(f"pairs:{pairs}", "all"), num_shown=4, progress=lambda *given: told.append(given))
@@ -41,7 +41,7 @@ def test_what_is_counted(pairs):
     assert found.sheet.shape[2] == 3
 
 
-def test_captions_are_counted_and_the_sheet_shows_what_is_asked_for(tmp_path):
+def test_captions_are_counted_and_the_sheet_shows_the_requested_number(tmp_path):
     found = inspect(open_reader("scenes", "val", image_size=16, limit=5), num_shown=0)
     assert found.numbers["captions"] == "25 (5 with 5)"
     assert found.sheet is None
@@ -49,7 +49,7 @@ def test_captions_are_counted_and_the_sheet_shows_what_is_asked_for(tmp_path):
     assert more.size > few.size
 
 
-def test_the_command_writes_what_it_found_and_lists_bad_items(pairs, tmp_path, capsys):
+def test_data_check_writes_its_results_and_lists_bad_items(pairs, tmp_path, capsys):
     (pairs / "rgb/03.png").write_bytes(b"broken")
     out = tmp_path / "out"
     assert main(["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(out)]) == 0
@@ -77,7 +77,7 @@ def test_too_many_bad_items_are_an_error(pairs, tmp_path, capsys):
     assert main([*given, "--overwrite", "--max-bad", "0.2"]) == 0
 
 
-def test_all_splits_that_there_are_and_what_they_share(pairs, tmp_path, capsys):
+def test_data_check_opens_all_existing_splits_and_detects_shared_items(pairs, tmp_path, capsys):
     for split in ("train", "test"):
         (tmp_path / f"sorted/{split}").mkdir(parents=True)
         Image.new("RGB", (6, 4)).save(tmp_path / f"sorted/{split}/a.png")
@@ -96,7 +96,7 @@ def test_all_splits_that_there_are_and_what_they_share(pairs, tmp_path, capsys):
     assert main(["data", "check", f"folder:{tmp_path}/sorted", "--split", "val"]) == 2
 
 
-def test_every_format_says_what_it_reads_and_takes(capsys):
+def test_every_format_describes_its_layout_and_options(capsys):
     assert main(["list", "datasets"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for word in ("karpathy", "wds", "?crop=", "eth3d", "urban100", "?stream="):

@@ -83,7 +83,7 @@ def test_augmentation_numbers_never_change():
     assert examples[0, 1] == 2771458061
 
 
-def test_an_index_alone_is_of_epoch_zero_and_iteration_ends():
+def test_an_index_alone_means_epoch_zero_and_iteration_ends():
     examples = Examples(CountingReader(limit=4), name_and_number, seed=0)
     assert examples[2] == examples[0, 2]
     assert [id for id, _ in examples] == ["item0", "item1", "item2", "item3"]
@@ -95,7 +95,7 @@ def test_an_index_alone_is_of_epoch_zero_and_iteration_ends():
 # ------------------------------------------------------------------------------------------------------------ bad items
 
 
-def test_the_next_good_item_stands_in_with_the_augmentation_of_the_place():
+def test_the_next_good_item_replaces_a_bad_one_with_the_augmentation_of_its_index():
     examples = Examples(CountingReader(limit=40, broken=(5, 6, 39)), name_and_number, seed=0, max_bad=0.1)
     clean = Examples(CountingReader(limit=40), name_and_number, seed=0)
     assert examples[2, 5] == ("item7", clean[2, 5][1])
@@ -103,7 +103,7 @@ def test_the_next_good_item_stands_in_with_the_augmentation_of_the_place():
     assert examples.bad == {"item5": "broken", "item6": "broken", "item39": "broken"}
 
 
-def test_standing_in_does_not_depend_on_what_was_asked_before():
+def test_replacements_do_not_depend_on_earlier_accesses():
     keys = [(0, index) for index in range(40)]
     orders = (keys, keys[::-1], keys[7:] + keys[:7])
     results = []
@@ -131,24 +131,24 @@ def test_more_bad_items_than_allowed_stop_with_ten_reasons():
     assert "and 3 more" in message
 
 
-def test_exactly_the_allowed_share_goes_on_and_one_more_does_not():
+def test_bad_items_are_accepted_up_to_the_limit_and_refused_above():
     assert Examples(CountingReader(limit=100, broken=range(5)), name, seed=0)[0, 0] == "item5"
     with pytest.raises(UserError, match="6 of 100"):
         Examples(CountingReader(limit=100, broken=range(6)), name, seed=0)[0, 0]
 
 
-def test_all_items_bad_stops_even_when_every_share_is_allowed():
+def test_all_items_bad_is_an_error_at_any_limit():
     with pytest.raises(UserError, match="3 of 3 items are bad"):
         Examples(CountingReader(limit=3, broken=range(3)), name, seed=0, max_bad=1.0)[0, 1]
 
 
-def test_what_listing_found_bad_counts_at_once(tmp_path):
+def test_items_bad_in_the_listing_count_immediately(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"image": "a.png", "caption": "a"}\n{broken\n')
     with pytest.raises(UserError, match=r"1 of 2 items are bad.*\n  x\.jsonl:2: line 2 of x\.jsonl is not JSON"):
         Examples(open_reader(f"jsonl:{tmp_path}/x.jsonl@all", "train"), name, seed=0)
 
 
-def test_a_transform_may_call_an_item_bad():
+def test_a_transform_may_reject_an_item():
     def choosy(item, generator):
         if item.id == "item3":
             raise BadItem(item.id, "too small")
@@ -213,7 +213,7 @@ def test_memory_stays_within_its_budget_and_without_cache_nothing_is_kept():
     assert uncached.calls == [[3], [3]]
 
 
-def test_readers_that_render_are_asked_for_many_at_a_time_in_the_order_of_the_epoch():
+def test_rendering_readers_load_many_items_at_once_in_epoch_order():
     reader = CountingReader(limit=100, together=16)
     examples = Examples(reader, name, seed=5)
     sequence = order(5, 0, 100).tolist()
@@ -230,7 +230,7 @@ def test_a_batch_is_loaded_in_one_call_and_repeats_once():
     assert reader.calls == [[4, 9]]
 
 
-def test_pickling_leaves_the_decoded_items_behind():
+def test_pickling_drops_decoded_items():
     examples = Examples(CountingReader(limit=50, broken=(1,)), name_and_number, seed=0)
     expected = [examples[0, index] for index in range(50)]
     again = pickle.loads(pickle.dumps(examples))

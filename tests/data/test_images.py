@@ -119,7 +119,7 @@ def test_first_frame_of_an_animation():
     assert images.load_image(data)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_path_bytes_and_file_are_the_same(tmp_path):
+def test_paths_bytes_and_files_give_the_same_picture(tmp_path):
     data = encode(Image.fromarray(noise(3, 3)))
     path = tmp_path / "ein Bild ü.png"
     path.write_bytes(data)
@@ -153,7 +153,7 @@ def test_missing_file_and_folder_say_why(tmp_path):
         images.load_image(tmp_path)
 
 
-def test_every_cut_of_a_file_is_a_value_error_or_a_picture():
+def test_a_truncated_file_is_a_picture_or_a_value_error():
     for format in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"):
         data = encode(Image.fromarray(noise(9, 9)), format)
         for end in range(0, len(data), max(1, len(data) // 40)):

@@ -25,7 +25,7 @@ def test_centre_crop_keeps_the_middle():
 
 @pytest.mark.parametrize("size", [1, 7, 64, (12, 5), (1, 40)])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (33, 20)])
-def test_centre_crop_gives_the_wanted_size(shape, size):
+def test_centre_crop_has_the_requested_size(shape, size):
     expected = (size, size) if isinstance(size, int) else size
     assert center_crop_resize(noise(*shape), size).shape == (*expected, 3)
     assert center_crop_resize(np.ones(shape, np.float32), size, resample="nearest").shape == expected
@@ -104,7 +104,7 @@ def test_imresize_equals_published_matlab_output(name):
     assert hashlib.sha256(low.tobytes()).hexdigest() == SELFEXSR_SET5_X4[name]
 
 
-def test_imresize_says_what_it_cannot_do():
+def test_imresize_refuses_invalid_arguments():
     for image, scale, reason in (
         (noise(4, 4), 0, "scale"),
         (noise(4, 4), float("nan"), "scale"),

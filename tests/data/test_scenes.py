@@ -50,7 +50,7 @@ def test_scene_rendered_alone_equals_its_picture_in_a_batch(size):
             np.testing.assert_array_equal(alone[0], together[i])
 
 
-def test_bytes_are_those_recorded():
+def test_rendered_bytes_equal_the_recorded_digest():
     """Pictures are part of results: a change to the world must be meant, and changes this digest."""
     image, depth, mask = render(SCENES[:16], 32)
     digest = hashlib.sha256(image.tobytes() + depth.tobytes() + mask.tobytes()).hexdigest()
@@ -177,7 +177,7 @@ def test_mask_and_depth_agree():
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_every_solid_shows_its_share(size):
+def test_every_solid_covers_at_least_its_share(size):
     for scene, mask in zip(SCENES, render(SCENES, size)[2], strict=True):
         shares = world.visible_shares(mask, len(scene.objects))
         assert shares.min() >= world.MIN_SHARE

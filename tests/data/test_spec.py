@@ -29,7 +29,7 @@ values = st.fixed_dictionaries(
 
 
 @given(place=places, chosen=values, split=st.sampled_from(("", *SPLITS)))
-def test_a_spec_comes_apart_as_it_was_put_together(place: str, chosen: dict[str, str], split: str) -> None:
+def test_a_joined_spec_is_parsed_into_its_parts(place: str, chosen: dict[str, str], split: str) -> None:
     options = "&".join(f"{name}={value}" for name, value in chosen.items())
     spec = f"kitti:{place}" + (f"?{options}" if options else "") + (f"@{split}" if split else "")
     rest, forced = split_forced(spec)
@@ -41,7 +41,7 @@ def test_a_spec_comes_apart_as_it_was_put_together(place: str, chosen: dict[str,
 
 
 @given(place=places, split=st.sampled_from(("", *SPLITS)))
-def test_a_spec_of_a_missing_path_is_left_as_it_is(place: str, split: str) -> None:
+def test_a_spec_of_a_missing_path_is_unchanged(place: str, split: str) -> None:
     spec = f"folder:{place}" + (f"@{split}" if split else "")
     assert resolve_spec(spec, Path("/nowhere")) == spec
 

@@ -57,7 +57,7 @@ def test_no_message_advises_validating_on_the_test_split() -> None:
 
 
 @given(ids=ids, limit=st.integers(1, 60), seed=st.integers(0, 3))
-def test_a_larger_choice_contains_a_smaller_one(ids: list[str], limit: int, seed: int) -> None:
+def test_a_larger_limit_keeps_the_items_of_a_smaller_one(ids: list[str], limit: int, seed: int) -> None:
     smaller, larger = choose(ids, limit, seed), choose(ids, limit + 1, seed)
     assert smaller == sorted(smaller)
     assert set(smaller) <= set(larger)

@@ -34,7 +34,7 @@ def test_cutting_and_joining_gives_the_picture_back() -> None:
     np.testing.assert_allclose(join(pieces, starts, image.shape, 16, 5), image, rtol=1e-5)
 
 
-def test_a_seam_is_a_ramp() -> None:
+def test_tiles_blend_gradually_across_a_seam() -> None:
     pieces, starts = cut(np.zeros((16, 28, 3), np.float32), 16, 4)
     joined = join([piece + number for number, piece in enumerate(pieces)], starts, (16, 28, 3), 16, 4)
     row = joined[8, :, 0]
@@ -44,7 +44,7 @@ def test_a_seam_is_a_ramp() -> None:
     assert np.diff(row).max() < 0.5
 
 
-def test_the_window_is_nowhere_zero() -> None:
+def test_the_blend_window_is_positive_everywhere() -> None:
     assert blend_window(16, 4).min() > 0
     assert blend_window(16, 0).min() == blend_window(16, 0).max() == 1
 

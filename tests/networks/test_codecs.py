@@ -185,7 +185,7 @@ def test_incomplete_weights_are_refused(kl_folder, tmp_path):
         build_codec("autoencoder_kl", source=str(tmp_path))
 
 
-def test_an_unavailable_network_says_which_files_to_put_where(tmp_path, monkeypatch):
+def test_errors_name_the_files_of_an_unavailable_network(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"config\.json and diffusion_pytorch_model\.safetensors.*HF_HOME"):
         build_codec("autoencoder_kl", source="nobody/no-such-autoencoder")

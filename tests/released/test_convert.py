@@ -196,7 +196,7 @@ def test_precision_and_missing_parts_survive(files, tmp_path):
     assert_equal(torch.load(tmp_path / "back.pt", weights_only=True), without)
 
 
-def test_a_state_dict_may_be_wrapped_and_old(files, tmp_path):
+def test_wrapped_and_old_state_dicts_are_read(files, tmp_path):
     _, config, state = files("flowtok")
     torch.save({"state_dict": state}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     from_file(tmp_path / "old.bin", tmp_path / "run", config=config)
@@ -255,7 +255,7 @@ def test_a_full_disk_is_reported_before_anything_is_written(files, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_files_are_not_touched(files, runs, tmp_path):
+def test_existing_files_are_not_overwritten(files, runs, tmp_path):
     path, config, _ = files("dimr")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")

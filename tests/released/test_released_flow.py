@@ -106,7 +106,7 @@ SLOW = {"crossflow_dimr_256_t5_small", "crossflow_dit_512_small"}
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FIXTURES]
 )
-def test_network_equals_the_reference(name, recipe, recorded, loaded):
+def test_networks_equal_the_reference(name, recipe, recorded, loaded):
     about, model = FIXTURES[name], loaded(name)[0]
     right = {
         key.removeprefix(f"{name}."): value
@@ -123,7 +123,7 @@ def test_network_equals_the_reference(name, recipe, recorded, loaded):
 @pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason="needs the whole fixtures")
 @pytest.mark.parametrize("name", FIXTURES)
-def test_every_tensor_of_the_fixture(name, recipe, loaded):
+def test_every_tensor_equals_the_fixture(name, recipe, loaded):
     from safetensors.torch import load_file
 
     folder = Path(DATA) / "golden"
@@ -221,7 +221,7 @@ def test_variants_that_were_not_released_and_incomplete_settings_are_refused():
         pytest.param("FlowTok-H", "flowtok", None, 23_665_184, marks=pytest.mark.slow),
     ],
 )
-def test_released_files_are_used_to_the_last_key(name, kind, flow, text):
+def test_every_key_of_the_released_files_is_used(name, kind, flow, text):
     """On the meta device: no key is missing, and only the image tower is dropped."""
     about = json.loads((Path(DATA) / f"golden/checkpoints/{name}.json").read_text())
     assert about["kind"] == kind

@@ -165,7 +165,7 @@ def _sized(size, num_stages):
     return build_backbone(BackboneConfig(name="dimr", size=size, num_stages=num_stages), (4, side, side))
 
 
-def test_stages_can_be_configured_singly():
+def test_stages_can_be_configured_individually():
     stages = [
         {"width": 16, "hidden": 24, "depth": 3, "heads": 2, "patch": 2, "pool": 2},
         {"width": 8, "hidden": 40, "depth": 1},

@@ -32,7 +32,7 @@ def test_one_network_takes_grids_of_any_size(tiny_dit: Callable, patch: int, sid
 
 @torch.no_grad()
 @pytest.mark.parametrize("number", [7, 12])
-def test_tokens_of_any_number(tiny_dit: Callable, number: int) -> None:
+def test_any_number_of_tokens_is_accepted(tiny_dit: Callable, number: int) -> None:
     z, t, flags = inputs((number, 3))
     assert [v.shape for v in tiny_dit(TOKENS)(z, t, flags)] == [z.shape]
 
@@ -64,7 +64,7 @@ def test_each_sample_has_its_own_flag_and_time(tiny_dit: Callable) -> None:
 
 
 @torch.no_grad()
-def test_positions_tell_equal_patches_apart_and_without_them_nothing_does(tiny_dit: Callable) -> None:
+def test_only_positions_distinguish_equal_patches(tiny_dit: Callable) -> None:
     z, t, flags = torch.ones(1, 2, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.bool)
     with_positions = tiny_dit(GRID)(z, t, flags)[0]
     without = tiny_dit(GRID, positions="none")(z, t, flags)[0]
@@ -179,7 +179,7 @@ def test_width_depth_and_heads_override_the_table() -> None:
     assert model.embed.out_features == 32
 
 
-def test_user_errors_say_what_is_possible() -> None:
+def test_errors_name_valid_names_and_sizes() -> None:
     with pytest.raises(UserError, match=r"Unknown backbone 'dti'\. Did you mean 'dit'"):
         build_backbone(BackboneConfig(name="dti"), GRID)
     with pytest.raises(UserError, match=r"Unknown DiT size 'tinny'\. Did you mean 'tiny'"):

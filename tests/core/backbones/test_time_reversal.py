@@ -35,7 +35,7 @@ def test_velocity_is_minus_that_of_the_backbone_at_the_mirrored_time() -> None:
 
 
 @torch.no_grad()
-def test_the_reversed_flow_takes_the_end_back_to_the_start(tiny_dit: Callable) -> None:
+def test_the_reversed_flow_returns_from_the_end_to_the_start(tiny_dit: Callable) -> None:
     source, backbone = SourceEncoder(None, "gaussian", LATENT), tiny_dit(LATENT, time_scale=1.0)
     forwards, backwards = CrossFlow(source, backbone), CrossFlow(source, TimeReversal(backbone))
     z0 = torch.randn(3, *LATENT)

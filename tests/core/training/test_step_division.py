@@ -104,7 +104,7 @@ def test_parts_make_the_step_of_the_whole_batch(objective: Objective, accumulate
     assert_same(whole, step(objective, accumulate))
 
 
-def test_the_share_of_unconditional_samples_does_not_shrink_with_the_parts(objective: Objective) -> None:
+def test_the_share_of_unconditional_samples_does_not_depend_on_accumulation(objective: Objective) -> None:
     noise = training_noise(0, 0, range(400), LATENT)
     batch = Batch(torch.zeros(400, 3), torch.zeros(400, *LATENT))
     parts = [batch[start : start + 4] for start in range(0, 400, 4)]
@@ -150,7 +150,7 @@ def _in_process(objective: Objective, accumulate: int, rank: int, folder: Path) 
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_a_run_with_accumulation_is_the_run_without(
+def test_accumulation_does_not_change_a_run(
     objective: Objective, tiny: ModuleType, tmp_path: Path, accumulate: int
 ) -> None:
     initial = {name: value.clone() for name, value in objective.state_dict().items()}

@@ -18,7 +18,7 @@ from crossflow.core.training.optim import learning_rate
 from crossflow.core.training.prepare import compile_blocks
 
 
-def test_a_run_leaves_its_files_and_its_numbers(tiny: ModuleType, tmp_path: Path) -> None:
+def test_a_run_writes_its_files_and_metrics(tiny: ModuleType, tmp_path: Path) -> None:
     result = tiny.trainer(tmp_path, validate=tiny.noisy_validation, eval_every=6).run()
     assert (result.status, result.step, result.reason) == ("finished", 12, "")
     assert result.checkpoint == tmp_path / "checkpoints" / "step_00000012"
@@ -35,7 +35,7 @@ def test_a_run_leaves_its_files_and_its_numbers(tiny: ModuleType, tmp_path: Path
     assert train[-1]["epoch"] == pytest.approx(12 * 4 / 10)
 
 
-def test_weights_on_disk_are_those_of_the_generator_and_of_the_losses_apart(tiny: ModuleType, tmp_path: Path) -> None:
+def test_weights_of_generator_and_losses_are_saved_separately(tiny: ModuleType, tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path)
     trainer.run()
     model = load_file(tmp_path / "model.safetensors")
@@ -48,7 +48,7 @@ def test_weights_on_disk_are_those_of_the_generator_and_of_the_losses_apart(tiny
     assert load_file(tmp_path / "objective.safetensors").keys() == {"head.weight", "head.bias"}
 
 
-def test_the_rate_that_is_logged_is_the_one_of_the_schedule(tiny: ModuleType, tmp_path: Path) -> None:
+def test_the_logged_rate_follows_the_schedule(tiny: ModuleType, tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, log_every=1, schedule="cosine", final_lr=0.001, accumulate=2)
     used = []
     original = trainer.learner.stepper.step
@@ -71,7 +71,7 @@ def test_logged_losses_are_means_over_the_interval(tiny: ModuleType, tmp_path: P
             assert line[name] == pytest.approx(sum(interval) / 4, rel=1e-6)
 
 
-def test_gradients_are_clipped_to_the_norm_that_is_logged(tiny: ModuleType, tmp_path: Path) -> None:
+def test_gradients_are_clipped_and_their_norm_before_is_logged(tiny: ModuleType, tmp_path: Path) -> None:
     norms = []
     for clip in (0.0, 0.5):
         trainer = tiny.trainer(tmp_path / str(clip), grad_clip=clip, log_every=1, steps=1)
@@ -103,7 +103,7 @@ def test_accumulated_parts_equal_the_whole_batch(tiny: ModuleType, tmp_path: Pat
         assert all(one[name] == pytest.approx(many[name], rel=1e-5) for name in ("loss", "flow", "size", "grad_norm"))
 
 
-def test_loading_processes_and_validations_do_not_change_what_is_learned(tiny: ModuleType, tmp_path: Path) -> None:
+def test_workers_and_validations_do_not_change_the_weights(tiny: ModuleType, tmp_path: Path) -> None:
     tiny.trainer(tmp_path / "plain").run()
     tiny.trainer(
         tmp_path / "busy",
@@ -116,7 +116,7 @@ def test_loading_processes_and_validations_do_not_change_what_is_learned(tiny: M
     tiny.assert_same_run(tmp_path / "plain", tmp_path / "busy")
 
 
-def test_another_seed_is_another_run(tiny: ModuleType, tmp_path: Path) -> None:
+def test_another_seed_gives_another_run(tiny: ModuleType, tmp_path: Path) -> None:
     for seed in (0, 1):
         tiny.trainer(tmp_path / str(seed), tiny.Objective(), seed=seed).run()
     assert tiny.lines(tmp_path / "0")[0]["loss"] != tiny.lines(tmp_path / "1")[0]["loss"]
@@ -147,7 +147,7 @@ def test_callbacks_see_averaged_weights_in_evaluation_mode(tiny: ModuleType, tmp
     assert modes == [True] * 12
 
 
-def test_every_zero_means_only_at_the_end(tiny: ModuleType, tmp_path: Path) -> None:
+def test_an_interval_of_zero_means_only_at_the_end(tiny: ModuleType, tmp_path: Path) -> None:
     calls: list[tuple[str, int]] = []
     tiny.trainer(
         tmp_path,
@@ -161,7 +161,7 @@ def test_every_zero_means_only_at_the_end(tiny: ModuleType, tmp_path: Path) -> N
     ]  # fmt: skip
 
 
-def test_a_validation_that_was_cut_short_is_done_on_resume(tiny: ModuleType, tmp_path: Path) -> None:
+def test_an_interrupted_validation_is_repeated_on_resume(tiny: ModuleType, tmp_path: Path) -> None:
     calls: list[int] = []
 
     def killed(step: int) -> dict[str, float]:
@@ -179,7 +179,7 @@ def test_a_validation_that_was_cut_short_is_done_on_resume(tiny: ModuleType, tmp
     assert calls == [4, 8]
 
 
-def test_a_batch_that_cannot_be_cut_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
+def test_an_indivisible_batch_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.batch_size = 4.*multiple of their product 3; for example 3"):
         tiny.trainer(tmp_path, accumulate=3)
 
@@ -196,7 +196,7 @@ def test_fp16_on_the_cpu_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
         tiny.trainer(tmp_path, precision="fp16")
 
 
-def test_precisions_can_follow_each_other_in_one_process(tiny: ModuleType, tmp_path: Path) -> None:
+def test_one_process_can_train_in_different_precisions(tiny: ModuleType, tmp_path: Path) -> None:
     seen: dict[str, set[torch.dtype]] = {}
     for name, precision in [("a", "no"), ("b", "bf16"), ("c", "no")]:
         torch.manual_seed(0)
@@ -211,7 +211,7 @@ def test_precisions_can_follow_each_other_in_one_process(tiny: ModuleType, tmp_p
     assert tiny.lines(tmp_path / "b")[-1]["loss"] == pytest.approx(tiny.lines(tmp_path / "a")[-1]["loss"], rel=0.1)
 
 
-def test_a_step_skipped_by_the_gradient_scaler_is_no_error(tiny: ModuleType, tmp_path: Path) -> None:
+def test_a_step_skipped_by_the_gradient_scaler_is_not_an_error(tiny: ModuleType, tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, log_every=12)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # overflows until it was halved a few times
     trainer.accelerator.scaler = scaler
@@ -267,7 +267,7 @@ def test_compile_and_checkpointing_reach_the_backbone(
         tiny.trainer(tmp_path / "b", checkpointing=True)
 
 
-def test_a_launchers_accumulation_does_not_divide_twice(
+def test_accumulation_set_by_a_launcher_does_not_divide_twice(
     tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.trainer(tmp_path / "plain").run()
@@ -276,7 +276,7 @@ def test_a_launchers_accumulation_does_not_divide_twice(
     tiny.assert_same_run(tmp_path / "plain", tmp_path / "launched")
 
 
-def test_tensorboard_gets_the_numbers(tiny: ModuleType, tmp_path: Path) -> None:
+def test_tensorboard_receives_the_metrics(tiny: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -293,7 +293,7 @@ def test_tensorboard_gets_the_numbers(tiny: ModuleType, tmp_path: Path) -> None:
     assert scalars["val/score"] == [12]
 
 
-def test_dry_run_says_what_a_run_takes_and_writes_nothing(tiny: ModuleType, tmp_path: Path) -> None:
+def test_dry_run_measures_a_run_and_writes_nothing(tiny: ModuleType, tmp_path: Path) -> None:
     report = tiny.trainer(tmp_path / "run").dry_run()
     num_source = 4 * 3 + 3
     num_backbone = (3 * 8 + 8) + 16 + (8 * 3 + 3)

@@ -54,7 +54,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in newest.glob("*.safetensors")}
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tiny: ModuleType, tmp_path: Path) -> None:
+def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_one(tiny: ModuleType, tmp_path: Path) -> None:
     settings = ["steps=40", "save_every=3", "log_every=1", "--seconds", "0.004"]
     finish(start(tmp_path / "through", *settings))
     generator = random.Random(0)
@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tiny: Modu
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_told_to_end_saves_and_says_stopped(
+def test_a_terminated_run_saves_and_reports_that_it_stopped(
     tiny: ModuleType, tmp_path: Path, number: signal.Signals
 ) -> None:
     process = start(tmp_path, "steps=100000", "log_every=1", "num_workers=1", "--seconds", "0.002")
@@ -87,7 +87,7 @@ def test_a_run_that_is_told_to_end_saves_and_says_stopped(
     state.verify(tmp_path / "checkpoints" / f"step_{step:08d}")
 
 
-def test_a_signal_to_the_whole_group_leaves_the_loading_processes_alone(tmp_path: Path) -> None:
+def test_data_workers_ignore_signals_to_the_process_group(tmp_path: Path) -> None:
     command = [sys.executable, str(PROGRAM), str(tmp_path), "steps=100000", "log_every=1", "num_workers=2"]
     process = subprocess.Popen(
         [*command, "--seconds", "0.002"],
@@ -104,7 +104,7 @@ def test_a_signal_to_the_whole_group_leaves_the_loading_processes_alone(tmp_path
 
 
 @pytest.mark.parametrize("arguments", [[], ["accumulate=2"], ["--contrastive"], ["--contrastive", "accumulate=2"]])
-def test_two_processes_do_what_one_does(tiny: ModuleType, tmp_path: Path, arguments: list[str]) -> None:
+def test_two_processes_train_like_one(tiny: ModuleType, tmp_path: Path, arguments: list[str]) -> None:
     common = ["--no-dropout", "log_every=1", *arguments]
     finish(start(tmp_path / "one", *common))
     finish(start(tmp_path / "two", *common, num_processes=2))
@@ -117,7 +117,7 @@ def test_two_processes_do_what_one_does(tiny: ModuleType, tmp_path: Path, argume
         assert all(first[name].allclose(second[name], atol=1e-6) for name in first)
 
 
-def test_two_processes_stop_together_and_one_can_go_on(tiny: ModuleType, tmp_path: Path) -> None:
+def test_two_processes_stop_together_and_one_can_continue(tiny: ModuleType, tmp_path: Path) -> None:
     common = ["--no-dropout", "log_every=1", "steps=60"]
     process = start(tmp_path / "parts", *common, "--seconds", "0.02", num_processes=2)
     wait_for_step(tmp_path / "parts", 4, process)
@@ -132,7 +132,7 @@ def test_two_processes_stop_together_and_one_can_go_on(tiny: ModuleType, tmp_pat
         assert {**one, "kind": 0} == pytest.approx({**two, "kind": 0}, rel=1e-4)
 
 
-def test_an_error_of_the_main_process_ends_both(tmp_path: Path) -> None:
+def test_an_error_of_the_main_process_ends_both_processes(tmp_path: Path) -> None:
     finish(start(tmp_path, "steps=4"))
     process = start(tmp_path, "steps=4", num_processes=2)
     output = process.communicate(timeout=120)[0]

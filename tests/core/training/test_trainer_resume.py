@@ -17,7 +17,7 @@ from crossflow.core.training import checkpoint as state
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tiny: ModuleType, tmp_path: Path, stop_at: int) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny: ModuleType, tmp_path: Path, stop_at: int) -> None:
     settings = {"validate": tiny.noisy_validation, "eval_every": 4, "schedule": "cosine", "log_every": 3}
     tiny.trainer(tmp_path / "through", **settings).run()
 
@@ -37,9 +37,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tiny: ModuleType, tmp
         assert tiny.lines(tmp_path / "through", kind) == tiny.lines(tmp_path / "parts", kind)
 
 
-def test_resume_after_a_kill_takes_the_last_checkpoint_and_writes_no_line_twice(
-    tiny: ModuleType, tmp_path: Path
-) -> None:
+def test_resume_after_a_kill_takes_the_last_checkpoint_and_repeats_no_line(tiny: ModuleType, tmp_path: Path) -> None:
     tiny.trainer(tmp_path / "through", log_every=1).run()
     tiny.trainer(tmp_path / "killed", log_every=1, steps=8).run()
     # As if it had gone on to step 10, died while logging, while writing a checkpoint and while publishing.
@@ -56,11 +54,11 @@ def test_resume_after_a_kill_takes_the_last_checkpoint_and_writes_no_line_twice(
     assert [path.name for path in [*root.glob(".*"), *(root / "checkpoints").glob(".*")]] == []
 
 
-def test_auto_in_an_empty_folder_begins(tiny: ModuleType, tmp_path: Path) -> None:
+def test_resume_auto_starts_in_an_empty_folder(tiny: ModuleType, tmp_path: Path) -> None:
     assert tiny.trainer(tmp_path).run("auto").status == "finished"
 
 
-def test_auto_on_a_finished_run_trains_no_more(tiny: ModuleType, tmp_path: Path) -> None:
+def test_resume_auto_does_not_continue_a_finished_run(tiny: ModuleType, tmp_path: Path) -> None:
     first = tiny.trainer(tmp_path).run()
     before = (tmp_path / "metrics.jsonl").read_text()
     second = tiny.trainer(tmp_path).run("auto")
@@ -75,7 +73,7 @@ def test_more_steps_continue_a_finished_run(tiny: ModuleType, tmp_path: Path) ->
     tiny.assert_same_run(tmp_path / "through", tmp_path / "parts")
 
 
-def test_auto_falls_back_to_the_good_checkpoint(tiny: ModuleType, tmp_path: Path) -> None:
+def test_resume_auto_falls_back_to_an_intact_checkpoint(tiny: ModuleType, tmp_path: Path) -> None:
     tiny.trainer(tmp_path / "through").run()
     tiny.trainer(tmp_path / "hurt").run()
     newest = tmp_path / "hurt" / "checkpoints" / "step_00000012" / "optimizer.safetensors"
@@ -93,7 +91,7 @@ def test_a_named_corrupt_checkpoint_is_refused(tiny: ModuleType, tmp_path: Path)
         tiny.trainer(tmp_path).run(path)
 
 
-def test_a_run_can_branch_off_another_ones_checkpoint(tiny: ModuleType, tmp_path: Path) -> None:
+def test_a_run_can_continue_a_checkpoint_of_another_run(tiny: ModuleType, tmp_path: Path) -> None:
     tiny.trainer(tmp_path / "first").run()
     result = tiny.trainer(tmp_path / "second", steps=14).run(tmp_path / "first" / "checkpoints" / "step_00000008")
     assert result.step == 14
@@ -102,7 +100,9 @@ def test_a_run_can_branch_off_another_ones_checkpoint(tiny: ModuleType, tmp_path
 
 
 @pytest.mark.parametrize("resume", ["first", None])
-def test_a_run_without_steps_of_its_own_is_complete(tiny: ModuleType, tmp_path: Path, resume: str | None) -> None:
+def test_a_run_without_steps_writes_checkpoint_and_weights(
+    tiny: ModuleType, tmp_path: Path, resume: str | None
+) -> None:
     tiny.trainer(tmp_path / "first").run()
     trainer = tiny.trainer(tmp_path / "second", steps=12 if resume else 0)
     result = trainer.run(tmp_path / resume if resume else None)
@@ -194,7 +194,7 @@ def test_the_time_limit_ends_the_run_with_a_checkpoint(tiny: ModuleType, tmp_pat
 
 
 @pytest.mark.parametrize("bad", ["data", "part", "gradient"])
-def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_good_checkpoint(
+def test_non_finite_losses_stop_the_run_and_keep_the_last_checkpoint(
     tiny: ModuleType, tmp_path: Path, bad: str
 ) -> None:
     class Breaking(tiny.Objective):  # type: ignore[misc, name-defined]

@@ -32,7 +32,7 @@ def write(root: Path, step: int, keep: int = 9) -> Path:
     return state.write_checkpoint(root, step, tensors(float(step)), {"step": step}, keep)
 
 
-def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+def test_checkpoints_are_read_back(tmp_path: Path) -> None:
     path = write(tmp_path, 7)
     state.verify(path)
     assert path.name == "step_00000007"
@@ -54,14 +54,14 @@ def test_tied_weights_are_written_under_both_names(tmp_path: Path) -> None:
     assert torch.equal(read["b"], weight)
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         write(tmp_path, step, keep=2)
     assert [path.name for path in state.checkpoints(tmp_path)] == ["step_00000020", "step_00000015"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000015", "step_00000020"]
 
 
-def test_going_back_discards_what_came_after(tmp_path: Path) -> None:
+def test_writing_an_earlier_step_discards_later_checkpoints(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(tmp_path, step)
     write(tmp_path, 10)
@@ -94,7 +94,7 @@ DAMAGES = ["truncated", "altered", "missing", "empty", "no manifest", "half a ma
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damage_is_found_and_named(tmp_path: Path, how: str) -> None:
+def test_damage_is_detected_and_described(tmp_path: Path, how: str) -> None:
     path = write(tmp_path, 3)
     name = damage(path, how)
     with pytest.raises(CorruptCheckpoint) as caught:
@@ -104,7 +104,9 @@ def test_damage_is_found_and_named(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_auto_takes_the_newest_good_one_and_says_so(tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_takes_the_newest_intact_checkpoint_and_logs_the_damaged(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     good, bad = write(tmp_path, 3), write(tmp_path, 6)
     name = damage(bad, how)
     with caplog.at_level(logging.WARNING):
@@ -113,7 +115,7 @@ def test_auto_takes_the_newest_good_one_and_says_so(tmp_path: Path, how: str, ca
     assert name in caplog.text
 
 
-def test_a_damaged_one_asked_for_is_an_error(tmp_path: Path) -> None:
+def test_a_requested_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
     root = tmp_path / "run" / "checkpoints"
     write(root, 3)
     damage(write(root, 6), "altered")
@@ -123,13 +125,13 @@ def test_a_damaged_one_asked_for_is_an_error(tmp_path: Path) -> None:
     assert state.find_checkpoint(root, root / "step_00000003") == root / "step_00000003"
 
 
-def test_with_all_damaged_auto_does_not_start_from_scratch(tmp_path: Path) -> None:
+def test_auto_does_not_restart_when_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     damage(write(tmp_path, 3), "truncated")
     with pytest.raises(UserError, match="None of the 1 checkpoints"):
         state.find_checkpoint(tmp_path, "auto")
 
 
-def test_resume_words(tmp_path: Path) -> None:
+def test_a_checkpoint_is_resumed_only_on_request(tmp_path: Path) -> None:
     assert state.find_checkpoint(tmp_path, "auto") is None
     assert state.find_checkpoint(tmp_path, None) is None
     write(tmp_path, 3)
@@ -157,7 +159,7 @@ def exit_at(instant: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
-def test_a_kill_at_any_instant_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_at_any_instant_leaves_an_intact_checkpoint(tmp_path: Path) -> None:
     outcomes = []
     for instant in range(1, 200):
         root = tmp_path / str(instant)
@@ -189,7 +191,7 @@ def test_a_kill_at_any_instant_leaves_a_good_checkpoint(tmp_path: Path) -> None:
      SafetensorError("I/O error: No space left on device (os error 28)")],
     ids=["full", "quota", "full in safetensors"],
 )  # fmt: skip
-def test_a_full_disk_leaves_the_checkpoint_before(
+def test_a_full_disk_keeps_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int, error: Exception
 ) -> None:
     good = write(tmp_path, 1, keep=1)
@@ -211,7 +213,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     state.verify(good)
 
 
-def test_a_full_disk_at_the_small_files_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_writing_json_keeps_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = write(tmp_path, 1, keep=1)
 
     def full(path: Path, content: object) -> None:
@@ -223,7 +227,7 @@ def test_a_full_disk_at_the_small_files_is_the_same(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
 
 
-def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_space_is_detected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = write(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -233,7 +237,7 @@ def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: py
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
 
 
-def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_reported_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: Path, values: dict) -> None:
         raise OSError(errno.EIO, "Input/output error")
 

@@ -32,7 +32,7 @@ def test_decay_rises_to_its_limit(n: int, decay: float) -> None:
     assert EMA(nn.Linear(1, 1), decay=0.99).decay_at(n) == pytest.approx(decay)
 
 
-def test_applied_weights_are_the_average_and_are_taken_back_after_an_error() -> None:
+def test_applied_weights_are_the_average_and_are_restored_after_an_error() -> None:
     model = nn.Linear(2, 2)
     ema = EMA(model, decay=0.9)
     average = ema.state_dict()["weight"].clone()

@@ -55,7 +55,7 @@ class Zoo(nn.Module):
         self.tied.weight = self.table.weight
 
 
-def test_weight_decay_spares_norms_biases_embeddings_vectors_and_nodecay() -> None:
+def test_weight_decay_excludes_norms_biases_embeddings_vectors_and_nodecay() -> None:
     zoo = Zoo()
     names = {parameter: name for name, parameter in zoo.named_parameters()}
     decayed, spared = decay_groups(zoo, 0.03)
@@ -113,7 +113,7 @@ def test_muon_moves_matrices_of_blocks_by_orthogonal_steps_and_the_rest_as_adamw
         assert torch.allclose(zoo.get_parameter(name), twin.get_parameter(name), atol=1e-6), name
 
 
-def test_muon_goes_on_from_its_saved_state_to_the_same_bits() -> None:
+def test_muon_resumes_bit_for_bit() -> None:
     settings = {"name": "muon", "lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}
     torch.manual_seed(0)
     whole = Zoo()

@@ -8,7 +8,7 @@ import torch
 from crossflow.core.training.stream import MicroBatches, Positions, loader
 
 
-def test_every_epoch_shows_every_example_once_in_its_own_order(tiny: ModuleType) -> None:
+def test_each_epoch_visits_every_example_once_in_a_new_order(tiny: ModuleType) -> None:
     dataset = MicroBatches(tiny.Data(num=10), seed=3, latent_shape=(2,))
     shown = [dataset.example_at(position) for position in range(30)]
     orders = [[index for epoch, index in shown if epoch == number] for number in range(3)]
@@ -16,7 +16,7 @@ def test_every_epoch_shows_every_example_once_in_its_own_order(tiny: ModuleType)
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_order_does_not_depend_on_where_reading_begins(tiny: ModuleType) -> None:
+def test_order_does_not_depend_on_the_starting_position(tiny: ModuleType) -> None:
     through = MicroBatches(tiny.Data(num=7), seed=3, latent_shape=(2,))
     sequence = [through.example_at(position) for position in range(40)]
     for position in (39, 0, 20, 13, 14):
@@ -25,7 +25,7 @@ def test_order_does_not_depend_on_where_reading_begins(tiny: ModuleType) -> None
         assert through.example_at(position) == sequence[position]
 
 
-def test_another_seed_is_another_order(tiny: ModuleType) -> None:
+def test_another_seed_gives_another_order(tiny: ModuleType) -> None:
     orders = [
         [MicroBatches(tiny.Data(num=20), seed, (2,)).example_at(position) for position in range(20)] for seed in (0, 1)
     ]
@@ -42,7 +42,7 @@ def test_ranks_and_parts_share_a_batch_in_order(world_size: int, accumulate: int
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_loading_processes_change_nothing(tiny: ModuleType, num_workers: int) -> None:
+def test_workers_do_not_change_the_batches(tiny: ModuleType, num_workers: int) -> None:
     state = torch.get_rng_state()
     dataset = MicroBatches(tiny.Data(num=7), seed=1, latent_shape=(2,))
     expected = [dataset[item] for item in Positions(2, 5, 6, 2, 0, 1)]

@@ -10,7 +10,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.training.tracking import MetricsFile, check_trackers
 
 
-def test_lines_after_a_step_are_taken_back(tmp_path: Path) -> None:
+def test_lines_after_a_step_are_removed(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step in (10, 20, 30):
         metrics.append({"kind": "train", "step": step, "loss": step / 10})
@@ -21,7 +21,7 @@ def test_lines_after_a_step_are_taken_back(tmp_path: Path) -> None:
     assert last == {"train": lines[1], "val": lines[2]}
 
 
-def test_an_unfinished_last_line_goes(tmp_path: Path) -> None:
+def test_an_unfinished_last_line_is_removed(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.append({"kind": "train", "step": 1, "loss": 0.5})
     with metrics.path.open("a") as file:
@@ -31,13 +31,13 @@ def test_an_unfinished_last_line_goes(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2]
 
 
-def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.append({"kind": "val", "step": 1, "score": float("nan"), "other": float("inf")})
     assert json.loads(metrics.path.read_text()) == {"kind": "val", "step": 1, "score": None, "other": None}
 
 
-def test_truncating_nothing_is_fine(tmp_path: Path) -> None:
+def test_truncating_a_missing_file_creates_nothing(tmp_path: Path) -> None:
     assert MetricsFile(tmp_path / "metrics.jsonl").truncate(0) == {}
     assert list(tmp_path.iterdir()) == []
 

@@ -60,7 +60,7 @@ def keys(folder: Path, split: str = "train") -> dict[str, bytes]:
 # -- shards
 
 
-def test_a_shard_gives_back_what_was_written(tmp_path: Path):
+def test_a_shard_round_trip_keeps_tensors_and_texts(tmp_path: Path):
     tensors = {"half": torch.randn(3, 4).half(), "wide": torch.randn(3, 2).bfloat16(), "none": torch.zeros(0, 7)}
     tensors["words"], tensors["words.offsets"] = pack_texts(["a", "", "zwei Würfel"])
     record = write_shard(tmp_path / "one.safetensors", tensors, {"num_items": 3})
@@ -85,7 +85,7 @@ def test_any_texts_and_rows_survive_a_shard(texts: list[str], rows: int, width: 
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100, (20).to_bytes(8, "little") + b'{"a": {"dtype": 1}}  '])
-def test_a_file_that_is_no_shard_is_refused(tmp_path: Path, content: bytes):
+def test_a_file_that_is_not_a_shard_is_refused(tmp_path: Path, content: bytes):
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="cannot be read"):
         Shard(tmp_path / "bad.safetensors")
@@ -168,7 +168,7 @@ def test_features_that_are_not_finite_make_an_item_bad(builder, tmp_path: Path):
     assert summary.bad == {"train/00.png": "its features are not finite", "val/00.png": "its features are not finite"}
 
 
-def test_values_that_float16_cannot_hold_are_refused_with_a_way_out(builder):
+def test_float16_overflow_is_refused_with_advice(builder):
     with pytest.raises(UserError, match="--precision bfloat16"):
         builder(more=("text.scale=1e6",)).run()
     builder("wide", more=("text.scale=1e6",), storage="bfloat16").run()
@@ -189,7 +189,7 @@ def test_keys_follow_from_content_and_networks_alone(builder, pictures, tmp_path
         assert not set(keys(tmp_path / name).values()) & set(keys(tmp_path / "one").values())
 
 
-def test_a_key_sees_every_pixel_and_word():
+def test_a_key_depends_on_every_pixel_and_word():
     import numpy as np
 
     image = np.zeros((4, 5, 3), np.uint8)
@@ -203,7 +203,7 @@ def test_a_key_sees_every_pixel_and_word():
     assert item_key(items[0], {"codec": 1}) == item_key(Item("b", image.copy(), ("x", "y")), {"codec": 1})
 
 
-def test_changed_data_are_noticed_by_going_on_and_by_comparing(builder, pictures, tmp_path: Path):
+def test_changed_data_are_detected_when_continuing_and_comparing(builder, pictures, tmp_path: Path):
     builder().run()
     readers = {split: open_reader(f"folder:{pictures}", split) for split in ("train", "val")}
     assert not compare(tmp_path / "cache", readers).problems
@@ -222,7 +222,7 @@ def test_changed_data_are_noticed_by_going_on_and_by_comparing(builder, pictures
 
 
 @pytest.mark.parametrize("more", [(), ("loss.encoder_target=image",), ("loss.encoder=none",)])
-def test_the_expected_size_is_near_the_real_one(builder, more, tmp_path: Path):
+def test_the_estimated_size_is_close_to_the_actual_size(builder, more, tmp_path: Path):
     made = builder(more=more)
     expected = made.estimate()
     assert not (tmp_path / "cache").exists()
@@ -241,7 +241,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(builder, monk
     Estimate(1, 100, 100.0, free=60, finished=50).require(tmp_path)
 
 
-def test_an_interrupted_cache_goes_on_and_ends_with_the_same_bytes(builder, tmp_path: Path):
+def test_an_interrupted_build_continues_and_ends_with_the_same_bytes(builder, tmp_path: Path):
     builder("whole").run()
     made = builder("parts")
 
@@ -264,7 +264,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before renaming", "after renaming"])
-def test_a_kill_at_any_write_changes_nothing_in_the_end(builder, monkeypatch, after: bool, tmp_path: Path):
+def test_a_kill_at_any_write_does_not_change_the_finished_cache(builder, monkeypatch, after: bool, tmp_path: Path):
     builder("whole").run()
     rename, writes = os.replace, []
     for deadly in range(10):  # the manifest, four shards with a .json file each, the manifest again
@@ -287,7 +287,7 @@ def test_a_kill_at_any_write_changes_nothing_in_the_end(builder, monkeypatch, af
 
 
 @pytest.mark.parametrize("left", ["part", "no json", "cut", "no manifest"])
-def test_whatever_a_kill_leaves_is_mended(builder, left: str, tmp_path: Path):
+def test_the_remains_of_a_killed_build_are_repaired(builder, left: str, tmp_path: Path):
     builder("whole").run()
     builder("killed").run()
     folder = tmp_path / "killed"
@@ -314,7 +314,7 @@ def abandoned(path: Path) -> None:
     os.utime(path, (time.time() - 86400,) * 2)
 
 
-def test_what_another_process_is_writing_is_left_alone(builder, tmp_path: Path):
+def test_files_of_another_running_process_are_kept(builder, tmp_path: Path):
     (tmp_path / "cache").mkdir()
     young, old = tmp_path / "cache" / ".tmp-98-train-00001.safetensors", tmp_path / "cache" / ".tmp-99-cache.json"
     young.write_bytes(b"half")
@@ -337,7 +337,7 @@ def test_processes_share_the_shards(builder, monkeypatch, tmp_path: Path):
     assert digests(tmp_path / "shared") == digests(tmp_path / "whole")
 
 
-def test_other_settings_do_not_go_on_in_the_same_folder(builder, tmp_path: Path):
+def test_other_settings_are_refused_in_the_same_folder(builder, tmp_path: Path):
     builder().run()
     with pytest.raises(UserError, match=r"features\.storage \(float16 -> float32\)"):
         builder(storage="float32")
@@ -403,7 +403,7 @@ def test_verifying_looks_at_every_entry(builder, name, value, complaint, tmp_pat
 # -- the command line
 
 
-def test_the_command_tells_the_size_first_and_what_was_left_out(recipe, pictures, tmp_path: Path, capsys):
+def test_the_command_estimates_the_size_and_reports_skipped_items(recipe, pictures, tmp_path: Path, capsys):
     (pictures / "train" / "05.png").write_bytes(b"")
     command = ["cache", "--config", "t2i_tiny", "--data", f"folder:{pictures}", "--output", str(tmp_path / "cache")]
     command += ["--shard-items", "4", *recipe("data.max_bad=0.2")]
@@ -418,7 +418,7 @@ def test_the_command_tells_the_size_first_and_what_was_left_out(recipe, pictures
     assert main(["cache", "--verify", str(tmp_path / "cache"), "--data", f"folder:{pictures}"]) == 0
 
 
-def test_a_cache_of_some_items_is_compared_with_those(recipe, pictures, tmp_path: Path, capsys):
+def test_a_limited_cache_is_compared_with_its_own_items(recipe, pictures, tmp_path: Path, capsys):
     command = ["cache", "--config", "t2i_tiny", "--data", f"folder:{pictures}", "--output", str(tmp_path / "cache")]
     assert main([*command, "--num", "3", *recipe("seed=5")]) == 0
     verifying = ["cache", "--verify", str(tmp_path / "cache"), "--data", f"folder:{pictures}"]
@@ -438,14 +438,14 @@ def test_a_cache_of_some_items_is_compared_with_those(recipe, pictures, tmp_path
         (["--verify", "nowhere"], "is not a feature cache"),
     ],
 )
-def test_wrong_use_is_told_in_a_sentence(argv, complaint, capsys, tmp_path: Path, monkeypatch):
+def test_invalid_use_gives_a_message(argv, complaint, capsys, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["cache", *argv]) == 2
     assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(recipe, pictures, tmp_path: Path):
+def test_a_killed_process_continues_and_ends_with_the_same_bytes(recipe, pictures, tmp_path: Path):
     def start(name: str) -> subprocess.Popen:
         command = ["cache", "--config", "t2i_tiny", "--data", f"folder:{pictures}", "--output", str(tmp_path / name)]
         command += ["--shard-items", "1", "--batch-size", "1", *recipe()]

@@ -58,7 +58,7 @@ def raw(path: Path, program: bytes) -> Path:
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f2", "<f8", "<i8", "<i4", "|u1", "|b1"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_come_back_as_numpy_would_read_them(tmp_path: Path, dtype: str, order: str):
+def test_arrays_are_read_as_by_numpy(tmp_path: Path, dtype: str, order: str):
     array = np.asarray(np.random.default_rng(0).integers(0, 2, (3, 4, 5)), dtype=dtype, order=order)
     found = read_npy(save(tmp_path / "a.npy", {"x": array, "again": array, "text": "Würfel", "n": 3, "none": None}))
     assert found["x"].dtype == array.dtype
@@ -100,7 +100,7 @@ class Runs:
         (lambda mark: {"x": {1, 2}}, "instruction"),
     ],
 )
-def test_a_pickle_that_asks_for_anything_else_is_refused_and_not_run(tmp_path: Path, make, named: str):
+def test_a_pickle_with_other_instructions_is_refused_and_not_executed(tmp_path: Path, make, named: str):
     mark = tmp_path / "it ran"
     file = save(tmp_path / "features" / "evil.npy", make(str(mark)))
     with pytest.raises(UserError, match="is refused: its pickle asks for") as error:
@@ -124,7 +124,7 @@ def test_a_pickle_that_asks_for_anything_else_is_refused_and_not_run(tmp_path: P
         b"cbuiltins\ngetattr\ncnumpy\nndarray\nX\x01\x00\x00\x00T\x86R.",
     ],
 )
-def test_programs_written_by_hand_are_refused_or_damaged(tmp_path: Path, program: bytes, monkeypatch):
+def test_handwritten_pickle_programs_are_refused(tmp_path: Path, program: bytes, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, UserError), match=r"is refused|is damaged"):
         read_npy(raw(tmp_path / "a.npy", program))
@@ -146,12 +146,12 @@ NESTED = b")\x94" + b"".join(b"h%c\x86\x94" % i for i in range(60))  # tuples of
         + b"\x85R\x89C\x00tbs.",
     ],
 )
-def test_a_pickle_that_claims_or_would_take_too_much_is_turned_away(tmp_path: Path, program: bytes):
+def test_a_pickle_of_excessive_size_or_work_is_refused(tmp_path: Path, program: bytes):
     with pytest.raises((ValueError, UserError), match=r"is refused|is damaged|bytes|not of numbers"):
         read_npy(raw(tmp_path / "a.npy", program))
 
 
-def test_damaged_files_are_bad_items_whatever_was_cut_or_flipped(tmp_path: Path):
+def test_any_truncation_or_flipped_byte_makes_a_bad_item(tmp_path: Path):
     good = save(tmp_path / "a.npy", sample()).read_bytes()
     rng = np.random.default_rng(0)
     for length in [0, 5, 60, *rng.integers(100, len(good), 40)]:
@@ -245,7 +245,7 @@ def imported(folder: Path, released: Path, settings: list[str]) -> Cache:
     return Cache(folder)
 
 
-def test_released_features_are_taken_over_unpadded(frozen, released, tmp_path: Path):
+def test_released_features_are_imported_without_padding(frozen, released, tmp_path: Path):
     cache = imported(tmp_path / "cache", released, released_settings(frozen))
     rows = cache.rows("all")
     assert len(rows) == 6
@@ -268,20 +268,20 @@ def test_released_features_are_taken_over_unpadded(frozen, released, tmp_path: P
 
 
 @pytest.mark.parametrize("more", [("text.scale=10",), ("text.encoder=other_text",)])
-def test_features_of_another_text_encoder_are_not_taken_over(frozen, released, tmp_path: Path, more):
+def test_features_of_another_text_encoder_are_refused(frozen, released, tmp_path: Path, more):
     more = tuple(one.replace("other_text", frozen["other_text"]) for one in more)
     with pytest.raises(UserError, match="come from another text encoder than the recipe's"):
         imported(tmp_path / "cache", released, released_settings(frozen, *more))
 
 
-def test_moments_of_another_size_and_missing_pictures_are_told(frozen, released, tmp_path: Path):
+def test_moments_of_another_size_and_missing_pictures_are_reported(frozen, released, tmp_path: Path):
     with pytest.raises(UserError, match="need image_latent_32, but 00 has image_latent_16"):
         imported(tmp_path / "size", released, released_settings(frozen, "data.image_size=32"))
     with pytest.raises(UserError, match="encoder loss needs pictures"):
         imported(tmp_path / "pictures", released, released_settings(frozen, "loss.encoder_target=image"))
 
 
-def test_training_on_the_files_themselves_is_refused_with_the_way(frozen, released):
+def test_training_directly_on_released_features_is_refused_with_advice(frozen, released):
     config = load_config("t2i_tiny", released_settings(frozen, f"data.train=npy:{released}@all"))
     with pytest.raises(UserError, match="no image"):
         task_class("t2i").dataset(config, "train")

@@ -43,7 +43,7 @@ def cached(folder: Path, overrides: list[str], data: Path, **options) -> str:
         ("source.trunk=released", "text.head=flatten", "text.padding=zero"),
     ],
 )
-def test_batches_are_those_without_a_cache(recipe, pictures, tmp_path: Path, more: tuple[str, ...]):
+def test_batches_equal_those_without_a_cache(recipe, pictures, tmp_path: Path, more: tuple[str, ...]):
     settings = recipe(*more)
     spec = cached(tmp_path / "cache", settings, pictures, storage="float32")
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
@@ -78,7 +78,7 @@ def test_batches_in_half_precision_differ_by_its_rounding(recipe, pictures, tmp_
     assert not torch.equal(ours.target, theirs.target)
 
 
-def test_each_epoch_draws_another_latent_from_the_moments_and_the_same_one_again(recipe, pictures, tmp_path: Path):
+def test_latents_are_drawn_anew_each_epoch_and_reproducibly(recipe, pictures, tmp_path: Path):
     settings = recipe()
     task = opened(settings, cached(tmp_path / "cache", settings, pictures))
     first, second, again = (task.batch(train_data(task).__getitems__([(epoch, 0)])) for epoch in (0, 1, 0))
@@ -114,7 +114,7 @@ def test_a_cache_of_other_networks_is_refused(recipe, pictures, tmp_path: Path, 
         task.accept(train_data(task))
 
 
-def test_padding_is_cached_only_for_models_that_look_at_it(recipe, pictures, tmp_path: Path):
+def test_padding_is_cached_only_for_models_that_attend_to_it(recipe, pictures, tmp_path: Path):
     released = ("source.trunk=released", "text.head=flatten")
     tokens = {}
     for name, more in {"small": (), "released": released, "zero": (*released, "text.padding=zero")}.items():
@@ -124,7 +124,7 @@ def test_padding_is_cached_only_for_models_that_look_at_it(recipe, pictures, tmp
     assert tokens["small"] == tokens["zero"] < tokens["released"] == 16 * 7  # captions of the first five items
 
 
-def test_embeddings_of_the_image_tower_are_cached_and_bound_to_its_weights(frozen, recipe, pictures, tmp_path: Path):
+def test_embeddings_of_the_image_tower_are_cached_with_its_checksum(frozen, recipe, pictures, tmp_path: Path):
     aligned = ("loss.encoder_target=image", "tower.allow_random=true")
     settings = recipe(*aligned, f"tower.source={frozen['tower']}")
     spec = cached(tmp_path / "cache", settings, pictures, storage="float32")
@@ -140,7 +140,7 @@ def test_embeddings_of_the_image_tower_are_cached_and_bound_to_its_weights(froze
         other.accept(train_data(other))
 
 
-def test_a_scale_may_change_and_more_than_is_needed_may_be_cached(recipe, pictures, tmp_path: Path):
+def test_a_cache_with_another_scale_or_additional_features_is_accepted(recipe, pictures, tmp_path: Path):
     spec = cached(tmp_path / "cache", recipe("source.trunk=released", "text.head=flatten"), pictures, sizes=(16, 32))
     task = opened(recipe("codec.scale=2.0", "loss.encoder=none"), spec)
     task.accept(train_data(task))
@@ -217,7 +217,7 @@ def test_a_run_trains_from_a_cache_resumes_to_the_same_weights_and_samples(
     assert picture.dtype == np.uint8
 
 
-def test_workers_get_a_cache_without_its_open_files(recipe, pictures, tmp_path: Path):
+def test_a_pickled_cache_opens_its_shards_again(recipe, pictures, tmp_path: Path):
     import pickle
 
     settings = recipe()

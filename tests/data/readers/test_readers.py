@@ -68,20 +68,20 @@ def by_id(reader: Reader) -> dict[str, Item]:
 # --------------------------------------------------------------------------------------------------------- finding data
 
 
-def test_unknown_format_names_near_and_all_formats():
+def test_unknown_format_suggests_similar_and_lists_all_formats():
     with pytest.raises(UserError, match="Did you mean 'coco'") as error:
         open_reader("cocoo:/data", "train")
     assert all(name in str(error.value) for name in READERS.names())
 
 
 @pytest.mark.parametrize("spec", ["scene", "", "/no/such/place", "x" * 5000, "~nobody-of-that-name/x", "a\0b"])
-def test_what_is_neither_format_nor_path_is_refused_with_the_formats(spec):
+def test_an_unrecognised_spec_is_refused_with_the_known_formats(spec):
     with pytest.raises(UserError, match=r"Known: .*cache, coco, .*folder"):
         open_reader(spec, "train")
 
 
 @pytest.mark.parametrize("prefix", ["coco", "jsonl", "folder", "pairs"])
-def test_missing_place_and_absent_place_say_what_the_format_expects(prefix, tmp_path):
+def test_missing_and_nonexistent_locations_name_the_expected_layout(prefix, tmp_path):
     for spec in (prefix, f"{prefix}:", f"{prefix}:{tmp_path}/absent"):
         with pytest.raises(UserError) as error:
             open_reader(spec, "train")
@@ -100,7 +100,7 @@ def test_bad_split_limit_and_size_are_user_errors():
             open_reader("skimage", **{"split": "train"} | arguments)
 
 
-def test_bare_paths_are_recognised_and_the_log_says_how(tmp_path, caplog):
+def test_bare_paths_are_recognised_and_the_format_is_logged(tmp_path, caplog):
     picture(tmp_path / "coco/images/a.png")
     coco_file(tmp_path / "coco/captions_train.json", {"a.png": ["a"]})
     picture(tmp_path / "pairs/rgb/a.png")
@@ -121,13 +121,13 @@ def test_bare_folder_of_several_sets_is_refused_with_their_specs(tmp_path):
         open_reader(str(tmp_path), "train")
 
 
-def test_bare_path_of_nothing_known_lists_what_is_there_and_what_to_write(tmp_path):
+def test_an_unrecognised_folder_lists_its_content_and_the_formats(tmp_path):
     (tmp_path / "notes.md").write_text("no data")
     with pytest.raises(UserError, match=r"notes\.md.*folder:"):
         open_reader(str(tmp_path), "train")
 
 
-def test_split_behind_the_spec_wins(tmp_path):
+def test_a_split_in_the_spec_overrides_the_argument(tmp_path):
     for name in ("train/a.png", "val/b.png", "test/c.png"):
         picture(tmp_path / name)
     assert open_reader(f"folder:{tmp_path}@test", "train").ids == ["test/c.png"]
@@ -171,7 +171,7 @@ assert not {{"torch", "skimage", "PIL"}} & set(sys.modules)
 # --------------------------------------------------------------------------------------------------- fields and tasks
 
 
-def test_task_that_needs_a_field_the_data_lack_is_told_in_one_paragraph(tmp_path):
+def test_data_without_a_required_field_give_a_one_paragraph_error(tmp_path):
     picture(tmp_path / "a.png")
     reader = open_reader(f"folder:{tmp_path}@all", "train")
     with pytest.raises(UserError) as error:
@@ -191,7 +191,7 @@ def test_items_without_a_required_field_are_bad_items(tmp_path):
     assert not reasons(reader)
 
 
-def test_when_all_items_are_bad_require_says_why(tmp_path):
+def test_require_gives_the_reasons_when_all_items_are_bad(tmp_path):
     write_lines(tmp_path / "x.jsonl", "{broken", "[1]")
     with pytest.raises(UserError, match=r"line 1 of x\.jsonl"):
         require(open_reader(f"jsonl:{tmp_path}/x.jsonl@all", "train"), {"image"}, "sr")
@@ -226,7 +226,7 @@ def test_scenes_are_the_same_alone_together_and_under_any_limit():
         np.testing.assert_array_equal(alone.depth, together.depth)
 
 
-def test_scenes_do_not_end_by_negative_index_and_refuse_a_place():
+def test_scenes_refuse_invalid_indices_and_locations():
     reader = open_reader("scenes", "val", image_size=16, limit=3)
     with pytest.raises(IndexError):
         reader[3]
@@ -235,7 +235,7 @@ def test_scenes_do_not_end_by_negative_index_and_refuse_a_place():
             open_reader(spec, split)
 
 
-def test_skimage_photographs_are_there_and_no_pixel_is_in_two_splits():
+def test_skimage_photographs_exist_and_splits_share_no_pixel():
     pytest.importorskip("skimage")
     pieces = {split: by_id(open_reader("skimage", split)) for split in ("train", "val", "test", "all")}
     assert len(pieces["all"]) == 10
@@ -299,7 +299,7 @@ def test_coco_as_published(tmp_path):
     assert len(by_id(everything)) == 6
 
 
-def test_coco_without_test_captions_says_so(tmp_path):
+def test_coco_explains_missing_test_captions(tmp_path):
     published_coco(tmp_path)
     with pytest.raises(UserError, match=f"train, val but nothing for 'test'.*'coco:{tmp_path}@val'"):
         open_reader(f"coco:{tmp_path}", "test")
@@ -361,7 +361,7 @@ def test_coco_files_of_another_kind_are_user_errors(tmp_path):
             open_reader(f"coco:{tmp_path}", "train")
 
 
-def test_coco_image_folder_may_be_a_link_but_its_images_may_not_lead_out(tmp_path):
+def test_coco_image_folder_may_be_a_link_but_images_must_stay_inside(tmp_path):
     data = published_coco(tmp_path / "data")
     shutil.move(data / "train2017", tmp_path / "elsewhere")
     (data / "train2017").symlink_to(tmp_path / "elsewhere")
@@ -404,7 +404,7 @@ def test_jsonl_reads_journeydb(tmp_path):
     assert len(open_reader(f"jsonl:{file}@all", "train")) == 40
 
 
-def test_jsonl_gathers_lines_and_honours_splits(tmp_path, caplog):
+def test_jsonl_merges_lines_and_honours_splits(tmp_path, caplog):
     for name in "abcde":
         picture(tmp_path / f"{name}.png")
     file = write_lines(
@@ -558,7 +558,7 @@ def test_folder_captions_that_cannot_be_read_make_bad_items(tmp_path):
     assert "leaves the data folder" in found["c.png"]
 
 
-def test_hash_splits_move_no_other_image_and_leave_none_out():
+def test_adding_images_moves_no_other_between_hash_splits():
     names = [f"{number}.png" for number in range(4000)]
     splits, fewer = hashed_split(names), hashed_split(names[:3000])
     assert all(splits[name] == split for name, split in fewer.items())
@@ -569,7 +569,7 @@ def test_hash_splits_move_no_other_image_and_leave_none_out():
         assert set(hashed_split(names[:count]).values()) == {"train", "val", "test"}
 
 
-def test_small_folder_says_how_the_splits_come_out(tmp_path, caplog):
+def test_the_sizes_of_hash_splits_are_logged(tmp_path, caplog):
     for number in range(6):
         picture(tmp_path / f"{number}.png")
     ids = [id for split in ("train", "val", "test") for id in open_reader(f"folder:{tmp_path}", split).ids]
@@ -580,7 +580,7 @@ def test_small_folder_says_how_the_splits_come_out(tmp_path, caplog):
         open_reader(f"folder:{single}", "val")
 
 
-def test_linked_folders_are_named_not_silently_left_out(tmp_path, caplog):
+def test_linked_folders_are_skipped_with_a_warning(tmp_path, caplog):
     picture(tmp_path / "data/a.png")
     picture(tmp_path / "other/b.png")
     (tmp_path / "data/more").symlink_to(tmp_path / "other")
@@ -712,7 +712,7 @@ def test_pictures_that_cannot_be_read_are_bad_items_and_stop_nothing(tmp_path):
     assert "pixels" in found["huge.png"]
 
 
-def test_captions_of_every_script_survive_and_cut_pairs_do_not_break_encoding(tmp_path):
+def test_captions_of_every_script_survive_and_lone_surrogates_are_replaced(tmp_path):
     texts = [
         "👩🏽‍🚀 rides 🐎",
         "قطة سوداء على السرير",
@@ -734,7 +734,7 @@ def test_captions_of_every_script_survive_and_cut_pairs_do_not_break_encoding(tm
     assert reader.fingerprint()
 
 
-def test_caption_values_that_are_no_text_are_refused():
+def test_captions_that_are_not_text_are_refused():
     assert clean_captions(None) == clean_captions([None, ""]) == ()
     for values in (3, [3], {"text": "x"}, [["x"]]):
         with pytest.raises(ValueError, match="not text"):
@@ -750,7 +750,7 @@ def numbered_folder(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-def test_ids_and_fingerprint_do_not_depend_on_place_or_time(tmp_path):
+def test_ids_and_fingerprint_do_not_depend_on_location_or_time(tmp_path):
     first = numbered_folder(tmp_path / "first")
     second = tmp_path / "deep/er/second"
     shutil.copytree(first, second)
@@ -788,7 +788,7 @@ def test_fingerprints_differ_between_splits_and_sizes_of_scenes():
     assert len(prints) == 4
 
 
-def test_limit_keeps_the_order_and_its_choice_follows_from_the_seed(tmp_path):
+def test_limit_keeps_the_order_and_is_chosen_by_the_seed(tmp_path):
     folder = numbered_folder(tmp_path, 40)
     everything = open_reader(f"folder:{folder}@all", "train").ids
     choices = [open_reader(f"folder:{folder}@all", "train", limit=10, seed=seed).ids for seed in (0, 0, 1)]

@@ -83,7 +83,7 @@ def test_a_scored_split_with_a_missing_picture_is_refused_and_training_skips_it(
         ({"filename": "../../etc/passwd.jpg", "cocoid": 104}, "is not the number in"),
     ],
 )
-def test_ids_that_contradict_themselves_are_refused_in_a_scored_split(tmp_path, change, said):
+def test_inconsistent_ids_are_refused_in_a_scored_split(tmp_path, change, said):
     file = karpathy(tmp_path, COCO)
     file.write_text(json.dumps({"images": [*COCO[:4], COCO[4] | change]}))
     with pytest.raises(UserError, match=re.escape(said)):
@@ -91,14 +91,14 @@ def test_ids_that_contradict_themselves_are_refused_in_a_scored_split(tmp_path, 
 
 
 @pytest.mark.parametrize(("key", "name"), [("cocoid", "cocoid"), ("imgid", "imgid"), ("sentences", "sentid")])
-def test_one_id_for_two_is_refused(tmp_path, key, name):
+def test_duplicate_ids_are_refused(tmp_path, key, name):
     file = karpathy(tmp_path, COCO)
     file.write_text(json.dumps({"images": [*COCO, entry(9, "train") | {key: COCO[1][key]}]}))
     with pytest.raises(UserError, match=f"gives the {name} "):
         open_reader(f"karpathy:{file}", "train")
 
 
-def test_karpathy_of_flickr_has_names_as_ids_and_pictures_may_lie_elsewhere(tmp_path):
+def test_karpathy_of_flickr_has_file_names_as_ids_and_pictures_may_be_elsewhere(tmp_path):
     entries = []
     for number, split in enumerate(("train", "val", "test")):
         sentences = [{"raw": "A dog.", "imgid": number, "sentid": number}]
@@ -122,7 +122,7 @@ def test_karpathy_of_flickr_has_names_as_ids_and_pictures_may_lie_elsewhere(tmp_
         open_reader(f"karpathy:{tmp_path}?images=nowhere", "test")
 
 
-def test_karpathy_says_when_the_file_is_another(tmp_path):
+def test_karpathy_refuses_missing_and_other_files(tmp_path):
     with pytest.raises(UserError, match="must contain one dataset_NAME"):
         open_reader(f"karpathy:{tmp_path}", "train")
     (tmp_path / "dataset_x.json").write_text('{"pictures": []}')
@@ -184,7 +184,7 @@ def test_flickr_without_lists_has_no_splits(tmp_path):
         open_reader(f"flickr:{tmp_path}", "test")
 
 
-def test_coco_of_both_years_lets_choose(tmp_path, caplog):
+def test_coco_year_can_be_chosen(tmp_path, caplog):
     for year in ("2014", "2017"):
         picture(tmp_path / f"val{year}/{year}.jpg")
         content = {
@@ -209,7 +209,7 @@ def test_coco_of_both_years_lets_choose(tmp_path, caplog):
     assert open_reader(f"coco:{tmp_path}?year=2014", "val").ids == ["2017"], "files that say no year"
 
 
-def test_data_with_settings_are_found_from_where_a_run_was_started(tmp_path):
+def test_specs_with_options_are_resolved_from_the_folder_of_a_run(tmp_path):
     karpathy(tmp_path / "started/coco", COCO)
     assert resolve_spec("karpathy:coco?incomplete=skip@val", tmp_path / "started") == (
         f"karpathy:{tmp_path}/started/coco?incomplete=skip@val"
@@ -231,7 +231,7 @@ def mjhq(folder: Path) -> Path:
     return folder
 
 
-def test_mjhq_is_read_as_it_is_published(tmp_path):
+def test_mjhq_is_read_as_published(tmp_path):
     reader = open_reader(f"mjhq:{mjhq(tmp_path)}", "all")
     assert reader.ids[:4] == ["id0", "id1", "id2", "id3"]
     assert (reader[3].captions, reader[3].image.shape) == (("a thing 3",), (4, 6, 3))
@@ -242,7 +242,7 @@ def test_mjhq_is_read_as_it_is_published(tmp_path):
     assert open_reader(str(tmp_path), "all").ids == reader.ids
 
 
-def test_mjhq_without_its_list_is_told(tmp_path):
+def test_mjhq_without_its_metadata_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"no meta_data\.json"):
         open_reader(f"mjhq:{tmp_path}", "all")
     (tmp_path / "meta_data.json").write_text("[]")

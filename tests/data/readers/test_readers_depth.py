@@ -55,11 +55,11 @@ def reasons(reader: Reader) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------ crops and caps
 
 
-def test_the_crops_are_those_that_the_metric_names():
+def test_crops_equal_those_of_the_metric():
     assert CROPS == depth_metric.CROPS
 
 
-def test_the_crops_of_the_tables_in_pixels():
+def test_crops_in_pixels_equal_the_published_ones():
     """Garg's rows 153 to 371 and columns 44 to 1197 of 375 x 1242, Eigen's rows 45 to 471 and columns 41 to 601."""
     rows, columns = np.nonzero(mask_unscored(np.ones((375, 1242)), "garg"))
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (153, 371, 44, 1197)
@@ -68,7 +68,7 @@ def test_the_crops_of_the_tables_in_pixels():
 
 
 @pytest.mark.parametrize("crop", sorted(CROPS))
-def test_scoring_what_the_reader_left_equals_scoring_in_the_metrics_own_crop(crop, rng):
+def test_masked_depth_scores_as_in_the_metrics_own_crop(crop, rng):
     truth = rng.uniform(0.5, 120, (375, 1242)).astype(np.float32) * (rng.random((375, 1242)) < 0.2)
     guess = rng.uniform(0.5, 80, truth.shape).astype(np.float32)
     own = depth_metric.DepthMetric(max_depth=80, crop=crop).score(guess, truth)
@@ -114,7 +114,7 @@ def test_nyu_labelled_file(tmp_path, rng):
     assert len(open_reader(str(tmp_path), "all")) == 4
 
 
-def test_nyu_says_what_is_missing(tmp_path, rng, monkeypatch):
+def test_nyu_errors_name_missing_files(tmp_path, rng, monkeypatch):
     labelled_file(tmp_path, rng, total=4)
     (tmp_path / "splits.mat").rename(tmp_path / "elsewhere.mat")
     with pytest.raises(UserError, match=r"put splits\.mat.*@all"):
@@ -216,7 +216,7 @@ def test_kitti_lists_that_name_frames(tmp_path):
     assert "side 'x'" in next(iter(reasons(reader).values()))
 
 
-def test_kitti_parts_validation_frames_off_the_eigen_training_list(tmp_path):
+def test_kitti_takes_validation_frames_from_the_eigen_training_list(tmp_path):
     """Validating on the test list instead would choose models by their score."""
     kitti(tmp_path, frames=tuple(range(70)), part="train")
     text(tmp_path / "eigen_train_files_with_gt.txt", *(line(frame) for frame in range(60)))
@@ -254,7 +254,7 @@ def test_kitti_refuses_an_incomplete_test_set_and_wrong_settings(tmp_path):
         open_reader(f"kitti:{tmp_path}/{DRIVE}", "test")
 
 
-def test_a_list_cannot_lead_out_of_the_data(tmp_path):
+def test_a_list_cannot_name_files_outside_the_data(tmp_path):
     picture(tmp_path / "secret.png")
     png16(tmp_path / "depth.png", np.ones((H, W)))
     kitti(tmp_path / "data")
@@ -276,7 +276,7 @@ def hypersim(folder: Path, scene: str, camera: str, frame: int, distance: np.nda
         opened["dataset"] = distance.astype(np.float16)
 
 
-def test_a_wall_that_faces_the_camera_has_one_depth():
+def test_a_wall_facing_the_camera_has_constant_depth():
     """A plane z = 3 m: the distances of its points are |(x, y, f)| z / f."""
     x, y = np.arange(1024) - 511.5, np.arange(768)[:, None] - 383.5
     distance = 3 * np.sqrt(x**2 + y**2 + 886.81**2) / 886.81
@@ -284,7 +284,7 @@ def test_a_wall_that_faces_the_camera_has_one_depth():
     assert distance.max() > 3.6  # the corners of a picture are farther away than the wall is
 
 
-def test_hypersim_by_the_authors_table(tmp_path):
+def test_hypersim_follows_the_authors_table(tmp_path):
     distance = np.full((H, W), 4.0)
     distance[0, 0] = np.nan
     rows = []

@@ -48,7 +48,7 @@ def saved(tmp_path) -> Path:
     return tmp_path / "saved"
 
 
-def test_what_was_saved_to_disk_has_its_own_splits(saved):
+def test_saved_data_sets_keep_their_splits(saved):
     reader = require(open_reader(str(saved), "val"), {"image", "captions"}, "t2i")
     assert reader.spec.startswith("hf:")
     assert len(reader) == 2
@@ -79,7 +79,7 @@ def test_a_lone_test_split_is_scored_as_a_whole_and_never_trained_on(tmp_path):
         open_reader(f"hf:{tmp_path}/own", "train")
 
 
-def test_a_stream_takes_the_first_rows_and_no_more(tmp_path):
+def test_a_stream_takes_only_the_first_rows(tmp_path):
     (tmp_path / "data").mkdir()
     rows(40).to_parquet(tmp_path / "data/train.parquet")
     rows(5, 40).to_parquet(tmp_path / "data/test.parquet")
@@ -101,7 +101,7 @@ def test_validation_rows_come_from_train_where_only_train_and_test_are_published
     assert len(open_reader(f"hf:{saved}", "train")) == 6  # which has a validation split
 
 
-def test_columns_by_name(saved, tmp_path):
+def test_columns_can_be_named(saved, tmp_path):
     data = rows(3).rename_columns({"image": "photograph", "text": "words"})
     data.save_to_disk(tmp_path / "own")
     reader = open_reader(f"hf:{tmp_path}/own", "all")
@@ -114,7 +114,7 @@ def test_columns_by_name(saved, tmp_path):
         open_reader(f"hf:{tmp_path}/own?captoin=words", "all")
 
 
-def test_several_captions_and_those_of_coco(tmp_path):
+def test_lists_of_captions_and_coco_objects_are_read(tmp_path):
     content = {"image": [{"bytes": png(1), "path": None}] * 2, "sentences": [[{"raw": "a"}, {"raw": "b"}], []]}
     features = datasets.Features(image=datasets.Image(), sentences=datasets.List({"raw": datasets.Value("string")}))
     datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "own")
@@ -124,7 +124,7 @@ def test_several_captions_and_those_of_coco(tmp_path):
         reader[1]
 
 
-def test_depth_as_millimetres_and_as_metres(tmp_path):
+def test_depth_in_millimetres_and_in_metres_is_read(tmp_path):
     units = np.arange(24, dtype=np.uint16).reshape(4, 6) * 100
     file, metres = io.BytesIO(), io.BytesIO()
     Image.fromarray(units).save(file, format="PNG")
@@ -140,7 +140,7 @@ def test_depth_as_millimetres_and_as_metres(tmp_path):
 
 
 @pytest.mark.parametrize("stream", ["", "?stream=2"])
-def test_pictures_inside_of_archives(tmp_path, stream):
+def test_pictures_in_archives_are_read(tmp_path, stream):
     """A folder of pictures with their captions, zipped, and a tar of webdataset, as both lie on the hub."""
     (tmp_path / "zipped").mkdir()
     with zipfile.ZipFile(tmp_path / "zipped/train.zip", "w") as archive:
@@ -172,7 +172,7 @@ def test_bad_rows_are_bad_items(tmp_path):
     assert loaded[2].reason == "has no picture"
 
 
-def test_what_cannot_be_opened_is_said_in_one_paragraph(tmp_path, saved):
+def test_unavailable_data_give_a_one_paragraph_error(tmp_path, saved):
     (tmp_path / "empty").mkdir()
     for spec in ("hf:", f"hf:{tmp_path}/empty", "hf:nobody/has-such-a-data-set"):
         with pytest.raises(UserError, match="hf:") as error:
@@ -186,7 +186,7 @@ def test_what_cannot_be_opened_is_said_in_one_paragraph(tmp_path, saved):
 @pytest.mark.parametrize(
     "address", ["{}", "file://{}", "file:{}", "~/secret.png", "zip://a.png::{}", "http://example.com/a.png"]
 )
-def test_a_row_cannot_name_a_file_outside_of_the_data(monkeypatch, tmp_path: Path, address: str) -> None:
+def test_a_row_cannot_name_a_file_outside_the_data(monkeypatch, tmp_path: Path, address: str) -> None:
     from crossflow.data.readers.hf import _encoded
 
     secret, data = tmp_path / "secret.png", tmp_path / "data"

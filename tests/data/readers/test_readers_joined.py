@@ -54,7 +54,7 @@ def test_joined_data_have_the_fields_that_all_parts_have(folders: tuple[str, str
         require(reader, {"image", "depth"}, "depth")
 
 
-def test_each_part_is_looked_for_where_the_run_was_started(tmp_path: Path, folders: tuple[str, str]):
+def test_every_part_of_joined_data_is_resolved_from_the_folder_of_a_run(tmp_path: Path, folders: tuple[str, str]):
     assert resolve_spec("folder:a@all + scenes + folder:b", tmp_path) == (
         f"folder:{tmp_path}/a@all + scenes + folder:{tmp_path}/b"
     )

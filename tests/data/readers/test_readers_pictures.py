@@ -51,7 +51,7 @@ def test_imagenet_leaves_small_pictures_out_and_cuts_the_centre(imagenet):
         open_reader(f"imagenet:{imagenet}", "test")
 
 
-def test_imagenet_of_another_size(imagenet):
+def test_imagenet_can_have_another_size(imagenet):
     reader = open_reader(f"imagenet:{imagenet}?min_side=64&size=64", "train")
     assert len(reader) == 3
     image = np.array(Image.open(imagenet / "train/n01440764/n01440764_b.JPEG"))
@@ -62,7 +62,7 @@ def test_imagenet_of_another_size(imagenet):
     assert reader.fingerprint() != open_reader(f"imagenet:{imagenet}?min_side=64", "train").fingerprint()
 
 
-def test_sizes_are_read_once_and_again_when_a_picture_changes(imagenet, cache, monkeypatch):
+def test_sizes_are_read_again_only_when_a_picture_changes(imagenet, cache, monkeypatch):
     looked = []
     plain = picture_sets._shorter_side
     monkeypatch.setattr(picture_sets, "_shorter_side", lambda *given: looked.append(given[1]) or plain(*given))
@@ -110,7 +110,7 @@ def test_a_scored_set_is_complete_or_refused(tmp_path):
         open_reader(f"set5:{tmp_path}", "test")
 
 
-def test_of_pairs_the_sharp_ones_are_taken(tmp_path):
+def test_only_the_high_resolution_pictures_of_pairs_are_read(tmp_path):
     for number in range(100):
         for kind in ("HR", "LR"):
             noise(tmp_path / f"Urban100/image_SRF_4/img_{number:03d}_SRF_4_{kind}.png", 4, 4)
@@ -120,7 +120,7 @@ def test_of_pairs_the_sharp_ones_are_taken(tmp_path):
 
 
 @pytest.mark.skipif(not REAL, reason="CROSSFLOW_TEST_DATA is not set")
-def test_the_real_sets():
+def test_published_copies_of_set5_and_b100_are_complete():
     for name, count in (("set5", 5), ("b100", 100)):
         reader = open_reader(f"{name}:{REAL}/data/sr", "test")
         assert len(reader) == count

@@ -58,7 +58,7 @@ def laion(folder: Path, shards: int = 4, each: int = 25) -> Path:
     return folder
 
 
-def test_samples_of_all_shards(tmp_path):
+def test_samples_of_all_shards_are_read(tmp_path):
     reader = require(open_reader(f"{laion(tmp_path / 'data')}@all", "train"), {"image", "captions"}, "t2i")
     assert len(reader) == 100
     assert reader.ids[26] == "00001/000000026"
@@ -86,7 +86,7 @@ def test_splits_are_by_name_and_disjoint(tmp_path):
         open_reader(f"wds:{tmp_path}/sorted", "test")
 
 
-def test_ranges_and_patterns(tmp_path):
+def test_shards_can_be_given_by_ranges_and_patterns(tmp_path):
     folder = laion(tmp_path / "data", each=2)
     assert len(open_reader(f"wds:{folder}/{{00001..00002}}.tar@all", "train")) == 4
     assert len(open_reader(f"wds:{folder}/0000{{1,3}}.tar@all", "train")) == 4
@@ -106,7 +106,7 @@ def test_ranges_and_patterns(tmp_path):
             open_reader(f"wds:{place}", "train")
 
 
-def test_order_over_shards_is_shuffled_anew_each_epoch_divided_exactly_and_resumed(tmp_path):
+def test_samples_are_shuffled_across_shards_divided_exactly_and_resumed(tmp_path):
     reader = open_reader(f"wds:{laion(tmp_path / 'data')}@all", "train")
     data = MicroBatches(Examples(reader, lambda item, chance: item.id, seed=0), seed=3, latent_shape=(1,))
 
@@ -152,7 +152,7 @@ def test_bad_samples_are_listed_with_reasons(tmp_path):
 
 
 @pytest.mark.parametrize("cut", ["in a picture", "in a header"])
-def test_a_truncated_shard_gives_what_is_left_and_says_so(tmp_path, cut):
+def test_a_truncated_shard_keeps_its_intact_samples_and_reports_the_loss(tmp_path, cut):
     folder = laion(tmp_path / "data", shards=2, each=5)
     whole = (folder / "00001.tar").read_bytes()
     with tarfile.open(folder / "00001.tar") as tar:
@@ -164,7 +164,7 @@ def test_a_truncated_shard_gives_what_is_left_and_says_so(tmp_path, cut):
     assert len(open_reader(f"wds:{folder}", "all")) == 5 + 3 + 1
 
 
-def test_the_index_is_made_once_and_anew_when_a_shard_changes(tmp_path, cache, monkeypatch):
+def test_the_index_is_rebuilt_only_when_a_shard_changes(tmp_path, cache, monkeypatch):
     folder = laion(tmp_path / "data", shards=2, each=3)
     scanned = []
     plain = wds._scan
@@ -190,7 +190,7 @@ def test_a_field_of_the_json_can_be_the_caption(tmp_path):
     assert open_reader(f"wds:{folder}@all", "train")[0].captions == ("picture 0",)
 
 
-def test_what_else_is_in_a_shard_is_no_sample(tmp_path):
+def test_other_files_in_a_shard_are_ignored(tmp_path):
     file = shard(tmp_path / "data/0.tar", sample(0) | {"README": b"x", ".hidden": b"y", "1.cls": b"3"})
     with tarfile.open(file, "a") as tar:
         link = tarfile.TarInfo("9.jpg")
@@ -201,7 +201,7 @@ def test_what_else_is_in_a_shard_is_no_sample(tmp_path):
     assert np.array_equal(reader.rows["shard"], [0])
 
 
-def test_a_shard_that_is_no_tar_file_is_said_to_be_damaged(tmp_path):
+def test_a_shard_that_is_not_a_tar_file_is_reported_as_damaged(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/0.tar").write_bytes(b"<html>not found</html>" * 100)
     reader = open_reader(f"wds:{tmp_path}/data", "all")

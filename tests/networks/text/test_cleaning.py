@@ -25,6 +25,6 @@ from crossflow.networks.text.cleaning import clean_text
         ("", ""),
     ],
 )
-def test_cleaning_leaves_the_words(text, cleaned):
+def test_cleaning_removes_all_but_the_words(text, cleaned):
     assert clean_text(text) == cleaned
     assert clean_text(cleaned) == cleaned

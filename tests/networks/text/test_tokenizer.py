@@ -46,7 +46,7 @@ def tokenizer():
     return build_tokenizer(CAPTIONS, vocab_size=400, max_length=24)
 
 
-def test_known_captions_are_one_token_per_word_and_come_back_clean(tokenizer):
+def test_known_captions_have_one_token_per_word_and_decode_cleanly(tokenizer):
     ids, mask = tokenize(tokenizer, CAPTIONS)
     assert ids.shape == mask.shape == (4, 24)
     assert mask.sum(1)[0] == 10 + 1  # eight words, comma, full stop, <eos>
