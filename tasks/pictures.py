@@ -43,6 +43,7 @@ class PixelParts(Parts):
 
     @classmethod
     def learn(cls, config: Config, examples: Examples, report: Report) -> Self:
+        """Measures the pixels of the first training targets."""
         targets = torch.stack([example["target"] for example in examples.first(NUM_MEASURED)])
         codec = PixelCodec(3)
         codec.fit_scale([targets])
@@ -51,16 +52,19 @@ class PixelParts(Parts):
 
     @classmethod
     def load(cls, config: Config, folder: Path) -> Self:
+        """Reads the codec. Raises UserError for a codec of another kind."""
         codec = load_codec(folder / CODEC_FOLDER)
         if not isinstance(codec, PixelCodec):
             raise UserError(f"{folder / CODEC_FOLDER} holds a codec of the kind {codec.kind!r}; expected pixel.")
         return cls(codec)
 
     def save(self, folder: Path) -> None:
+        """Writes the codec."""
         self.codec.save(folder / CODEC_FOLDER)
 
     @classmethod
     def outline(cls, config: Config) -> Self:
+        """A codec whose scale is not measured."""
         return cls(PixelCodec(3))
 
 
@@ -85,6 +89,7 @@ class PictureTask(Task[C, P]):
         """The network of the source encoder: features (B, C, H, W) -> (B, 2, *latent), any H and W of whole patches."""
 
     def build_model(self) -> CrossFlow:
+        """The trunk in core's source encoder, and the backbone; a Gaussian source has no trunk."""
         config, shape = self.config, self.latent_shape
         is_gaussian = config.source.kind == "gaussian"
         trunk = None if is_gaussian else self.build_trunk()
@@ -115,6 +120,7 @@ class PictureTask(Task[C, P]):
         return resize_image(output, (shape[0], shape[1]))
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        """Writes a picture uint8 (H, W, 3) as PNG."""
         return [save_png(output, stem.with_name(f"{stem.name}.png"), metadata)]
 
 
@@ -124,9 +130,11 @@ class PixelTask(PictureTask[C, PP]):
     Parts = PixelParts
 
     def as_source(self, pixels: Tensor) -> Source:
+        """Pictures (B, 3, H, W) in [-1, 1] as scaled pixels."""
         return super().as_source(self.parts.codec.encode(pixels).mean)
 
     def batch(self, examples: Sequence[Any]) -> Batch:
+        """Examples {"id", "source", "target"}: both pictures as scaled pixels."""
         source = self.as_source(torch.stack([example["source"] for example in examples]))
         return Batch(
             features=source.features,
@@ -141,6 +149,7 @@ class PixelTask(PictureTask[C, PP]):
         return list(to_uint8(self.parts.codec.decode(z1)))
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
+        """A finished picture uint8 (H, W, 3), or the path of one, as scaled pixels."""
         pieces = self.pieces(as_picture(value))
         latents = self.parts.codec.encode(to_tensors(pieces.values)).mean
         return Pieces(list(latents), pieces.join, pieces.layout, pieces.numbered)

@@ -102,15 +102,18 @@ class ListedCases(Cases):
 
     @property
     def bad(self) -> dict[str, str]:
+        """Empty: each number has a case."""
         return {}
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def at(self, numbers: Sequence[int]) -> list[tuple[int, Case]]:
+        """The cases with these numbers."""
         return [(number, self.cases[number]) for number in numbers]
 
     def fingerprint(self) -> str:
+        """Of the content of the data that the cases are made from."""
         return self._fingerprint
 
 
@@ -128,12 +131,14 @@ class ItemCases(Cases):
 
     @property
     def bad(self) -> dict[str, str]:
+        """Item id -> reason: unreadable items, and those without a case."""
         return {**self.examples.bad, **self._unfit}
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def at(self, numbers: Sequence[int]) -> list[tuple[int, Case]]:
+        """The cases with these numbers, from items that are loaded together."""
         cases = []
         for item in self.examples.items_at(numbers):
             try:
@@ -143,6 +148,7 @@ class ItemCases(Cases):
         return cases
 
     def fingerprint(self) -> str:
+        """Of the content of the data set."""
         return self.examples.reader.fingerprint()
 
 

@@ -77,6 +77,7 @@ class CaptionParts(Parts):
 
     @classmethod
     def learn(cls, config: CaptionConfig, examples: Examples, report: Report) -> Self:
+        """Opens the codec or the t2i run, and trains the text autoencoder on the training captions."""
         settings = config.caption
         if settings.t2i is None and config.train.steps == 0:
             raise UserError(
@@ -128,6 +129,7 @@ class CaptionParts(Parts):
 
     @classmethod
     def load(cls, config: CaptionConfig, folder: Path) -> Self:
+        """Reads the codec or the t2i run, and the text autoencoder as far as it was trained."""
         if config.caption.t2i is not None:
             origin = Origin.open(str(folder / T2I_FOLDER), config.data.image_size)
             return cls(origin.codec, SourceText.load(folder / TEXT_FOLDER).attach(origin), origin)
@@ -142,6 +144,7 @@ class CaptionParts(Parts):
         return cls(read_codec(folder), text, is_joint=config.caption.joint)
 
     def save(self, folder: Path) -> None:
+        """Writes the codec, the text autoencoder, and the t2i run if there is one."""
         assert self.codec is not None
         assert self.text is not None
         if self.origin is not None:
@@ -153,6 +156,7 @@ class CaptionParts(Parts):
 
     @classmethod
     def frozen(cls, config: CaptionConfig) -> Self:
+        """The codec, or the t2i run with its codec."""
         if config.caption.t2i is not None:
             origin = Origin.open(config.caption.t2i, config.data.image_size)
             return cls(origin.codec, origin=origin)
@@ -160,6 +164,7 @@ class CaptionParts(Parts):
 
     @classmethod
     def outline(cls, config: CaptionConfig) -> Self:
+        """Nothing: the settings determine the latent shape."""
         return cls()
 
     def files(self) -> tuple[str, ...]:
@@ -196,6 +201,7 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         return Extractor(options, codec=self.codec)
 
     def accept(self, examples: Examples) -> None:
+        """Raises UserError also where validation would have no pictures to caption."""
         super().accept(examples)
         val = self.config.data.val
         if "image" not in examples.reader.fields and (val is None or val.startswith("cache:")):
@@ -215,6 +221,7 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         return self.text.tokenizer.pad_token_id
 
     def build_model(self) -> CrossFlow:
+        """A source encoder on image latents and the backbone; or the flow of the t2i run, backwards."""
         if self.parts.origin is not None:
             return self.parts.origin.backwards()
         config, shape = self.config, self.latent_shape
@@ -226,6 +233,7 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         return CrossFlow(source, build_backbone(config.backbone, shape, grid_channels=shape[0] if gaussian else 0))
 
     def build_objective(self, model: CrossFlow) -> Objective:
+        """The losses, with those of `objective` that the settings name."""
         shape = self.latent_shape
         return Objective(
             model,
@@ -250,6 +258,7 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         return captioned_example(item, config.data.image_size, generator, caption=config.caption.captions.which)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
+        """Image latents as features, text latents as target, token ids as alignment."""
         texts = [example["caption"] for example in examples]
         source = self._source(latents(self.codec, examples, cached_batch(examples, self.config.data.image_size)))
         ids, _ = self.text.tokenize(texts)
@@ -279,10 +288,13 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         return self.text.decode(z1)
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
+        """The latent of a caption."""
         return Pieces(list(self.text.encode([str(value)]).mean.cpu()))
 
     def pictures(self, outputs: Sequence[str]) -> list[np.ndarray]:
+        """None: captions are no pictures."""
         return []
 
     def write_output(self, output: str, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        """Writes a caption as a text file."""
         return [write_atomically(stem.with_name(f"{stem.name}.txt"), output + "\n")]

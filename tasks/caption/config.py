@@ -10,11 +10,15 @@ from crossflow.tasks.caption.layouts import TextAutoencoderConfig
 
 
 class Captions(Section):
+    """Which captions are trained on."""
+
     which: int | None = Field(None, ge=0)
     """Train on this caption of each item (0 = the first, or the last there is) instead of a random one each epoch."""
 
 
 class CaptionSettings(Section):
+    """What is specific to captioning: the text autoencoder, and what the source is trained on."""
+
     vocab_size: int = Field(8192, ge=300)
     """Largest vocabulary of the tokenizer built from the captions."""
     autoencoder: TextAutoencoderConfig = TextAutoencoderConfig()
@@ -38,6 +42,8 @@ class CaptionSettings(Section):
 
 
 class CaptionConfig(Config):
+    """The configuration of a captioning run."""
+
     codec: CodecSettings = CodecSettings()
     caption: CaptionSettings = CaptionSettings()
 

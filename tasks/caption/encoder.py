@@ -24,4 +24,5 @@ class BagOfTokens(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 512), nn.SiLU(), nn.Linear(512, num_values))
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, N) -> (B, num_values)."""
         return self.mlp(self.bag(ids))

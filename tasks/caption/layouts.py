@@ -25,6 +25,8 @@ FIRST_LOG_VAR = -4.0
 
 
 class TextAutoencoderConfig(Section):
+    """Sizes and losses of the text autoencoder."""
+
     max_length: int = Field(32, ge=2, le=512)
     """Tokens of a caption, `<eos>` included; longer ones are cut."""
     layout: Literal["auto", "code", "patches"] = "auto"
@@ -60,6 +62,7 @@ def build_layout(
 
 
 def text_transformer(vocab_size: int, config: TextAutoencoderConfig) -> TextTransformer:
+    """The transformer that reads captions, by the sizes of `config`."""
     return TextTransformer(
         vocab_size=vocab_size,
         max_length=config.max_length,
@@ -73,16 +76,16 @@ class Code:
     """A few numbers drawn large: each fills a square of the grid (or a run of tokens), so that a flow sees smooth
     pictures.
 
-    size: how many, about `wanted`; patch: side of the squares (length of the runs); shape: (C, H/p, W/p) or (N/p, C).
+    size: how many, about `size`; patch: side of the squares (length of the runs); shape: (C, H/p, W/p) or (N/p, C).
     """
 
-    def __init__(self, latent_shape: tuple[int, ...], wanted: int) -> None:
+    def __init__(self, latent_shape: tuple[int, ...], size: int) -> None:
         self.is_grid = len(latent_shape) == 3
         sides = latent_shape[1:] if self.is_grid else latent_shape[:1]
         common = math.gcd(*sides)
         total = math.prod(latent_shape)
         patches = [side for side in range(1, common + 1) if common % side == 0]
-        self.patch = min(patches, key=lambda side: abs(math.log(total / side ** len(sides) / wanted)))
+        self.patch = min(patches, key=lambda side: abs(math.log(total / side ** len(sides) / size)))
         small = tuple(side // self.patch for side in sides)
         self.shape = (latent_shape[0], *small) if self.is_grid else (*small, latent_shape[1])
         self.size = math.prod(self.shape)
@@ -159,9 +162,11 @@ class Patches:
             self.size = channels * self.side**2
 
     def cut(self, z: Tensor) -> Tensor:
+        """Latents (B, *latent) -> patches (B, count, size)."""
         return patchify(z, self.side) if len(self.latent_shape) == 3 else z
 
     def join(self, patches: Tensor) -> Tensor:
+        """Patches (B, count, size) -> latents (B, *latent)."""
         return unpatchify(patches, self.side, *self.latent_shape[1:]) if len(self.latent_shape) == 3 else patches
 
 

@@ -60,6 +60,7 @@ class CaptionMetric(TaskMetric):
         self._bleu_counts: np.ndarray | None = None  # (items, 10), for the bootstrap
 
     def score(self, output: str, truth: Any) -> Row:
+        """The row of one caption: its text, the references, ROUGE-L, and object_f1 for a scene."""
         references = getattr(truth, "captions", truth)
         if isinstance(references, str) or not references:
             raise ValueError(f"the truth must hold at least one reference caption, got {references!r}")
@@ -77,6 +78,7 @@ class CaptionMetric(TaskMetric):
         return row
 
     def compute(self) -> dict[str, float]:
+        """The scores of all captions; see the class. Raises UserError without any."""
         self._require_rows()
         self.notes = []
         captions = [tokenize(row["caption"]) for row in self.rows]
@@ -107,15 +109,15 @@ class CaptionMetric(TaskMetric):
 
         METEOR has none: its corpus value cannot be had from the rows.
         """
-        found = super().intervals(level=level, num_resamples=num_resamples, seed=seed)
-        found.pop("METEOR", None)
+        intervals = super().intervals(level=level, num_resamples=num_resamples, seed=seed)
+        intervals.pop("METEOR", None)
         counts = self._bleu_counts
         if counts is None or len(counts) != len(self.rows) or len(counts) < 2:
-            return {name: bounds for name, bounds in found.items() if name not in BLEU}
+            return {name: bounds for name, bounds in intervals.items() if name not in BLEU}
         chosen = (row for rows in resamples(len(counts), num_resamples, seed) for row in rows)
         drawn = [_bleu(counts[row].sum(axis=0)) for row in chosen]
         bleu = {n: percentile_interval([v[k] for v in drawn], level) for k, n in enumerate(BLEU)}
-        return bleu | {name: bounds for name, bounds in found.items() if name not in BLEU}
+        return bleu | {name: bounds for name, bounds in intervals.items() if name not in BLEU}
 
 
 def best_single_caption(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> str:
@@ -337,7 +339,7 @@ def spice(captions: list[str], references: list[list[str]], seconds: float) -> t
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
             )
-            found = json.loads(target.read_text(encoding="utf-8"))
+            results = json.loads(target.read_text(encoding="utf-8"))
         except subprocess.TimeoutExpired as error:
             raise JavaUnavailable(f"it took longer than {seconds:g} seconds") from error
         except subprocess.CalledProcessError as error:
@@ -345,7 +347,7 @@ def spice(captions: list[str], references: list[list[str]], seconds: float) -> t
             raise JavaUnavailable(f"Java failed: {lines[0]}") from error
         except (OSError, ValueError) as error:
             raise JavaUnavailable(f"Java failed: {error}") from error
-    by_item = {item["image_id"]: item["scores"]["All"]["f"] for item in found}
+    by_item = {item["image_id"]: item["scores"]["All"]["f"] for item in results}
     values = [None if by_item[index] is None else float(by_item[index]) for index in range(len(captions))]
     defined = [value for value in values if value is not None]
     if not defined:

@@ -21,6 +21,7 @@ class TextLoss(nn.Module):
         self.pad = pad
 
     def forward(self, batch: Batch, posterior: Posterior, z0: Tensor) -> Mapping[str, Tensor]:
+        """{"text": the loss of the text autoencoder on the batch's captions}, a scalar."""
         assert batch.alignment is not None
         self.autoencoder.train(self.training)
         losses = self.autoencoder.loss(batch.alignment, batch.alignment != self.pad)
@@ -37,6 +38,7 @@ class ReadingLoss(nn.Module):
         self.weight = weight
 
     def forward(self, batch: Batch, posterior: Posterior, z0: Tensor) -> Mapping[str, Tensor]:
+        """{"reading": weight x cross-entropy of the batch's captions read from z0 (B, *latent)}, a scalar."""
         ids = batch.alignment
         assert ids is not None
         return {"reading": self.weight * token_loss(self.decoder(z0), ids, ids != self.pad, self.pad_weight)}
@@ -46,4 +48,5 @@ class ExtraLosses(nn.ModuleList):
     """Several losses of a task as one."""
 
     def forward(self, batch: Batch, posterior: Posterior, z0: Tensor) -> Mapping[str, Tensor]:
+        """The losses of all members by name, each a scalar."""
         return {name: value for loss in self for name, value in loss(batch, posterior, z0).items()}

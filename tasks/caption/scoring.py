@@ -32,14 +32,17 @@ class CaptionScoring(Scoring[CaptionConfig, NoRules]):
     headline = ("CIDEr", "BLEU-4", "ROUGE-L", "object_f1")
 
     def cases(self, examples: Examples, limit: int) -> Cases:
+        """One case for each picture. Raises UserError for a cache, which has none."""
         if "image" not in examples.reader.fields:
             raise UserError(NO_PICTURES)
         return super().cases(examples, limit)
 
     def case(self, item: Item) -> Case:
+        """The picture, and the item with its reference captions."""
         return Case(item.id, item.image, item, item)
 
     def metric(self, *, thorough: bool = False) -> CaptionMetric:
+        """thorough: with METEOR and SPICE, which need Java."""
         return CaptionMetric(java=metric.JAVA_METRICS if thorough else ())
 
     def trivial(self, open_train: Callable[[], Examples]) -> Callable[[Case], Any]:
@@ -52,5 +55,6 @@ class CaptionScoring(Scoring[CaptionConfig, NoRules]):
         return lambda case: best
 
     def tiles(self, case: Case, output: str) -> list[Tile]:
+        """The centre square of the picture over its caption and the first reference."""
         side = min(256, *np.shape(case.input)[:2])
         return [Tile(center_crop_resize(case.input, side), f"{output}\n(truth: {case.truth.captions[0]})")]

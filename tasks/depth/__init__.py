@@ -41,6 +41,7 @@ class DepthParts(Parts):
 
     @classmethod
     def learn(cls, config: DepthConfig, examples: Examples, report: Report) -> Self:
+        """Measures the scale on the depth of the first training examples."""
         settings = config.depth
         depths = [example["target"] for example in examples.first(NUM_MEASURED)]
         scale = DepthScale.fit(settings.target, settings.near, settings.far, depths)
@@ -49,13 +50,16 @@ class DepthParts(Parts):
 
     @classmethod
     def load(cls, config: DepthConfig, folder: Path) -> Self:
+        """Reads the scale. Raises UserError when its file is missing."""
         return cls(DepthScale.load(folder))
 
     def save(self, folder: Path) -> None:
+        """Writes the scale as JSON."""
         self.scale.save(folder)
 
     @classmethod
     def outline(cls, config: DepthConfig) -> Self:
+        """The scale of the settings before it is measured."""
         return cls(DepthScale(config.depth.target, config.depth.near, config.depth.far))
 
 
@@ -74,16 +78,19 @@ class Adapter(PictureTask[DepthConfig, DepthParts]):
         return (1, self.config.data.image_size, self.config.data.image_size)
 
     def build_trunk(self) -> nn.Module:
+        """RGB (B, 3, H, W) -> (B, 2, 1, H, W)."""
         return build_trunk(self.config.source, self.config.backbone, self.config.data.image_size)
 
     # -- data
 
     @classmethod
     def transform(cls, config: DepthConfig, item: Item, generator: np.random.Generator, augment: bool) -> Example:
+        """A square of the picture and its depth; see `dataset.example` and `dataset.plain`."""
         size = config.data.image_size
         return example(item, size, config.depth.augmentation, generator) if augment else plain(item, size)
 
     def batch(self, examples: Sequence[Any]) -> Batch:
+        """Pictures with their colours changed, depth as latents, and weight 0 where depth is not measured."""
         factors = torch.stack([example["colour"] for example in examples])
         rgb = coloured(torch.stack([example["source"] for example in examples]), factors)
         depth = torch.stack([example["target"] for example in examples])

@@ -10,6 +10,8 @@ from crossflow.tasks.depth.decoder import DepthTarget
 
 
 class DepthSettings(Section):
+    """What is specific to depth estimation: the target, its range in metres, and how a run scores itself."""
+
     target: DepthTarget = "log"
     """What the flow predicts: log | linear | disparity."""
     near: float = Field(0.1, gt=0)
@@ -24,4 +26,6 @@ class DepthSettings(Section):
 
 
 class DepthConfig(Config):
+    """The configuration of a depth run."""
+
     depth: DepthSettings = DepthSettings()

@@ -16,6 +16,8 @@ from crossflow.data.resize import center_crop_resize
 
 
 class Augmentation(Section):
+    """How training squares are cut and changed."""
+
     flip: bool = True
     """Mirror half of the training pictures."""
     crop: float = Field(1.0, gt=0, le=1)

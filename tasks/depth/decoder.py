@@ -68,10 +68,12 @@ class DepthScale:
         return cls(target, near, far, flat.mean().item(), max(flat.std().item(), 1e-6))
 
     def save(self, folder: Path) -> None:
+        """Writes the scale as JSON into a run directory."""
         write_atomically(folder / FILE, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> "DepthScale":
+        """Reads what `save` wrote. Raises UserError when it is missing."""
         if not (folder / FILE).is_file():
             raise UserError(f"{folder} holds no {FILE}, which a depth run needs to turn latents into metres.")
         return cls(**json.loads((folder / FILE).read_text()))

@@ -70,6 +70,7 @@ class DepthMetric(TaskMetric):
         self.crop = crop
 
     def score(self, output: np.ndarray, truth: np.ndarray) -> Row:
+        """The nine numbers of one picture and num_pixels; predicted and measured depth (H, W) in metres."""
         if output.ndim != 2 or output.shape != truth.shape:
             raise ValueError(
                 f"predicted and measured depth must both be (H, W); got {output.shape} and {truth.shape}: "

@@ -24,6 +24,8 @@ NUM_FOR_MEDIAN = 1000
 
 
 class DepthRules(Section):
+    """What a protocol may fix for depth estimation."""
+
     alignment: Literal["none", "median", "affine"] = "none"
     """none: metric depth; median: one factor; affine: scale and shift of least squares, one pair per picture."""
     space: Literal["depth", "disparity"] = "depth"
@@ -48,6 +50,7 @@ class DepthScoring(Scoring[DepthConfig, DepthRules]):
     headline = ("abs_rel", "rmse", "delta1")
 
     def own_rules(self) -> DepthRules:
+        """Centre squares at the model's size, by the section `depth` of the configuration."""
         settings = self.config.depth
         return DepthRules(
             alignment=settings.alignment,
@@ -59,16 +62,19 @@ class DepthScoring(Scoring[DepthConfig, DepthRules]):
 
     @property
     def options(self) -> Mapping[str, str]:
+        """No crop by the reader, where these rules have one."""
         # The crop of these rules is taken on the whole picture; the reader's own would be a second one.
         return {"crop": "none"} if not self.by_protocol and self.rules.crop != "none" else {}
 
     @property
     def resize(self) -> str:
+        """In words, what the model sees."""
         if self.rules.picture == "square":
             return super().resize
         return f"whole picture, shorter side to {self.config.data.image_size} px, the estimate resized back bilinearly"
 
     def case(self, item: Item) -> Case:
+        """The picture uint8 (H, W, 3) and its depth float32 (H, W) in metres, 0 where it does not count."""
         assert item.image is not None
         assert item.depth is not None
         image, depth, rules = item.image, item.depth, self.rules
@@ -84,6 +90,7 @@ class DepthScoring(Scoring[DepthConfig, DepthRules]):
         return Case(item.id, image, depth, item)
 
     def metric(self, *, thorough: bool = False) -> DepthMetric:
+        """The metric under these rules."""
         rules = self.rules
         return DepthMetric(
             rules.alignment,
@@ -109,6 +116,7 @@ class DepthScoring(Scoring[DepthConfig, DepthRules]):
         return lambda case: estimate
 
     def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
+        """The picture, the estimate and the truth, in colours of one scale."""
         valid = case.truth[case.truth > 0]
         near, far = (float(valid.min()), float(valid.max())) if len(valid) else (None, None)
         return [

@@ -31,6 +31,7 @@ class Adapter(PixelTask[SrConfig, PixelParts]):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """(3, crop, crop): training crops in the high resolution."""
         return (3, self.config.crop, self.config.crop)
 
     def build_trunk(self) -> nn.Module:
@@ -39,6 +40,7 @@ class Adapter(PixelTask[SrConfig, PixelParts]):
 
     @classmethod
     def transform(cls, config: SrConfig, item: Item, generator: np.random.Generator, augment: bool) -> Example:
+        """A square of the picture and its bicubic version; see `dataset.example`."""
         chance = generator if augment else None
         return example(item, config.crop, config.sr.ratio, config.sr.augmentation, chance)
 
@@ -47,6 +49,7 @@ class Adapter(PixelTask[SrConfig, PixelParts]):
         return self._cut(enlarge(value, self.config.sr.ratio))
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
+        """Tiles of a finished picture uint8 (H, W, 3), or of the path of one, as scaled pixels."""
         tiles = self._cut(as_picture(value))
         return Pieces(
             list(self.parts.codec.encode(to_tensors(tiles.values)).mean), tiles.join, tiles.layout, tiles.numbered
@@ -58,4 +61,5 @@ class Adapter(PixelTask[SrConfig, PixelParts]):
         return Pieces(tiles.pieces, tiles.join, tiles.shape, numbered=True)
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        """Writes a picture uint8 (H, W, 3) as PNG, with the scale in its name."""
         return [save_png(output, stem.with_name(f"{stem.name}_x{self.config.sr.scale}.png"), metadata)]

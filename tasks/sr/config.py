@@ -13,6 +13,8 @@ LARGEST_DENOMINATOR = 10  # crops and tiles are multiples of the scale's numerat
 
 
 class SrSettings(Section):
+    """What is specific to super-resolution: the scale, training crops, and tiles of large pictures."""
+
     scale: int | float = Field(4, gt=1, le=16)
     """Factor between the low and the high resolution: whole, or a ratio of small numbers such as 1.5."""
     crop: int | None = Field(None, ge=8)
@@ -36,6 +38,8 @@ class SrSettings(Section):
 
 
 class SrConfig(Config):
+    """The configuration of a super-resolution run."""
+
     source: SourceConfig = SourceConfig(kind="deterministic")
     sr: SrSettings = SrSettings()
 

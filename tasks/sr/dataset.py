@@ -17,6 +17,8 @@ from crossflow.data.resize import center_crop_resize, imresize_matlab
 
 
 class Augmentation(Section):
+    """How training squares are cut and changed."""
+
     crop: Literal["random", "centre"] = "random"
     """random: squares of the pictures' own pixels, anywhere; centre: the centre square resized to the crop's side."""
     small: Literal["mirror", "skip"] = "mirror"

@@ -50,6 +50,7 @@ class SrMetric(TaskMetric):
             self.names = (*self.names, "lpips")
 
     def score(self, output: np.ndarray, truth: np.ndarray) -> Row:
+        """The row of one picture; see the class. Raises ValueError for pictures that do not fit together."""
         is_grey = truth.ndim == 2
         if is_grey:
             truth = np.repeat(truth[..., None], 3, axis=-1)

@@ -20,6 +20,8 @@ from crossflow.tasks.sr.metric import SSIM_WINDOW, SrMetric
 
 
 class SrRules(Section):
+    """What a protocol may fix for super-resolution."""
+
     scale: int | float = Field(4, gt=1)
     """The run must enlarge by this factor."""
     crop: int | None = None
@@ -44,10 +46,12 @@ class SrScoring(Scoring[SrConfig, SrRules]):
             )
 
     def own_rules(self) -> SrRules:
+        """Whole pictures at the run's own scale."""
         return SrRules(scale=self.config.sr.scale)
 
     @classmethod
     def scores(cls, rules: Section) -> tuple[str, ...]:
+        """PSNR and SSIM, and LPIPS where a protocol has its network."""
         return (*SrMetric.names, "lpips")
 
     @property
@@ -62,9 +66,11 @@ class SrScoring(Scoring[SrConfig, SrRules]):
 
     @property
     def resize(self) -> str:
+        """In words, what the model sees."""
         return "cut to multiples of the scale, MATLAB's bicubic reduction, tiles of the enlarged picture"
 
     def case(self, item: Item) -> Case:
+        """The reduced picture uint8 (h, w, 3), and the picture; its one channel (H, W) where it was stored grey."""
         assert item.image is not None
         sharp, crop = to_multiple(item.image, self.ratio), self.rules.crop
         if crop is not None and min(item.image.shape[:2]) >= crop:
@@ -75,6 +81,7 @@ class SrScoring(Scoring[SrConfig, SrRules]):
         return Case(item.id, reduce(sharp, self.ratio), sharp[..., 0] if item.grey else sharp, item)
 
     def metric(self, *, thorough: bool = False) -> SrMetric:
+        """The metric under these rules."""
         return SrMetric(scale=self.ratio.numerator, shave=self.shave, lpips=self.networks.get("lpips"))
 
     def trivial(self, open_train: Callable[[], Examples]) -> Callable[[Case], Any]:
@@ -82,6 +89,7 @@ class SrScoring(Scoring[SrConfig, SrRules]):
         return lambda case: enlarge(case.input, self.ratio)
 
     def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
+        """The bicubic enlargement, the output and the truth."""
         return [
             Tile(enlarge(case.input, self.ratio), "bicubic"),
             Tile(output, "output"),

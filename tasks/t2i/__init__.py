@@ -86,6 +86,7 @@ class TextToImageParts(Parts):
 
     @classmethod
     def learn(cls, config: T2IConfig, examples: Examples, report: Report) -> Self:
+        """Builds the tokenizer or opens the frozen encoder, opens the codec, and records the image tower."""
         text = TextSide.prepare(config.text, examples.captions(NUM_FOR_TOKENIZER))
         codec = open_codec(config.codec, first_pictures(examples, config.data.image_size, config.codec.factor))
         tower = None
@@ -100,11 +101,13 @@ class TextToImageParts(Parts):
 
     @classmethod
     def load(cls, config: T2IConfig, folder: Path) -> Self:
+        """Reads tokenizer or encoder, codec, and the record of the image tower."""
         path = folder / TOWER_FILE
         tower = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         return cls(TextSide.load(config.text, folder), read_codec(folder, config.codec), tower)
 
     def save(self, folder: Path) -> None:
+        """Writes the tokenizer or the record of the frozen encoder, the codec, and the record of the image tower."""
         assert self.codec is not None
         self.text.save(folder)
         self.codec.save(folder / FOLDER)
@@ -113,11 +116,13 @@ class TextToImageParts(Parts):
 
     @classmethod
     def frozen(cls, config: T2IConfig) -> Self:
+        """The frozen text encoder, if there is one, and the codec without its measured scale."""
         text = TextSide.prepare(config.text, ()) if config.text.frozen else TextSide(config.text)
         return cls(text, unscaled_codec(config.codec))
 
     @classmethod
     def outline(cls, config: T2IConfig) -> Self:
+        """The text side of the settings alone."""
         return cls(TextSide(config.text), None)
 
 
@@ -149,6 +154,7 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         return ImageTower.load(self.config.tower, self.parts.tower["checksum"] if self.parts.tower else None)
 
     def extractor(self, options: Options) -> Extractor:
+        """Of pictures, captions, and what the encoder loss looks at."""
         aligned = aligned_with(self.config)
         looks_at_padding = aligned == "tokens" or self.config.source.trunk == "released"
         return Extractor(
@@ -171,6 +177,9 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         return self.parts.codec.latent_shape(self.config.data.image_size)
 
     def build_model(self) -> CrossFlow:
+        """The text encoder in core's source encoder, and the backbone; a Gaussian source conditions it by
+        cross-attention.
+        """
         config, shape = self.config, self.latent_shape
         if config.source.kind == "gaussian":
             source = SourceEncoder(None, "gaussian", shape)
@@ -183,6 +192,7 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         )
 
     def build_objective(self, model: CrossFlow) -> Objective:
+        """The losses, with the head for loss.encoder_target."""
         return TextToImageObjective(
             model,
             self.config,
@@ -215,6 +225,7 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         return captioned_example(item, config.data.image_size, generator, first_caption=config.t2i.first_caption)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
+        """Captions as features, pictures as latents, and what z0 is aligned with."""
         texts = [example["caption"] for example in examples]
         cached = cached_batch(examples, self.config.data.image_size)
         reads_cache = cached is not None and self.text.frozen is not None
@@ -249,6 +260,7 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
     # -- sampling
 
     def source(self, values: Sequence[str]) -> Source:
+        """Prompts as features (B, N, ...) with their mask."""
         return self._as_source(*self.text.features(values))
 
     def _as_source(self, features: Tensor, mask: Tensor) -> Source:
@@ -257,6 +269,7 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
 
     @property
     def decodes_features(self) -> bool:
+        """Whether the codec is guided by texts."""
         return self.codec.reads_text
 
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[np.ndarray]:
@@ -272,8 +285,10 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         return [] if self.text.tokenizer is None else unknown_words(self.text.tokenizer, value)
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
+        """The centre square of a picture uint8 (H, W, 3), or of the path of one, as latent."""
         image = value if isinstance(value, np.ndarray) else load_image(value)
         return Pieces(list(encode(self.codec, to_tensor(center_crop_resize(image, self.config.data.image_size))[None])))
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        """Writes a picture uint8 (H, W, 3) as PNG."""
         return [save_png(output, stem.with_name(f"{stem.name}.png"), metadata)]

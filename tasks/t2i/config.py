@@ -11,6 +11,8 @@ from crossflow.tasks.t2i.encoder import TextSettings
 
 
 class T2ISettings(Section):
+    """What is specific to text-to-image: which captions are learned from, and how pictures of other data are scored."""
+
     clip: str | None = None
     """Hub id or folder of a CLIP model for the CLIP score; none: pictures of other data than scenes are not scored."""
     first_caption: float = Field(0.0, ge=0, le=1)
@@ -20,6 +22,8 @@ class T2ISettings(Section):
 
 
 class T2IConfig(Config):
+    """The configuration of a text-to-image run."""
+
     text: TextSettings = TextSettings()
     codec: CodecSettings = CodecSettings()
     tower: TowerSettings = TowerSettings()

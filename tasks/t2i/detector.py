@@ -4,7 +4,7 @@ A detector whose weights did not load answers with nothing, and every score woul
 must find a cat, a person and a cup in three photographs that scikit-image brings along.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from crossflow.core.errors import UserError
 from crossflow.networks.frozen import load_frozen, load_public, weights_checksum
-from crossflow.tasks.t2i.geneval import COLOURS, MIN_SCORE, Detect, Found, NameColours
+from crossflow.tasks.t2i.geneval import COLOURS, MIN_SCORE, Detect, DetectedObject, NameColours
 from crossflow.tasks.t2i.metric import ClipScorer
 
 FILES = "config.json, model.safetensors and preprocessor_config.json of a Mask2Former or DETR model trained on COCO"
@@ -62,30 +62,32 @@ class Detector:
             )
 
     @torch.no_grad()
-    def __call__(self, picture: np.ndarray) -> list[Found]:
+    def __call__(self, picture: np.ndarray) -> list[DetectedObject]:
         inputs = self.processor(images=[picture], return_tensors="pt", input_data_format="channels_last")
         outputs = self.model(**inputs.to(self.device))
         names, sizes = self.labels, [picture.shape[:2]]
         if not self.has_masks:
-            (found,) = self.processor.post_process_object_detection(outputs, threshold=LOWEST, target_sizes=sizes)
-            rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
-            return [Found(names[label], score, tuple(box)) for label, score, box in rows]
-        (found,) = self.processor.post_process_instance_segmentation(
+            (detections,) = self.processor.post_process_object_detection(outputs, threshold=LOWEST, target_sizes=sizes)
+            rows = zip(
+                detections["labels"].tolist(), detections["scores"].tolist(), detections["boxes"].tolist(), strict=True
+            )
+            return [DetectedObject(names[label], score, tuple(box)) for label, score, box in rows]
+        (detections,) = self.processor.post_process_instance_segmentation(
             outputs, threshold=LOWEST, target_sizes=sizes, return_binary_maps=True
         )
-        return _with_masks(found, names)
+        return _with_masks(detections, names)
 
 
-def _with_masks(found: Any, names: dict[int, str]) -> list[Found]:
+def _with_masks(segmentation: Mapping[str, Any], names: dict[int, str]) -> list[DetectedObject]:
     """Objects of a post-processed segmentation; a mask without a pixel is no object."""
-    maps = found["segmentation"]
+    maps = segmentation["segmentation"]
     objects = []
-    for mask, one in zip([] if maps is None else maps, found["segments_info"], strict=False):
+    for mask, segment in zip([] if maps is None else maps, segmentation["segments_info"], strict=False):
         inside = mask.cpu().numpy() > 0
         rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
         if len(rows):
             box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-            objects.append(Found(names[one["label_id"]], float(one["score"]), box, inside))
+            objects.append(DetectedObject(names[segment["label_id"]], float(segment["score"]), box, inside))
     return objects
 
 
@@ -93,15 +95,15 @@ def expect_sight(source: str, detect: Detect) -> None:
     """Raises UserError unless the detector finds what is in at least two of three known photographs."""
     from skimage import data
 
-    told, right = [], 0
+    answers, right = [], 0
     for picture, name in KNOWN.items():
-        found = {one.name for one in detect(np.ascontiguousarray(getattr(data, picture)())) if one.score > MIN_SCORE}
-        right += name in found
-        told.append(f"{name}: {', '.join(sorted(found)) or 'nothing'}")
+        seen = {item.name for item in detect(np.ascontiguousarray(getattr(data, picture)())) if item.score > MIN_SCORE}
+        right += name in seen
+        answers.append(f"{name}: {', '.join(sorted(seen)) or 'nothing'}")
     if right < 2:
         raise UserError(
             f"The detector {source!r} does not see: in photographs of a cat, a person and a cup it found ("
-            f"{'; '.join(told)}). Its weights are not the trained ones, or its labels are not COCO's."
+            f"{'; '.join(answers)}). Its weights are not the trained ones, or its labels are not COCO's."
         )
 
 
@@ -116,8 +118,8 @@ class ColourNamer:
         self.clip = clip
         expect_colours(self)
 
-    def __call__(self, picture: np.ndarray, objects: Sequence[Found]) -> list[str]:
-        return [self._colour(cut_out(picture, one), one.name) for one in objects]
+    def __call__(self, picture: np.ndarray, objects: Sequence[DetectedObject]) -> list[str]:
+        return [self._colour(cut_out(picture, item), item.name) for item in objects]
 
     def _colour(self, patch: np.ndarray, name: str) -> str:
         phrases = [
@@ -132,15 +134,15 @@ class ColourNamer:
         return COLOURS[int(self.clip.similarities([patch], phrases, per=3)[0].argmax())]
 
 
-def cut_out(picture: np.ndarray, one: Found) -> np.ndarray:
+def cut_out(picture: np.ndarray, item: DetectedObject) -> np.ndarray:
     """The object's box, grey where its mask says that it is not; at least a pixel wide and high."""
     height, width = picture.shape[:2]
-    left, top = (max(0, min(int(side), limit - 1)) for side, limit in zip(one.box[:2], (width, height), strict=True))
+    left, top = (max(0, min(int(side), limit - 1)) for side, limit in zip(item.box[:2], (width, height), strict=True))
     right, bottom = (
         min(limit, max(int(np.ceil(side)), low + 1))
-        for side, low, limit in zip(one.box[2:], (left, top), (width, height), strict=True)
+        for side, low, limit in zip(item.box[2:], (left, top), (width, height), strict=True)
     )
-    seen = picture if one.mask is None else np.where(one.mask[..., None], picture, np.uint8(GREY))
+    seen = picture if item.mask is None else np.where(item.mask[..., None], picture, np.uint8(GREY))
     return np.ascontiguousarray(seen[top:bottom, left:right])
 
 
@@ -154,7 +156,9 @@ def expect_colours(name_colours: NameColours) -> None:
     named = {}
     for colour, rgb in PLAIN.items():
         picture = np.where(disc[..., None], np.array(rgb, np.uint8), np.uint8(255))
-        (named[colour],) = name_colours(picture, [Found("ball", 1.0, (22.0, 22.0, 202.0, 202.0), disc)])
+        (named[colour],) = name_colours(picture, [DetectedObject("ball", 1.0, (22.0, 22.0, 202.0, 202.0), disc)])
     if sum(colour == said for colour, said in named.items()) < 3:
-        told = ", ".join(f"{colour} as {said}" for colour, said in named.items())
-        raise UserError(f"The CLIP model does not name plain colours: it took {told}. Its weights are not trained.")
+        confusions = ", ".join(f"{colour} as {answer}" for colour, answer in named.items())
+        raise UserError(
+            f"The CLIP model does not name plain colours: it took {confusions}. Its weights are not trained."
+        )

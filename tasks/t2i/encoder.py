@@ -32,6 +32,8 @@ FIXED_WIDTH = 64
 
 
 class TextSettings(Section):
+    """How prompts are read: a frozen encoder, or a small transformer trained with the model."""
+
     encoder: str | None = None
     """Hub id or folder of a frozen text encoder (CLIP, T5, Llama-type); none: a small transformer trained with the
     model.
@@ -104,6 +106,7 @@ class TextSide:
         return cls(settings, frozen=FrozenTextEncoder.load(TextEncoderSettings(**settings.loading())))
 
     def save(self, folder: Path) -> None:
+        """Writes the tokenizer, or the record of the frozen encoder."""
         if self.frozen is not None:
             write_json(folder / FROZEN_FILE, self.frozen.record())
         else:
@@ -121,10 +124,11 @@ class TextSide:
         if not path.is_file():
             raise UserError(f"{folder} has no {FROZEN_FILE}, which says what text encoder its model reads.")
         recorded = json.loads(path.read_text(encoding="utf-8"))
-        given = settings.loading() if recorded.get("checksum") is None else {"source": settings.encoder}
-        return cls(settings, frozen=FrozenTextEncoder.from_record({**recorded, **given}))
+        current = settings.loading() if recorded.get("checksum") is None else {"source": settings.encoder}
+        return cls(settings, frozen=FrozenTextEncoder.from_record({**recorded, **current}))
 
     def features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> ids (B, N) or features (B, N, D), and mask (B, N) bool; both on the CPU."""
         if self.frozen is not None:
             features, mask = self.frozen(texts)
             if self.settings.padding == "zero":
@@ -235,6 +239,7 @@ class FeatureDecoder(nn.Module):
         self.head = QueryHead((num_tokens, width), hidden, 4, 1)
 
     def forward(self, z0: Tensor) -> Tensor:
+        """z0 (B, *latent) -> (B, N, D)."""
         tokens = self.embed(patchify(z0, self.patch) if self.patch else z0) + self.positions
         seen = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return self.head(tokens, seen)[:, 0]

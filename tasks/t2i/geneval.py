@@ -26,7 +26,7 @@ APART = 0.1  # of the sum of two boxes' sizes: nearer centres stand in no relati
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedObject:
     """A detected object: class name, score in [0, 1], box, and where it is, boolean (H, W) or None for all the box."""
 
     name: str
@@ -35,8 +35,8 @@ class Found:
     mask: np.ndarray | None = None
 
 
-Detect = Callable[[np.ndarray], list[Found]]
-NameColours = Callable[[np.ndarray, Sequence[Found]], list[str]]
+Detect = Callable[[np.ndarray], list[DetectedObject]]
+NameColours = Callable[[np.ndarray, Sequence[DetectedObject]], list[str]]
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -67,60 +67,64 @@ def _problem(line: Mapping[str, Any]) -> str:
     include = line.get("include")
     if not isinstance(include, list) or not include:
         return "`include` must list at least one object"
-    for number, wanted in enumerate([*include, *line.get("exclude", [])]):
-        if not isinstance(wanted, dict) or not isinstance(wanted.get("class"), str):
+    for number, required in enumerate([*include, *line.get("exclude", [])]):
+        if not isinstance(required, dict) or not isinstance(required.get("class"), str):
             return "each object needs a `class`"
-        if not isinstance(wanted.get("count"), int) or wanted["count"] < 1:
-            return f"the count of {wanted['class']} must be a whole number from 1"
-        place = wanted.get("position")
+        if not isinstance(required.get("count"), int) or required["count"] < 1:
+            return f"the count of {required['class']} must be a whole number from 1"
+        place = required.get("position")
         if place is not None and not (
             isinstance(place, list) and len(place) == 2 and isinstance(place[1], int) and 0 <= place[1] < number
         ):
-            return f"the position of {wanted['class']} must be [relation, number of an earlier object]"
+            return f"the position of {required['class']} must be [relation, number of an earlier object]"
     return ""
 
 
 def judge(
-    prompt: Mapping[str, Any], found: Sequence[Found], name_colours: Callable[[Sequence[Found]], list[str]]
+    prompt: Mapping[str, Any],
+    objects: Sequence[DetectedObject],
+    name_colours: Callable[[Sequence[DetectedObject]], list[str]],
 ) -> tuple[bool, str]:
     """(whether the picture is right, the first reason why not)."""
     threshold = MIN_SCORE_TO_COUNT if prompt["tag"] == "counting" else MIN_SCORE
-    kept = sorted((one for one in found if one.score > threshold), key=lambda one: -one.score)
+    kept = sorted((item for item in objects if item.score > threshold), key=lambda item: -item.score)
     of_class = {
-        name: [one for one in kept if one.name == name][:MOST_OF_A_CLASS] for name in {one.name for one in kept}
+        name: [item for item in kept if item.name == name][:MOST_OF_A_CLASS] for name in {item.name for item in kept}
     }
-    groups: list[list[Found] | None] = []
+    groups: list[list[DetectedObject] | None] = []
     reasons = []
-    for wanted in prompt["include"]:
-        name, count = wanted["class"], wanted["count"]
+    for required in prompt["include"]:
+        name, count = required["class"], required["count"]
         group, reason = of_class.get(name, [])[:count], ""
         if len(group) < count:
             reason = f"{len(group)} of {count} {name}"
-        if not reason and "color" in wanted:
-            right = name_colours(group).count(wanted["color"])
+        if not reason and "color" in required:
+            right = name_colours(group).count(required["color"])
             if right < count:
-                reason = f"{right} of {count} {wanted['color']} {name}"
-        if not reason and wanted.get("position") is not None:
-            reason = _misplaced(wanted, group, groups)
+                reason = f"{right} of {count} {required['color']} {name}"
+        if not reason and required.get("position") is not None:
+            reason = _misplaced(required, group, groups)
         groups.append(None if reason else group)
         reasons += [reason] if reason else []
-    for unwanted in prompt.get("exclude", []):
-        there = len(of_class.get(unwanted["class"], []))
-        if there >= unwanted["count"]:
-            reasons.append(f"{there} {unwanted['class']}, which is {unwanted['count']} or more")
+    for excluded in prompt.get("exclude", []):
+        there = len(of_class.get(excluded["class"], []))
+        if there >= excluded["count"]:
+            reasons.append(f"{there} {excluded['class']}, which is {excluded['count']} or more")
     return not reasons, reasons[0] if reasons else ""
 
 
-def _misplaced(wanted: Mapping[str, Any], group: Sequence[Found], groups: Sequence[list[Found] | None]) -> str:
+def _misplaced(
+    required: Mapping[str, Any], group: Sequence[DetectedObject], groups: Sequence[list[DetectedObject] | None]
+) -> str:
     """Why not every one of the group stands so to every one of the other; nothing when they do."""
-    relation, number = wanted["position"]
+    relation, number = required["position"]
     other = groups[number]
     if other is None:
-        return f"nothing that {wanted['class']} could be {relation}"
-    for one in group:
+        return f"nothing that {required['class']} could be {relation}"
+    for item in group:
         for target in other:
-            if relation not in relations(one.box, target.box):
-                return f"{wanted['class']} is not {relation} {target.name}"
+            if relation not in relations(item.box, target.box):
+                return f"{required['class']} is not {relation} {target.name}"
     return ""
 
 
@@ -160,20 +164,22 @@ class GenEvalMetric(TaskMetric[np.ndarray, Mapping[str, Any]]):
         self.detect, self.name_colours = detect, name_colours
 
     def score(self, output: np.ndarray, truth: Mapping[str, Any]) -> Row:
+        """The row of one picture uint8 (H, W, 3): the verdict, its reason, and the objects."""
         if output.ndim != 3 or output.shape[2] != 3 or output.dtype != np.uint8:
             raise ValueError(f"a picture must be uint8 (H, W, 3), got {output.dtype} {output.shape}")
-        found = self.detect(output)
-        correct, reason = judge(truth, found, lambda ones: self.name_colours(output, ones))
-        kept = (one for one in found if one.score > MIN_SCORE)
+        objects = self.detect(output)
+        correct, reason = judge(truth, objects, lambda group: self.name_colours(output, group))
+        kept = (item for item in objects if item.score > MIN_SCORE)
         return {
             "prompt": truth["prompt"],
             "tag": truth["tag"],
             "correct": int(correct),
             "reason": reason,
-            "found": [[one.name, round(one.score, 4), [round(side, 1) for side in one.box]] for one in kept],
+            "found": [[item.name, round(item.score, 4), [round(side, 1) for side in item.box]] for item in kept],
         }
 
     def compute(self) -> dict[str, float]:
+        """The share of right pictures of each kind, and their mean. Raises UserError without any."""
         self._require_rows()
         self.notes = []
         tags = [tag for tag in TAGS if any(row["tag"] == tag for row in self.rows)]

@@ -36,20 +36,20 @@ def scene_cases(count: int, seed: int) -> list[tuple[str, Prompt]]:
     return [(f"{kind}/{turn:04d}", decks[kind][turn]) for turn, kind in turns]
 
 
-def fulfils(prompt: Prompt, found: Sequence[Detection]) -> bool:
-    """Whether the solids found in a picture are what the prompt requires."""
-    fitting = [[one for one in found if _fits(one, required)] for required in prompt.required]
+def fulfils(prompt: Prompt, solids: Sequence[Detection]) -> bool:
+    """Whether the solids seen in a picture are what the prompt requires."""
+    fitting = [[solid for solid in solids if _fits(solid, required)] for required in prompt.required]
     if prompt.kind == "counting":
-        return all(len(ones) == required.count for ones, required in zip(fitting, prompt.required, strict=True))
-    if any(len(ones) < required.count for ones, required in zip(fitting, prompt.required, strict=True)):
+        return all(len(group) == required.count for group, required in zip(fitting, prompt.required, strict=True))
+    if any(len(group) < required.count for group, required in zip(fitting, prompt.required, strict=True)):
         return False
     if prompt.relation is None:
         return True
     return any(stands(prompt.relation, a, b) for a in fitting[0] for b in fitting[1] if a is not b)
 
 
-def _fits(one: Detection, required: Requirement) -> bool:
-    return one.shape == required.shape and required.colour in (None, one.colour)
+def _fits(solid: Detection, required: Requirement) -> bool:
+    return solid.shape == required.shape and required.colour in (None, solid.colour)
 
 
 class T2IMetric(TaskMetric[np.ndarray, Prompt | str]):
@@ -81,13 +81,13 @@ class T2IMetric(TaskMetric[np.ndarray, Prompt | str]):
         if isinstance(truth, Prompt):
             if self._judge is None:
                 self._judge = load_recogniser()
-            (found,) = self._judge(output[None])
+            (solids,) = self._judge(output[None])
             row |= {
                 "kind": truth.kind,
-                "correct": int(fulfils(truth, found)),
+                "correct": int(fulfils(truth, solids)),
                 "required": [[r.count, r.shape, r.colour] for r in truth.required],
                 "relation": truth.relation,
-                "found": [list(dataclasses.astuple(one)) for one in found],
+                "found": [list(dataclasses.astuple(solid)) for solid in solids],
             }
         if self._clip is not None:
             row["clip_score"] = self._clip(output, text)
@@ -146,7 +146,7 @@ class T2IMetric(TaskMetric[np.ndarray, Prompt | str]):
             rows = sorted((row for row in self.rows if row.get("kind") == kind), key=lambda row: row["id"])
             partners = derangement([row["prompt"] for row in rows], f"{kind}/{self.seed}")
             verdicts[kind] = [
-                int(fulfils(_prompt_of(rows[partner]), [Detection(*one) for one in row["found"]]))
+                int(fulfils(_prompt_of(rows[partner]), [Detection(*solid) for solid in row["found"]]))
                 for row, partner in zip(rows, partners, strict=True)
                 if partner is not None
             ]
@@ -172,7 +172,7 @@ class T2IMetric(TaskMetric[np.ndarray, Prompt | str]):
 
 
 def _prompt_of(row: Row) -> Prompt:
-    required = tuple(Requirement(*one) for one in row["required"])
+    required = tuple(Requirement(*entry) for entry in row["required"])
     return Prompt(row["kind"], row["prompt"], required, row["relation"])
 
 
@@ -235,7 +235,8 @@ class ClipScorer:
         """Cosines (pictures, texts / per) with the mean direction of each `per` texts that follow each other."""
         output = self.model(**self._words(texts), pixel_values=self._pixels(pictures))
         images, words = (
-            torch.nn.functional.normalize(one.float(), dim=-1) for one in (output.image_embeds, output.text_embeds)
+            torch.nn.functional.normalize(embeds.float(), dim=-1)
+            for embeds in (output.image_embeds, output.text_embeds)
         )
         means = torch.nn.functional.normalize(words.unflatten(0, (-1, per)).mean(dim=1), dim=-1)
         return (images @ means.T).cpu().numpy()
@@ -247,6 +248,6 @@ class ClipScorer:
         return {name: words[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def _pixels(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
-        found = self.processor(images=list(pictures), return_tensors="pt", input_data_format="channels_last")
-        pixels: torch.Tensor = found["pixel_values"].to(self.device)
+        inputs = self.processor(images=list(pictures), return_tensors="pt", input_data_format="channels_last")
+        pixels: torch.Tensor = inputs["pixel_values"].to(self.device)
         return pixels

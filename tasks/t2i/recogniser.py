@@ -48,7 +48,7 @@ _ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "material": MA
 _REACH = 0.75  # cells whose middle is so near to a centre (in cells, along either axis) speak for it
 _EDGE = 1.25  # cells nearer than this to a centre, but beyond reach, may say either
 _SAME = 0.16  # of the picture's width: centres nearer than this are one solid; those of real solids are 0.2 apart
-_FOUND = 0.1  # of the picture's width: a solid whose centre is not met so closely was not found
+_REACHED = 0.1  # of the picture's width: a solid whose centre is missed by more counts as not found
 _FIRST_HELD_OUT = 2**39  # among the seeds of the recogniser's own split
 
 
@@ -101,10 +101,10 @@ class Recogniser:
         """Pictures uint8 (B, H, W, 3) of any square size -> the solids of each, the surest first."""
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise ValueError(f"the recogniser takes uint8 pictures (B, H, W, 3), got {images.dtype} {images.shape}")
-        found: list[tuple[Detection, ...]] = []
+        solids: list[tuple[Detection, ...]] = []
         for start in range(0, len(images), 256):
-            found += _read(self.network(_prepare(images[start : start + 256])))
-        return found
+            solids += _read(self.network(_prepare(images[start : start + 256])))
+        return solids
 
 
 def load_recogniser(
@@ -182,7 +182,7 @@ def _read(output: Tensor) -> list[tuple[Detection, ...]]:
     sure = parts["near"][..., 0].sigmoid()
     centres = _middles() + parts["offset"] / GRID
     attributes = {name: parts[name].argmax(-1) for name in _ATTRIBUTES}
-    found = []
+    pictures = []
     for picture in range(len(output)):
         solids: list[Detection] = []
         cells = (sure[picture] > 0.5).nonzero().tolist()
@@ -193,8 +193,8 @@ def _read(output: Tensor) -> list[tuple[Detection, ...]]:
             named = {name: values[int(attributes[name][picture, row, column])] for name, values in _ATTRIBUTES.items()}
             distance = float(parts["distance"][picture, row, column, 0])
             solids.append(Detection(**named, x=x, y=y, distance=distance, confidence=float(sure[picture, row, column])))
-        found.append(tuple(solids))
-    return found
+        pictures.append(tuple(solids))
+    return pictures
 
 
 # ---- training
@@ -326,8 +326,8 @@ def accuracy(recogniser: Recogniser, scenes: Sequence[Scene], size: int = SIDE) 
 
 
 def _nearest(centre: tuple[float, float], detections: Sequence[Detection]) -> Detection | None:
-    near = [found for found in detections if math.dist(centre, (found.x, found.y)) < _FOUND]
-    return min(near, key=lambda found: math.dist(centre, (found.x, found.y)), default=None)
+    near = [solid for solid in detections if math.dist(centre, (solid.x, solid.y)) < _REACHED]
+    return min(near, key=lambda solid: math.dist(centre, (solid.x, solid.y)), default=None)
 
 
 # ---- cache

@@ -27,6 +27,8 @@ from crossflow.tasks.t2i.metric import ClipScorer, T2IMetric, scene_cases
 
 
 class TextRules(Section):
+    """What a protocol may fix for text-to-image."""
+
     prompts: Literal["any", "first caption", "geneval", "scenes"] = "first caption"
     """first caption: that of each item; geneval: a metadata file of GenEval; scenes: the embedded world's six kinds;
     any: scenes where the data are scenes, else first captions.
@@ -52,17 +54,21 @@ class TextToImageScoring(Scoring[T2IConfig, TextRules]):
     }
 
     def own_rules(self) -> TextRules:
+        """Prompts about scenes where the data are scenes, else first captions."""
         return TextRules(prompts="any")
 
     @classmethod
     def scores(cls, rules: Section) -> tuple[str, ...]:
+        """Those of GenEval, or of the recogniser and CLIP."""
         return GenEvalMetric.names if getattr(rules, "prompts", "") == "geneval" else T2IMetric.names
 
     @property
     def resize(self) -> str:
+        """In words, what the model sees."""
         return "none: prompts"
 
     def open_cases(self, open_data: OpenData, spec: str | None, split: str, limit: int) -> Cases:
+        """GenEval's prompts from their file; else the cases of a data set."""
         if self.rules.prompts != "geneval":
             return super().open_cases(open_data, spec, split, limit)
         assert spec is not None
@@ -93,9 +99,11 @@ class TextToImageScoring(Scoring[T2IConfig, TextRules]):
         return ListedCases(cases, reader.spec, reader.split, reader.fingerprint(), examples)
 
     def case(self, item: Item) -> Case:
+        """The first caption of an item."""
         return Case(item.id, item.captions[0], item.captions[0], item)
 
     def metric(self, *, thorough: bool = False) -> TaskMetric:
+        """GenEval's metric, or the recogniser's with CLIP where it is named."""
         if self.rules.prompts == "geneval":
             return GenEvalMetric(self.networks["detector"], ColourNamer(self.networks["clip"]))
         if self.rules.prompts == "first caption":
@@ -103,6 +111,7 @@ class TextToImageScoring(Scoring[T2IConfig, TextRules]):
         return T2IMetric(clip=self.config.t2i.clip, seed=self.seed)
 
     def tiles(self, case: Case, output: np.ndarray) -> list[Tile]:
+        """The picture over its prompt, and the item's picture where there is one."""
         tiles = [Tile(output, case.input)]
         if case.item is not None and case.item.image is not None:
             tiles.append(Tile(center_crop_resize(case.item.image, self.config.data.image_size), "truth"))

@@ -7,16 +7,16 @@ import pytest
 
 from crossflow.core.errors import UserError
 from crossflow.tasks.t2i.detector import AS_GENEVAL, Detector, cut_out, expect_colours, expect_sight
-from crossflow.tasks.t2i.geneval import Found, GenEvalMetric, judge, read_prompts, relations
+from crossflow.tasks.t2i.geneval import DetectedObject, GenEvalMetric, judge, read_prompts, relations
 
 PICTURE = np.zeros((100, 100, 3), np.uint8)
 
 
-def at(name: str, left: float, top: float, score: float = 0.95, size: float = 10) -> Found:
-    return Found(name, score, (left, top, left + size, top + size))
+def at(name: str, left: float, top: float, score: float = 0.95, size: float = 10) -> DetectedObject:
+    return DetectedObject(name, score, (left, top, left + size, top + size))
 
 
-def right(prompt: dict, found: list[Found], colours=("red",) * 9) -> bool:
+def right(prompt: dict, found: list[DetectedObject], colours=("red",) * 9) -> bool:
     return judge(prompt, found, lambda ones: list(colours[: len(ones)]))[0]
 
 
@@ -144,11 +144,11 @@ def test_objects_are_cut_out_of_their_surroundings():
     picture = np.full((20, 30, 3), 7, np.uint8)
     mask = np.zeros((20, 30), bool)
     mask[5:8, 10:12] = True
-    patch = cut_out(picture, Found("cat", 1.0, (10, 5, 14, 8), mask))
+    patch = cut_out(picture, DetectedObject("cat", 1.0, (10, 5, 14, 8), mask))
     assert patch.shape == (3, 4, 3)
     assert patch[:, :2].tolist() == np.full((3, 2, 3), 7).tolist()
     assert (patch[:, 2:] == 153).all()
-    assert cut_out(picture, Found("cat", 1.0, (29.5, 19.5, 40, 40))).shape == (1, 1, 3)
+    assert cut_out(picture, DetectedObject("cat", 1.0, (29.5, 19.5, 40, 40))).shape == (1, 1, 3)
 
 
 def test_prompts_are_read_and_wrong_ones_named(tmp_path):
