@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from crossflow.core.batch import Batch, Source
-from crossflow.core.config import Config
+from crossflow.core.config import Config, Section
 from crossflow.core.errors import PARSING_ERRORS, UserError
 from crossflow.core.files import write_atomically, write_tensors
 from crossflow.core.model import CrossFlow
@@ -32,18 +32,20 @@ from crossflow.data.item import Item
 from crossflow.data.reader import Reader
 from crossflow.data.readers import open_reader, require, resolve_spec, with_options
 from crossflow.tasks import adapter_of, add_recipes_of_packages, task_names
-from crossflow.tasks.scoring import Scoring
+from crossflow.tasks.scoring import Output, Scoring
 
 C = TypeVar("C", bound=Config)
-P = TypeVar("P", bound="Parts")
+P = TypeVar("P", bound="Parts[Any]")
 Example = Mapping[str, Any]
 AnyScoring: TypeAlias = Scoring
 REQUIRED = ("name", "Config", "Parts", "Scoring", "needs", "input_kind")
+Input: TypeAlias = Any
+"""A prompt (str) or a picture (np.ndarray uint8 (H, W, 3)), whichever `Task.input_kind` says."""
 Report = Callable[[str], None]
 """Takes one line that says what is going on."""
 
 
-class Parts(ABC):
+class Parts(ABC, Generic[C]):
     """What a run learns from its training data or opens before its flow, and keeps in its folder. Immutable afterwards.
 
     Four ways lead to one: learned by a new run, loaded from a run directory, frozen networks alone (for
@@ -52,12 +54,12 @@ class Parts(ABC):
 
     @classmethod
     @abstractmethod
-    def learn(cls, config: Any, examples: Examples, report: Report) -> Self:
+    def learn(cls, config: C, examples: Examples, report: Report) -> Self:
         """Learns from training examples; deterministic under config.seed."""
 
     @classmethod
     @abstractmethod
-    def load(cls, config: Any, folder: Path) -> Self:
+    def load(cls, config: C, folder: Path) -> Self:
         """Reads what `save` wrote into a run directory."""
 
     @abstractmethod
@@ -66,11 +68,11 @@ class Parts(ABC):
 
     @classmethod
     @abstractmethod
-    def outline(cls, config: Any) -> Self:
+    def outline(cls, config: C) -> Self:
         """What the settings alone determine: enough for `Task.latent_shape` and `Task.build_model`."""
 
     @classmethod
-    def frozen(cls, config: Any) -> Self:
+    def frozen(cls, config: C) -> Self:
         """The frozen networks that the settings name, for `Task.extractor`. Raises UserError for tasks without any."""
         raise UserError(
             f"The task {config.task} reads pixels and has no frozen networks, so there is nothing to cache; "
@@ -120,7 +122,7 @@ class Task(ABC, Generic[C, P]):
 
     name: ClassVar[str]
     Config: ClassVar[type[Config]]
-    Parts: ClassVar[type[Parts]]
+    Parts: ClassVar[type[Parts[Any]]]
     Scoring: ClassVar[type[Scoring]]
     needs: ClassVar[frozenset[str]]
     """Fields of the data that the task trains on: image, captions, depth, ..."""
@@ -257,7 +259,7 @@ class Task(ABC, Generic[C, P]):
 
     # -- sampling
 
-    def pieces(self, value: Any) -> Pieces:
+    def pieces(self, value: Input) -> Pieces:
         """An input (a prompt, or a picture uint8 (H, W, 3)) as the model takes it: here in whole."""
         return Pieces([value])
 
@@ -275,7 +277,7 @@ class Task(ABC, Generic[C, P]):
         return False
 
     @abstractmethod
-    def target(self, value: Any) -> Pieces:
+    def target(self, value: str | Path | np.ndarray) -> Pieces:
         """A finished output (a picture, a caption, a depth map; a path to one) as latents z1 (*latent), for
         inversion.
         """
@@ -289,12 +291,14 @@ class Task(ABC, Generic[C, P]):
         return list(outputs)
 
     @abstractmethod
-    def write_output(self, output: Any, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+    def write_output(self, output: Output, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         """Writes an output to files named after `stem` and returns them; pictures carry the metadata."""
 
     # -- scoring
 
-    def scoring(self, rules: Any = None, *, seed: int = 0, networks: Mapping[str, Any] | None = None) -> AnyScoring:
+    def scoring(
+        self, rules: Section | None = None, *, seed: int = 0, networks: Mapping[str, Any] | None = None
+    ) -> AnyScoring:
         """How outputs are scored; see `Scoring`."""
         return self.Scoring(self.config, rules, seed=seed, networks=networks)
 

@@ -36,7 +36,7 @@ CODEC_FOLDER = "codec"
 
 
 @dataclass(frozen=True)
-class PixelParts(Parts):
+class PixelParts(Parts[Config]):
     """The mean and spread of the target pictures' pixels, measured on the training data."""
 
     codec: PixelCodec

@@ -7,7 +7,7 @@ and the evaluation asks the model for the outputs between them.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from crossflow.core.errors import UserError
 from crossflow.core.metrics import TaskMetric
 from crossflow.data.dataset import Examples
 from crossflow.data.item import BadItem, Item
+
+Output: TypeAlias = Any
+"""What a task makes: a picture, a depth map, a caption, ..."""
 
 
 @dataclass(frozen=True)
@@ -245,12 +248,12 @@ class Scoring(ABC, Generic[C, R]):
             metric.add(case.id, trivial(case), case.truth)
         return metric.compute()
 
-    def tiles(self, case: Case, output: Any) -> list[Tile]:
+    def tiles(self, case: Case, output: Output) -> list[Tile]:
         """Input, output and truth of a case, side by side; here those of them that are pictures."""
         named = (("input", case.input), ("output", output), ("truth", case.truth))
         return [Tile(value, name) for name, value in named if is_picture(value)]
 
 
-def is_picture(value: Any) -> bool:
+def is_picture(value: object) -> bool:
     """Whether `value` is an array uint8 (H, W, 3)."""
     return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3

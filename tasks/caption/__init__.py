@@ -62,7 +62,7 @@ NUM_FOR_TEXT = 20_000
 
 
 @dataclass(frozen=True)
-class CaptionParts(Parts):
+class CaptionParts(Parts[CaptionConfig]):
     """How pictures and captions are read: image codec, text autoencoder, and perhaps the t2i run that is run backwards.
 
     codec and text are None in an outline, text also where only frozen networks are open; text_report: how well captions

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from crossflow.core.noise import keyed_generator
 from crossflow.core.source import LOG_VAR_RANGE, Posterior
 from crossflow.networks.text.tokenizer import detokenize, load_tokenizer, tokenize
 from crossflow.tasks.caption.layouts import TextAutoencoderConfig, build_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,10 @@ class TextAutoencoder(nn.Module):
     scale: Tensor  # (*latent)
 
     def __init__(
-        self, tokenizer: Any, latent_shape: tuple[int, ...], config: TextAutoencoderConfig | None = None
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        latent_shape: tuple[int, ...],
+        config: TextAutoencoderConfig | None = None,
     ) -> None:
         super().__init__()
         config = config or TextAutoencoderConfig()

@@ -25,6 +25,7 @@ import numpy as np
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.intervals import percentile_interval, resamples
 from crossflow.core.metrics import Row, TaskMetric, mean_metric, run_metric
+from crossflow.data.item import Item
 from crossflow.data.scenes import object_f1, objects_of, parse_objects
 from crossflow.tasks.caption.ptb import tokenize
 
@@ -59,7 +60,7 @@ class CaptionMetric(TaskMetric):
         self.java_seconds = java_seconds
         self._bleu_counts: np.ndarray | None = None  # (items, 10), for the bootstrap
 
-    def score(self, output: str, truth: Any) -> Row:
+    def score(self, output: str, truth: "Sequence[str] | Item") -> Row:
         """The row of one caption: its text, the references, ROUGE-L, and object_f1 for a scene."""
         references = getattr(truth, "captions", truth)
         if isinstance(references, str) or not references:

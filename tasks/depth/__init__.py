@@ -34,7 +34,7 @@ FARTHEST_PNG = 65.535
 
 
 @dataclass(frozen=True)
-class DepthParts(Parts):
+class DepthParts(Parts[DepthConfig]):
     """The scale between metric depth and latents, measured on the training data."""
 
     scale: DepthScale

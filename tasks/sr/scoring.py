@@ -1,7 +1,7 @@
 """How super-resolution is scored: each picture is reduced by MATLAB's bicubic interpolation and enlarged again."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -38,8 +38,15 @@ class SrScoring(Scoring[SrConfig, SrRules]):
     Metric = SrMetric
     headline = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 
-    def __init__(self, config: SrConfig, rules: SrRules | None = None, **options: Any) -> None:
-        super().__init__(config, rules, **options)
+    def __init__(
+        self,
+        config: SrConfig,
+        rules: SrRules | None = None,
+        *,
+        seed: int = 0,
+        networks: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(config, rules, seed=seed, networks=networks)
         if self.rules.scale != config.sr.scale:
             raise UserError(
                 f"The protocol enlarges {self.rules.scale} times, this run {config.sr.scale} times (sr.scale)."

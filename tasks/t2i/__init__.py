@@ -73,7 +73,7 @@ def needs_tower(config: T2IConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class TextToImageParts(Parts):
+class TextToImageParts(Parts[T2IConfig]):
     """How texts and pictures are read: tokenizer or frozen text encoder, image codec, checksum of the image tower.
 
     codec: None in an outline; tower: "source" and "checksum" of the frozen image tower that the run began with, None

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,9 @@ from crossflow.networks.text.frozen_encoder import FrozenTextEncoder, TextEncode
 from crossflow.networks.text.tokenizer import build_tokenizer, load_tokenizer, tokenize
 from crossflow.networks.text.trunk import QueryHead, TextTransformer, TextTrunk, smallest_patch
 from crossflow.networks.text.variational import TextVariationalSizes, TextVariationalTrunk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FROZEN_FILE = "text_encoder.json"
 TOKENIZER = "tokenizer"
@@ -86,7 +89,12 @@ class TextSide:
     settings alone, and no text can be read.
     """
 
-    def __init__(self, settings: TextSettings, tokenizer: Any = None, frozen: FrozenTextEncoder | None = None) -> None:
+    def __init__(
+        self,
+        settings: TextSettings,
+        tokenizer: "PreTrainedTokenizerFast | None" = None,
+        frozen: FrozenTextEncoder | None = None,
+    ) -> None:
         assert tokenizer is None or frozen is None
         self.settings = settings
         self.tokenizer = tokenizer
@@ -110,6 +118,7 @@ class TextSide:
         if self.frozen is not None:
             write_json(folder / FROZEN_FILE, self.frozen.record())
         else:
+            assert self.tokenizer is not None, "there is a tokenizer or a frozen encoder"
             self.tokenizer.save_pretrained(folder / TOKENIZER)
 
     @classmethod
