@@ -282,8 +282,8 @@ class Task(ABC, Generic[C, P]):
         inversion.
         """
 
-    def unknown_words(self, value: Any) -> list[str]:
-        """Words of a read input that the task has never seen and cannot follow; none for pictures."""
+    def unknown_words(self, value: Input) -> list[str]:
+        """Words of an input that the task has never seen and cannot follow; none for pictures."""
         return []
 
     def pictures(self, outputs: Sequence[Any]) -> list[np.ndarray]:

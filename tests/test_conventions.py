@@ -33,9 +33,7 @@ ANY: dict[str, str] = {
     "commands/checkpoint.py:run": "click passes options by keyword",
 }
 # Rooms with rules left to keep. An entry goes when its room is clean.
-UNFINISHED = {"benchmarks", "core", "data", "engine", "networks", "released", "tasks"}
-# Docstrings are missing in these rooms alone.
-UNDOCUMENTED = {"tasks"}
+UNFINISHED = {"benchmarks", "core", "data", "engine", "networks", "released"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -124,8 +122,6 @@ def test_public_names_are_documented(room: str) -> None:
             else:
                 missing.append(f"{path}:{node.lineno}: {node.name}")
     share = documented / (documented + len(missing)) if documented or missing else 1.0
-    if share < MIN_DOCUMENTED and room in UNDOCUMENTED:
-        pytest.xfail(f"{share:.1%} are documented")
     assert share >= MIN_DOCUMENTED, "\n".join(missing)
 
 

@@ -97,9 +97,9 @@ def expect_sight(source: str, detect: Detect) -> None:
 
     answers, right = [], 0
     for picture, name in KNOWN.items():
-        seen = {item.name for item in detect(np.ascontiguousarray(getattr(data, picture)())) if item.score > MIN_SCORE}
-        right += name in seen
-        answers.append(f"{name}: {', '.join(sorted(seen)) or 'nothing'}")
+        names = {item.name for item in detect(np.ascontiguousarray(getattr(data, picture)())) if item.score > MIN_SCORE}
+        right += name in names
+        answers.append(f"{name}: {', '.join(sorted(names)) or 'nothing'}")
     if right < 2:
         raise UserError(
             f"The detector {source!r} does not see: in photographs of a cat, a person and a cup it found ("
@@ -142,8 +142,8 @@ def cut_out(picture: np.ndarray, item: DetectedObject) -> np.ndarray:
         min(limit, max(int(np.ceil(side)), low + 1))
         for side, low, limit in zip(item.box[2:], (left, top), (width, height), strict=True)
     )
-    seen = picture if item.mask is None else np.where(item.mask[..., None], picture, np.uint8(GREY))
-    return np.ascontiguousarray(seen[top:bottom, left:right])
+    visible = picture if item.mask is None else np.where(item.mask[..., None], picture, np.uint8(GREY))
+    return np.ascontiguousarray(visible[top:bottom, left:right])
 
 
 PLAIN = {"red": (220, 20, 20), "green": (20, 160, 30), "blue": (20, 40, 220), "yellow": (250, 230, 20)}
@@ -157,7 +157,7 @@ def expect_colours(name_colours: NameColours) -> None:
     for colour, rgb in PLAIN.items():
         picture = np.where(disc[..., None], np.array(rgb, np.uint8), np.uint8(255))
         (named[colour],) = name_colours(picture, [DetectedObject("ball", 1.0, (22.0, 22.0, 202.0, 202.0), disc)])
-    if sum(colour == said for colour, said in named.items()) < 3:
+    if sum(colour == answer for colour, answer in named.items()) < 3:
         confusions = ", ".join(f"{colour} as {answer}" for colour, answer in named.items())
         raise UserError(
             f"The CLIP model does not name plain colours: it took {confusions}. Its weights are not trained."

@@ -250,8 +250,8 @@ class FeatureDecoder(nn.Module):
     def forward(self, z0: Tensor) -> Tensor:
         """z0 (B, *latent) -> (B, N, D)."""
         tokens = self.embed(patchify(z0, self.patch) if self.patch else z0) + self.positions
-        seen = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return self.head(tokens, seen)[:, 0]
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return self.head(tokens, mask)[:, 0]
 
 
 def _need_encoder(settings: TextSettings) -> None:
