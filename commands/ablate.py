@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
-    help="Instead of --steps: as many steps for all variants as the slowest makes in this time on this machine.",
+    help="Instead of --steps: the number of steps that the slowest variant makes in this time on this machine.",
 )
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Seeds 0, 1, ... of each variant.")
 @click.option("--only", multiple=True, help="Variant to run; repeatable. Default: all.")

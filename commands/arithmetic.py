@@ -10,7 +10,7 @@ from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
 from crossflow.commands.console import progress_bar
 from crossflow.commands.inputs import typed_inputs
-from crossflow.commands.outputs import write_results
+from crossflow.commands.outputs import numbered_results, write_results
 from crossflow.core.errors import UserError
 from crossflow.core.output import output_folder
 
@@ -73,4 +73,4 @@ def command(
     names = ["base", *(f"k = {k:g}" for k in strengths)]
     details: dict[str, Any] = {"base": base, "plus": plus, "minus": minus, "restandardise": restandardise}
     with output_folder(Path("outputs/arithmetic"), model.output, overwrite=model.overwrite) as folder:
-        write_results(model, results, names, folder, **details, noise=noise, mean=mean)
+        write_results(model, numbered_results(results, names, **details, noise=noise, mean=mean), folder)

@@ -11,7 +11,7 @@ from crossflow.commands.console import is_first_process, progress_bar, say, warn
 from crossflow.core.errors import UserError
 
 if TYPE_CHECKING:
-    from crossflow.data.cache.build import Builder
+    from crossflow.data.cache.build import Builder, Estimate
 
 
 @click.command("cache")
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     default=1000,
     show_default=True,
     type=click.IntRange(1),
-    help="Items per file, which is also the most that a killed run computes again.",
+    help="Items per file; a killed run repeats at most this many.",
 )
 @options.device
 @click.option("--dry-run", is_flag=True, help="Print the expected size; nothing is written.")
@@ -58,14 +58,14 @@ if TYPE_CHECKING:
     "--verify",
     "verified",
     type=options.PATH,
-    help="Check the cache in this folder instead; with --data, also whether pictures or captions have changed since.",
+    help="Check the cache in this folder instead; with --data, also whether pictures or captions have changed.",
 )
 @options.settings
 def command(
     recipe: str | None, data: str | None, output: Path | None, dry_run: bool, verified: Path | None,
     overrides: Sequence[str], **encoding: Any,
 ) -> None:  # fmt: skip
-    """Compute the features that frozen networks give for a data set once, so that training only reads them.
+    """Compute the features of a data set by frozen networks once, so that training only reads them.
 
     The cache holds the moments of pictures (each epoch draws a new latent from them), the features of all captions
     without padding, and the alignment target of the recipe's encoder loss: embeddings of the image tower, or small
@@ -92,7 +92,7 @@ def command(
         raise UserError(f"A cache needs {' and '.join(missing)}; see `crossflow cache --help`.")
     builder = _builder(recipe, data, output, overrides, encoding)
     expected = builder.estimate()
-    _show_plan(builder, output)
+    _show_plan(builder, expected, output)
     expected.require(output)
     if not dry_run:
         complete = _run(builder, output)
@@ -127,10 +127,9 @@ def _builder(recipe: str, data: str, output: Path, overrides: Sequence[str], enc
     )
 
 
-def _show_plan(builder: "Builder", output: Path) -> None:
+def _show_plan(builder: "Builder", expected: "Estimate", output: Path) -> None:
     from crossflow.core.files import size_in_words
 
-    expected = builder.estimate()
     counts = ", ".join(f"{len(reader)} {split}" for split, reader in builder.readers.items())
     parts = ", ".join(builder.extractor.describe()["parts"])
     _say(
@@ -142,7 +141,7 @@ def _show_plan(builder: "Builder", output: Path) -> None:
 
 
 def _run(builder: "Builder", output: Path) -> bool:
-    """Builds the cache; returns whether it is complete (of several processes, only the last one's view is)."""
+    """Builds the cache; returns whether it is complete, which only the last of several processes can see."""
     from crossflow.core.files import size_in_words
 
     with progress_bar("caching") as on_step:

@@ -53,7 +53,7 @@ class Model:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The fields of SampleConfig that the command line gives."""
+        """The fields of SampleConfig set on the command line."""
         from crossflow.core.settings import parse_overrides
 
         parsed = parse_overrides(self.overrides)
@@ -64,7 +64,7 @@ class Model:
         return parsed | {name: value for name, value in options.items() if value is not None}
 
     def metadata(self, **details: object) -> dict[str, str]:
-        """How a result was made, as text, for the files that carry it; details: more about this one result."""
+        """How a result was made, as text for the metadata of its files; details: more about this result."""
         settings = self.pipe.sample_settings(**self.settings).model_dump(mode="json")
         values: dict[str, Any] = {"seed": self.seed, "checkpoint": self.checkpoint, "weights": self.pipe.weights}
         values |= {"settings": settings}

@@ -32,7 +32,7 @@ def warn(text: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first process of a launcher, or the only one; answered without joining the others."""
+    """Whether this is the first process of a launcher, or the only one; without joining the process group."""
     return launcher.rank() == 0
 
 
@@ -42,7 +42,7 @@ def count(number: int, noun: str) -> str:
 
 
 def warn_each(lines: Sequence[str], where: str = "") -> None:
-    """Prints the first lines to stderr, and how many more there are; where: how to see those."""
+    """Prints the first lines to stderr, and how many follow; where: where to find those."""
     for line in lines[:MAX_LISTED]:
         warn(line)
     if len(lines) > MAX_LISTED:
@@ -106,7 +106,7 @@ def progress_bar(label: str, after: float = 2.0, every: float = 15.0) -> Iterato
     console, is_first = Console(), is_first_process()
     bar = Bar(console=console, transient=True, disable=not (console.is_terminal and is_first))
     task, last_line = bar.add_task(label, total=None), time.monotonic()
-    # A timer of its own: the first step of a large model, or a solver that reports no steps, may take long.
+    # A separate timer: the first step of a large model, or a solver that reports no steps, may take long.
     timer = threading.Timer(after, bar.start)
     timer.daemon = True
     timer.start()

@@ -54,7 +54,7 @@ def command(source: Path, target: Path, kind: str | None, reference: Path | None
             result = from_file(source, target, kind=kind, config=reference, overrides=overrides, progress=on_bytes)
     say(f"{result.name}, kind {result.kind}: {result.num_tensors} tensors. Wrote {result.path}.")
     for reason, keys in result.dropped.items():
-        say(f"{'Left out then' if back else 'Left out'}: {len(keys)} tensors ({keys[0]}, ...), {reason}.")
+        say(f"{'Left out when converted' if back else 'Left out'}: {len(keys)} tensors ({keys[0]}, ...), {reason}.")
     for note in result.notes:
         say(note)
     if not back and (result.path / "config.yaml").is_file():

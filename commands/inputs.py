@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
-    """The prompts of the command line, then those of a file with one per line. Raises UserError for no UTF-8 text."""
+    """The prompts of the command line, then those of a file with one per line. Raises UserError unless it is UTF-8."""
     if file is None:
         return list(prompts)
     try:
@@ -52,7 +52,7 @@ def _pictures(paths: Sequence[Path]) -> list[tuple[str, Any]]:
     files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES or file in paths]
     if not files:
-        raise UserError(f"There are no pictures (png, jpg, webp, ...) in {', '.join(map(str, paths))}.")
+        raise UserError(f"Found no pictures (png, jpg, webp, ...) in {', '.join(map(str, paths))}.")
     pictures: dict[str, Any] = {}
     problems: list[str] = []
     for file in files:
@@ -92,5 +92,5 @@ def typed_input(pipe: "Pipeline", text: str | None) -> Any:
         return None if text is None else read_prompt(text)
     path = Path(text)
     if not path.is_file():
-        raise UserError(f"This {pipe.task.name} run takes pictures, and there is no file {text}.")
+        raise UserError(f"This {pipe.task.name} run takes pictures, but the file {text} does not exist.")
     return read_picture(path)

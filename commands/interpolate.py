@@ -8,7 +8,7 @@ from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
 from crossflow.commands.console import progress_bar
 from crossflow.commands.inputs import typed_inputs
-from crossflow.commands.outputs import write_animation, write_results
+from crossflow.commands.outputs import numbered_results, write_animation, write_results
 from crossflow.core.output import output_folder
 
 
@@ -16,7 +16,7 @@ from crossflow.core.output import output_folder
 @uses_model("outputs/interpolate")
 @click.option("--from", "start", required=True, help="Prompt, or path of a picture.")
 @click.option("--to", "end", required=True, help="Prompt, or path of a picture.")
-@click.option("--frames", default=9, show_default=True, type=click.IntRange(2), help="Number of frames, both ends in.")
+@click.option("--frames", default=9, show_default=True, type=click.IntRange(2), help="Number of frames with both ends.")
 @click.option(
     "--kind",
     default="lerp",
@@ -57,5 +57,5 @@ def command(model: Model, start: str, end: str, frames: int, kind: str, noise: s
     names = [f"{index / (frames - 1):.2f}" for index in range(frames)]
     details = {"from": start, "to": end, "kind": kind, "noise": noise, "mean": mean}
     with output_folder(Path("outputs/interpolate"), model.output, overwrite=model.overwrite) as folder:
-        write_results(model, results, names, folder, **details)
+        write_results(model, numbered_results(results, names, **details), folder)
         write_animation(pipe.task.pictures(results), folder, fps)

@@ -7,7 +7,7 @@ import click
 from crossflow.commands.checkpoint import Model, uses_model
 from crossflow.commands.console import progress_bar, say
 from crossflow.commands.inputs import typed_input
-from crossflow.commands.outputs import write_results
+from crossflow.commands.outputs import numbered_results, write_results
 from crossflow.core.errors import UserError
 from crossflow.core.output import output_folder
 
@@ -17,7 +17,7 @@ from crossflow.core.output import output_folder
 @click.option(
     "--input", "value", required=True, help="An output of the task: a picture, a caption, a depth PNG in millimetres."
 )
-@click.option("--source", help="The input that belongs to it; needed by noise-source baselines alone.")
+@click.option("--source", help="The input of that output; required by noise-source baselines only.")
 def command(model: Model, value: str, source: str | None) -> None:
     """Flow an output back to its source latent, and forward again; writes the latent and the output re-generated
     from it, for pictures beside the input.
@@ -30,7 +30,7 @@ def command(model: Model, value: str, source: str | None) -> None:
 
     settings = {"solver": "heun", "steps": 50, **model.settings}
     if len(settings) > 2:
-        raise UserError("An inversion runs the plain flow backwards: it takes --solver and --steps, no other setting.")
+        raise UserError("An inversion runs the plain flow backwards: it takes --solver and --steps only.")
     pipe = model.pipe
     try:
         with progress_bar("inverting") as on_step:
@@ -49,7 +49,8 @@ def command(model: Model, value: str, source: str | None) -> None:
             "`crossflow invert --help`."
         ) from error
     with output_folder(Path("outputs/invert"), model.output, overwrite=model.overwrite) as folder:
-        write_results(model, inversion.outputs, ["input", "re-generated"], folder, input=value, inversion=settings)
+        results = numbered_results(inversion.outputs, ["input", "re-generated"], input=value, inversion=settings)
+        write_results(model, results, folder)
         z0 = inversion.z0
         write_tensors(folder / "latent.safetensors", {"z0": z0})
         say(

@@ -1,6 +1,7 @@
 """Result files of the commands: what the task writes for each output, a grid, an animation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +21,38 @@ def write_grid(pictures: "Sequence[np.ndarray]", names: Sequence[str], path: Pat
     return save_png(sheet(list(pictures), list(names), columns=columns, cell=cell), path)
 
 
-def write_results(model: Model, results: Sequence[Any], names: Sequence[str], folder: Path, **details: object) -> None:
-    """Writes what the task makes of every result, and a grid of pictures; prints captions.
+@dataclass(frozen=True)
+class Result:
+    """A raw output of the task, with the names and metadata of its files."""
 
-    details: metadata that all the files carry.
-    """
+    value: Any
+    stem: str
+    """Beginning of the names of its files."""
+    label: str
+    """Shown under its picture in the grid, or before its caption."""
+    details: Mapping[str, object]
+    """Metadata in addition to `Model.metadata`."""
+
+
+def write_results(model: Model, results: Sequence[Result], folder: Path) -> None:
+    """Writes the files of every result and, for several pictures, a grid; prints captions."""
+    task = model.pipe.task
     written: list[Path] = []
-    for index, (result, name) in enumerate(zip(results, names, strict=True)):
-        written += model.pipe.task.write_output(result, folder / f"{index:03d}", model.metadata(what=name, **details))
-        if isinstance(result, str):
-            say(f"{name}: {result}")
-    if pictures := model.pipe.task.pictures(results):
-        written.append(write_grid(pictures, names, folder / "grid.png"))
+    for result in results:
+        written += task.write_output(result.value, folder / result.stem, model.metadata(**result.details))
+        if isinstance(result.value, str):
+            say(f"{result.label}: {result.value}")
+    if len(results) > 1 and (pictures := task.pictures([result.value for result in results])):
+        written.append(write_grid(pictures, [result.label for result in results], folder / "grid.png"))
     say(f"Wrote {count(len(written), 'file')} to {folder} ({written[-1].name}).")
+
+
+def numbered_results(values: Sequence[Any], labels: Sequence[str], **details: object) -> list[Result]:
+    """Results 000, 001, ... with their label as the metadata `what`, beside details that they share."""
+    return [
+        Result(value, f"{number:03d}", label, {"what": label, **details})
+        for number, (value, label) in enumerate(zip(values, labels, strict=True))
+    ]
 
 
 def write_animation(pictures: "Sequence[np.ndarray]", folder: Path, fps: float) -> None:

@@ -8,9 +8,9 @@ import click
 
 from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
-from crossflow.commands.console import count, progress_bar, say
+from crossflow.commands.console import progress_bar
 from crossflow.commands.inputs import named_inputs, read_prompts
-from crossflow.commands.outputs import write_grid
+from crossflow.commands.outputs import Result, write_results
 from crossflow.core.errors import UserError
 from crossflow.core.output import check_output, output_folder
 
@@ -36,7 +36,7 @@ def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, path
       crossflow sample --checkpoint runs/t2i_tiny --prompt "a cube" --guidance 3 guidance_interval=[0.1,0.8] zero_init=1
 
     KEY=VALUE sets any field of the recipe's `sample` section. Noise depends on the seed and the prompt (or the picture)
-    alone, so one output can be made again without the others. Under torchrun or accelerate launch the processes share
+    alone, so each output can be reproduced without the others. Under torchrun or accelerate launch the processes share
     the inputs.
     """
     from crossflow.core import distributed, launcher
@@ -45,7 +45,7 @@ def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, path
     texts = read_prompts(prompts, prompt_file)
     if not texts and not paths:
         raise UserError(
-            'There is nothing to sample from. Give --prompt "a red cube" (repeatable) or --prompts FILE to a run that '
+            'No prompt or picture is given. Give --prompt "a red cube" (repeatable) or --prompts FILE to a run that '
             "takes text, --input FILE or FOLDER to one that takes pictures."
         )
     check_output(model.output, overwrite=model.overwrite)
@@ -82,19 +82,13 @@ def _sample(model: Model, values: Sequence[Any], ids: Sequence[str]) -> list[Any
         return [result for _, part in distributed.shared(shares, run) for result in part]
 
 
-def _write(model: Model, inputs: Sequence[tuple[str, Any]], ids: Sequence[str], results: Sequence[Any]) -> None:
-    task, num = model.pipe.task, len(ids) // len(inputs)
-    written: list[Path] = []
-    labels: list[str] = []
-    with output_folder(Path("outputs") / task.name, model.output, overwrite=model.overwrite) as folder:
-        for index, result in enumerate(results):
-            name, value = inputs[index // num]
-            stem = folder / (f"{name}_{index % num}" if num > 1 else name)
-            prompt = {"prompt": value} if isinstance(value, str) else {}
-            written += task.write_output(result, stem, model.metadata(item=ids[index], **prompt))
-            if isinstance(result, str):
-                say(f"{name}: {result}")
-            labels.append(value if isinstance(value, str) else name)
-        if len(results) > 1 and (pictures := task.pictures(results)):
-            written.append(write_grid(pictures, labels, folder / "grid.png"))
-        say(f"Wrote {count(len(written), 'file')} to {folder} ({written[-1].name}).")
+def _write(model: Model, inputs: Sequence[tuple[str, Any]], ids: Sequence[str], values: Sequence[Any]) -> None:
+    num = len(ids) // len(inputs)
+    results = []
+    for index, (id, output) in enumerate(zip(ids, values, strict=True)):
+        name, value = inputs[index // num]
+        stem = f"{name}_{index % num}" if num > 1 else name
+        prompt = {"prompt": value} if isinstance(value, str) else {}
+        results.append(Result(output, stem, prompt.get("prompt", name), {"item": id, **prompt}))
+    with output_folder(Path("outputs") / model.pipe.task.name, model.output, overwrite=model.overwrite) as folder:
+        write_results(model, results, folder)

@@ -13,7 +13,8 @@ from crossflow.tasks import task_names
 
 if TYPE_CHECKING:
     from crossflow.core.config import Config
-    from crossflow.engine.train import DryRun, Outcome, Run
+    from crossflow.core.training.dry_run import DryRun
+    from crossflow.engine.train import Outcome, Run
 
 
 @click.command("train")
@@ -80,8 +81,8 @@ def _source(task: str | None, recipe: str | None, resumed: Path | None) -> str |
         return resumed
     if task is None:
         raise UserError(
-            f"Nothing says what to train. Give --task {'|'.join(task_names())}, or --config with a recipe (crossflow "
-            "list configs)."
+            f"Neither a task nor a recipe is given. Give --task {'|'.join(task_names())}, or --config with a recipe "
+            "(crossflow list configs)."
         )
     return f"{task}_tiny"
 
@@ -108,7 +109,7 @@ def _show_end(run: "Run", outcome: "Outcome", folder: Path) -> None:
 
 
 def _dry_run(config: "Config", names_data: bool) -> None:
-    """Prints what a training takes: measured where the data are, else as far as the settings alone say."""
+    """Prints what a training takes: measured if the data are available, else as far as the settings determine it."""
     from crossflow.core import distributed
     from crossflow.engine.train import dry_run, estimate
     from crossflow.tasks.base import task_class
@@ -120,7 +121,7 @@ def _dry_run(config: "Config", names_data: bool) -> None:
             raise
         report = estimate(config)
         _show_size(report.parameters, report.memory)
-        say(f"Time, disk and peak memory are measured with the training data alone. {error}")
+        say(f"Time, disk and peak memory can only be measured with the training data. {error}")
         return
     measured = dry_run(config, progress=training_progress())
     if distributed.is_main():

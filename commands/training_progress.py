@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-# Numbers of a training line that are shown otherwise, or not at all, on the progress line.
+# Entries of a training line that the progress line shows in another form, or not at all.
 _NOT_A_LOSS = {"kind", "step", "epoch", "lr", "grad_norm", "seconds_per_step", "samples_per_second", "skipped_steps"}
 
 

@@ -15,12 +15,12 @@ from crossflow.core.errors import UserError
 from crossflow.core.files import replacing, write_atomically
 
 SMALL, LARGE = 256, 640
-"""Sides in pixels: smaller frames are enlarged by whole pixels, and a GIF is limited since it compresses poorly."""
+"""Side lengths in pixels: smaller frames are enlarged towards SMALL; GIFs, which compress poorly, stay within LARGE."""
 VIDEO_EXTRA = 'pip install "crossflow-toolkit[video]"'
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, fps: float = 8.0) -> Path:
-    """Writes an animated GIF that loops for ever, at most LARGE pixels wide and high; returns its path."""
+    """Writes an animated GIF that loops forever, at most LARGE pixels wide and high; returns its path."""
     pictures = [Image.fromarray(frame) for frame in enlarged(frames)]
     for picture in pictures:
         picture.thumbnail((LARGE, LARGE))
@@ -38,8 +38,9 @@ def can_write_mp4() -> bool:
 def save_mp4(frames: Sequence[np.ndarray], path: Path, fps: float = 8.0) -> Path:
     """Writes H.264 in MP4, atomically; returns its path.
 
-    Odd sides are made even, as the colour format requires, by repeating the last row or column. Raises UserError
-    without imageio-ffmpeg, and when ffmpeg fails.
+    Odd sides are made even, as the colour format requires, by repeating the last row or column.
+
+    Raises UserError without imageio-ffmpeg, and when ffmpeg fails.
     """
     if not can_write_mp4():
         raise UserError(f"An MP4 needs the package imageio-ffmpeg, which is not installed: {VIDEO_EXTRA}.")
@@ -66,8 +67,9 @@ def save_mp4(frames: Sequence[np.ndarray], path: Path, fps: float = 8.0) -> Path
 
 
 def enlarged(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Frames smaller than SMALL, enlarged by whole pixels, so that computed pixels stay visible. Raises ValueError for
-    frames of several sizes, or none.
+    """Frames enlarged by the largest integer factor that keeps them within SMALL, so that single pixels stay visible.
+
+    Raises ValueError for frames of several sizes, or none.
     """
     if not frames or len({frame.shape for frame in frames}) > 1:
         raise ValueError(f"expected frames of one size, got {sorted({frame.shape for frame in frames})}")

@@ -1,4 +1,4 @@
-"""Feature caches: what builds one for a recipe and a data set, and a comparison of a cache with its data."""
+"""Feature caches: the builder for a recipe and a data set, and the comparison of a cache with its data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,14 +34,14 @@ def builder(
     yet.
 
     Args:
-        splits: those to cache; by default train, and val where the data have one.
+        splits: to cache; by default train, and val if the data have one.
         sizes: of pictures in pixels; by default the recipe's.
         storage: number format of features on disk.
         device: where the frozen networks run.
         num: maximum number of items of each split.
-        settings: of the builder; by default with the recipe's data.max_bad.
+        settings: shard size, batch size and workers; by default with the recipe's data.max_bad.
 
-    Raises UserError for data, recipes and folders that do not fit together.
+    Raises UserError if data, recipe and folder do not fit together.
     """
     sizes = tuple(dict.fromkeys(sizes)) or (config.data.image_size,)
     readers, limits = _readers(config, spec, splits, max(sizes), num)
@@ -61,7 +61,7 @@ def builder(
 def _readers(
     config: Config, spec: str, splits: Sequence[str], size: int, num: int | None
 ) -> tuple[dict[str, Reader], dict[str, tuple[int | None, int]]]:
-    """split -> reader, and split -> (limit, seed). A spec with a split of its own (`coco:DIR@all`) gives that alone."""
+    """split -> reader, and split -> (limit, seed). A spec that names its split (`coco:DIR@all`) gives that alone."""
     readers: dict[str, Reader] = {}
     limits: dict[str, tuple[int | None, int]] = {}
     for split in dict.fromkeys(splits or USUAL_SPLITS):
@@ -78,7 +78,7 @@ def _readers(
 
 
 def own_device() -> str | None:
-    """The GPU of this process when a launcher started several on a machine; none otherwise."""
+    """`cuda:N`, the GPU of this process, when a launcher started several processes; None otherwise or without a GPU."""
     import torch
 
     if launcher.world_size() > 1 and torch.cuda.is_available():

@@ -73,7 +73,7 @@ class RunFolder:
 
     @property
     def has_progress(self) -> bool:
-        """Whether training left anything here: weights, a checkpoint, or a line of metrics."""
+        """Whether training has written anything: weights, a checkpoint, or a line of metrics."""
         metrics = self.path / METRICS
         written = metrics.is_file() and metrics.stat().st_size > 0
         return written or bool(self.checkpoints) or any((self.path / name).is_file() for name in WEIGHTS.values())
@@ -100,7 +100,7 @@ class RunFolder:
         return self.path / SAMPLES / name
 
     def snapshot(self) -> "Snapshot":
-        """What is here at present, to return to when a new run fails before it trains."""
+        """The present content, to be restored when a new run fails before it trains."""
         entries = frozenset(self.path.iterdir()) if self.path.is_dir() else frozenset()
         missing = tuple(path for path in (self.path, *self.path.parents) if not path.exists())
         return Snapshot(self, entries, missing)
@@ -118,7 +118,7 @@ class Snapshot:
     missing: tuple[Path, ...]
 
     def restore(self) -> None:
-        """Removes what was added since, unless a training has left something there. Keeps all that existed before."""
+        """Removes everything added since, unless training has written something. Keeps all that existed before."""
         if self.folder.has_progress or not self.folder.path.is_dir():
             return
         for path in set(self.folder.path.iterdir()) - self.entries:

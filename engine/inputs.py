@@ -1,4 +1,4 @@
-"""Inputs of a trained model as people have them, in one form; and the ids that their noise is keyed by.
+"""Prompts and pictures in any common form, read into one form, and the ids that key their noise.
 
 H W height and width in pixels.
 """
@@ -17,14 +17,14 @@ from crossflow.data.images import load_image, over_white, picture_pixels
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 """A path, or pixels: see `read_picture`."""
-Read = str | np.ndarray
-"""An input in one form: a prompt, or a picture uint8 (H, W, 3)."""
+Input = str | np.ndarray
+"""An input as the tasks take it: a prompt, or a picture uint8 (H, W, 3)."""
 
 
-def read_inputs(inputs: object, kind: str) -> list[Read]:
-    """One input, or a list or tuple of them, in one form each.
+def read_inputs(inputs: object, kind: str) -> list[Input]:
+    """Reads one input, or a list or tuple of inputs.
 
-    kind: text | image, what the model takes. Raises UserError for anything else, and for an empty list.
+    kind: text | image, the kind that the model takes. Raises UserError for any other, and for an empty list.
     """
     values = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     if not values:
@@ -43,10 +43,10 @@ def read_picture(value: object) -> np.ndarray:
     """A picture as uint8 (H, W, 3) RGB.
 
     Accepts a path; a PIL image of any mode; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); a tensor of these
-    shapes, or with its channels first. Pixels are uint8, or floating point in [0, 1]. Grey is repeated into three
+    shapes, or with channels first. Pixels are uint8, or floating point in [0, 1]. Grey is repeated into three
     channels; transparency is laid over white, as when a file is read.
 
-    Raises UserError that says what came and what was expected.
+    Raises UserError for anything else.
 
     >>> read_picture(np.full((2, 3), 0.5, np.float32)).shape
     (2, 3, 3)
@@ -71,11 +71,11 @@ def read_picture(value: object) -> np.ndarray:
     return _to_rgb(pixels)
 
 
-def item_ids(inputs: Sequence[Read], num: int = 1) -> list[str]:
-    """The ids that the noise of `num` outputs of each input is keyed by, in order: INPUT/K.
+def item_ids(inputs: Sequence[Input], num: int = 1) -> list[str]:
+    """The ids that key the noise of `num` outputs per input, in order: INPUT/K.
 
     INPUT is the prompt itself, or a digest of the picture's pixels. K counts from 0 for each distinct input, so that an
-    output depends on its input and K alone: neither on its neighbours nor on how files are called.
+    output depends on its input and K alone, not on other inputs or on file names.
 
     >>> item_ids(["a cube", "a cone", "a cube"])
     ['a cube/0', 'a cone/0', 'a cube/1']
@@ -90,7 +90,7 @@ def item_ids(inputs: Sequence[Read], num: int = 1) -> list[str]:
     return ids
 
 
-def _name(value: Read) -> str:
+def _name(value: Input) -> str:
     if isinstance(value, str):
         return value
     digest = hashlib.blake2b(repr((value.shape, value.dtype.str)).encode(), digest_size=16)
@@ -99,7 +99,7 @@ def _name(value: Read) -> str:
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
-    """(C, H, W) -> (H, W, C); a tensor whose first and last sides could both be channels has them first."""
+    """(C, H, W) -> (H, W, C); ambiguous shapes are read as channels first."""
     return tensor.movedim(0, -1) if tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4) else tensor
 
 

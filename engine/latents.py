@@ -1,7 +1,7 @@
 """The latent tools on a pipeline, for any task: interpolation, arithmetic, inversion (CrossFlow section 4.5).
 
-All inputs of a tool take the noise of its first input unless told otherwise, so that they differ by their meaning alone
-and the first input comes out as `pipe(input)` makes it. P pieces of an input: 1, or the tiles of a large picture.
+By default all inputs of a tool share the noise of the first one, so that they differ in meaning alone and the first one
+gives the output of `pipe(input)`. P pieces of an input: 1, or the number of tiles of a large picture.
 """
 
 import math
@@ -39,22 +39,21 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Inversion:
-    """An output that was flowed back to its source latent, and forward again."""
+    """An output flowed back to its source latent, and forward again."""
 
     z0: Tensor
     """The source latent (P, *latent)."""
     outputs: Outputs
-    """The output that was inverted, as its latent decodes, and the one generated again from z0."""
+    """The inverted output, decoded from its latent, and the one re-generated from z0."""
     error: float
-    """Root mean squared error of the latent that was generated again."""
+    """Root mean squared error of the re-generated latent."""
 
 
 @torch.no_grad()
 def encode(pipe: Pipeline, value: object, *, seed: int = 0, mode: bool = False, id: str | None = None) -> Encoded:
-    """One input (a prompt; a picture or its path) as source latents, those that `pipe(value, seed=seed)` starts from.
+    """The source latents from which `pipe(value, seed=seed)` starts; value: a prompt, a picture or its path.
 
-    mode: the means of the posteriors instead of samples; id: what the noise of samples is keyed by (see
-    `inputs.item_ids`) instead of the input itself.
+    mode: means of the posteriors instead of samples; id: key of the noise, by default that of `inputs.item_ids`.
     """
     (read,) = read_inputs([value], pipe.task.input_kind)
     pieces = pipe.task.pieces(read)
@@ -70,8 +69,9 @@ def _encode(pipe: Pipeline, pieces: Pieces, seed: int, mode: bool, id: str) -> E
 def _encode_all(
     pipe: Pipeline, values: Mapping[str, object], seed: int, *, means: Sequence[str], shared_noise: bool
 ) -> dict[str, Encoded]:
-    """The inputs, by the part they play, for latents to be mixed: those of other sizes are cropped and resized to the
-    first one's. means: the parts that enter by the mean of their posterior.
+    """The encoded inputs by name. Pictures of other sizes are cropped and resized to the size of the first one.
+
+    means: names of the inputs that enter by the mean of their posterior.
     """
     if pipe.model.source_encoder.kind == "gaussian":
         raise UserError(
@@ -100,16 +100,16 @@ def _outputs(
     settings: SampleConfig,
     on_step: Progress | None,
 ) -> list[Any]:
-    """An output for each of the latents (P, *latent), which are computed as they are needed, decoded with the features
-    (P, ...) of its source.
+    """One output for each latent (P, *latent), decoded with the features (P, ...) of its source. The latents are drawn
+    from the iterable batch by batch.
     """
     num = len(features)
     num_pieces = len(pieces.values)
-    together = max(1, settings.batch_size // num_pieces)  # outputs whose pieces fill a batch
-    steps = _counted(math.ceil(num / together) * math.ceil(num_pieces / settings.batch_size), settings, on_step)
+    group_size = max(1, settings.batch_size // num_pieces)  # outputs whose pieces fill a batch
+    steps = _counted(math.ceil(num / group_size) * math.ceil(num_pieces / settings.batch_size), settings, on_step)
     outputs: list[Any] = []
-    waiting = iter(latents)
-    while group := list(islice(waiting, together)):
+    pending = iter(latents)
+    while group := list(islice(pending, group_size)):
         parts = torch.cat(group).split(settings.batch_size)
         z1 = [pipe.generate(Source(features=part), part, settings, next(steps)) for part in parts]
         guides = torch.cat(list(features[len(outputs) : len(outputs) + len(group)]))
@@ -146,14 +146,14 @@ def interpolate(
     on_step: Progress | None = None,
     **settings: object,
 ) -> Outputs:
-    """Outputs for `num_frames` source latents on the way from input a to input b, both included.
+    """Outputs for `num_frames` source latents between the inputs a and b, both ends included.
 
     Args:
-        a, b: as for `Pipeline`. A picture b of another size than a is cropped and resized to that of a.
+        a, b: as for `Pipeline`. A picture b of another size is cropped and resized to the size of a.
         num_frames: at least 2.
-        kind: lerp | slerp. Features that guide a decoder (FlowTiTok) always go along a straight line.
-        shared_noise: both ends take the noise of a; otherwise each its own.
-        settings: fields of `SampleConfig`; with `mode` the walk goes from mean to mean.
+        kind: lerp | slerp. Features that guide a decoder (FlowTiTok) are always interpolated linearly.
+        shared_noise: both ends take the noise of a; otherwise each takes its own.
+        settings: fields of `SampleConfig`; with `mode` both ends are posterior means.
 
     Raises UserError for a model that starts from noise, and for invalid settings.
 
@@ -187,16 +187,16 @@ def arithmetic(
     on_step: Progress | None = None,
     **settings: object,
 ) -> Outputs:
-    """Outputs for base + k (plus - minus), one for each strength k; an absent term counts zero.
+    """Outputs for base + k (plus - minus), one for each strength k; an absent term counts as zero.
 
     The result carries noise once: that of plus and minus cancels, and a term without its counterpart enters by its
-    mean. Pictures of other sizes than the base are cropped and resized to that of the base.
+    mean. Pictures of other sizes are cropped and resized to the size of the base.
 
     Args:
         strengths: k; 0 gives the base itself.
         restandardise: bring each result to mean 0 and deviation 1 over its whole latent, as the released demo does
             (with strength 1).
-        shared_noise: plus and minus take the noise of the base; otherwise each its own, which does not cancel.
+        shared_noise: plus and minus take the noise of the base; otherwise each takes its own, which does not cancel.
 
     The other arguments are those of `interpolate`. Raises UserError without a term, and for terms that cancel.
 
@@ -231,11 +231,11 @@ def invert(
     """Flows a finished output (a picture, a caption, a depth map) back to its source latent, and forward again.
 
     Args:
-        source: the input it belongs to: needed by baselines that have a condition, and used by decoders that are
-            guided by it (FlowTiTok; otherwise they decode under an empty text).
+        source: the input of the output. Noise-source baselines require it as their condition; decoders guided by
+            features (FlowTiTok) use it, and decode under an empty text without it.
         on_step: called with (done, total) solver steps.
 
-    Raises UserError for a value that the task does not make, and where a source is needed or does not fit.
+    Raises UserError for a value that is not an output of the task, and for a missing or unsuitable source.
 
         inversion = invert(pipe, "cube.png")
         inversion.z0.std(), inversion.error
@@ -268,7 +268,7 @@ def invert(
 
 
 def _condition(pipe: Pipeline, source: object, pieces: Pieces, seed: int) -> Any:
-    """The condition that a model which starts from noise made the pieces under."""
+    """The condition under which a noise-source model generated the pieces."""
     if source is None:
         raise UserError(
             "This model starts from noise under a condition: name the input that the output belongs to "
@@ -276,9 +276,9 @@ def _condition(pipe: Pipeline, source: object, pieces: Pieces, seed: int) -> Any
         )
     encoded = encode(pipe, source, seed=seed)
     if encoded.pieces.layout != pieces.layout:
-        made, expected = (" x ".join(map(str, each.layout)) for each in (pieces, encoded.pieces))
+        actual, expected = (" x ".join(map(str, each.layout)) for each in (pieces, encoded.pieces))
         raise UserError(
-            f"The output and its source do not fit: the output is {made} to the model, and an output of this source "
+            f"The output and its source do not fit: the model sees the output as {actual}, but one of this source "
             f"would be {expected}."
         )
     return encoded.source.condition

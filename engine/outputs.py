@@ -1,4 +1,4 @@
-"""The outputs of a trained model, in the form that was asked for.
+"""Outputs of a trained model as PIL images, arrays or tensors.
 
 H W height and width in pixels, P pieces (tiles) of an output.
 """
@@ -19,7 +19,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 
 @dataclass(frozen=True)
 class Outputs(Sequence[Any]):
-    """What a model made of its inputs, in order; indexed and iterated like a list.
+    """The outputs of a model in the order of its inputs; indexed and iterated like a list.
 
         pictures = pipe(["a red cube", "a blue sphere"])
         pictures[0].save("cube.png")
@@ -32,10 +32,10 @@ class Outputs(Sequence[Any]):
     raw: tuple[Any, ...] = field(repr=False)
     """The outputs as the task makes them: uint8 (H, W, 3), float32 (H, W), or str."""
     render: Callable[[Sequence[Any]], list[np.ndarray]] = field(repr=False)
-    """Raw outputs -> pictures uint8 (H, W, 3), all on one scale of colours."""
+    """Raw outputs -> pictures uint8 (H, W, 3), on a common scale of colours."""
     seed: int = 0
     ids: tuple[str, ...] = ()
-    """The ids that the noise was keyed by: `pipe(input, ids=[id], seed=seed)` makes an output again."""
+    """The keys of the noise: `pipe(input, ids=[id], seed=seed)` reproduces an output."""
     output_type: str = "pil"
     latents: tuple[Tensor, ...] | None = field(default=None, repr=False)
     """The latents z1 (P, *latent) of each output, on request."""
@@ -45,7 +45,7 @@ class Outputs(Sequence[Any]):
 
     @property
     def images(self) -> list[Any]:
-        """The pictures; of depth maps their pictures in colours on one scale. Raises UserError for captions."""
+        """The outputs as pictures, depth maps in colours on a common scale. Raises UserError for captions."""
         if self.raw and isinstance(self.raw[0], str):
             raise UserError("This model makes captions, not images: read .captions.")
         return [self._picture(pixels) for pixels in self.render(self.raw)]

@@ -1,7 +1,7 @@
-"""How a run was made: its data, command and environment, as its manifest records them, and how data are found again.
+"""The provenance of a run (data, command, environment) as its manifest records it, and the way back to its data.
 
-Specs of data are kept as the user wrote them. A relative path is meant from the directory in which the run was started,
-so that directory is searched when the path does not exist in the present one.
+Specs of data are kept as the user wrote them. Relative paths refer to the directory in which the run was started, which
+is searched when a path does not exist in the current directory.
 """
 
 import os
@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ PACKAGES = ("crossflow-toolkit", "torch", "accelerate", "transformers", "diffuse
 
 
 def manifest(config: Config, data: Examples) -> dict[str, Any]:
-    """What a new run records of itself: task, command, directory, time, data, and the `environment`."""
+    """The manifest of a new run: task, command, directory, time, data, and the `environment`."""
     return {
         "task": config.task,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -49,20 +49,25 @@ def describe(data: Examples) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the packages that decide results, the machine, and the git revision of a checkout."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    """Versions of the packages that affect results, the machine, and the git revision of a checkout."""
     return {
-        "versions": versions,
+        "versions": versions(PACKAGES),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "git": _revision(),
     }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The version of each package, or "not installed"."""
+    installed = {}
+    for package in packages:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            installed[package] = "not installed"
+    return installed
 
 
 def _revision() -> str | None:
@@ -87,10 +92,10 @@ def open_data(
     limit: int | None = None,
     options: Mapping[str, str] | None = None,
 ) -> Examples:
-    """A split of the data at `spec`, or of those that the configuration names; see `Task.dataset`.
+    """A split of the data at `spec`, by default those of the configuration; see `Task.dataset`.
 
-    run: the run directory of the configuration, whose relative places start where the run was started. Raises UserError
-    that says how to name data that have moved.
+    run: the run directory of the configuration, for relative paths. Raises UserError if the data cannot be read; the
+    message says how to name data that have moved.
     """
     if spec is not None or run is None:
         return task.dataset(config, split, spec, limit=limit, options=options)
@@ -99,7 +104,7 @@ def open_data(
     try:
         return task.dataset(config, split, limit=limit, base=base, options=options)
     except UserError as error:
-        origin = f", where a relative path starts at {directory}" if directory else ""
+        origin = f", with relative paths from {directory}" if directory else ""
         raise UserError(
             f"{error} The configuration of the run in {run} names these data{origin}. If they have moved, "
             "give their place: `crossflow evaluate --data SPEC`, or, to resume a run, "
@@ -108,7 +113,7 @@ def open_data(
 
 
 def expect_same(folder: RunFolder, data: Examples) -> None:
-    """Raises UserError when the content of the training data differs from what the run began with; paths may differ."""
+    """Raises UserError if the training data have another content than at the start of the run; paths may differ."""
     before, after = folder.read_manifest().get("data", {}), describe(data)
     if before.get("fingerprint") == after["fingerprint"]:
         return

@@ -64,7 +64,7 @@ class Pipeline:
         pictures = pipe(["a red cube", "a blue sphere"], num=4, steps=20, guidance=2.0).images
         pipe.save("runs/copy")
 
-    `weights` says which weights it carries (ema | model), `folder` where they came from.
+    `weights` names the loaded weights (ema | model), `folder` their run directory.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Pipeline:
         self.folder = folder
         self.weights = weights
         self.weak: CrossFlow | None = None
-        """An under-trained version of the model, which then guides (autoguidance) instead of the indicator."""
+        """A weaker version of the model, which then guides (autoguidance) instead of the indicator."""
         self.guided_by: str | None = None
         """The run that `weak` came from."""
         self.device = find_device(device)
@@ -102,11 +102,11 @@ class Pipeline:
         return self.task.config.sample
 
     def sample_settings(self, **overrides: object) -> SampleConfig:
-        """The recipe's sampling settings with some of them replaced; UserError for unknown or invalid ones."""
+        """The recipe's sampling settings with some replaced. Raises UserError for unknown or invalid ones."""
         return build(SampleConfig, {**self.settings.model_dump(), **overrides})
 
     def to(self, device: str | torch.device) -> "Pipeline":
-        """Moves the model to a device (`cpu`, `cuda:1`, ...); returns self. UserError when it is unavailable."""
+        """Moves the model to a device (`cpu`, `cuda:1`, ...); returns self. Raises UserError if it is unavailable."""
         self.device = find_device(str(device))
         self.model.to(self.device)
         if self.weak is not None:
@@ -129,23 +129,25 @@ class Pipeline:
 
         Args:
             inputs: prompts; or pictures: paths, PIL images, arrays or tensors, see `inputs.read_picture`.
-            seed: an output follows from it, the input and the output's number alone, so that
+            seed: together with the input and the output's number it determines an output, so that
                 `pipe([a, b])[1]` equals `pipe(b)[0]`, and `pipe([a, a])` equals `pipe(a, num=2)`.
-            ids: of the noise, one for each output, instead of those of `inputs.item_ids`.
+            ids: keys of the noise, one for each output; by default those of `inputs.item_ids`.
             output_type: pil | np | pt, see `Outputs`.
             return_latents: keep the latents z1 in `Outputs.latents`.
             on_step: called with (done, total) after each solver step of a batch.
             settings: fields of `SampleConfig` (steps, solver, guidance, batch_size, ...) instead of the recipe's.
 
         Raises:
-            UserError: inputs that the task cannot read, invalid settings, NaNs.
+            UserError: inputs that the task cannot read, invalid settings, another number of ids than of outputs, NaNs.
         """
         check_output_type(output_type)
         chosen = self.sample_settings(**settings)
         values = read_inputs(inputs, self.task.input_kind)
         names = list(ids) if ids is not None else item_ids(values, num)
-        if num < 1 or len(names) != len(values) * num:
-            raise UserError(f"{len(names)} ids do not fit {len(values)} inputs with {num} outputs of each.")
+        if num < 1:
+            raise UserError(f"Expected num >= 1 outputs of each input, got {num}.")
+        if len(names) != len(values) * num:
+            raise UserError(f"Expected an id for each of {len(values) * num} outputs, got {len(names)}.")
         repeated = [value for value in values for _ in range(num)]
         raw: list[Any] = []
         latents: list[Tensor] = []
@@ -167,7 +169,7 @@ class Pipeline:
         options: Mapping[str, str] | None = None,
         seed: int | None = None,
     ) -> Examples:
-        """A split of the data at `spec`, or of the run's own; see `Task.dataset`. seed: instead of the run's."""
+        """A split of the data at `spec`, by default the run's own; see `Task.dataset`. seed: replaces the run's."""
         config = self.task.config
         config = config if seed is None else config.model_copy(update={"seed": seed})
         return open_data(type(self.task), config, split, spec, run=self.folder, limit=limit, options=options)
@@ -180,7 +182,7 @@ class Pipeline:
         settings: SampleConfig | None = None,
         on_step: Progress | None = None,
     ) -> list[Any]:
-        """Outputs, as the task makes them, of inputs that the task has read; `ids` key their noise."""
+        """The task's raw outputs for inputs it can take as they are (see `read_inputs`); `ids` key their noise."""
         return self._sample(inputs, ids, seed, settings or self.settings, on_step)[0]
 
     @torch.no_grad()
@@ -192,9 +194,7 @@ class Pipeline:
         settings: SampleConfig,
         on_step: Progress | None = None,
     ) -> tuple[list[Any], list[list[Tensor]]]:
-        """The outputs of inputs, and the latents z1 (*latent) of their pieces. Pieces of one shape share batches, also
-        across inputs.
-        """
+        """The raw outputs, and the latents z1 (*latent) of their pieces. Pieces of one shape share batches."""
         pieces = [self.task.pieces(value) for value in inputs]
         names = [part.names(id) for part, id in zip(pieces, ids, strict=True)]
         decoded: dict[tuple[int, int], Any] = {}
@@ -227,7 +227,10 @@ class Pipeline:
         return (*shape[:1], *grid.shape[-2:]) if grid is not None and len(shape) == 3 else shape
 
     def generate(self, source: Source, z0: Tensor, settings: SampleConfig, on_step: Progress | None = None) -> Tensor:
-        """z0 (B, *latent) -> z1 (B, *latent) on this pipeline's device. Raises UserError when it contains NaNs."""
+        """z0 (B, *latent) -> z1 (B, *latent) on this pipeline's device.
+
+        Raises UserError for NaNs, and for guidance of a model that was never trained without its source.
+        """
         if settings.guidance != 1 and self.weak is None and self.task.config.guidance.drop == 0:
             raise UserError(
                 f"guidance = {settings.guidance:g} needs a model that was also trained without its source; this run "
@@ -254,8 +257,9 @@ class Pipeline:
         return z1
 
     def guide_with(self, other: "Pipeline") -> "Pipeline":
-        """Guides by the model of another run on the same latents, smaller or trained less; returns self. UserError for
-        other latents.
+        """Turns on autoguidance by another run, smaller or trained less; returns self.
+
+        Raises UserError if the other run works on other latents.
         """
         if other.task.name != self.task.name or other.task.latent_shape != self.task.latent_shape:
             raise UserError(
@@ -278,9 +282,9 @@ class Pipeline:
 
 
 def find_device(name: str | None) -> torch.device:
-    """A device by its name; by default the one of this process under a launcher, else a GPU if there is one.
+    """A device by its name; by default that of this process under a launcher, else a GPU if there is one.
 
-    Raises UserError when it is unavailable.
+    Raises UserError if it is unavailable.
     """
     if name is None and launcher.world_size() > 1:
         return distributed.device()
@@ -293,7 +297,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def _batches(pieces: Sequence[Pieces], size: int) -> Iterator[list[tuple[int, int]]]:
-    """The places (input, piece) of pieces of one shape, at most `size` together, in the order of the inputs."""
+    """Places (input, piece) in batches of at most `size` pieces of one shape, in the order of the inputs."""
     groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for i, part in enumerate(pieces):
         for k, value in enumerate(part.values):

@@ -34,7 +34,7 @@ class Scores:
 
 
 def score(pipe: Pipeline, scoring: Scoring, cases: Sequence[Case], *, seed: int = 0, num_tiles: int = 16) -> Scores:
-    """Runs and scores the cases, in batches of the recipe's sampling; the noise follows from (seed, case id).
+    """Samples and scores the cases in batches of the recipe's size; the noise follows from (seed, case id).
 
     num_tiles: number of cases whose tiles are kept.
     """
@@ -58,8 +58,8 @@ def _outputs(pipe: Pipeline, cases: Sequence[Case], seed: int) -> list[Any]:
     return pipe.outputs([case.input for case in cases], [case.id for case in cases], seed)
 
 
-def seen_in_training(train: Examples, held_out: Examples) -> list[str]:
-    """A note when scored items are among those trained on, as when both are `folder:DIR@all`; otherwise nothing."""
+def overlap_with_training(train: Examples, held_out: Examples) -> list[str]:
+    """A note if scored items are also training items, as when both are `folder:DIR@all`; otherwise an empty list."""
     scored, trained = held_out.reader, train.reader
     same_split = scored.split == trained.split or "all" in (scored.split, trained.split)
     if scored.spec != trained.spec or not same_split:

@@ -1,6 +1,4 @@
-"""A run that starts from the weights of another: the released 512 px models continued from those at 256 px, and a
-converted released model can be trained further.
-"""
+"""Starts a run from the weights of another, as the released 512 px models continue those at 256 px."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +8,8 @@ from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
 from crossflow.core.files import read_tensors
-from crossflow.engine.folder import OBJECTIVE, WEIGHTS
+from crossflow.core.weights import WEIGHTS
+from crossflow.engine.folder import OBJECTIVE
 
 ADVICE = "Start from another run."
 
@@ -38,7 +37,7 @@ def start_from(source: str | Path, objective: nn.Module) -> Start:
     folder = Path(source).expanduser()
     weights = {f"model.{name}": value for name, value in _read_generator(folder).items()}
     if (folder / OBJECTIVE).is_file():
-        # Not averaged: there is one version of these.
+        # Of these there are no averages.
         weights |= read_tensors(folder / OBJECTIVE, ADVICE)
     state = objective.state_dict()
     matching = {name for name, value in state.items() if name in weights and weights[name].shape == value.shape}
@@ -59,5 +58,5 @@ def _read_generator(folder: Path) -> dict[str, Tensor]:
             return read_tensors(folder / name, ADVICE)
     raise UserError(
         f"train.start_from = {folder} is not a run with weights: it has neither {' nor '.join(WEIGHTS.values())}. Give "
-        "a run directory, of `crossflow train` or `crossflow convert`."
+        "the run directory of a `crossflow train` or `crossflow convert`."
     )

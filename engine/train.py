@@ -1,7 +1,6 @@
 """Training a run: builds task, model, objective and trainer, runs them, and leaves a complete run directory."""
 
 import functools
-import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -29,12 +28,10 @@ from crossflow.data.readers import resolve_spec
 from crossflow.engine.folder import RunFolder, Snapshot
 from crossflow.engine.provenance import changed, expect_same, manifest, open_data
 from crossflow.engine.sample import Pipeline
-from crossflow.engine.score import Scores, arrange, held_out_loss, score, seen_in_training, show
+from crossflow.engine.score import Scores, arrange, held_out_loss, overlap_with_training, score, show
 from crossflow.engine.start_from import start_from
 from crossflow.tasks.base import Example, Task, load_config, task_class
 from crossflow.tasks.scoring import Case, Scoring, Tile
-
-logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 16
 """Cases of a sample grid."""
@@ -114,9 +111,9 @@ def train(
 
 
 def finished(config: Config, folder: Path) -> Outcome | None:
-    """The outcome of a run that has all its steps and their scores; None when there is something left to do.
+    """The outcome of a run that has completed its steps and been scored; None for any other.
 
-    Raises UserError when the run has other settings than `config`.
+    Raises UserError if the run has other settings than `config`.
     """
     run = RunFolder(folder)
     step, content = run.last_step, run.read_scores()
@@ -141,7 +138,7 @@ def dry_run(config: Config, *, progress: TrainingProgress | None = None) -> DryR
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the settings alone say of a training: parameters by part, and bytes of memory on each device.
+    """The size of a training as far as its settings determine it: parameters by part, and bytes on each device.
 
     Learned parts of the losses, activations and frozen networks come on top.
     """
@@ -203,24 +200,24 @@ class Run:
         Args:
             resume: None for a new run; "auto" for the newest intact checkpoint of `folder`, if there is one; or the
                 folder of a checkpoint.
-            data_changed: a resumed run may continue with other training data than it began with.
-            progress: receives notes and numbers, on the main process.
+            data_changed: accept other training data than the run began with.
+            progress: receives notes and numbers on the main process.
 
         Raises:
-            UserError: invalid settings or data, a folder that already holds a run, or a run with other settings.
+            UserError: invalid settings or data, a folder that holds a run, or a resumed run with other settings.
         """
         distributed.device()  # joins the processes of a launcher
-        SOLVERS.get(config.sample.solver)  # a wrong name must not be found after hours of training
+        SOLVERS.get(config.sample.solver)  # an unknown name fails here rather than after hours of training
         run, progress = RunFolder(folder), progress if progress is not None and distributed.is_main() else Silent()
         resumes = resume is not None and bool(run.checkpoints)
         before = run.snapshot()
         try:
             kind = task_class(config.task)
-            # Relative data of a resumed run are searched where it was started.
+            # Relative paths of a resumed run refer to the directory where it was started.
             data = open_data(kind, config, "train", run=folder if resumes else None)
             preparation = _Preparation(config, run, kind, data, progress)
             # On the main process alone: a slower process would take the new files for an existing run.
-            distributed.on_main(lambda: preparation.again(data_changed) if resumes else preparation.first(resume))
+            distributed.on_main(lambda: preparation.resume(data_changed) if resumes else preparation.start(resume))
             # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
             task = kind.load(config, folder)
             task.accept(data)
@@ -268,7 +265,7 @@ class Run:
             return self._score(result)
 
     def _open_validation(self) -> None:
-        """Before the training, so that data which cannot be scored fail at once rather than after hours."""
+        """Opens the data before training, so that data without scores fail at once rather than after hours."""
         self.validation  # noqa: B018
         if distributed.is_main():
             self.cases  # noqa: B018
@@ -277,7 +274,7 @@ class Run:
         self.progress.note("Scoring the averaged weights on the validation split.")
         seed = self.config.seed
         scores = score(self._pipeline(), self.scoring, self.cases, seed=seed, num_tiles=NUM_SAMPLES)
-        scores.notes.extend(seen_in_training(self.data, self.validation))
+        scores.notes.extend(overlap_with_training(self.data, self.validation))
         self._write_sheet(scores.pages, "final.png")
         baseline = self.scoring.baseline(lambda: self.data, self.cases)
         content = {"step": result.step, "scores": scores.values, "intervals": scores.intervals, "baseline": baseline}
@@ -308,7 +305,7 @@ class Run:
         )
 
     def _validate(self, step: int) -> dict[str, float]:
-        """Flow loss on held-out items, with their own sources and with those of other items."""
+        """The flow loss on held-out items, with their own sources and with those of other items."""
         return held_out_loss(self.task, self.model, self.validation)
 
     def _sample(self, step: int) -> None:
@@ -333,8 +330,8 @@ class _Preparation:
     data: Examples
     progress: TrainingProgress
 
-    def first(self, resume: str | None) -> str:
-        """Prepares a new run. Raises UserError where a training has left something, unless it is to be resumed."""
+    def start(self, resume: str | None) -> None:
+        """Prepares a new run. Raises UserError if the folder holds a training, unless that is to be resumed."""
         if self.run.has_progress and resume is None:
             some = " with checkpoints" if self.run.checkpoints else ""
             raise UserError(
@@ -347,17 +344,15 @@ class _Preparation:
         task.parts.save(self.run.path)
         self.run.write_manifest(manifest(self.config, self.data))
         write_atomically(self.run.config, dump(self.config))  # last: it says that the folder holds a run
-        return ""
 
-    def again(self, data_changed: bool) -> str:
-        """Checks that this is the run that was interrupted, and keeps the settings that may change."""
+    def resume(self, data_changed: bool) -> None:
+        """Checks that settings and data are those of the interrupted run, and records changed places of data."""
         _check_same(self.config, self.run)
         if data_changed:
             self.run.write_manifest(changed(self.run, self.data))
         else:
             expect_same(self.run, self.data)
         write_atomically(self.run.config, dump(self._with_absolute_data(load_config(self.run.config))))
-        return ""
 
     def _check_patches(self, shape: tuple[int, ...]) -> None:
         patch = self.config.backbone.grain
@@ -369,8 +364,8 @@ class _Preparation:
             )
 
     def _with_absolute_data(self, before: Config) -> Config:
-        """The configuration with changed data specs made absolute, since relative ones in a run directory are meant
-        from the directory in which the run was started.
+        """The configuration with changed data specs made absolute, since relative paths of a run refer to the directory
+        in which it was started.
         """
         old, new = before.data.model_dump(), self.config.data.model_dump()
         moved = {
@@ -412,6 +407,3 @@ def _check_same(config: Config, run: RunFolder) -> None:
             f"The run in {run.path} was started with other settings: {', '.join(different)}. "
             "Resume with its own settings, or start a new run in another --output."
         )
-
-
-__all__ = ["DryRun", "Outcome", "Run", "dry_run", "finished", "train"]

@@ -19,6 +19,10 @@ NOT_NAMES = {
 }
 # Public functions whose keyword-only options do not count as parameters.
 ENTRY_POINTS: set[str] = {
+    "benchmarks/evaluation/evaluate.py:evaluate",
+    "benchmarks/evaluation/evaluate.py:open",
+    "engine/cache.py:builder",
+    "engine/sample.py:__call__",
     "engine/latents.py:arithmetic",
     "engine/latents.py:interpolate",
     "engine/latents.py:invert",
@@ -33,7 +37,7 @@ ANY: dict[str, str] = {
     "commands/checkpoint.py:run": "click passes options by keyword",
 }
 # Rooms with rules left to keep. An entry goes when its room is clean.
-UNFINISHED = {"benchmarks", "core", "data", "engine", "networks", "released"}
+UNFINISHED = {"core", "data", "networks", "released"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -136,19 +140,19 @@ def test_public_names_are_documented(room: str) -> None:
         ("def f(*, told): ...", "told"),
     ],
 )
-def test_a_broken_convention_is_noticed(source: str, complaint: str) -> None:
+def test_broken_conventions_are_reported(source: str, complaint: str) -> None:
     (broken,) = broken_conventions("core/a.py", ast.parse(source))
     assert complaint in broken
 
 
-def test_what_is_documented() -> None:
+def test_public_definitions_are_listed() -> None:
     tree = ast.parse(
         "class A:\n    def f(self): ...\n    def _g(self): ...\nclass _B:\n    def h(self): ...\ndef k(): ..."
     )
     assert {node.name for node in public_definitions(tree)} == {"A", "f", "k"}
 
 
-def test_no_place_of_the_workshop_is_named() -> None:
+def test_code_and_docs_name_no_local_paths_or_issues() -> None:
     """Issues, absolute paths of one machine and package registries do not belong into code or docs."""
     forbidden = re.compile(r"/work/|\.\./shared|issue \d|pypi\.org|files\.pythonhosted", re.IGNORECASE)
     files = [*package_files(), *(path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))]

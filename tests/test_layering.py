@@ -220,7 +220,7 @@ def test_no_files_import_each_other():
     assert circles(import_graph(sources)) == []
 
 
-def test_circles_are_found_through_local_and_dynamic_imports():
+def test_circles_include_local_and_dynamic_imports():
     sources = {
         "core/a.py": "def f():\n    from crossflow.core import b",
         "core/b.py": "from importlib import import_module\nimport_module('crossflow.core.c')",
@@ -267,7 +267,7 @@ def test_circles_are_found_through_local_and_dynamic_imports():
         ("core/a.py", "class Loader(yaml.Loader):\n    pass\nyaml.load(text, Loader)", "yaml.load"),
     ],
 )
-def test_a_broken_rule_is_seen(path: str, source: str, complaint: str):
+def test_broken_rules_are_reported(path: str, source: str, complaint: str):
     (broken,) = broken_rules(Path(path), source, {"core", "tasks", "benchmarks", "cli"})
     assert complaint in broken
 
@@ -287,17 +287,17 @@ def test_a_broken_rule_is_seen(path: str, source: str, complaint: str):
         ("cli.py", "print('done')\nfrom crossflow.benchmarks import speed"),
     ],
 )
-def test_what_is_allowed_passes(path: str, source: str):
+def test_allowed_code_passes(path: str, source: str):
     assert broken_rules(Path(path), source, {"core", "tasks", "benchmarks", "cli"}) == []
 
 
-def test_every_part_is_looked_at():
+def test_every_folder_is_checked():
     assert {p.parts[0] for p in package_files() if len(p.parts) > 1} == {
         p.parent.name for p in ROOT.glob("*/__init__.py")
     }
 
 
-def test_tests_are_no_package():
+def test_tests_are_not_a_package():
     assert not list((ROOT / "tests").rglob("__init__.py"))
     assert not (ROOT / "conftest.py").exists()
 
@@ -305,7 +305,7 @@ def test_tests_are_no_package():
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["train", "--help"], ["sample", "--help"]], ids=" ".join
 )
-def test_asking_for_help_imports_no_slow_library(arguments: list[str]):
+def test_help_imports_no_slow_library(arguments: list[str]):
     script = (
         f"import sys, crossflow\nfrom crossflow.cli import main\nassert main({arguments!r}) == 0\n"
         "assert not {'torch', 'numpy', 'transformers', 'evaluate'} & set(sys.modules), 'slow libraries were imported'"

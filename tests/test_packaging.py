@@ -142,7 +142,7 @@ def test_the_source_archive_builds_the_same_wheel(tree: Path, wheel: Path, tmp_p
     assert names_in(built_wheel(unpacked, tmp_path / "wheel")) == names_in(wheel)
 
 
-def test_the_metadata_says_what_pyproject_and_requirements_say(metadata: Message):
+def test_the_metadata_agrees_with_pyproject_and_requirements(metadata: Message):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")

@@ -79,7 +79,7 @@ def test_parameters_are_those_of_the_papers(name):
 
 
 @pytest.mark.parametrize("name", IMAGE_HEADS)
-def test_image_heads_are_apart_from_the_generator(name):
+def test_image_heads_are_not_part_of_the_generator(name):
     task, model = built(name)
     with torch.device("meta"):
         objective = task.build_objective(model)

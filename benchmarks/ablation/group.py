@@ -41,7 +41,7 @@ class Variant(Part):
     """Label of its training; variants with the same label share one. None: the variant's name."""
     by_task: dict[str, Part] = Field({})
     first: Stage | None = None
-    """A training before its own, from whose weights it starts."""
+    """An earlier training, from whose weights its own training starts."""
     weak: Stage | None = None
     """A shorter training, whose model guides its sampling."""
     against: str | None = None
@@ -77,7 +77,7 @@ class Group(Part):
 
     @property
     def default_task(self) -> str:
-        """The task that it is run on when none is named."""
+        """The task that the group is run on when none is named."""
         return self.task or (self.tasks or task_names())[0]
 
     def common(self, task: str) -> list[Part]:
@@ -90,7 +90,7 @@ class Group(Part):
         return [*self.common(task), own, own.by_task.get(task, Part())]
 
     def comparisons(self) -> list[tuple[str, str]]:
-        """(variant, the one it is compared with) for every variant but the reference."""
+        """(variant, variant to compare it with) for every variant but the reference."""
         pairs = [(name, variant.against or self.reference) for name, variant in self.variants.items()]
         return [(name, other) for name, other in pairs if name != other]
 

@@ -19,7 +19,7 @@ from crossflow.tasks.base import load_config
 
 @dataclass(frozen=True)
 class Budget:
-    """What a group is run with."""
+    """What all runs of an ablation share, and which of its variants and seeds are run."""
 
     task: str
     recipe: str

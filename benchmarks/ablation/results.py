@@ -16,7 +16,7 @@ from crossflow.benchmarks.report.paper import Table, paper
 from crossflow.tasks.base import task_class
 
 LOWER_IS_BETTER = ("rmse", "abs_rel", "sq_rel", "silog", "log10", "fid", "kid", "flow", "lpips")
-"""Beginnings of the names of scores of which paper.yaml knows nothing."""
+"""Prefixes of the names of scores that paper.yaml does not list."""
 Verdict = Literal["better", "worse", "not distinguishable", "one seed"]
 REPRODUCED: dict[Verdict, str] = {
     "better": "reproduced",
@@ -29,7 +29,7 @@ REPRODUCED: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class Result:
-    """A variant as far as it has been run."""
+    """The results of a variant so far."""
 
     name: str
     runs: Mapping[int, Measured] = field(default_factory=dict)

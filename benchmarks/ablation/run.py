@@ -1,4 +1,4 @@
-"""Runs the jobs of an ablation one after another, each in a process of its own.
+"""Runs the jobs of an ablation one after another, each in its own process.
 
 A job that crashes, runs out of memory or is killed does not stop the others. Its log and the reason are kept, and the
 ablation continues where it was when it is started again.
@@ -28,7 +28,7 @@ PLAN, FAILURES, LOCK = "ablation.json", "failures.json", ".lock"
 EXTENDABLE = ("seeds", "only")
 """Entries of a folder's plan that may differ when the ablation is started again."""
 Say = Callable[[str], None]
-"""Takes one line for the person at the terminal."""
+"""Prints one line for the user."""
 Execute = Callable[[Job, Path, Say], int]
 """(job, log file, say) -> exit status; the command's output goes to the log."""
 HEARTBEAT = 30.0
@@ -43,8 +43,8 @@ def plan_with_minutes(
 ) -> Plan:
     """The plan of a group whose runs take `minutes` each; None: the steps of the budget.
 
-    Steps are measured once: a folder with an ablation keeps its number. Without `measure` a plan of unknown steps has
-    those of the recipe, and a message says so.
+    The number of steps is measured once and kept in the folder. Without `measure` an unmeasured plan has the steps of
+    the recipe, and a message says so.
     """
     plan = Plan(group, budget, folder)
     if minutes is None:
@@ -53,7 +53,7 @@ def plan_with_minutes(
     if steps is not None:
         say(f"{steps} steps for every run, as in the ablation that this folder contains.")
     elif not measure:
-        say(f"--minutes is measured when the runs start; until then the commands have the recipe's {plan.steps} steps.")
+        say(f"--minutes is measured when the runs start; the commands below have the recipe's {plan.steps} steps.")
         return plan
     else:
         say("Measuring the time per step of each variant.")
@@ -65,12 +65,12 @@ def plan_with_minutes(
 def steps_for(plan: Plan, minutes: float) -> int:
     """Steps that the slowest training of a plan takes in `minutes` on this machine, measured by dry runs."""
     slowest = 0.0
-    seen: set[str] = set()
+    timed: set[str] = set()
     for job in plan.jobs:
         label = job.name.rpartition("-seed")[0]
-        if job.kind != "train" or label in seen or job.after:  # starting from weights does not change the speed
+        if job.kind != "train" or label in timed or job.after:  # starting from weights does not change the speed
             continue
-        seen.add(label)
+        timed.add(label)
         data = [f"data.train={plan.budget.data}"] if plan.budget.data is not None else []
         overrides = [*data, *job.overrides, *task_class(plan.budget.task).quick]
         try:
@@ -96,7 +96,7 @@ def run(plan: Plan, say: Say, execute: Execute | None = None, after_each: Callab
     it is still running.
     """
     if launcher.world_size() > 1:
-        raise UserError("An ablation starts its own runs, one after another: call it without a launcher.")
+        raise UserError("An ablation starts its own runs, one after another: start it without a launcher.")
     with _locked(plan) as lock:
         execute = execute or Processes(lock)
         failures: dict[str, str] = {}
@@ -118,7 +118,7 @@ def run(plan: Plan, say: Say, execute: Execute | None = None, after_each: Callab
 
 
 def _run_job(plan: Plan, job: Job, failures: dict[str, str], execute: Execute, say: Say) -> str | None:
-    """Why the job failed, or None."""
+    """Runs a job; returns why it failed, or None."""
     missing = [name for name in job.after if name in failures]
     if missing:
         return f"needs a job that failed: {missing[0]}"
@@ -182,7 +182,7 @@ def _locked(plan: Plan) -> Iterator[int]:
         except OSError as error:
             raise UserError(
                 f"A job of this ablation is still running in {plan.folder} (perhaps a run whose parent was killed). "
-                "Wait until it ends, or end it; then start again."
+                "Wait for it or end it, then start again."
             ) from error
         yield file.fileno()
 

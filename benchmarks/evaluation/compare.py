@@ -17,14 +17,14 @@ from crossflow.core.errors import UserError
 from crossflow.core.settings import flat
 
 EQUAL = 1e-9
-"""Relative difference up to which repeated numbers are the same; one machine repeats them, but JSON rounds."""
+"""Relative difference up to which repeated numbers count as equal."""
 MEAN = 1e-6
 """Relative difference up to which a score is the mean of its rows."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """An evaluation on disk: its scores and the manifest that says how they came about."""
+    """An evaluation on disk: its scores, and the manifest of how they were measured."""
 
     path: Path
     """The metrics.json."""
@@ -76,10 +76,10 @@ def options_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expect_repeated(before: Recorded, scores: Mapping[str, float], manifest: Mapping[str, Any]) -> str:
-    """One sentence if the repeated scores equal those of `before`. Raises UserError that lists what differs."""
+    """A sentence if the repeated scores equal those of `before`. Raises UserError with the differences otherwise."""
     changed = [name for name in before.scores if not _close(before.scores[name], scores.get(name))]
     if not changed:
-        return f"The same {len(before.scores)} numbers as in {before.path}."
+        return f"The numbers are the same as in {before.path} ({len(before.scores)} compared)."
     numbers = ", ".join(f"{name} {before.scores[name]:.6g} -> {_number(scores.get(name))}" for name in changed[:6])
     causes = [line for lines in differences(before.manifest, manifest).values() for line in lines]
     why = f"The manifests differ in: {'; '.join(causes[:8])}." if causes else "The manifests do not differ."
@@ -162,7 +162,7 @@ Groups = Mapping[str, Mapping[str, float]]
 
 
 def _groups(rows: Iterable[Mapping[str, Any]], name: str, score: float) -> Groups:
-    """The values behind a score; empty for a number that is no mean over items, such as BLEU of a corpus."""
+    """The values behind a score; empty for a number that is not a mean over items, such as the BLEU of a corpus."""
     column: dict[str, float] = {}
     kinds: dict[str, dict[str, float]] = {}
     for row in rows:

@@ -25,10 +25,12 @@ def distances(
     is_inception: bool,
     seed: int = 0,
 ) -> tuple[dict[str, float], list[str]]:
-    """The distances called `numbers` ("fid", "kid", "is") of generated pictures, and notes about them.
+    """The requested distances of generated pictures by name, and notes about them.
 
-    batches: {"features" (N, D), "logits" (N, K) if the network classifies}. Raises UserError for too few pictures, for
-    features of another network, and for "kid" without features of real pictures.
+    numbers: of "fid", "kid" and "is"; batches: {"features" (N, D), "logits" (N, K) if the network classifies}.
+
+    Raises UserError for too few pictures, for features of another network, and for "kid" without features of real
+    pictures.
     """
     accumulator, logits = Accumulator(seed), []
     for batch in batches:
@@ -59,7 +61,7 @@ def distances(
     if "fid" in numbers and fewest <= real.width:
         notes.append(
             f"{fewest} pictures are fewer than the {real.width} features: the Frechet distance is far too high and "
-            "compares only with one of as many pictures"
+            "comparable only with that of equally many pictures"
         )
     return values, notes
 

@@ -30,16 +30,16 @@ from crossflow.core.output import claim, output_files, record
 from crossflow.core.progress import Progress
 from crossflow.data.dataset import Examples
 from crossflow.engine.sample import Pipeline
-from crossflow.engine.score import Scores, batches, seen_in_training
+from crossflow.engine.score import Scores, batches, overlap_with_training
 from crossflow.tasks.scoring import Case
 
 NUM_TILES = 24
 """Items shown on the page."""
 DEFAULT_NUM = 1000
-"""Items scored without a protocol."""
+"""Maximum number of items scored without a protocol."""
 ALL = 10**9
 MEMORY = 2**28
-"""Bytes of decoded items kept for a second look."""
+"""Bytes of decoded items kept in the cache of the data set."""
 UNFINISHED = ".unfinished"
 """Subfolder of the results with the finished batches of an interrupted evaluation."""
 Trivial = Callable[[Case], Any]
@@ -106,7 +106,7 @@ def evaluate(
 
 @dataclass
 class Evaluation:
-    """What is scored (plan), by what rules (protocol), how it is sampled, and which networks measure.
+    """An evaluation: its cases and scoring (plan), rules (protocol), sampling settings, and measuring networks.
 
     Usage::
 
@@ -150,9 +150,9 @@ class Evaluation:
         return cls(pipe, work, protocol, pipe.sample_settings(**(settings or {})), networks, seed, num, moved)
 
     def run(self, folder: Path, real: Statistics | None = None, progress: Progress | None = None) -> Report | None:
-        """Scores what is not finished and writes the files; None on all processes but the first.
+        """Scores the unfinished cases and writes the files; None on all processes but the first.
 
-        real: statistics of the real pictures, for a protocol with a distance (`real_pictures`).
+        real: statistics of the real pictures, for a protocol with a distance (see `real_pictures`).
         """
         before = output_files(folder)
         trivial, notes = self._trivial()
@@ -185,7 +185,7 @@ class Evaluation:
         return {**about, "sample": {**about["sample"], "batch_size": None}}
 
     def default_folder(self) -> Path:
-        """RUN/evaluation/NAME; the name has all settings that differ from the run's own."""
+        """RUN/evaluation/NAME; the name contains all settings that differ from the run's own."""
         cases, pipe, sampling = self.plan.cases, self.pipe, self.sampling
         place = cases.spec.partition("?")[0].rstrip("/").rpartition("/")[2].replace(":", "-")
         place = place if self.protocol is None else f"{self.protocol.name}-{place}"
@@ -246,7 +246,7 @@ class Evaluation:
     def _score(
         self, folder: Path, trivial: Trivial | None, with_features: bool, progress: Progress | None
     ) -> Ledger | None:
-        """Scores what is not finished; the first process gets the ledger, the others None."""
+        """Scores the unfinished cases; the first process gets the ledger, the others None."""
         ledger = Ledger(folder, self._unchanging()) if distributed.is_main() else None
         finished: set[int] = distributed.on_main(lambda: ledger.finished() if ledger is not None else set())
         total, done = len(self.plan.cases), len(finished)
@@ -286,13 +286,13 @@ class Evaluation:
         return part
 
     def _trivial(self) -> tuple[Trivial | None, list[str]]:
-        """The trivial output of a case, and notes: on items that the run was trained on, or why there is none."""
+        """The function for trivial outputs, and notes: on scored training items, or on why there is no baseline."""
         notes: list[str] = []
 
         def open_train() -> Examples:
             train = self.pipe.dataset("train")
             if self.plan.cases.examples is not None:
-                notes.extend(seen_in_training(train, self.plan.cases.examples))
+                notes.extend(overlap_with_training(train, self.plan.cases.examples))
             return train
 
         try:
@@ -301,7 +301,7 @@ class Evaluation:
             return None, [f"no trivial baseline, which is made from the training data: {error}"]
 
     def _features(self, outputs: Sequence[Any]) -> dict[str, Any]:
-        """Features of generated pictures, which are resized as the real ones are."""
+        """Features of generated pictures, resized like the real ones."""
         assert self.protocol is not None
         assert self.protocol.distribution is not None
         pictures = [prepare(self.protocol.distribution, output) for output in outputs]

@@ -1,10 +1,9 @@
-"""What the numbers of an evaluation depend on, and when and where they were measured."""
+"""The manifest of an evaluation: everything its numbers depend on, and when and where they were measured."""
 
 import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core import distributed
 from crossflow.core.config import SampleConfig
 from crossflow.core.sampling import count_evaluations
-from crossflow.engine.folder import WEIGHTS
-from crossflow.engine.provenance import environment
+from crossflow.core.weights import WEIGHTS
+from crossflow.engine.provenance import environment, versions
 from crossflow.engine.sample import Pipeline
 from crossflow.networks.frozen import weights_checksum
 
@@ -32,7 +31,11 @@ PACKAGES = (
     "kornia",
 )
 SAMPLING_COST = {"solver", "steps", "guidance", "guidance_interval", "zero_init", "time_grid"}
-"""Settings of the sampling on which the number of network evaluations depends."""
+"""Sampling settings that determine the number of network evaluations."""
+SUFFIXES = {".safetensors", ".yaml", ".json", ".txt", ".model"}
+FOLDERS = {"checkpoints", "samples", "evaluation"}
+UNUSED = {"manifest.json", "metrics.jsonl", "scores.json", "objective.safetensors"}
+"""Folders and files of a run that sampling does not read, unless the task's parts name them."""
 
 
 def identity(
@@ -66,7 +69,7 @@ def arithmetic(model: nn.Module) -> dict[str, Any]:
 
 
 def checksums(pipe: Pipeline) -> dict[str, str]:
-    """SHA-256 of the run's files that sampling reads; of a model that was never saved, that of its weights."""
+    """SHA-256 of the run's files that sampling reads; for a model that was never saved, of its weights."""
     if pipe.folder is None:
         return {"model": weights_checksum(pipe.model)}
     weights = set(WEIGHTS.values()) - {WEIGHTS[pipe.weights]}
@@ -83,12 +86,6 @@ def checksums(pipe: Pipeline) -> dict[str, str]:
     return digests
 
 
-SUFFIXES = {".safetensors", ".yaml", ".json", ".txt", ".model"}
-FOLDERS = {"checkpoints", "samples", "evaluation"}
-UNUSED = {"manifest.json", "metrics.jsonl", "scores.json", "objective.safetensors"}
-"""Files and folders of a run that sampling does not read, unless the task's parts name them."""
-
-
 def items(ids: Sequence[str], bad: Mapping[str, str]) -> dict[str, Any]:
     """What was scored: ids in order, and the reasons why other items were not."""
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
@@ -96,9 +93,9 @@ def items(ids: Sequence[str], bad: Mapping[str, str]) -> dict[str, Any]:
 
 
 def circumstances(started: float, device: torch.device) -> dict[str, Any]:
-    """When, how long and where an evaluation ran that started at `started` (seconds since 1970) and ends now."""
+    """Time, duration and machine of an evaluation that started at `started` (seconds since 1970) and ends now."""
     here = environment()
-    versions = {**here.pop("versions"), **{name: _version(name) for name in PACKAGES}}
+    packages = {**here.pop("versions"), **versions(PACKAGES)}
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 2),
@@ -107,15 +104,8 @@ def circumstances(started: float, device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "processor": _processor(),
         **here,
-        "versions": versions,
+        "versions": packages,
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _processor() -> str:

@@ -20,7 +20,7 @@ class MeasuringNetworks(Mapping[str, Any]):
     """Networks by role, such as features, lpips or a role that a task's scoring defines.
 
     sources: role -> id, folder or file, as a protocol names them; openers: those of the task. A network is opened at
-    the first look-up; `checksums` lists the ones that were.
+    the first look-up; `checksums` lists those opened so far.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What an evaluation scores, and how: the cases and the scoring of a task, by a protocol or by the task's own rules."""
+"""The plan of an evaluation: a task's cases and scoring, by a protocol or by the task's own rules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,17 +32,15 @@ def plan(
 ) -> Plan:
     """The cases of at most `num` items of a split of the data at `spec`, and their scoring.
 
-    spec: None: the data of the protocol, or else the run's own. networks: those of the protocol, by role. Raises
-    UserError when data or run do not fit the protocol.
+    spec: None for the data of the protocol, or else the run's own; networks: those of the protocol, by role. Raises
+    UserError if data or run do not fit the protocol.
     """
     open_data = partial(pipe.dataset, seed=SEED)
     if protocol is None:
         scoring = pipe.task.scoring(seed=SEED)
         return Plan(scoring.open_cases(open_data, spec, split, num), scoring)
     if protocol.task != pipe.task.name:
-        raise UserError(
-            f"The protocol {protocol.name} is one for {protocol.task} runs; this is a {pipe.task.name} run."
-        )
+        raise UserError(f"The protocol {protocol.name} is for {protocol.task} runs; this is a {pipe.task.name} run.")
     spec = spec or protocol.data
     if spec is None:
         raise UserError(

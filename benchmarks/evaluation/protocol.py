@@ -1,7 +1,7 @@
 """Named protocols: everything but the model that a number depends on, one file of configs/protocols each.
 
 A protocol fixes the split, how many items it has, what is done to pictures before and after, and how the number is
-computed. Solver, steps and guidance belong to the model and stand in the manifest beside it. The section of a protocol
+computed. Solver, steps and guidance belong to the model and are recorded in the manifest. The section of a protocol
 that only its task understands (crops, alignment, ...) holds the rules of that task's scoring.
 """
 
@@ -61,18 +61,18 @@ class Protocol(Section):
     notes: tuple[str, ...] = ()
     """Where the rules come from, and what others do differently."""
     data: str | None = None
-    """Data that are embedded; none: --data must say where they lie."""
+    """Embedded data; None: --data is required."""
     layout: str = ""
-    """What --data looks like."""
+    """Form of --data, for messages and lists."""
     split: Literal["train", "val", "test", "all"] = "test"
     num_items: int | None = None
     """Items of the complete protocol; a score on fewer or more is marked as partial."""
     choose: int | None = None
-    """Number of the split's items that are taken, by a hash of their ids; none: all."""
+    """Number of items chosen from the split by a hash of their ids; None: all."""
     reader: dict[str, str] = Field(default_factory=dict)
-    """Settings of the data format (behind the ? of --data), where it has them and --data does not say otherwise."""
+    """Options of the data format (after the ? of --data), where it has them and --data does not set them."""
     headline: tuple[str, ...] = ()
-    """The numbers that tables show."""
+    """Names of the scores that tables show first."""
     networks: dict[str, str] = Field(default_factory=dict)
     """Networks that measure, by role (features, clip, detector, lpips): an id, a folder or a file."""
     distribution: DistributionRules | None = None
@@ -84,7 +84,7 @@ class Protocol(Section):
         return rules
 
     def using(self, networks: Mapping[str, str]) -> "Protocol":
-        """With other networks in some roles. Raises UserError for a role the protocol does not have."""
+        """A copy with other networks in some roles. Raises UserError for a role the protocol does not have."""
         for role in networks:
             if role not in self.networks:
                 raise unknown_name(f"network of the protocol {self.name}", role, self.networks)
@@ -114,12 +114,12 @@ def protocol_of(content: Mapping[str, Any]) -> Protocol:
 
 
 def roles(words: Sequence[str]) -> dict[str, str]:
-    """`["clip=FOLDER"]` -> {"clip": "FOLDER"}. Raises UserError for other words."""
+    """`["clip=FOLDER"]` -> {"clip": "FOLDER"}. Raises UserError for any other form."""
     sources = {}
     for word in words:
         role, equals, source = word.partition("=")
         if not (role and equals and source):
-            raise UserError(f"{word!r} names no network: write ROLE=SOURCE, such as clip=FOLDER.")
+            raise UserError(f"Expected a network as ROLE=SOURCE, such as clip=FOLDER, got {word!r}.")
         sources[role] = source
     return sources
 

@@ -28,7 +28,7 @@ STRIDE = 64
 
 
 def prepare(rules: DistributionRules, picture: np.ndarray) -> np.ndarray | None:
-    """A picture uint8 (H, W, 3) as its features are computed; None if the rules leave out one as small as this."""
+    """A picture uint8 (H, W, 3) as the feature network takes it; None if the rules leave it out as too small."""
     if rules.size is None:
         return picture
     if rules.smaller == "left out" and min(picture.shape[:2]) < rules.size:
@@ -39,14 +39,14 @@ def prepare(rules: DistributionRules, picture: np.ndarray) -> np.ndarray | None:
 def reference(
     protocol: Protocol, examples: Examples, network: FeatureNetwork, progress: Progress | None = None
 ) -> Statistics:
-    """Statistics of the real pictures of `examples`, from the user's cache if they are in it.
+    """Statistics of the real pictures of `examples`, from the user's cache if possible.
 
     Several processes share the work: each must call this, and each gets the result. Raises UserError for fewer than
     two usable pictures.
     """
     rules = protocol.distribution
     assert rules is not None
-    about = described(rules, examples, network)
+    about = description(rules, examples, network)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / f"{protocol.name}-{key[:24]}.safetensors"
     if distributed.on_main(path.is_file):
@@ -87,7 +87,7 @@ def _unchanged(item: Item, generator: np.random.Generator) -> Item:
     return item
 
 
-def described(rules: DistributionRules, examples: Examples, network: FeatureNetwork) -> dict[str, Any]:
+def description(rules: DistributionRules, examples: Examples, network: FeatureNetwork) -> dict[str, Any]:
     """Everything that the statistics of real pictures depend on."""
     return {
         "data": examples.reader.fingerprint(),

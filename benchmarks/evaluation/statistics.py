@@ -27,8 +27,8 @@ INCEPTION_WIDTH = 2048
 class Statistics:
     """Mean (D,) and covariance (D, D) of the features of pictures, and a random sample (S, D) of the features.
 
-    count: number of pictures, None if a published file does not say; sample: empty if unknown; about: everything that
-    the statistics depend on.
+    count: number of pictures, None if a published file does not record it; sample: empty if unknown; about: everything
+    that the statistics depend on.
     """
 
     mean: np.ndarray
@@ -86,7 +86,7 @@ class Accumulator:
         self._draws: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
-        """Takes the features (N, D) of further pictures."""
+        """Adds the features (N, D) of further pictures."""
         wide = features.astype(np.float64)
         if self.count == 0:
             self._total, self._products = np.zeros(wide.shape[1]), np.zeros((wide.shape[1],) * 2)

@@ -1,4 +1,4 @@
-"""Which tables of the papers an evaluation belongs beside, and what makes its numbers incomparable with theirs."""
+"""The papers' tables that an evaluation belongs to, and what makes its numbers incomparable with theirs."""
 
 from crossflow.benchmarks.report.measured import Measured
 from crossflow.benchmarks.report.paper import Metric, Paper, Protocol, Table
@@ -10,7 +10,7 @@ SIZE_TOLERANCE = 0.1
 
 
 def is_ablation(table: str) -> bool:
-    """Whether the table called so belongs to `crossflow ablate`."""
+    """Whether the table of this name belongs to `crossflow ablate`."""
     return table.startswith(ABLATIONS)
 
 

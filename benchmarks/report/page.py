@@ -61,7 +61,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; `highlighted` holds the indices of the rows that are set off."""
+    """A table; `highlighted` holds the indices of highlighted rows."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]

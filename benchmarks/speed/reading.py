@@ -154,8 +154,8 @@ def _compared(epochs: Sequence[Seconds], number: int) -> dict[str, float]:
 
 
 def _measure(released: Path, cache: Path, rounds: int, cold: bool) -> list[Seconds]:
-    """One entry per epoch. Both read the same shuffled batches in turn, as a loading process would that does nothing
-    else; the first warm epoch is left out.
+    """One entry per epoch. Both read the same shuffled batches in turn, like a process that only loads data; the first
+    warm epoch is left out.
     """
     files, epochs = sorted(released.glob("*.npy")), []
     examples = cached_examples(cache)

@@ -73,7 +73,7 @@ def read_released(files: Sequence[Path]) -> Batch:
 
 
 def _unpickled(file: Path) -> dict[str, Any]:
-    """As numpy does it. Unpickling is what is measured here, on files that `write_released` has just written."""
+    """Unpickles a file as numpy does. This is what is measured, on files that `write_released` has just written."""
     with file.open("rb") as stream:
         np.lib.format.read_magic(stream)
         np.lib.format.read_array_header_1_0(stream)

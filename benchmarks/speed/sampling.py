@@ -48,8 +48,8 @@ def sampling_speed(
     """
     rows = []
     for name in recipes:
-        for compile_blocks_first in compiled:
-            rows.append(_row(name, overrides, batch_size, compile_blocks_first))
+        for is_compiled in compiled:
+            rows.append(_row(name, overrides, batch_size, is_compiled))
             on_row()
     return rows
 
@@ -97,7 +97,7 @@ def _stages(config: Config, device: torch.device, count: int, steps: int, compil
     if text is None or codec is None or text.feature_width is None:
         raise UserError(
             "Sampling is timed for text-to-image recipes with a frozen text encoder (text.feature_width), such as "
-            f"{', '.join(RECIPES)}; {config.task} has none here."
+            f"{', '.join(RECIPES)}; this recipe is for {config.task}."
         )
     torch.manual_seed(0)
     task = task_class(config.task).outline(config)

@@ -34,6 +34,6 @@ def test_descriptions_end_with_their_sentence(capsys, what: str) -> None:
         assert description.count("(") == description.count(")"), f"{name}: {description}"
 
 
-def test_the_first_sentence_may_go_over_lines() -> None:
+def test_the_first_sentence_may_span_lines() -> None:
     text = "Depth of\n  v1.5 data, e.g. NYU. More.\n\nLast."
     assert list_command.first_sentence(text) == "Depth of v1.5 data, e.g. NYU."

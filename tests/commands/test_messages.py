@@ -112,7 +112,7 @@ def test_debug_shows_the_traceback_behind_a_message(capsys, argv: list[str]) -> 
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert "Traceback (most recent call last)" in error
-    assert error.splitlines()[-1].startswith("error: Nothing says what to train.")
+    assert error.splitlines()[-1].startswith("error: Neither a task nor a recipe is given.")
 
 
 def test_debug_can_be_set_by_the_environment(capsys, monkeypatch) -> None:
@@ -121,7 +121,7 @@ def test_debug_can_be_set_by_the_environment(capsys, monkeypatch) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_numbers_of_files_are_grammatical(tiny_run, tmp_path: Path, capsys) -> None:
+def test_file_counts_are_grammatical(tiny_run, tmp_path: Path, capsys) -> None:
     argv = ["sample", "--checkpoint", str(tiny_run("t2i")), "--prompt", "a cube", "--output", str(tmp_path / "out")]
     assert main(argv) == 0
     assert "Wrote 1 file to" in capsys.readouterr().out

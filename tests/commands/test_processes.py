@@ -61,7 +61,7 @@ def test_distances_by_two_processes_are_those_of_one(tiny_run, tmp_path: Path) -
     assert one == pytest.approx(two, rel=1e-4, abs=1e-4)
 
 
-def test_samples_are_shared_and_other_commands_left_to_one_process(tiny_run, tmp_path: Path) -> None:
+def test_sampling_is_shared_and_other_commands_run_in_one_process(tiny_run, tmp_path: Path) -> None:
     run = str(tiny_run("t2i"))
     prompts = [word for number in range(3) for word in ("--prompt", f"{number} cubes")]
     argv = ["sample", "--checkpoint", run, *prompts, "--num", "2"]

@@ -54,7 +54,7 @@ def test_an_occupied_output_is_refused_before_the_model_is_loaded(tmp_path: Path
     assert "not empty" in refused("benchmark", "quality", "--runs", str(tmp_path), "--output", str(tmp_path))
 
 
-def test_a_shorter_evaluation_leaves_a_longer_one_alone(tiny_run, tmp_path: Path) -> None:
+def test_a_shorter_evaluation_keeps_a_longer_one(tiny_run, tmp_path: Path) -> None:
     import shutil
 
     run = tmp_path / "run"
@@ -69,7 +69,7 @@ def test_a_shorter_evaluation_leaves_a_longer_one_alone(tiny_run, tmp_path: Path
     assert numbers == {name: 4, f"{name}-2": 2, f"{name}-3": 2}
 
 
-def test_a_second_look_at_data_leaves_the_first(tmp_path: Path, monkeypatch) -> None:
+def test_a_second_data_check_keeps_the_first(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["data", "check", "scenes", "--split", "val", "--num", "3"]) == 0
     assert main(["data", "check", "scenes", "--split", "test", "--num", "3"]) == 0

@@ -14,7 +14,7 @@ LINE = {
 }  # fmt: skip
 
 
-def test_a_plain_line_per_report_where_there_is_no_terminal() -> None:
+def test_without_a_terminal_each_report_is_a_plain_line() -> None:
     stream = io.StringIO()
     progress = RichProgress(Console(file=stream, width=60))
     progress.begin(0, 100)
@@ -32,7 +32,7 @@ def test_a_plain_line_per_report_where_there_is_no_terminal() -> None:
     ]
 
 
-def test_a_bar_with_losses_and_remaining_time_on_a_terminal() -> None:
+def test_a_terminal_shows_a_bar_with_losses_and_remaining_time() -> None:
     stream = io.StringIO()
     progress = RichProgress(Console(file=stream, width=120, force_terminal=True, legacy_windows=False))
     progress.begin(10, 100)
@@ -45,7 +45,7 @@ def test_a_bar_with_losses_and_remaining_time_on_a_terminal() -> None:
     assert "40s left" in shown
 
 
-def test_describe_leaves_out_what_is_not_a_loss() -> None:
+def test_describe_shows_losses_and_times_only() -> None:
     assert describe(LINE, 20) == "loss 0.5123  flow 0.5  0.5 s/step  0s left"
 
 

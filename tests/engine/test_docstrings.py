@@ -52,7 +52,7 @@ def test_the_example_runs(owner: Callable[..., object], namespace: dict[str, obj
 
 
 @pytest.mark.parametrize("module", [score])
-def test_the_sessions_hold(module: object) -> None:
+def test_docstring_sessions_run(module: object) -> None:
     results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0

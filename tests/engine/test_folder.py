@@ -9,7 +9,7 @@ from crossflow.engine import folder as module
 from crossflow.engine.folder import RunFolder, new_folder
 
 
-def test_the_example_holds() -> None:
+def test_the_docstring_example_runs() -> None:
     assert doctest.testmod(module).failed == 0
 
 
@@ -32,7 +32,7 @@ def test_a_missing_or_damaged_manifest_reads_as_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("progress", ["model.safetensors", "metrics.jsonl", "checkpoints/step_00000001/weights"])
-def test_what_a_training_left_is_never_removed(tmp_path: Path, progress: str) -> None:
+def test_restoring_keeps_the_files_of_a_training(tmp_path: Path, progress: str) -> None:
     run = RunFolder(tmp_path / "run")
     before = run.snapshot()
     (run.path / progress).parent.mkdir(parents=True)
@@ -41,7 +41,7 @@ def test_what_a_training_left_is_never_removed(tmp_path: Path, progress: str) ->
     assert (run.path / progress).is_file()
 
 
-def test_a_folder_with_something_in_it_is_not_taken(tmp_path: Path) -> None:
+def test_existing_names_are_numbered(tmp_path: Path) -> None:
     assert new_folder(tmp_path, "run") == tmp_path / "run"
     (tmp_path / "run").mkdir()
     (tmp_path / "run-2").touch()

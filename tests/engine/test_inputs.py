@@ -17,7 +17,7 @@ GREY = RGB[..., 0]
 GREY_AS_RGB = np.repeat(GREY[..., None], 3, axis=2)
 
 
-def test_the_examples_hold() -> None:
+def test_docstring_examples_run() -> None:
     assert doctest.testmod(inputs).failed == 0
 
 
@@ -95,12 +95,12 @@ def test_half_transparent_pixels_are_mixed_with_white() -> None:
         (Image.fromarray(np.zeros((2, 2), np.float32)), "no defined brightness"),
     ],
 )
-def test_other_values_get_a_clear_message(value: object, message: str) -> None:
+def test_unsuitable_values_are_refused_with_a_reason(value: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_picture(value)
 
 
-def test_prompts_and_pictures_are_not_mixed_up() -> None:
+def test_inputs_of_the_wrong_kind_are_refused() -> None:
     with pytest.raises(UserError, match=r"Expected a prompt \(a str\), got numpy.ndarray"):
         read_inputs(RGB, "text")
     with pytest.raises(UserError, match="empty list"):

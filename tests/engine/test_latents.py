@@ -61,7 +61,7 @@ def test_the_ends_of_an_interpolation_are_the_outputs_of_sampling(pipe, task: st
 
 
 @pytest.mark.parametrize("task", ["t2i", "caption", "depth", "sr"])
-def test_adding_one_input_and_subtracting_the_other_exchanges_them(pipe, task: str) -> None:
+def test_adding_b_and_subtracting_a_turns_a_into_b(pipe, task: str) -> None:
     run, (a, b) = pipe(task), ends(task)
     start, end = latents.arithmetic(run, a, plus=b, minus=a, strengths=[0, 1], output_type="np")
     expected = run(a, output_type="np")
@@ -140,7 +140,7 @@ def test_results_do_not_depend_on_the_batch_size(pipe) -> None:
 
 
 @pytest.mark.parametrize(("solver", "batch_size"), [("euler", 2), ("euler", 64), ("dopri5", 2)])
-def test_progress_goes_up_to_its_total(pipe, solver: str, batch_size: int) -> None:
+def test_progress_ends_at_its_total(pipe, solver: str, batch_size: int) -> None:
     steps: list[tuple[int, int]] = []
     latents.interpolate(
         pipe("t2i"), "a", "b", 5, solver=solver, batch_size=batch_size, on_step=lambda *step: steps.append(step)
@@ -205,9 +205,7 @@ def test_invalid_arithmetic_is_refused(pipe) -> None:
         latents.arithmetic(run, "a cube", plus="a cube", stepz=3)
 
 
-def test_latents_of_noise_are_refused_and_inverted_with_their_source(
-    tiny_settings, blind_judge, tmp_path: Path
-) -> None:
+def test_noise_source_runs_are_inverted_with_their_source_only(tiny_settings, blind_judge, tmp_path: Path) -> None:
     from crossflow.cli import main
 
     folder = tmp_path / "run"

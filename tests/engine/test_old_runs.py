@@ -39,7 +39,7 @@ def test_an_old_captioning_run_makes_the_same_latents():
 
 
 @pytest.mark.slow
-def test_an_old_run_is_resumed(tmp_path: Path):
+def test_an_old_run_resumes(tmp_path: Path):
     shutil.copytree(RUNS / "sr", tmp_path / "sr")
     assert main(["train", "--output", str(tmp_path / "sr"), "--resume", "auto", "train.steps=6"]) == 0
     steps = [json.loads(line) for line in (tmp_path / "sr" / "metrics.jsonl").read_text().splitlines()]

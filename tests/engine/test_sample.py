@@ -40,7 +40,7 @@ def test_an_output_depends_on_its_input_alone(pipe, task: str) -> None:
     assert together.ids[1] == alone.ids[0]
 
 
-def test_a_repeated_input_is_another_output_of_it(pipe) -> None:
+def test_repeated_inputs_give_different_outputs(pipe) -> None:
     run = pipe("t2i")
     twice, two = run(["a cube", "a cube"], output_type="np"), run("a cube", num=2, output_type="np")
     assert np.array_equal(np.stack(list(twice)), np.stack(list(two)))
@@ -74,7 +74,7 @@ def test_the_command_line_enlarges_a_file_as_python_does(pipe, tiny_run, tmp_pat
 # -- outputs
 
 
-def test_outputs_come_as_pil_arrays_or_tensors(pipe) -> None:
+def test_outputs_are_pil_images_arrays_or_tensors(pipe) -> None:
     run = pipe("t2i")
     images, arrays, tensors = (run("a cube", num=2, output_type=kind) for kind in ("pil", "np", "pt"))
     for image, array, tensor in zip(images, arrays, tensors, strict=True):
@@ -91,7 +91,7 @@ def test_outputs_come_as_pil_arrays_or_tensors(pipe) -> None:
         run("a cube", output_type="jpg")
 
 
-def test_depth_comes_in_metres_and_as_a_picture(pipe) -> None:
+def test_depth_is_returned_in_metres_and_as_pictures(pipe) -> None:
     outputs = pipe("depth")([picture(1), picture(2)])
     assert [depth.shape for depth in outputs.depth] == [(20, 28)] * 2
     assert outputs.depth[0].dtype == np.float32
@@ -101,7 +101,7 @@ def test_depth_comes_in_metres_and_as_a_picture(pipe) -> None:
         _ = pipe("t2i")("a cube").depth
 
 
-def test_captions_are_texts(pipe) -> None:
+def test_captions_are_strings(pipe) -> None:
     outputs = pipe("caption")(Image.fromarray(picture()), num=2)
     assert outputs.captions == list(outputs)
     assert all(isinstance(caption, str) for caption in outputs)
@@ -109,14 +109,14 @@ def test_captions_are_texts(pipe) -> None:
         _ = outputs.images
 
 
-def test_a_picture_that_was_made_can_be_an_input(pipe) -> None:
+def test_outputs_can_be_inputs(pipe) -> None:
     low = picture()
     for kind in ("pil", "np", "pt"):
         enlarged = pipe("sr")(low, output_type=kind)[0]
         assert pipe("depth")(enlarged).depth[0].shape == (80, 112)
 
 
-def test_latents_come_on_request(pipe) -> None:
+def test_latents_are_returned_on_request(pipe) -> None:
     run = pipe("sr")
     assert run(picture()).latents is None
     outputs = run([picture(1)[:9, :13], picture(2)], return_latents=True, output_type="np")
@@ -131,7 +131,7 @@ def test_latents_come_on_request(pipe) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": 2.0, "zero_init": 1}, {"guidance_interval": (0.0, 0.1)}])
 @pytest.mark.parametrize("guided", ["by the indicator", "by a weaker run"])
-def test_ten_calls_lead_from_a_prompt_to_the_network(pipe, monkeypatch, guided: str, settings: dict) -> None:
+def test_at_most_ten_frames_from_prompt_to_network(pipe, monkeypatch, guided: str, settings: dict) -> None:
     run, package = pipe("t2i"), Path(crossflow.__file__).resolve().parent
     if guided == "by a weaker run":
         run.guide_with(pipe("t2i"))
@@ -155,7 +155,7 @@ def test_ten_calls_lead_from_a_prompt_to_the_network(pipe, monkeypatch, guided: 
     assert len(longest) <= 10, " < ".join(longest)
 
 
-def test_the_repr_says_what_it_is(tiny_run) -> None:
+def test_the_repr_names_run_weights_and_settings(tiny_run) -> None:
     words = repr(load(tiny_run("t2i"), weights="model"))
     assert str(tiny_run("t2i")) in words
     for part in ("t2i", "model weights", "M parameters", "cpu", "euler", "2 steps", "guidance"):
@@ -178,9 +178,9 @@ def test_invalid_calls_are_refused(pipe) -> None:
         run("a cube", stepz=3)
     with pytest.raises(UserError, match="Expected a prompt"):
         run(picture())
-    with pytest.raises(UserError, match="1 ids do not fit 1 inputs with 2 outputs of each"):
+    with pytest.raises(UserError, match="an id for each of 2 outputs, got 1"):
         run("a cube", num=2, ids=["a"])
-    with pytest.raises(UserError, match="0 outputs"):
+    with pytest.raises(UserError, match="num >= 1 outputs of each input, got 0"):
         run("a cube", num=0)
 
 
@@ -225,7 +225,7 @@ def test_an_unavailable_repository_is_explained(error: Exception, message: str, 
         load("someone/a-run", revision="v1")
 
 
-def test_a_bug_is_not_taken_for_a_missing_repository(monkeypatch) -> None:
+def test_programming_errors_of_a_download_propagate(monkeypatch) -> None:
     def download(*args: object, **options: object) -> str:
         raise KeyError("bug")
 
@@ -234,7 +234,7 @@ def test_a_bug_is_not_taken_for_a_missing_repository(monkeypatch) -> None:
         load("someone/a-run")
 
 
-def test_what_is_no_run_is_explained(tmp_path: Path, monkeypatch) -> None:
+def test_other_places_than_runs_are_explained(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"is not a run directory: it has no config\.yaml"):
         load(tmp_path)
     (tmp_path / "file").touch()

@@ -59,7 +59,7 @@ def pretend():
 # -- the shipped groups
 
 
-def test_the_shipped_groups_are_these() -> None:
+def test_all_groups_are_shipped() -> None:
     assert sorted(groups()) == GROUPS
 
 

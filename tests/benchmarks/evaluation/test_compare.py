@@ -66,14 +66,14 @@ def test_noise_alone_is_not_distinguishable(tmp_path, psnr) -> None:
     assert verdict.startswith("not distinguishable: ")
 
 
-def test_without_rows_the_separate_intervals_are_all_there_is(tmp_path) -> None:
+def test_without_rows_intervals_are_compared(tmp_path) -> None:
     a = recorded(tmp_path / "a", {"x": 1.0, "y": 1.0}, [], {"x": [0.5, 1.5], "y": [0.9, 1.1]})
     b = recorded(tmp_path / "b", {"x": 1.2, "y": 2.0}, [], {"x": [0.7, 1.7], "y": [1.9, 2.1]})
     words = [verdict for *_, verdict in compare_scores(a, b)]
     assert words == ["intervals overlap (no pairs of rows)", "intervals apart (no pairs of rows)"]
 
 
-def test_a_number_of_the_whole_set_has_no_pairs(tmp_path) -> None:
+def test_scores_of_a_whole_set_are_not_paired(tmp_path) -> None:
     """The BLEU of a corpus is not the mean of the rows' BLEU."""
     rows = [{"id": str(number), "BLEU-4": 0.1 * number} for number in range(4)]
     a = recorded(tmp_path / "a", {"BLEU-4": 0.3}, rows, {"BLEU-4": [0.2, 0.4]})
@@ -114,7 +114,7 @@ def test_manifests_are_compared_by_what_a_difference_means() -> None:
 
 def test_a_repeated_evaluation_with_other_numbers_is_an_error_that_names_the_cause(tmp_path) -> None:
     before = Recorded(tmp_path / "metrics.json", {"psnr": 30.0}, {}, {"seed": 0})
-    assert expect_repeated(before, {"psnr": 30.0}, {}) == f"The same 1 numbers as in {before.path}."
+    assert expect_repeated(before, {"psnr": 30.0}, {}) == f"The numbers are the same as in {before.path} (1 compared)."
     with pytest.raises(UserError, match=r"psnr 30 -> 31\. The manifests differ in: seed: 0 -> 1"):
         expect_repeated(before, {"psnr": 31.0}, {"seed": 1})
     with pytest.raises(UserError, match=r"psnr 30 -> missing\. The manifests do not differ"):

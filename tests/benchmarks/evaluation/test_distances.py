@@ -68,7 +68,7 @@ def test_class_score_of_known_logits() -> None:
     assert class_score(torch.zeros(40, 4), 0) == pytest.approx(1)
 
 
-def test_names_tell_whether_inception_measured() -> None:
+def test_only_distances_by_inception_are_called_fid_kid_and_is() -> None:
     batches = [{"features": features(40, 0), "logits": features(40, 2)}]
     real = statistics(features(40, 1))
     numbers = ("fid", "kid", "is")
@@ -99,7 +99,7 @@ def test_a_kernel_distance_needs_features_of_real_pictures() -> None:
         distances(("kid",), batches, published, True)
 
 
-def test_one_of_several_processes_computes_alone(monkeypatch) -> None:
+def test_distances_do_not_wait_for_other_ranks(monkeypatch) -> None:
     monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
     batches = [{"features": features(40, 0), "logits": features(40, 2)}]
     values, _ = distances(("fid", "kid", "is"), batches, statistics(features(40, 1)), True)

@@ -106,7 +106,7 @@ def test_an_evaluation_is_repeated_from_its_manifest_and_differences_are_named(
     argv = ["evaluate", "--checkpoint", run, "--protocol", "set5-x4", "--data", spec, "batch_size=2", "--seed", "3"]
     assert main([*argv, "--steps", "3", "--output", str(tmp_path / "a")]) == 0
     assert main(["evaluate", "--repeat", str(tmp_path / "a" / "metrics.json")]) == 0
-    assert "The same 5 numbers" in capsys.readouterr().out
+    assert "(5 compared)" in capsys.readouterr().out
     before, after = metrics(tmp_path / "a"), metrics(tmp_path / "a" / "repeated")
     assert before["scores"] == after["scores"]
     assert before["manifest"]["sample"] == after["manifest"]["sample"]
@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_items(sr, tmp_path: Path, monkeypatch) ->
 
 
 def test_protocols_refuse_other_tasks_missing_data_and_unknown_roles(sr, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="one for depth runs"):
+    with pytest.raises(UserError, match="is for depth runs"):
         evaluate(sr, protocol=load_protocol("nyu"), spec="scenes")
     with pytest.raises(UserError, match="needs its data"):
         evaluate(sr, protocol=load_protocol("set5-x4"))

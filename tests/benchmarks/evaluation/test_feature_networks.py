@@ -13,7 +13,7 @@ from crossflow.core.errors import UserError
 TINY = "timm:test_resnet@random"
 
 
-def test_a_timm_network_is_known_by_its_weights(tmp_path: Path) -> None:
+def test_a_timm_network_is_identified_by_its_weights(tmp_path: Path) -> None:
     network = feature_network(TINY)
     assert not network.is_inception
     assert "untrained weights" in network.words
@@ -28,7 +28,7 @@ def test_a_timm_network_is_known_by_its_weights(tmp_path: Path) -> None:
     np.testing.assert_allclose(again(pictures)["features"], together, atol=1e-5)
 
 
-def test_unavailable_weights_are_explained_with_the_file_to_put_where(tmp_path: Path, monkeypatch) -> None:
+def test_unavailable_weights_are_explained_with_file_and_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=rf"{INCEPTION_FILE}.*put the file there.*not FID"):
         feature_network("inception")

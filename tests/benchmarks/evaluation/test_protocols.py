@@ -23,7 +23,7 @@ NAMES = (
 )  # fmt: skip
 
 
-def test_the_shipped_protocols_are_these_and_are_listed(capsys) -> None:
+def test_all_shipped_protocols_are_listed(capsys) -> None:
     assert tuple(protocols()) == NAMES
     assert main(["list", "protocols"]) == 0
     output = capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_each_prompt_of_geneval_is_drawn_four_times_with_different_noise(tiny_ru
     assert asked == ["cat", "cat"]
 
 
-def test_what_is_scored_does_not_depend_on_the_seed_of_the_run(tiny_run, rooms: str, tmp_path: Path) -> None:
+def test_scored_cases_do_not_depend_on_the_seed_of_the_run(tiny_run, rooms: str, tmp_path: Path) -> None:
     from crossflow.engine.sample import Pipeline, load
 
     (tmp_path / "two.yaml").write_text("extends: nyu\nchoose: 2")

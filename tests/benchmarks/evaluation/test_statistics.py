@@ -37,7 +37,7 @@ def accumulated(values: np.ndarray, batch: int, **options: int) -> Statistics:
 # -- accumulating
 
 
-def test_the_sample_is_drawn_from_all_pictures_whatever_the_batches() -> None:
+def test_the_sample_covers_all_pictures_for_any_batch_size() -> None:
     """The features are the numbers of the pictures."""
     numbers = np.arange(1000, dtype=np.float32)[:, None]
     sample = accumulated(numbers, 7, size=100).sample[:, 0]
@@ -84,7 +84,7 @@ def test_statistics_are_saved_completely(tmp_path: Path) -> None:
         read_statistics(tmp_path / "s.safetensors")
 
 
-def test_files_of_sums_are_still_read_without_a_sample_that_is_not_random(tmp_path: Path) -> None:
+def test_statistics_of_version_0_1_are_read_without_their_sample(tmp_path: Path) -> None:
     values = features(30, 0).astype(np.float64)
     sums = {"total": values.sum(0), "products": values.T @ values, "kept": values[:10].astype(np.float32)}
     write_tensors(tmp_path / "s.safetensors", sums, {"statistics": json.dumps({"count": 30, "network": "tiny"})})

@@ -47,7 +47,7 @@ def test_the_geneval_row_has_the_mean_of_its_six_parts() -> None:
     assert sum(parts) / 6 == pytest.approx(overall, abs=0.005)
 
 
-def test_groups_of_the_ablation_go_on_where_the_one_before_ended() -> None:
+def test_each_ablation_group_starts_from_the_best_row_of_the_previous_one() -> None:
     """The best row of each group is the start of the next, as they were measured one after another."""
     tables = [paper().table(f"ablation-{name}") for name in ("encoder", "loss", "guidance", "text")]
     last = [next(row for row in table.rows if row.kind == "method") for table in tables]
@@ -56,7 +56,7 @@ def test_groups_of_the_ablation_go_on_where_the_one_before_ended() -> None:
     assert last[2].scores == tables[3].rows[0].scores == paper().table("ablation-training").row("joint").scores
 
 
-def test_the_same_number_is_the_same_wherever_it_stands() -> None:
+def test_repeated_numbers_agree_between_tables() -> None:
     assert paper().table("ablation-path").scores("sin-cos") == paper().table("t2i-coco").scores(
         "CrossFlow (sin-cos path)"
     )
@@ -73,7 +73,7 @@ def test_every_task_has_one_main_table_and_every_protocol_a_task() -> None:
     assert {table.source for table in numbers.tables.values()} == set(numbers.sources)
 
 
-def test_scores_lie_where_such_scores_lie() -> None:
+def test_scores_lie_within_the_bounds_of_their_metric() -> None:
     bounds = {"CLIP": (0, 1), "GenEval": (0, 1), "AbsRel": (0, 1), "delta1": (0, 1), "SSIM": (0, 1), "FID": (0, 100)}
     for table in paper().tables.values():
         for row in table.rows:
@@ -97,7 +97,7 @@ def test_an_inconsistent_file_is_refused(place: str, value: object, message: str
         build(Paper, content)
 
 
-def test_unknown_names_are_answered_with_the_known_ones() -> None:
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="ablation-loss"):
         paper().table("ablation-los")
     with pytest.raises(UserError, match="autoguidance"):
