@@ -1,4 +1,4 @@
-"""The tensors that a task hands to the core: `Batch` in training, `Source` in sampling, a baseline's `Condition`.
+"""The tensors that a task passes to the core: `Batch` in training, `Source` in sampling, `Condition` of baselines.
 
 B batch, N tokens, D width, C channels, H W height width.
 """
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class _Tensors:
-    """A frozen dataclass of tensors and of such dataclasses, which moves to a device and is indexed as a whole."""
+    """Base of frozen dataclasses of tensors, possibly nested, that are moved to a device and indexed as a whole."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Everything on `device`; tensors in half precision, as a feature cache keeps them, become float32 there."""
+        """A copy on `device`, where half-precision tensors (as stored in a feature cache) become float32."""
         moved: dict[str, Any] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -73,14 +73,14 @@ class Batch(_Tensors):
         features: (B, ...), read by the source encoder.
         target: z1 (B, *latent).
         mask: (B, N) bool for token features, True for a token.
-        weight: (B, ...) broadcastable to the target, 0 where the target is missing, though finite.
+        weight: (B, ...) broadcastable to the target, 0 where the target is missing (its values there must be finite).
         condition: of the noise-source baselines.
-        alignment: (B, ...), compared with z0 by the encoder loss; opaque to the core.
+        alignment: (B, ...), compared with z0 by the encoder loss; the core does not interpret it.
         ids: a name per sample.
-        unconditional: (B,) bool, the samples whose indicator is dropped and whose target is already that of another
-            sample, see `Objective.draw`; None before the draw.
-        fraction: of the samples of the optimizer step that this batch holds, below 1 if the step is divided among
-            processes or accumulated parts.
+        unconditional: (B,) bool, the unconditional samples, whose targets `Objective.draw` has already exchanged;
+            None before that.
+        fraction: the share of the optimizer step's samples in this batch, in (0, 1]; below 1 if the step is divided
+            among processes or accumulated parts.
     """
 
     features: Tensor

@@ -1,6 +1,6 @@
 """The typed, frozen configuration of a run: one section for each part of the method, a sentence under each setting.
 
-A task subclasses `Config` and adds sections of its own (see tasks/*/__init__.py); settings.py reads and validates.
+A task subclasses `Config` to add its sections (see tasks/*/__init__.py); settings.py reads and validates.
 """
 
 import math
@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Data, and the pictures made of them."""
+    """The data sets, and the size of the pictures."""
 
     train: str = "scenes"
     """SPEC of the training data: a format prefix and a path (`crossflow list datasets`)."""
@@ -30,9 +30,9 @@ class DataConfig(Section):
     image_size: int = Field(32, ge=4, le=4096)
     """Side of the square pictures the model sees, in pixels."""
     num_train: int | None = Field(None, ge=1)
-    """At most so many training items; none: all (scenes: its default number)."""
+    """Maximum number of training items; none: all (scenes: its default number)."""
     num_val: int = Field(256, ge=1)
-    """Items of a validation and of the scores at the end of training."""
+    """Number of items of each validation and of the scores at the end of training."""
     max_bad: float = Field(0.05, ge=0, le=1)
     """Share of unreadable items above which a run stops."""
 
@@ -45,8 +45,7 @@ class SourceConfig(Section):
     noise_scale: float = Field(1.0, gt=0)
     """Standard deviation of the noise that the `noisy` source adds, in units of the latent."""
     trunk: Literal["small", "released"] = "small"
-    """small: the task's own trunk; released: the post-norm text encoder of the papers (t2i with a frozen text encoder).
-    """
+    """small: the trunk of the task; released: the papers' post-norm text encoder (t2i with a frozen text encoder)."""
     width: int = Field(128, ge=8)
     """Width of the task's trunk: a multiple of 32, or of 4 below 64."""
     depth: int = Field(2, ge=0)
@@ -56,15 +55,15 @@ class SourceConfig(Section):
     heads: int = Field(8, ge=1)
     """Attention heads of the released trunk."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Of the released trunk."""
+    """Dropout probability of the released trunk."""
     frozen: bool = False
-    """Leave the encoder as train.start_from gave it (second of two stages, CrossFlow Table 3)."""
+    """Keep the encoder of train.start_from unchanged (second of two stages, CrossFlow Table 3)."""
 
     @field_validator("width")
     @classmethod
     def _divides_into_heads(cls, width: int) -> int:
         if width % 4 or width % max(1, width // 32):  # the trunks have one head for each 32 values
-            raise ValueError("take a multiple of 32, or of 4 below 64")
+            raise ValueError("it must be a multiple of 32, or of 4 below 64")
         return width
 
 
@@ -75,13 +74,13 @@ class StageConfig(Section):
     hidden: int = Field(ge=1)
     """Width inside the gated feed-forwards."""
     depth: int = Field(ge=1)
-    """Blocks; their number is odd, an even one is raised by one."""
+    """Number of blocks; an even number is raised by one."""
     heads: int = Field(1, ge=1)
     """Attention heads (first stage only)."""
     patch: int = Field(1, ge=1)
     """Side of the squares of latent values that become one position of the stage."""
     pool: int = Field(1, ge=1)
-    """Averages squares of so many values beforehand (1 in the releases)."""
+    """Side of the squares of latent values that are averaged beforehand (1 in the releases)."""
 
 
 class BackboneConfig(Section):
@@ -114,12 +113,12 @@ class BackboneConfig(Section):
     @classmethod
     def _odd(cls, conv: int) -> int:
         if conv and conv % 2 == 0:
-            raise ValueError("a kernel that keeps the grid's size is odd")
+            raise ValueError("the kernel size must be odd, to keep the size of the grid")
         return conv
 
     @property
     def grain(self) -> int:
-        """Height and width of a grid latent are multiples of this: the patch, and what the first stage shrinks by."""
+        """Height and width of a grid latent must be multiples of this: of the patch and the first stage's reduction."""
         if self.name != "dimr":
             return self.patch
         shrinks = self.stages[0].patch * self.stages[0].pool if self.stages else 2 ** (self.num_stages - 1)
@@ -139,7 +138,7 @@ class TimeConfig(Section):
     """The distribution of the training time t in [0, 1]."""
 
     law: str = "logit_normal"
-    """Law of the training time: logit_normal | uniform."""
+    """logit_normal | uniform."""
     mean: float = 0.0
     std: float = Field(1.0, gt=0)
     shift: float = Field(1.0, gt=0)
@@ -150,20 +149,20 @@ class LossConfig(Section):
     """The losses of eq. 4 and their weights."""
 
     flow_weight: float = Field(1.0, ge=0)
-    """Of the flow loss; 0: the source encoder alone is trained, and no flow is computed (first of two stages)."""
+    """Weight of the flow loss; 0: only the source encoder is trained, and no flow is computed (first of two stages)."""
     kl: str = "standard"
     """Form of the regulariser: standard | released | variance."""
     kl_weight: float = Field(1e-4, ge=0)
     """lambda of eq. 4; the regulariser is summed over the latent of a sample."""
     encoder: Literal["none", "contrastive", "sigmoid", "reconstruction"] = "contrastive"
-    """The encoder loss L_Enc between z0 and what the task offers to align with."""
+    """The encoder loss L_Enc between z0 and an alignment target of the task."""
     encoder_target: str = "image"
     """What z0 is aligned with, in the task's terms (t2i: image | text | tokens)."""
     encoder_weight: float = Field(1.0, ge=0)
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive losses."""
     kl_reduction: Literal["mean", "sum"] = "mean"
-    """Over the samples of a batch; sum as in the released FlowTok."""
+    """Reduction over the samples of a batch; sum as in the released FlowTok."""
     coefficients: tuple[float, ...] = ()
     """Weights of the flow loss at each resolution, coarse to fine; none: from 1/4 to 1 in equal ratios, as released."""
 
@@ -179,13 +178,13 @@ class TrainConfig(Section):
     """The training loop."""
 
     steps: int = Field(1000, ge=0)
-    """Optimizer steps; 0: only what comes before the flow is learned (a caption decoder for a t2i run backwards)."""
+    """Optimizer steps; 0: only the parts before the flow are learned (a caption decoder for a reversed t2i run)."""
     batch_size: int = Field(64, ge=1)
     """Samples per optimizer step, over all processes and accumulated parts."""
     accumulate: int = Field(1, ge=1)
-    """Parts a process's share of the batch is cut into."""
+    """Number of parts into which a process's share of the batch is divided."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: matrices by their orthogonalised momentum, which small models learn from in far fewer steps."""
+    """muon: orthogonalised momentum for matrices, with which small models need far fewer steps."""
     lr: float = Field(1e-4, gt=0)
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: float = Field(0.03, ge=0)
@@ -196,14 +195,14 @@ class TrainConfig(Section):
     grad_clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0: no clipping."""
     ema: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the moving average of the weights, reached as (1 + n) / (10 + n)."""
+    """Decay of the moving average of the weights, approached as (1 + n) / (10 + n) after n updates."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     save_every: int = Field(1000, ge=1)
     keep: int = Field(2, ge=1)
-    """Checkpoints kept."""
+    """Number of checkpoints kept."""
     eval_every: int = Field(1000, ge=0)
     """Steps between validations; 0: only at the end."""
     sample_every: int = Field(1000, ge=0)
@@ -212,11 +211,11 @@ class TrainConfig(Section):
     num_workers: int = Field(0, ge=0)
     """Processes that load data beside each training process."""
     trackers: tuple[str, ...] = ()
-    """tensorboard, wandb; json lines are always written."""
+    """tensorboard, wandb; metrics.jsonl is always written."""
     start_from: str | None = None
-    """Run directory whose averaged weights a new run begins with, where names and shapes agree."""
+    """Run directory whose averaged weights initialise a new run, where names and shapes agree."""
     max_minutes: float | None = Field(None, gt=0)
-    """End cleanly, with a checkpoint, after so many minutes."""
+    """Stop with a checkpoint after this many minutes."""
 
 
 class SampleConfig(Section):
@@ -229,9 +228,9 @@ class SampleConfig(Section):
     guidance: float = 1.0
     """w of v_uncond + w (v_cond - v_uncond); 1: none."""
     guidance_interval: tuple[PathTime, PathTime] = (0.0, 1.0)
-    """Times between which guidance acts, the earlier one first."""
+    """Times between which guidance acts, in ascending order, in [0, 1]."""
     zero_init: int = Field(0, ge=0)
-    """First steps whose velocity is set to zero."""
+    """Number of first steps whose velocity is set to zero."""
     time_grid: Literal["uniform", "released"] = "uniform"
     mode: bool = False
     """Start from the mean of the source posterior instead of a sample."""
@@ -241,12 +240,12 @@ class SampleConfig(Section):
     @classmethod
     def _in_order(cls, interval: tuple[float, float]) -> tuple[float, float]:
         if interval[0] > interval[1]:
-            raise ValueError("the earlier time comes first")
+            raise ValueError("the times must be in ascending order")
         return interval
 
 
 class Config(Section):
-    """The sections every task has."""
+    """The sections that all tasks share."""
 
     task: str
     """t2i | caption | depth | sr (`crossflow list tasks`)."""

@@ -1,4 +1,4 @@
-"""Processes of one run: who am I, and tensors from all of them. Without torch.distributed every function is a no-op.
+"""The processes of a run: rank, and communication between ranks. With one process no function communicates.
 
 W ranks; every rank holds the same number of samples B, in rank order: global sample = rank * B + local sample.
 """
@@ -30,7 +30,7 @@ def device() -> torch.device:
     """The device of this process. The first call joins the processes that a launcher started together."""
     from accelerate import PartialState
 
-    # Without `cpu`, accelerate takes several processes on a machine without a GPU for separate runs.
+    # Without `cpu`, accelerate treats several processes on a machine without a GPU as separate runs.
     state = PartialState(cpu=launcher.world_size() > 1 and not torch.accelerator.is_available())
     if is_distributed():
         atexit.register(_leave)
@@ -39,7 +39,7 @@ def device() -> torch.device:
 
 
 def _leave() -> None:
-    """Leaves the group of processes; a process that ends as a member may be aborted by the group's threads."""
+    """Leaves the process group, whose threads may abort a process that exits as a member."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -60,16 +60,16 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Waits until every process has reached this call."""
     if is_distributed():
         dist.barrier()
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The tensors (B, ...) of all ranks, in rank order: (W * B, ...), without gradients; all give the same shape."""
+    """The tensors (B, ...) of all ranks in rank order: (W * B, ...), without gradients; shapes must be equal."""
     if not is_distributed():
         return tensor.detach()
-    # Some backends know no bool.
+    # Some backends do not support bool.
     local = tensor.detach().to(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
     parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, local.contiguous())
@@ -94,10 +94,10 @@ class _GatherWithGrad(torch.autograd.Function):
 def gather_with_grad(tensor: Tensor) -> Tensor:
     """As `gather`, but differentiable: (B, ...) -> (W * B, ...), and the backward pass sends gradients to every rank.
 
-    The gradient of a rank's slice is the *sum* over ranks of what they send to it. Data-parallel training then
+    The gradient of a rank's slice is the *sum* of its gradients over ranks. Data-parallel training then
     averages the parameter gradients over ranks, that is, it optimises the mean of the ranks' losses; so the result is
     the gradient of one process with the global batch, both when each rank computes the loss of the whole global batch
-    (W equal losses) and when each computes the mean over its own rows against everybody's columns.
+    (W equal losses) and when each computes the mean over its own rows against the columns of all ranks.
     """
     if not is_distributed():
         return tensor
@@ -106,7 +106,7 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean over ranks of a tensor of any shape, the same on each; without gradients."""
+    """The mean over ranks of a tensor of any shape, without gradients; every rank gets it."""
     if not is_distributed():
         return tensor.detach()
     total = tensor.detach().clone()
@@ -115,7 +115,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def max_over_ranks(tensor: Tensor) -> Tensor:
-    """The elementwise maximum over ranks, the same on each; without gradients."""
+    """The elementwise maximum over ranks, without gradients; every rank gets it."""
     if not is_distributed():
         return tensor.detach()
     largest = tensor.detach().clone()
@@ -141,8 +141,8 @@ def on_main(action: Callable[[], R]) -> R:
 def shared(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     """`work` on each of the parts, one per rank at a time: rank 0 gets (part, its result) in order, the others nothing.
 
-    Every rank must exhaust the iterator. An error of `work` on any rank is raised on all: there as it is, elsewhere as
-    UserError if it is one (or an OSError), else as RuntimeError. Results must be picklable.
+    Every rank must exhaust the iterator. An error of `work` is raised unchanged on its own rank, and on the others as a
+    UserError if it is a UserError or OSError, otherwise as a RuntimeError. Results must be picklable.
     """
     for first in range(0, len(parts), world_size()):
         group = parts[first : first + world_size()]
@@ -158,7 +158,7 @@ def shared(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
 
 
 def _raise_everywhere(problem: Exception | None) -> None:
-    """Raises a rank's own error there, and on the other ranks the error of the first rank that has one."""
+    """Raises an error on its own rank, and the error of the lowest failing rank on the others."""
     own = None if problem is None else (isinstance(problem, (UserError, OSError)), type(problem).__name__, str(problem))
     reports: list[tuple[bool, str, str] | None] = [own] * world_size()
     if is_distributed():

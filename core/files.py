@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, also across a loss of power; tensors in safetensors; the user's cache.
+"""Files: written completely or not at all, even if power is lost; tensors in safetensors; the user's cache.
 
-The only place that writes under temporary names and that reads safetensors. A temporary name begins with TEMPORARY and
-lies beside the final one; what a killed process leaves under such a name may be deleted.
+The only module that writes under temporary names and reads safetensors. A temporary file lies beside the final one,
+and its name begins with TEMPORARY; such files of a killed process may be deleted.
 """
 
 from __future__ import annotations  # torch and numpy are imported where they are used: the command line imports this
@@ -35,8 +35,8 @@ class DamagedFile(UserError):
 def replacing(path: Path) -> Iterator[Path]:
     """`with replacing(path) as temporary:` write `temporary`; it becomes `path` at the end, or is removed on an error.
 
-    The folder is made if it is missing. The file reaches the disk before it is renamed, and its mode follows the umask
-    even where a library writes private files. A crash leaves the old file, or none, under the final name.
+    A missing folder is created. The file reaches the disk before it is renamed, and its mode follows the umask
+    even where a library writes private files. After a crash the final name holds the old file, or none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -57,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """As `replacing`, for a folder: `folder` must be empty or missing, and appears with all its files at once.
 
-    What an earlier attempt left when it was killed is removed first, so one process at a time makes a folder.
+    The remains of a killed attempt are removed first, so only one process may create a folder at a time.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Brings files that a library wrote below `folder` to the disk, with the mode that the umask asks for."""
+    """Syncs the files that a library wrote below `folder` to the disk, and gives them the mode of the umask."""
     sample = _temporary(folder / "sample")
     sample.write_bytes(b"")
     mode = stat.S_IMODE(sample.stat().st_mode)
@@ -132,7 +132,7 @@ def encode_tensors(tensors: Mapping[str, Tensor | np.ndarray]) -> bytes:
 
 
 def _independent(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
-    """Contiguous tensors without shared memory, which the format does not know: tied weights become copies."""
+    """Contiguous tensors without shared memory, which the format does not support: tied weights become copies."""
     import numpy as np
     import torch
 
@@ -149,7 +149,7 @@ def _independent(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor
 def read_tensors(path: Path, advice: str = "Create it again, or use another copy.") -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU.
 
-    advice: the last sentence of the messages. Raises DamagedFile, or UserError when there is no such file.
+    advice: the last sentence of the messages. Raises DamagedFile, or UserError when the file does not exist.
     """
     from safetensors.torch import load_file
 
@@ -188,7 +188,7 @@ def _reading(path: Path, advice: str) -> Iterator[None]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` a hard link to `source`, or a copy where the file system has no links; complete at once."""
+    """Makes `target` a hard link to `source`, or a copy where the file system has no links; atomically."""
     temporary = _temporary(target)
     temporary.unlink(missing_ok=True)
     try:
@@ -205,18 +205,18 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what interrupted writes left in `folder`; no other process may be writing there."""
+    """Removes the temporary files of interrupted writes in `folder`; no other process may be writing there."""
     for path in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside `path` of this process's own, short enough for any file system."""
+    """A name beside `path` that no other process uses, short enough for any file system."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name[:40]}")
 
 
 def _sync(path: Path) -> None:
-    """Brings the content of a file to the disk."""
+    """Flushes the content of a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -250,5 +250,5 @@ def size_in_words(num_bytes: float) -> str:
 
 
 def user_cache() -> Path:
-    """The folder for what can be computed again: ``$XDG_CACHE_HOME/crossflow`` or ``~/.cache/crossflow``."""
+    """The folder for results that can be recomputed: ``$XDG_CACHE_HOME/crossflow`` or ``~/.cache/crossflow``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossflow"

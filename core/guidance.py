@@ -16,14 +16,14 @@ from crossflow.core.paths import expand
 from crossflow.core.solvers import Velocity
 
 TIME_TOLERANCE = 1e-6
-"""The times of a grid, such as 0.7, are rounded to float32."""
+"""Tolerance of comparisons of times: those of a grid, such as 0.7, are rounded to float32."""
 
 
 def draw_unconditional(uniforms: Sequence[Tensor], drop: float) -> list[Tensor]:
     """Which samples of an optimizer step are unconditional, with probability `drop`.
 
     uniforms: (B,) in [0, 1) for each part of this process's share -> (B,) bool for each. If only one sample of the
-    whole step (all parts and processes) was drawn, it stays conditional: it has no other target to take.
+    whole step (all parts and processes) is drawn, it stays conditional, since there is no other target for it.
     """
     drawn = [uniform < drop for uniform in uniforms]
     enough = gather(torch.cat(drawn)).sum() > 1
@@ -35,7 +35,7 @@ def rotate_targets(targets: Sequence[Tensor], unconditional: Sequence[Tensor]) -
 
     targets (B, ...) and unconditional (B,) bool for each part of this process's share. The rotation goes over all parts
     and processes, in the order that the samples have in one batch, so it does not depend on how the step is divided.
-    A rotated target brings no gradient to its origin.
+    Gradients do not flow through rotated targets.
 
     >>> flags = torch.tensor([True, False, True, True])
     >>> rotate_targets([torch.tensor([10, 11, 12, 13])], [flags])[0].tolist()
@@ -56,7 +56,7 @@ def rotate_targets(targets: Sequence[Tensor], unconditional: Sequence[Tensor]) -
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:
-    """The parts (B, ...) of all processes as one batch, without gradients: part by part, in each by rank."""
+    """The parts (B, ...) of all processes as one batch, ordered by part and then by rank; without gradients."""
     by_rank = gather(torch.stack(list(parts))).unflatten(0, (world_size(), len(parts)))
     return by_rank.transpose(0, 1).flatten(0, 2)
 
@@ -81,7 +81,7 @@ class Guidance:
     zero_until: float = 0.0
 
     def velocity(self, model: CrossFlow, condition: Condition | None = None, weak: CrossFlow | None = None) -> Velocity:
-        """The velocity of `model` guided by its indicator, or by `weak`; conditions are encoded once, here."""
+        """The velocity of `model`, guided by its indicator or by `weak`; encodes the condition once."""
         encoded = model.encode_condition(condition)
         if weak is not None:
             velocity = autoguidance(model, weak, self.scale, encoded, weak.encode_condition(condition), self.interval)
@@ -92,7 +92,7 @@ class Guidance:
     def evaluations(self, t: float) -> int:
         """Network evaluations in a call of `velocity` at time t: 0 while it is zero, 2 where guidance acts, else 1.
 
-        Conditional and unconditional velocity count apart, although one forward pass of twice the batch gives both.
+        Conditional and unconditional velocity count separately, although one pass of twice the batch gives both.
         """
         if _before(t, self.zero_until):
             return 0
@@ -100,7 +100,7 @@ class Guidance:
 
 
 def _doubled(condition: Condition | None) -> Condition | None:
-    """The condition twice, for a batch of 2B."""
+    """The condition repeated, for a batch of 2B."""
     if condition is None:
         return None
     twice = {
@@ -113,7 +113,7 @@ def _doubled(condition: Condition | None) -> Condition | None:
 def _within(t: Tensor | float, interval: tuple[float, float]) -> bool:
     """Whether interval[0] <= t <= interval[1]."""
     if interval[0] <= 0 and interval[1] >= 1:
-        return True  # without copying t from the device
+        return True  # avoids copying t from the device
     return interval[0] - TIME_TOLERANCE <= float(t) <= interval[1] + TIME_TOLERANCE
 
 

@@ -10,13 +10,13 @@ import numpy as np
 def bootstrap_interval(
     values: Sequence[float], *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron, 1979): items are drawn again with replacement.
+    """Percentile bootstrap interval of the mean (Efron, 1979): items are resampled with replacement.
 
     Args:
         values: one number per item, at least two.
         level: share of resampled means inside the interval, in (0, 1).
-        num_resamples: how many times the items are drawn again.
-        seed: of the draws; the same seed gives the same interval.
+        num_resamples: number of resamples.
+        seed: of the resampling; the same seed gives the same interval.
 
     Returns:
         (low, high)

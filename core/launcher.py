@@ -1,4 +1,4 @@
-"""What a launcher (accelerate launch, torchrun) tells each process it starts; read without joining the others."""
+"""The environment that a launcher (accelerate launch, torchrun) sets for each process; read without communicating."""
 
 import os
 

@@ -41,8 +41,8 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, N, D/heads)
         allowed = None if mask is None else mask[:, None, None, :]
         if rotary is not None:
-            assert context is None, "the tokens of a context have no place on the grid"
-            assert mask is None, "a grid has no padding"
+            assert context is None, "rotary positions are for self-attention only"
+            assert mask is None, "rotary positions are for grids, which have no padding"
             q, k, allowed = rotary.turn(q), rotary.turn(k), rotary.near
         attended = _attend(q, k, v, allowed)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -52,7 +52,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), on the CPU in float32, also under autocast."""
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-    # The CPU's bfloat16 kernel takes up to ten times as long as its float32 one, backwards above all.
+    # The CPU's bfloat16 kernel takes up to ten times as long as its float32 one, above all in the backward pass.
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=allowed).to(v.dtype)
 
@@ -61,9 +61,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
 class Rotary:
     """Positions of a grid of N = H W tokens that extend to grids larger than those of training.
 
-    Queries and keys are turned by angles proportional to their row and column, so that attention depends on the
-    difference of two places alone (RoPE, Su et al. 2021; two axes as in Heo et al. 2024). Differences larger than
-    any of training were never learned, so such pairs do not attend: a wide picture is read as its parts would be.
+    Queries and keys are rotated by angles proportional to their row and column, so attention depends only on relative
+    positions (RoPE, Su et al. 2021; two axes as in Heo et al. 2024). Relative positions that never occurred in
+    training were not learned, so such pairs do not attend: a wide picture is read as its parts would be.
 
     cos, sin: (N, d / 2) for heads of width d; near: (N, N) bool, or None where all pairs attend.
     """
@@ -73,7 +73,7 @@ class Rotary:
     near: Tensor | None
 
     def turn(self, x: Tensor) -> Tensor:
-        """x (B, heads, N, d) -> the same with each pair (x[i], x[i + d/2]) turned by its token's angle i."""
+        """x (B, heads, N, d) -> the same with each pair (x[i], x[i + d/2]) rotated by its token's angle i."""
         first, second = x.chunk(2, dim=-1)
         cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -105,7 +105,7 @@ def _rotary_angles(height: int, width: int, dim: int, device: torch.device) -> T
 
 
 def _within_reach(height: int, width: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """(H W, H W) bool: whether two places are fewer than `rows` rows and `columns` columns apart."""
+    """(H W, H W) bool: whether two tokens are fewer than `rows` rows and `columns` columns apart."""
     row, column = torch.meshgrid(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"), indexing="ij")
     row, column = row.flatten(), column.flatten()
     near = ((row[:, None] - row).abs() < rows) & ((column[:, None] - column).abs() < columns)
@@ -188,13 +188,13 @@ def _sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tenso
 
 
 def _table(make: Callable[..., Tensor], sizes: tuple[int, ...], device: torch.device | None) -> Tensor:
-    """make(*sizes, device), device None for the default one; a copy that the caller may change."""
+    """make(*sizes, device), by default on the default device; a copy that the caller may modify."""
     device = device or torch.get_default_device()
-    # The compiler warns of caches, so it gets the function.
+    # The compiler warns about caches, so it traces the function itself.
     return make(*sizes, device) if torch.compiler.is_compiling() else _cached(make, sizes, device).clone()
 
 
-# Every evaluation of the network needs its table, which is computed on the CPU.
+# Every evaluation of a network needs its table, which is computed on the CPU.
 @functools.lru_cache(maxsize=64)
 def _cached(make: Callable[..., Tensor], sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return make(*sizes, device)

@@ -17,9 +17,9 @@ def flow_matching_loss(prediction: Tensor, velocity: Tensor, weight: Tensor | No
     """Mean squared error of the velocity, averaged per sample: (B,).
 
     prediction, velocity (B, *latent); weight (B, ...) broadcastable to them, 0 where the target is missing: the mean
-    is over the other values, and 0 for a sample that has none.
+    is over the other values, and 0 for a sample without any.
     """
-    assert prediction.shape == velocity.shape, f"{tuple(prediction.shape)} predicted for {tuple(velocity.shape)}"
+    assert prediction.shape == velocity.shape, f"expected {tuple(velocity.shape)}, got {tuple(prediction.shape)}"
     error = (prediction.float() - velocity.float()).square()
     if weight is None:
         return error.flatten(1).mean(1)
@@ -90,7 +90,7 @@ def _normalised(x: Tensor) -> Tensor:
 
 
 def _logits(a: Tensor, b: Tensor, log_temperature: Tensor) -> Tensor:
-    """exp(log_temperature) a b^T in float32 under autocast too: times 100, bfloat16 would be wrong by up to 0.4."""
+    """exp(log_temperature) a b^T in float32 even under autocast: scaled by 100, bfloat16 would be off by up to 0.4."""
     with torch.autocast(a.device.type, enabled=False):
         return log_temperature.float().exp() * a @ b.T
 
@@ -122,7 +122,9 @@ def sigmoid_contrastive_loss(z0: Tensor, target: Tensor, log_temperature: Tensor
 
 def reconstruction_loss(reconstruction: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error to the features, averaged over the values present: scalar; mask (B, N) bool for tokens."""
-    assert reconstruction.shape == features.shape, f"{tuple(reconstruction.shape)} against {tuple(features.shape)}"
+    assert reconstruction.shape == features.shape, (
+        f"expected {tuple(features.shape)}, got {tuple(reconstruction.shape)}"
+    )
     error = (reconstruction.float() - features.float()).square()
     if mask is None:
         return error.mean()

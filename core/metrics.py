@@ -55,10 +55,10 @@ class TaskMetric(ABC, Generic[Output, Truth]):
         """Score an item and keep its row.
 
         Raises:
-            ValueError: the id was scored before, or output and truth do not fit together; the message names the item.
+            ValueError: the id has already been scored, or output and truth do not match; the message names the item.
         """
         if id in self._ids:
-            raise ValueError(f"item {id!r} was scored before")
+            raise ValueError(f"item {id!r} has already been scored")
         try:
             row = {"id": id, **self.score(output, truth)}
         except ValueError as error:
@@ -68,7 +68,7 @@ class TaskMetric(ABC, Generic[Output, Truth]):
         return row
 
     def extend(self, rows: Iterable[Row]) -> None:
-        """Append rows of other processes; known ids are skipped, because padded batches repeat items."""
+        """Append rows of other processes; rows of scored ids are skipped, because padded batches repeat items."""
         for row in rows:
             if row["id"] not in self._ids:
                 self.rows.append(dict(row))
@@ -103,7 +103,7 @@ class TaskMetric(ABC, Generic[Output, Truth]):
     ) -> dict[str, tuple[float, float]]:
         """Confidence interval of each average, defined for at least two items.
 
-        Wilson's for numbers that are 0 or 1, which has a width even if all are equal; else a bootstrap.
+        Wilson's for numbers that are all 0 or 1, since it has positive width even if all are equal; else a bootstrap.
         """
         bounds: dict[str, tuple[float, float]] = {}
         for name in self.names:
@@ -122,7 +122,7 @@ class TaskMetric(ABC, Generic[Output, Truth]):
 
 
 def mean_metric(columns: dict[str, list[float | None]]) -> dict[str, float]:
-    """Means of columns of equal length, None left out, by an `evaluate.Metric`."""
+    """Means of columns of equal length by an `evaluate.Metric`; None values are left out."""
     import datasets
     import evaluate
 
@@ -147,8 +147,8 @@ def mean_metric(columns: dict[str, list[float | None]]) -> dict[str, float]:
 def run_metric(kind: type, **columns: Sequence[Any]) -> dict[str, float]:
     """Computes an `evaluate.Metric` of class `kind` on whole columns.
 
-    Data stays in memory. The folder that `evaluate` insists on is temporary, so that processes on one machine do not
-    share it and nothing stays on the disk.
+    Data stays in memory. The folder that `evaluate` requires is temporary, so processes on one machine do not share it
+    and nothing remains on the disk.
     """
     with tempfile.TemporaryDirectory(prefix="crossflow-metric-") as folder:
         metric = kind(keep_in_memory=True, cache_dir=folder, experiment_id=uuid.uuid4().hex, seed=0)

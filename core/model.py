@@ -12,8 +12,8 @@ from crossflow.core.source import SourceEncoder
 class CrossFlow(nn.Module):
     """A noise-free flow model: z0 from `source_encoder`, velocities from `backbone`. B batch.
 
-    condition_encoder: module (features, mask) -> (B, N, D) that makes a baseline's condition tokens from features; None
-    if the tokens need no encoder, or there are none.
+    condition_encoder: module (features, mask) -> (B, N, D), from features to a baseline's condition tokens; None if the
+    tokens need no encoder, or without a condition.
 
     >>> from crossflow.core.backbones import build_backbone
     >>> from crossflow.core.config import BackboneConfig
@@ -37,8 +37,8 @@ class CrossFlow(nn.Module):
 
     @property
     def objective(self) -> nn.Module | None:
-        """The training objective with its learned heads, if it was loaded along with the model; no part of the model,
-        so it is not moved, saved or counted with it.
+        """The training objective with its learned heads, if it was loaded along with the model. It is not a submodule,
+        so it is not moved, saved or counted with the model.
         """
         return self._objective[0] if self._objective else None
 
@@ -59,7 +59,7 @@ class CrossFlow(nn.Module):
         return self.backbone(z_t, t, unconditional, condition)
 
     def velocity(self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None) -> Tensor:
-        """The velocity at full resolution, (B, *latent), of z_t's type: guidance magnifies a half type's rounding."""
+        """The velocity at full resolution, (B, *latent), in the dtype of z_t: guidance amplifies rounding errors."""
         return self.backbone(z_t, t, unconditional, condition)[-1].to(z_t.dtype)
 
     def num_parameters(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Keyed randomness: every random number follows from a key, so results depend on no batch size, order or process count.
+"""Keyed randomness: each random number is a function of its key, independent of batch size, order and process count.
 
 In training the key is (seed, step, global sample index), in sampling (seed, item id). The numbers are the bits of
 Philox (Salmon et al. 2011) under a 128-bit digest of the key, so that no two keys share their noise. B batch.
@@ -21,20 +21,20 @@ def _digest(num_bytes: int, parts: tuple[int | str, ...]) -> int:
 
 
 def key(*parts: int | str) -> int:
-    """A 63-bit integer that follows from `parts` alone, the same on every machine."""
+    """A 63-bit integer that is a function of `parts` alone, the same on every machine."""
     return _digest(8, parts) >> 1
 
 
 def keyed_generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by `key(*parts)`, of which torch uses 32 bits.
 
-    Use it for a few streams, such as initial weights; two among 100,000 keys are likely to share theirs.
+    Use it for a few streams, such as initial weights; among 100,000 keys, two are likely to share a stream.
     """
     return torch.Generator().manual_seed(key(*parts))
 
 
 def _random_bits(keys: Sequence[tuple[int | str, ...]], num: int) -> Tensor:
-    """Random integers in [0, 2^24), which float32 holds exactly: (len(keys), num) int32; a row follows from its key."""
+    """Random integers in [0, 2^24), exact in float32: (len(keys), num) int32; each row is a function of its key."""
     words = np.empty((len(keys), (num + 1) // 2), np.uint64)
     for row, parts in enumerate(keys):
         words[row] = np.random.Philox(key=_digest(16, parts)).random_raw(words.shape[1])
@@ -56,7 +56,7 @@ class Noise:
 
     Attributes:
         source: (B, *latent) standard normal, eps of the source posterior.
-        time: (B,) uniform in [0, 1), from which the time law makes t.
+        time: (B,) uniform in [0, 1), mapped to t by the time law.
         drop: (B,) uniform in [0, 1), by which the indicator is drawn.
     """
 
@@ -82,7 +82,7 @@ def training_noise(seed: int, step: int, samples: Sequence[int], latent_shape: S
 
 
 def item_noise(seed: int, ids: Sequence[str], latent_shape: Sequence[int]) -> Tensor:
-    """Standard normal (B, *latent), float32 on the CPU; row i follows from (seed, ids[i]) alone, so that an item can be
+    """Standard normal (B, *latent), float32 on the CPU; row i is a function of (seed, ids[i]) alone, so an item can be
     generated again without the others.
     """
     bits = _random_bits([("item", seed, name) for name in ids], _num_bits(latent_shape))
@@ -97,7 +97,7 @@ def _num_bits(shape: Sequence[int]) -> int:
 @functools.lru_cache(maxsize=4)
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The permutation of range(n) for an epoch of training: int64 (n,), not writable, the same everywhere."""
-    # Sorting raw bits: the bits of Philox are fixed for good, numpy's shuffling is not.
+    # Raw bits are sorted because those of Philox never change between versions, unlike numpy's shuffling.
     permutation = np.argsort(np.random.Philox(key=key("order", seed, epoch)).random_raw(n), kind="stable")
     permutation.flags.writeable = False
     return permutation

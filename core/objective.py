@@ -1,7 +1,7 @@
 """The training objective L = L_FM + w L_Enc + lambda L_KL (CrossFlow eq. 4), with the learned parts of its losses.
 
 The wrapped module's forward returns the losses, so that data-parallel training sees every parameter. The learned parts
-(alignment head, temperature, reconstruction decoder) are training-time only and saved apart from the generator.
+(alignment head, temperature, reconstruction decoder) are used in training only and saved separately from the generator.
 """
 
 import math
@@ -54,7 +54,7 @@ class Objective(nn.Module):
         self.drop = config.guidance.drop
         self.extra_losses = extra_losses
         self.crosses = config.source.kind != "gaussian"
-        # A Gaussian source says nothing of the condition, and a point has nothing to regularise.
+        # A Gaussian source does not depend on the features, so there is nothing to align.
         self.encoder_loss = config.loss.encoder if self.crosses else "none"
         if config.loss.flow_weight == 0 and self.encoder_loss == "none":
             raise UserError(
@@ -66,21 +66,19 @@ class Objective(nn.Module):
         if self.encoder_loss in ("contrastive", "sigmoid"):
             if alignment_head is None:
                 raise UserError(
-                    f"loss.encoder = {self.encoder_loss} needs an alignment head, which this task has not; use none."
+                    f"loss.encoder = {self.encoder_loss} needs an alignment head, which this task lacks; use none."
                 )
             self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / config.loss.temperature)))
         if self.encoder_loss == "sigmoid":
             self.bias = nn.Parameter(torch.tensor(-10.0))
         if self.encoder_loss == "reconstruction" and reconstructor is None:
-            raise UserError(
-                "loss.encoder = reconstruction needs a reconstruction decoder, which this task has not; use none."
-            )
+            raise UserError("loss.encoder = reconstruction needs a decoder, which this task lacks; use none.")
 
     def encoder_term(self, batch: Batch, z0: Tensor) -> Tensor | None:
         """L_Enc of the sampled z0 (B, *latent) against `batch.alignment`; None without an encoder loss."""
         if self.encoder_loss == "none":
             return None
-        assert batch.alignment is not None, "the task prepares the alignment of its encoder loss"
+        assert batch.alignment is not None, "the encoder loss needs a batch with an alignment"
         if self.reconstructor is not None:
             return losses.reconstruction_loss(self.reconstructor(z0), batch.alignment, batch.mask)
         assert self.alignment_head is not None
@@ -91,7 +89,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _limit_temperature(self) -> None:
-        """Clamps the parameter itself: clamped in the graph it would have no gradient beyond the bound."""
+        """Clamps the parameter itself: clamping in the graph would leave it without a gradient beyond the bound."""
         if self.encoder_loss in ("contrastive", "sigmoid"):
             self.log_temperature.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
@@ -132,8 +130,8 @@ class Objective(nn.Module):
     def draw(self, batches: Sequence[Batch], noises: Sequence[Noise]) -> list[Batch]:
         """The batches with their unconditional samples drawn and targets and weights rotated among these.
 
-        The batches are all parts of one process's share of an optimizer step; every process must call it. The draw
-        goes over the whole step: how it is divided into parts and processes changes nothing.
+        The batches are all parts of one process's share of an optimizer step, and every process must call it. The draw
+        is over the whole step, so it does not depend on the division into parts and processes.
         """
         fraction = 1 / (len(batches) * world_size())
         targets, weights = [batch.target for batch in batches], [batch.weight for batch in batches]

@@ -1,9 +1,9 @@
-"""Folders of results: a command writes where nothing lies, or replaces its own earlier results when told to.
+"""Folders of results: a command writes to a new or empty folder, or replaces earlier results with `overwrite`.
 
-A folder of results holds ``.crossflow.json`` with the names of the files that were written there, so that overwriting
-removes those files and no others.
+A folder of results contains ``.crossflow.json`` with the names of the files written there, so overwriting removes only
+these.
 
-    with output_folder(Path("outputs/t2i")) as folder:  # outputs/t2i, or outputs/t2i-2, ... if that holds something
+    with output_folder(Path("outputs/t2i")) as folder:  # outputs/t2i, or outputs/t2i-2, ... if it is not empty
         save_png(picture, folder / "0000.png")
 """
 
@@ -20,7 +20,7 @@ RECORD = ".crossflow.json"
 
 def check_output(requested: Path | None, *, overwrite: bool = False) -> None:
     """Raises UserError when a requested file exists, or a requested folder is not empty; with `overwrite`, only when
-    the path is of the wrong kind. To be called before the work whose results go there.
+    the path is of the wrong kind. Call it before the work whose results go there.
     """
     if requested is None or not requested.exists() or overwrite:
         return
@@ -40,18 +40,18 @@ def claim(
     overwrite: bool = False,
     resumable: Callable[[Path], bool] | None = None,
 ) -> Path:
-    """Creates and returns the folder for some results.
+    """Creates and returns the folder for the results of a command.
 
-    requested: the folder named by the user; without one it is `default`, or default-2, default-3, ... if `default`
-    holds something. overwrite: earlier results in the folder are removed, and `default` is not numbered.
-    resumable(folder): whether a folder holds unfinished work that these results continue; it is then taken as it is.
-    Raises UserError for a requested folder that holds something else, and for a file in its place.
+    requested: the folder named by the user; None means `default`, or default-2, default-3, ... if it is not empty.
+    overwrite: earlier results in the folder are removed, and `default` is not numbered.
+    resumable(folder): whether a folder holds unfinished work to continue; such a folder is returned unchanged.
+    Raises UserError for a requested folder that is not empty, and for a file in its place.
     """
     number = 1
     while True:
         folder = requested or (default if number == 1 else default.with_name(f"{default.name}-{number}"))
         if folder.is_file() and requested is not None:
-            raise UserError(f"{folder} is a file, and the results need a folder. Give another --output.")
+            raise UserError(f"{folder} is a file, but the results need a folder. Give another --output.")
         if resumable is not None and folder.is_dir() and resumable(folder):
             return folder
         if overwrite and not folder.is_file():
@@ -62,7 +62,7 @@ def claim(
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:  # perhaps by a process that was started at the same time
+        except FileExistsError:  # a process started at the same time may have created it
             if folder.is_dir() and not any(folder.iterdir()):
                 return folder
         number += 1
@@ -70,8 +70,8 @@ def claim(
 
 @contextmanager
 def output_folder(default: Path, requested: Path | None = None, *, overwrite: bool = False) -> Iterator[Path]:
-    """`claim`s a folder for the body to write to, and records the files written, also when the body fails. A folder
-    that is still empty then is removed. Arguments and errors are those of `claim`.
+    """`claim`s a folder for the body to write to, and records the files written, even when the body fails. The folder
+    is removed if it is still empty. Arguments and errors are those of `claim`.
     """
     folder = claim(default, requested, overwrite=overwrite)
     before = output_files(folder)
@@ -84,14 +84,14 @@ def output_folder(default: Path, requested: Path | None = None, *, overwrite: bo
 
 
 def record(folder: Path, names: set[str]) -> None:
-    """Notes files (paths relative to the folder) as results that `claim` may remove; adds to those noted before."""
+    """Records files (paths relative to the folder) as results that `claim` may remove, in addition to earlier ones."""
     names = names | set(_recorded(folder))
     if names:
         write_atomically(folder / RECORD, json.dumps({"files": sorted(names)}, indent=1) + "\n")
 
 
 def output_files(folder: Path) -> set[str]:
-    """Paths, relative to the folder, of all files in and below it but the record."""
+    """Paths, relative to the folder, of all files in and below it, except the record."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {RECORD}
 
 

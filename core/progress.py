@@ -1,6 +1,6 @@
-"""How long work reports how far it is. The command line shows it; the library prints nothing.
+"""How long-running work reports its progress. The command line shows it; the library prints nothing.
 
-`Progress` counts steps, items or bytes. A training also has numbers and sentences to report: `TrainingProgress`.
+`Progress` counts steps, items or bytes; a training also reports numbers and events by `TrainingProgress`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ class TrainingProgress(Protocol):
         """Training starts after `step` of `total` optimizer steps."""
 
     def advance(self, step: int) -> None:
-        """`step` optimizer steps are done; called after each."""
+        """Called after each optimizer step, with the number of completed ones."""
 
     def report(self, line: Mapping[str, Any]) -> None:
         """A line was written to metrics.jsonl."""

@@ -76,9 +76,8 @@ def flow(
 ) -> Solution:
     """Integrates the guided velocity from z (B, *latent); the solution counts the network evaluations of each item.
 
-    An adaptive solver takes the items one by one, so that each has its own steps and its result depends on no other.
+    An adaptive solver integrates items one at a time, so the steps and the result of an item depend on no other.
     """
-
     alone = SOLVERS.get(solver).adaptive and len(z) > 1
     solutions = []
     for rows in [slice(i, i + 1) for i in range(len(z))] if alone else [slice(None)]:
@@ -103,8 +102,8 @@ def count_evaluations(
 ) -> int | None:
     """Network evaluations that `generate` spends on each item under these settings; None for an adaptive solver.
 
-    A guided velocity counts two, by the indicator (conditional and unconditional) as well as by a weaker model. The
-    number comes from running the solver on a velocity of zero.
+    A guided velocity counts as two evaluations, whether guided by the indicator (conditional and unconditional) or by a
+    weaker model. They are counted by running the solver on a velocity of zero.
 
     >>> count_evaluations(solver="euler", steps=20, guidance=4.0)
     40

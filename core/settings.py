@@ -22,9 +22,9 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def shipped(folder: Path = RECIPES) -> dict[str, Path]:
-    """The YAML files of a shipped folder by name (`t2i_small`); a leading _ marks files that others only extend.
+    """The YAML files of a shipped folder by name (`t2i_small`); a leading _ marks files that only others extend.
 
-    The recipes of registered tasks count as shipped.
+    The recipes of tasks registered by other packages count as shipped.
     """
     folders = RECIPE_FOLDERS if folder == RECIPES else [folder]
     paths = {path.stem: path for place in folders for path in place.glob("[!_]*.yaml")}
@@ -35,7 +35,7 @@ def read(source: str | Path, folder: Path = RECIPES, kind: str = "recipe") -> di
     """The settings of a YAML file merged over the files that it extends; not validated.
 
     source: a name shipped in `folder`, a file, or a run directory. `extends: NAME` takes the file NAME or NAME.yaml
-    beside the one that extends, else the one shipped in `folder`. `kind` names the files in messages.
+    beside the extending file, else the one shipped in `folder`. `kind` names the files in messages.
     Raises UserError for a file that is missing, unreadable, not a mapping, or extends itself.
     """
     path = Path(source)
@@ -149,7 +149,7 @@ def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"The setting {name!r} is missing."
     if problem["type"] == "value_error" and isinstance(problem["input"], Mapping | BaseModel):
-        return str(problem["ctx"]["error"])  # of a validator of a whole section, whose sentence names the settings
+        return str(problem["ctx"]["error"])  # from a validator of a whole section; its sentence names the settings
     return f"The setting {name} = {problem['input']!r} is invalid: {problem['msg']}."
 
 
@@ -176,17 +176,17 @@ def _paths(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def dump(config: BaseModel) -> str:
-    """The complete configuration as YAML, from which every reader of YAML 1.1 or 1.2 gets the same values."""
+    """The complete configuration as YAML that means the same to readers of YAML 1.1 and 1.2."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values as the module's docstring says; the library's own rules are those of YAML 1.1."""
+    """Reads plain values as described in the module's docstring; the library's own rules are those of YAML 1.1."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """As the library, which silently keeps the last of repeated keys; here they are an error."""
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        """As in the library, except that repeated keys are an error; the library silently keeps the last."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for number, key in enumerate(keys):
@@ -198,7 +198,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader`, or a reader of YAML 1.1, would take for another type."""
+    """Quotes texts that `_Loader` or a reader of YAML 1.1 would read as another type."""
 
 
 for _kind, _pattern, _first in (

@@ -1,7 +1,7 @@
 """ODE solvers of dz/dt = velocity(z, t) from t = 0 to 1 or backwards, and the time grids of the fixed-step ones.
 
-A solver sees only `velocity(z, t)`; guidance and conditions are inside the velocity. Each solver is a record of its
-facts in the table `SOLVERS`. B batch.
+A solver sees only `velocity(z, t)`; guidance and conditions are part of the velocity. `SOLVERS` is the table of
+solvers with their properties. B batch.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,18 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 """(z (B, *latent), t scalar tensor in [0, 1]) -> dz/dt (B, *latent)."""
 
 END = 1 - 1e-5
-"""Where the released samplers stop: the linear path's derivative is taken short of t = 1."""
+"""Time at which the released samplers stop, just before t = 1."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The end of an integration and how it was reached.
+    """The result of an integration.
 
     Attributes:
         z: (B, *latent) at the end.
         evaluations: network evaluations spent on each of the B items.
-        trajectory: if kept, steps + 1 states (B, *latent) from the start to z; those of dopri5 at evenly spaced times.
+        trajectory: steps + 1 states (B, *latent) from the start to z (of dopri5 at evenly spaced times); empty unless
+            requested.
     """
 
     z: Tensor
@@ -109,11 +110,11 @@ def ab2_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Ten
 
 @dataclass(frozen=True)
 class Solver:
-    """What a solver is.
+    """A solver and its properties.
 
     Attributes:
-        name: as users write it.
-        about: what users read beside the name.
+        name: as written by users.
+        about: description in lists of solvers.
         order: the global error falls as (step length) ** order.
         evaluations: velocity evaluations in each step; of an adaptive solver, in each attempted step.
         first_evaluations: further velocity evaluations at the start.
@@ -129,12 +130,12 @@ class Solver:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the solver chooses its steps from its error estimate, for each item of a batch apart."""
+        """Whether the solver chooses its steps by its error estimate, for each item of a batch separately."""
         return self.step is None
 
     @property
     def summary(self) -> str:
-        """The facts in one line."""
+        """Description, order and cost in one line."""
         plural = "s" * (self.evaluations > 1)
         return f"{self.about}; order {self.order}, {self.evaluations} evaluation{plural} per step"
 
@@ -179,7 +180,7 @@ def solve(
         reverse: start at t = 1 and end at 0; dopri5 starts at 1 - 1e-5.
         tolerance: rtol and atol of an adaptive solver.
         evaluations_at: network evaluations in a call of `velocity` at a time; guidance spends two, for example.
-        keep_trajectory: return the states on the way, too.
+        keep_trajectory: also return the intermediate states.
         on_step: called with (steps done, steps) after each step of a fixed-step solver.
 
     Raises:
@@ -210,7 +211,7 @@ def solve(
 
 
 def _checked(solver: str, steps: int, time_grid: str, reverse: bool) -> Solver:
-    """The solver called `solver`; raises UserError for settings that it does not take."""
+    """The solver called `solver`; raises UserError for invalid settings."""
     scheme = SOLVERS.get(solver)
     if time_grid not in TIME_GRIDS:
         raise unknown_name("time grid", time_grid, TIME_GRIDS)
@@ -230,7 +231,7 @@ def _dopri5(slope: Slope, z: Tensor, num_parts: int, reverse: bool, tolerance: f
 
     start, end = (END, 0.0) if reverse else (0.0, END)
     times = torch.linspace(start, end, num_parts + 1, device=z.device)
-    # Left alone the solver steps past the end and interpolates back, with velocities at times the model never saw.
+    # By default the solver steps past the end and interpolates, with velocities at times outside the training range.
     options = {"step_t": times[-1:]}
     states = odeint(
         lambda t, state: slope(state, float(t)),

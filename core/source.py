@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from crossflow.core.errors import unknown_name
 
 SourceKind = Literal["variational", "deterministic", "noisy", "gaussian"]
-# A wider log-variance only overflows float16; the release clips nothing, and no trained model comes near these bounds.
+# Prevents overflow in float16; the release does not clip, and no trained model comes near these bounds.
 LOG_VAR_RANGE = (-20.0, 10.0)
 
 
@@ -59,7 +59,7 @@ class SourceEncoder(nn.Module):
     """Trunk and variational head: features of the source -> `Posterior`.
 
     trunk: module (features, mask) -> (B, 2, *latent), None for `gaussian`; only `variational` reads the second half.
-    latent_shape: (C, H, W) or (N, C) of a `gaussian` source; the others have that of their trunk.
+    latent_shape: (C, H, W) or (N, C) of a `gaussian` source; otherwise the trunk determines the shape.
     noise_scale: sigma of the `noisy` variant, in units of the latent.
     Raises UserError for an unknown kind.
     """
@@ -81,7 +81,7 @@ class SourceEncoder(nn.Module):
         if self.trunk is None:
             mean = torch.zeros(len(features), *self.latent_shape, device=features.device)
             return Posterior(mean, torch.zeros_like(mean))
-        # (B, *latent) each; float32, as exp of log_var follows
+        # (B, *latent) each; float32 because exp of log_var follows
         mean, second = self.trunk(features, mask).float().unbind(1)
         if self.kind == "variational":
             return Posterior(mean, second.clamp(*LOG_VAR_RANGE))

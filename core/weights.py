@@ -1,11 +1,11 @@
-"""The weights of a model as files of a run directory: which file holds what, and strict loading."""
+"""The weights of a model in a run directory: their files, and strict loading."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from crossflow.core.errors import UserError
+from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.files import read_tensors
 from crossflow.core.model import CrossFlow
 
@@ -14,9 +14,9 @@ WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
 
 
 def kind_of_weights(folder: Path, kind: str | None = None) -> str:
-    """`kind`, or the best that the run directory has: ema, else model. Raises UserError for an unknown kind."""
+    """`kind`, or by default ema if the run directory has it, else model. Raises UserError for an unknown kind."""
     if kind is not None and kind not in WEIGHTS:
-        raise UserError(f"Unknown weights {kind!r}. Known: {', '.join(WEIGHTS)}.")
+        raise unknown_name("weights", kind, WEIGHTS)
     return kind or ("ema" if (folder / WEIGHTS["ema"]).is_file() else "model")
 
 
@@ -29,7 +29,7 @@ def load_weights(build: Callable[[], CrossFlow], path: Path) -> CrossFlow:
         model = build()
     _assign(model, path)
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        model = build()  # it holds tables that are computed and not saved
+        model = build()  # it has tables that are computed instead of saved
         _assign(model, path)
     return model
 

@@ -57,7 +57,7 @@ def expect_checksum(name: str, checksum: str, expected: str | None) -> None:
         )
 
 
-def load_frozen(load: Callable[..., Any], source: str, *, files: str, subfolder: str = "", **options: Any) -> Any:
+def load_frozen(load: Callable[..., Any], source: str, *, files: str, subfolder: str = "", **options: object) -> Any:
     """Loads a network by `load` (a `from_pretrained` of transformers or diffusers), checks it and freezes it.
 
     source: hub id or local folder; files: those that such a folder must hold, for the message; options: of `load`.
@@ -76,7 +76,7 @@ def load_frozen(load: Callable[..., Any], source: str, *, files: str, subfolder:
     return freeze(network)
 
 
-def load_public(load: Callable[..., Any], source: str, *, files: str, **options: Any) -> Any:
+def load_public(load: Callable[..., Any], source: str, *, files: str, **options: object) -> Any:
     """`load(source, **options)`. Raises UserError that says which files to put where when `source` is unavailable."""
     try:
         return load(source, **options)

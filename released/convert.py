@@ -239,11 +239,11 @@ def _write_codec(folder: Path, codec: nn.Module, pieces: Sequence[Piece], on_byt
 
 def _write_origin(folder: Path, origin: Mapping[str, Any], config: Config | None) -> None:
     write_json(folder / ORIGIN_FILE, dict(origin))
-    made = {
+    manifest = {
         "task": config.task if config is not None else None,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "converted_from": {name: origin[name] for name in ("name", "kind", "file")},
         **environment(),
     }
-    write_json(folder / "manifest.json", made)
+    write_json(folder / "manifest.json", manifest)

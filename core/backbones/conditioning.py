@@ -9,10 +9,10 @@ from crossflow.core.batch import Condition
 def context_tokens(
     null: Tensor | None, condition: Condition | None, unconditional: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What cross-attention attends to: a learned null token (1, 1, D), then the condition's tokens.
+    """The tokens of cross-attention: a learned null token (1, 1, D), then the condition's tokens.
 
-    Returns tokens (B, M + 1, D) and the mask of attended ones (B, M + 1) bool, which is the null token alone where
-    `unconditional` (B,); both None for a backbone without cross-attention (null is None).
+    Returns tokens (B, M + 1, D) and their mask (B, M + 1) bool, True = attended; samples that are `unconditional` (B,)
+    attend only to the null token. Both are None for a backbone without cross-attention (null is None).
     """
     if null is None:
         return None, None

@@ -35,7 +35,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(3, 64, 2),
     "mini": Size(5, 128, 4),
-    # The five sizes of Fig. 3, whose smallest serves the ablations; the papers give the widths of the largest alone.
+    # The sizes of Fig. 3, of which the ablations use the smallest; the papers give only the widths of the largest.
     "S": Size(19, 512, 8),  # 70M
     "M": Size(25, 640, 10),  # 144M
     "B": Size(33, 768, 12),  # 273M
@@ -49,7 +49,7 @@ class TimeParameter(nn.Module):
 
     def __init__(self, width: int, centre: float) -> None:
         super().__init__()
-        # Different, because between equal parameters w and b have no gradient.
+        # Different values: w and b have no gradient while p0 and p1 are equal.
         self.param0 = nn.Parameter(centre + 0.02 * torch.randn(width))
         self.param1 = nn.Parameter(centre + 0.02 * torch.randn(width))
         self.nodecay_weight = nn.Parameter(torch.zeros(width))

@@ -174,7 +174,7 @@ class DiT(nn.Module):
         if x.shape[1] != len(self.position_table):
             raise UserError(
                 f"Expected {len(self.position_table)} tokens, for which this backbone has stored positions, got "
-                f"{x.shape[1]}. Use latents of the size it was trained on."
+                f"{x.shape[1]}. Use latents of the training size."
             )
         return self.position_table
 

@@ -1,4 +1,4 @@
-"""A flow run backwards in time: text-to-image becomes image-to-text (CrossFlow-T2I of Table 4)."""
+"""A flow reversed in time: text-to-image becomes image-to-text (CrossFlow-T2I of Table 4)."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from crossflow.core.batch import Condition
 
 
 class TimeReversal(nn.Module):
-    """A backbone of velocity v as one of velocity -v(z, 1 - t)."""
+    """The backbone whose velocity at (z, t) is -v(z, 1 - t), for a backbone of velocity v."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()

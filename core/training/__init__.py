@@ -1,1 +1,1 @@
-"""The training loop and what it keeps: state, moving averages, optimisers, tracking."""
+"""The training loop with its checkpoints, moving averages, optimisers and tracking."""

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to continue, written so that a crash at any instant leaves the one before usable.
+"""Checkpoints: everything a run needs to continue. A crash while writing leaves the previous checkpoint usable.
 
 `checkpoints/step_00001000/` holds `*.safetensors` (model, ema, objective, optimizer), `state.json` (the rest) and
 `checkpoint.json` (size and SHA-256 of each file, written last). It is written under a temporary name, flushed to disk
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 STATE = "state.json"
-# What the json files, the folder and the file system's own bookkeeping may need beside the tensors.
+# Space for the JSON files, the folder and the file system's bookkeeping, beside the tensors.
 _MARGIN = 2**20
 
 
@@ -45,7 +45,7 @@ class CorruptCheckpoint(UserError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
             f"The checkpoint {path} cannot be used: {reason}. Resume from another one (--resume auto takes the "
-            "newest good one), or delete this folder."
+            "newest intact one), or delete this folder."
         )
         self.path = path
         self.reason = reason
@@ -76,7 +76,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the values."""
+    """Total size of the tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -86,7 +86,7 @@ def write_checkpoint(
     """Writes the checkpoint of `step` and removes all but the newest `keep`; returns its folder.
 
     tensors: by file name without ending (a file without tensors is not written); state: JSON. Checkpoints of later
-    steps belong to a continuation that was abandoned, and are removed. Raises NoSpace.
+    steps belong to an abandoned continuation and are removed. Raises NoSpace.
     """
     root.mkdir(parents=True, exist_ok=True)
     needed = sum(map(num_bytes, tensors.values())) + _MARGIN
@@ -131,9 +131,9 @@ def write_checkpoint(
 
 
 def publish(checkpoint: Path, names: tuple[str, ...], folder: Path) -> None:
-    """Makes `names` (without ending) of a checkpoint files of `folder` too: hard links, or copies where there are none.
+    """Links the files `names` (without ending) of a checkpoint into `folder`, or copies them without support for links.
 
-    Each appears at once and complete. A name that the checkpoint lacks is skipped.
+    Each file appears atomically. Names that the checkpoint lacks are skipped.
     """
     for name in names:
         source, target = checkpoint / f"{name}.safetensors", folder / f"{name}.safetensors"
@@ -149,7 +149,7 @@ def publish(checkpoint: Path, names: tuple[str, ...], folder: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Raises CorruptCheckpoint unless every file of the checkpoint is there, of its size and of its checksum."""
+    """Raises CorruptCheckpoint unless every file of the checkpoint exists with the recorded size and checksum."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files: dict[str, dict] = manifest["files"]
@@ -177,7 +177,7 @@ def verify(path: Path) -> None:
 def find_checkpoint(root: Path, resume: str | Path | None) -> Path | None:
     """The verified checkpoint to resume from; None: start from the beginning. root = RUN/checkpoints.
 
-    resume: None refuses a folder that holds checkpoints, so that no run is overwritten; "auto" takes the newest good
+    resume: None refuses a folder that holds checkpoints, so that no run is overwritten; "auto" takes the newest intact
     one of `root`, if any; a folder is that checkpoint, or the run whose newest one is taken. Raises UserError.
     """
     if resume is None:
@@ -201,14 +201,17 @@ def find_checkpoint(root: Path, resume: str | Path | None) -> Path | None:
 
 
 def newest_good(root: Path) -> Path | None:
-    """The newest checkpoint under `root` that passes `verify`; None without any checkpoint. Logs which ones fail."""
+    """The newest checkpoint under `root` that passes `verify`, or None without checkpoints; logs those that fail.
+
+    Raises UserError when all of them fail.
+    """
     candidates = checkpoints(root)
     for path in candidates:
         try:
             verify(path)
             return path
         except CorruptCheckpoint as error:
-            logger.warning("%s cannot be used (%s); trying the one before.", path, error.reason)
+            logger.warning("%s cannot be used (%s); trying the previous one.", path, error.reason)
     if candidates:
         raise UserError(
             f"None of the {len(candidates)} checkpoints in {root} can be used (the log says why). Choose another "
@@ -242,7 +245,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`. Hyperparameters stay as the configuration gives them."""
+    """The inverse of `optimizer_tensors`; hyperparameters stay. Raises UserError for an unknown parameter."""
     present = optimizer.state_dict()
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     number = {name: index for index, name in enumerate(order)}
@@ -250,13 +253,13 @@ def load_optimizer(
     for key, value in tensors.items():
         slot, name = key.split("/", 1)
         if name not in number:
-            raise UserError(f"The checkpoint's optimizer knows a parameter {name} that this model does not train.")
+            raise UserError(f"The checkpoint's optimizer has a state for {name}, which this model does not train.")
         slots.setdefault(number[name], {})[slot] = value
     optimizer.load_state_dict({"state": slots, "param_groups": present["param_groups"]})
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint so that a crash in between does not leave half of one under a checkpoint's name."""
+    """Removes a checkpoint; a crash meanwhile leaves no partial checkpoint under its name."""
     doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
     path.rename(doomed)
     shutil.rmtree(doomed)

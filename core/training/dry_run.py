@@ -1,4 +1,4 @@
-"""What a run will take, measured on its first steps."""
+"""The time, memory and disk space of a run, measured on its first steps."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -11,28 +11,28 @@ from crossflow.core.training.learner import Learner
 from crossflow.core.training.stream import MicroBatch
 
 WARM_UP = 2
-"""Steps that are made before those that are timed."""
+"""Number of steps before the timed ones."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run will take."""
+    """Size, memory, time and disk space of a run."""
 
     parameters: dict[str, int]
-    """Numbers of parameters of the model's parts (backbone, source_encoder, ...) and of the `objective`."""
+    """Number of parameters of each part of the model (backbone, source_encoder, ...) and of the `objective`."""
     memory: dict[str, int]
-    """Bytes on each device of weights, gradients, optimizer, ema; activations come on top."""
+    """Bytes on each device for weights, gradients, optimizer and ema, without activations."""
     peak_memory: int | None
-    """Bytes at the peak of the measured steps, activations included (GPU only)."""
+    """Peak memory of the measured steps in bytes, including activations (GPU only)."""
     seconds_per_step: float
     remaining_steps: int
     checkpoint_bytes: int
     keep: int
-    """Checkpoints kept."""
+    """Number of checkpoints kept."""
 
     @property
     def remaining_seconds(self) -> float:
-        """Time of the remaining steps, without validation and samples."""
+        """Seconds for the remaining steps, without validation and samples."""
         return self.seconds_per_step * self.remaining_steps
 
     @property
@@ -42,7 +42,7 @@ class DryRun:
 
 
 def measure(learner: Learner, steps: Iterator[Sequence[MicroBatch]], num_steps: int, remaining_steps: int) -> DryRun:
-    """Makes `num_steps` steps after WARM_UP others and measures them. `steps`: the parts of each step."""
+    """Measures `num_steps` training steps after WARM_UP others. `steps`: the parts of each step."""
     on_gpu = learner.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(learner.device)
@@ -73,7 +73,7 @@ def measure(learner: Learner, steps: Iterator[Sequence[MicroBatch]], num_steps: 
 
 
 def _parameters(learner: Learner) -> dict[str, int]:
-    """Numbers of parameters of the model's parts and of what the losses learn."""
+    """Number of parameters of each part of the model, and of the learned parts of the losses."""
     numbers: dict[str, int] = {}
     for name, parameter in learner.objective.named_parameters():
         first, _, rest = name.partition(".")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """The average, in float32, of all parameters of `model`; buffers are taken from the model as they are.
+    """The average of all parameters of `model` in float32; buffers are those of the model.
 
     decay in [0, 1); num_updates is the n above.
     """
@@ -25,12 +25,12 @@ class EMA:
         self._applied = False
 
     def decay_at(self, num_updates: int) -> float:
-        """d of the update that follows `num_updates` others."""
+        """d of the update after `num_updates` others."""
         return min(self.decay, (1 + num_updates) / (10 + num_updates))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the average towards the present weights."""
+        """Moves the average towards the current weights."""
         assert not self._applied, "the model holds the averaged weights"
         weights = [parameter.detach().float() for parameter in self.parameters]
         torch._foreach_lerp_(self.shadows, weights, 1 - self.decay_at(self.num_updates))
@@ -38,7 +38,7 @@ class EMA:
 
     @contextmanager
     def applied(self, model: nn.Module | None = None) -> Iterator[None]:
-        """Inside, the model (default: the one it was made for) computes with the averaged weights."""
+        """Context in which `model` (default: the averaged model itself) has the averaged weights."""
         assert model is None or model is self.model, "an average belongs to one model"
         assert not self._applied, "the averaged weights are already applied"
         weights = [parameter.data for parameter in self.parameters]

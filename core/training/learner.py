@@ -1,4 +1,4 @@
-"""What learns: an objective with its optimizer and the moving average of its weights, advanced step by step."""
+"""Optimizer steps: an objective with its optimizer and the moving average of its weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ from crossflow.core.training.stream import MicroBatch
 
 
 class _Losses(nn.Module):
-    """What is wrapped for data parallelism and autocast: (loss, all losses as one detached vector)."""
+    """The module wrapped for data parallelism and autocast; returns (loss, all losses as one detached vector)."""
 
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class StepResult:
     losses: Tensor
     """(len(names),) losses by name, averaged over the parts."""
     norm: Tensor
-    """Norm of the gradient before it was clipped, a scalar."""
+    """Norm of the gradient before clipping, a scalar."""
     skipped: bool
-    """Whether the gradient overflowed at the present fp16 scale and the weights stayed."""
+    """Whether the gradient overflowed at the current fp16 scale, so that the weights were not updated."""
 
 
 class Learner:
@@ -103,7 +103,7 @@ class Learner:
         return StepResult(self.losses.names, total, norm, skipped)
 
     def _clip(self) -> Tensor:
-        """Clips the gradient and returns its norm before."""
+        """Clips the gradient and returns its norm before clipping, a scalar."""
         self.accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -113,7 +113,7 @@ class Learner:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Averaged weights, evaluation mode, no gradients; afterwards each module has the mode it had."""
+        """Context with averaged weights, in evaluation mode, without gradients; restores the mode of each module."""
         modes = [(module, module.training) for module in self.objective.modules()]
         self.objective.eval()
         try:
@@ -124,12 +124,12 @@ class Learner:
                 module.training = mode
 
     def release(self) -> None:
-        """Lets go of the process group, whose threads must be gone before the process ends."""
+        """Releases the process group, whose threads must end before the process does."""
         self.wrapped = self.losses
         self.accelerator.free_memory()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint by file: model, ema, objective (what the losses learn), optimizer."""
+        """The tensors of a checkpoint by file: model, ema, objective (learned parts of the losses), optimizer."""
         learned = {name: value for name, value in self.objective.state_dict().items() if not name.startswith("model.")}
         return {
             "model": self.model.state_dict(),
@@ -144,7 +144,7 @@ class Learner:
         return {"ema_updates": self.ema.num_updates, "scaler": None if scaler is None else scaler.state_dict()}
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
-        """Takes over the tensors of the checkpoint `path` and its `state`.
+        """Restores the tensors of the checkpoint `path` and its `state`.
 
         Raises UserError for a checkpoint of another model.
         """

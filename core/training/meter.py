@@ -1,4 +1,4 @@
-"""What is measured in each step without making the host wait for the device: losses, times and flags."""
+"""Losses, times and flags of each step, measured without making the host wait for the device."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from crossflow.core import distributed
 
 
 class Meter:
-    """Sums of the losses and of the gradient norm since the last log, on the device, and the time they took."""
+    """Sums of the losses and of the gradient norm since the last log, on the device, and the elapsed time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -24,7 +24,7 @@ class Meter:
         self._start = time.monotonic()
 
     def add(self, names: tuple[str, ...], losses: Tensor, norm: Tensor) -> None:
-        """The losses (P,) and the gradient norm of one step."""
+        """Adds the losses (P,), called `names`, and the gradient norm (scalar) of a step."""
         self.names, self.latest, self.norm = names, losses, norm
         values = torch.cat([losses, norm.view(1).to(losses)])
         self._sums = values if self._sums is None else self._sums + values
@@ -32,7 +32,7 @@ class Meter:
         self._num_timed += 1
 
     def take(self) -> tuple[dict[str, float], float, int]:
-        """(means over steps and ranks by name, seconds, the steps in these seconds); starts the next interval."""
+        """(means over steps and ranks by name, seconds, number of steps in that time); starts the next interval."""
         means = self._means()
         seconds, num_timed = time.monotonic() - self._start, self._num_timed
         self._sums, self._num_steps = None, 0
@@ -47,12 +47,12 @@ class Meter:
         return dict(zip([*self.names, "grad_norm"], values.tolist(), strict=True))
 
     def restart_clock(self) -> None:
-        """Measures the time from now on."""
+        """Restarts the time measurement."""
         self._start, self._num_timed = time.monotonic(), 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
+        """Context whose time is not counted."""
         start = time.monotonic()
         try:
             yield
@@ -60,19 +60,19 @@ class Meter:
             self._start += time.monotonic() - start
 
     def state(self) -> dict[str, Any]:
-        """The open interval, as JSON; the same on every rank."""
+        """The current interval in JSON types; the same on every rank."""
         sums = None if self._sums is None else distributed.mean_over_ranks(self._sums).tolist()
         return {"names": list(self.names), "sums": sums, "num_steps": self._num_steps}
 
     def load_state(self, content: Mapping[str, Any]) -> None:
-        """Continues an interval that `state` described."""
+        """Continues the interval that `state` returned."""
         self.names = tuple(content["names"])
         self._sums = None if content["sums"] is None else torch.tensor(content["sums"], device=self.device)
         self._num_steps = content["num_steps"]
 
 
 class Flags:
-    """What all ranks must agree on after each step, read without making the host wait for a GPU that is still at work.
+    """Flags on which all ranks agree after each step, read without making the host wait for a busy GPU.
 
     A row is (reason to stop, is loss 0 not finite, ..., is the gradient norm not finite), maximised over ranks.
     """
@@ -82,7 +82,7 @@ class Flags:
         self._pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
     def post(self, step: int, reason: int, bad: Tensor, now: bool) -> list[tuple[int, list[float]]]:
-        """Hands in the row of `step`; returns those that can be read: on a GPU, and not `now`, only earlier ones."""
+        """Adds the row of `step` and returns the readable rows: on a GPU, unless `now`, only those of earlier steps."""
         row = torch.cat([torch.full((1,), float(reason), device=self.device), bad.float()])
         row = distributed.max_over_ranks(row)
         if self.device.type == "cuda":

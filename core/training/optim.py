@@ -14,7 +14,7 @@ _EMBEDDING_NAME = re.compile(r"(^|_)(pos|positions?|embeds?|embeddings?|tokens?|
 def learning_rate(
     step: int, *, lr: float, warmup_steps: int = 0, steps: int = 0, schedule: str = "constant", final_lr: float = 0.0
 ) -> float:
-    """The learning rate of the optimizer step that follows `step` completed ones.
+    """The learning rate of the optimizer step after `step` completed ones.
 
     Linear warm-up, lr (step + 1) / warmup_steps, reaches `lr` with the last warm-up step. Then `constant`, or `cosine`:
     final_lr + (lr - final_lr) (1 + cos(pi p)) / 2 with p from 0 at the end of the warm-up to 1 at the last of `steps`.
@@ -49,7 +49,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.requires_grad:
                 (decayed if is_decayed(owner, name, parameter) else undecayed)[parameter] = None
-    # A shared parameter that is not decayed in one of its owners is not decayed at all.
+    # A shared parameter is decayed only if all its owners would decay it.
     groups = [
         {"params": [parameter for parameter in decayed if parameter not in undecayed], "weight_decay": weight_decay},
         {"params": list(undecayed), "weight_decay": 0.0},
@@ -97,21 +97,21 @@ class Muon(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Lets the parts see this optimizer's groups and state, which alone are read, saved and loaded."""
+        """Makes both parts use this optimizer's groups and state, which are the ones saved and loaded."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As for any optimizer; the parts see the loaded groups and state."""
+        """As for any optimizer; both parts use the loaded groups and state."""
         super().load_state_dict(state_dict)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of both parts with the gradients of the parameters."""
-        assert closure is None, "the gradients are computed before"
+        """One step of both parts with the current gradients."""
+        assert closure is None, "closures are not supported"
         for part in self.parts:
             part.step()
 

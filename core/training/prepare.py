@@ -1,4 +1,4 @@
-"""What happens once before the first step: processes and precision, sizes, compilation, activation checkpointing."""
+"""Preparations before the first step: processes and precision, sizes, compilation, activation checkpointing."""
 
 import random
 from pathlib import Path
@@ -36,11 +36,11 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Lets the backbone recompute its activations in the backward pass. Raises UserError if it cannot."""
+    """Makes the backbone recompute its activations in the backward pass. Raises UserError if it cannot."""
     able = [module for module in model.modules() if callable(getattr(module, "set_checkpointing", None))]
     if not able:
         raise UserError(
-            "train.checkpointing = true, but this model's backbone cannot recompute activations. Leave it out."
+            "train.checkpointing = true, but this model's backbone cannot recompute activations. Set it to false."
         )
     for module in able:
         module.set_checkpointing(True)  # type: ignore[operator]
@@ -51,7 +51,7 @@ def build_accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
     distributed.device()
     initialised = AcceleratorState._shared_state
     if initialised and initialised.get("_mixed_precision") not in (None, config.precision):
-        # One process may train several times; accelerate holds the precision of the first time for all.
+        # One process may train several times; accelerate would keep the precision of the first time.
         AcceleratorState._reset_state()
     if config.precision == "fp16" and distributed.device().type == "cpu":
         raise UserError("train.precision = fp16 needs a GPU, and this run is on the CPU. Use bf16 or no.")
@@ -70,14 +70,16 @@ def build_accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
             f"accelerate is configured for {accelerator.distributed_type.value}, but training is data-parallel only. "
             "Choose multi-GPU or multi-CPU in `accelerate config`, or pass --multi_gpu to `accelerate launch`."
         )
-    assert accelerator.num_processes == distributed.world_size(), "accelerate sees other processes than torch does"
+    assert accelerator.num_processes == distributed.world_size(), (
+        "accelerate and torch disagree on the number of processes"
+    )
     return accelerator
 
 
 def check_sizes(config: TrainConfig, num_examples: int, world_size: int) -> None:
-    """Raises UserError without training data, or for a batch that does not divide into processes and parts."""
+    """Raises UserError for empty training data, or a batch size not divisible by processes times parts."""
     if num_examples == 0:
-        raise UserError("The training data holds no example. Check data.train and its split.")
+        raise UserError("The training data is empty. Check data.train and its split.")
     parts = world_size * config.accumulate
     if config.batch_size % parts:
         nearest = max(1, round(config.batch_size / parts)) * parts
@@ -92,7 +94,7 @@ def seed_everything(seed: int, device: torch.device) -> None:
     """Seeds the global generators of Python, numpy and torch on the CPU and on `device`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # torch.manual_seed would, at every call, queue a seed for each kind of device that is not in use.
+    # torch.manual_seed would at every call queue a seed for each kind of unused device.
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A request to stop: SIGTERM or the first Ctrl-C end a run after its step, saved; a second Ctrl-C ends it at once."""
+"""Stop requests: SIGTERM or Ctrl-C stop a run with a checkpoint after the current step; a second Ctrl-C aborts it."""
 
 import signal
 import threading
@@ -34,6 +34,6 @@ class StopRequest:
 
 
 def ignore_in_worker(worker: int = 0) -> None:
-    """For data-loading processes: a signal to the whole group must not take them from under the step in progress."""
+    """For data-loading workers: a signal to the process group must not end them during the current step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,12 +1,12 @@
 """The order of the data, and the micro-batches that follow from it.
 
 The sample at global position p = step * batch_size + k is example permutation(seed, epoch)[p mod n] of epoch p // n.
-So a position alone says what comes next: resuming needs no state of the loader, for any number of processes.
+The position alone determines the example, so resuming needs no loader state, with any number of processes.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from crossflow.core.batch import Batch
 from crossflow.core.noise import Noise, keyed_generator, order, training_noise
 from crossflow.core.training.signals import ignore_in_worker
 
+T = TypeVar("T")
+
 
 class TrainingData(Protocol):
-    """What a task gives to be trained on."""
+    """The training examples of a task."""
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -27,12 +29,12 @@ class TrainingData(Protocol):
         """The example `index`, augmented for `epoch`; key = (epoch, index)."""
 
     def collate(self, examples: list[Any]) -> Batch:
-        """A batch of examples; runs in the loading processes if there are any."""
+        """A batch of examples; runs in the data-loading workers, if any."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of one process sees."""
+    """The input of one forward pass of one process."""
 
     batch: Batch
     noise: Noise
@@ -48,8 +50,8 @@ class MicroBatch:
         return _pin(self)
 
 
-def _pin(value: Any) -> Any:
-    """The tensors of a dataclass (and of those inside it) in page-locked memory: copies to a GPU can overlap."""
+def _pin(value: T) -> T:
+    """`value` with the tensors of a (nested) dataclass in page-locked memory, so that copies to a GPU can overlap."""
     if isinstance(value, Tensor):
         return value.pin_memory() if value.device.type == "cpu" else value
     if is_dataclass(value) and not isinstance(value, type):
@@ -68,7 +70,7 @@ class MicroBatches(Dataset[MicroBatch]):
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> MicroBatch:
         step, positions = key
         places = [self.example_at(position) for position in positions]
-        # Data that load several items faster together than one by one say so by this method, as for torch's loaders.
+        # Data sets that load several items faster together implement this method, as for torch's loaders.
         together = getattr(self.data, "__getitems__", None)
         examples = together(places) if together else [self.data[place] for place in places]
         noise = training_noise(self.seed, step, positions, self.latent_shape)
@@ -108,7 +110,7 @@ def _unchanged(micro_batch: MicroBatch) -> MicroBatch:
 
 
 def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: bool) -> DataLoader[MicroBatch]:
-    """Micro-batches in the order of `positions`, prefetched by `num_workers` processes (0: made when asked for)."""
+    """Micro-batches in the order of `positions`, prefetched by `num_workers` processes (0: made on request)."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -117,6 +119,6 @@ def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: b
         pin_memory=pin,
         collate_fn=_unchanged,  # type: ignore[arg-type]  # without batching it gets the single item
         worker_init_fn=ignore_in_worker,
-        # Its own generator: without one, beginning to load draws from the global one, and a resumed run begins again.
+        # A separate generator: otherwise loading draws from the global one, and a resumed run would differ.
         generator=keyed_generator("loader", dataset.seed),
     )

@@ -15,18 +15,18 @@ from typing import Any
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.files import write_atomically
 
-# Modules whose presence makes a tracker usable.
+# Tracker -> the modules that it needs, any of which suffices.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
 
 class MetricsFile:
-    """Appends json lines, each complete on disk before the next; lines after a step can be taken back."""
+    """Appends JSON lines, each synced to disk before the next; lines after a step can be removed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Numbers that JSON cannot hold (NaN, infinities) become null. Raises UserError on a full disk."""
+        """Appends a line; NaN and infinities become null. Raises UserError on a full disk."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -40,9 +40,9 @@ class MetricsFile:
             ) from error
 
     def truncate(self, step: int) -> dict[str, dict[str, Any]]:
-        """Keeps the lines up to `step`, so that a resumed run writes none twice; returns the last of each kind.
+        """Keeps the lines up to `step`, so that a resumed run repeats none; returns the last of each kind.
 
-        A last line that was never finished goes too.
+        An unfinished last line is removed too.
         """
         if not self.path.exists():
             return {}
@@ -53,7 +53,7 @@ class MetricsFile:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """The line, or None when it is not one of ours."""
+    """The content of a line, or None when it is not a valid line of metrics.jsonl."""
     try:
         line = json.loads(text)
         return line if isinstance(line["step"], int) and isinstance(line["kind"], str) else None

@@ -1,9 +1,9 @@
-"""The training loop: a function of (seed, step) alone, so that a resumed run is the run that was interrupted.
+"""The training loop: a function of (seed, step) alone, so that a resumed run equals an uninterrupted one.
 
 One optimizer step: every process takes its slice of the step's positions (see stream.py) in `accumulate` parts, the
 mean of the parts' losses is differentiated, the gradient clipped, the optimizer applied at the rate of the schedule,
 and the average updated (see learner.py). All generators are seeded from (seed, step, rank) before each step and each
-evaluation; so neither a validation in between nor a resume can change what follows, and no generator state is kept.
+evaluation, so neither validations nor resuming change the following steps, and no generator state is kept.
 """
 
 import itertools
@@ -44,7 +44,7 @@ from crossflow.core.training.tracking import MetricsFile, check_trackers
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model", "ema", "objective")
-# So many steps in a row whose fp16 gradients overflow, the scale halved each time, are not a matter of scale any more.
+# After this many fp16 overflows in a row, each of which halves the scale, the scale is not the cause.
 _MAX_SKIPPED = 50
 
 
@@ -56,24 +56,24 @@ class TrainResult:
     step: int
     """Completed optimizer steps."""
     reason: str
-    """Why it stopped: SIGTERM, SIGINT, max_minutes; empty when finished."""
+    """The reason of a stop: SIGTERM, SIGINT, max_minutes; empty when finished."""
     checkpoint: Path
     """The checkpoint written at the end."""
     losses: dict[str, float] = field(default_factory=dict)
     """The numbers of the last training line of metrics.jsonl."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Those of the last validation."""
+    """The numbers of the last validation."""
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What a trainer calls. `validate` and `sample` run on every rank, with averaged weights, in evaluation mode and
-    without gradients; they write files on the main process only (`distributed.is_main()`).
+    """Functions that a trainer calls. `validate` and `sample` run on every rank, with averaged weights, in evaluation
+    mode and without gradients; they write files on the main process only (`distributed.is_main()`).
     """
 
     validate: Callable[[int], Mapping[str, float]] | None = None
-    """step -> numbers, which are logged with the kind "val"."""
+    """step -> numbers, logged as kind "val"."""
     sample: Callable[[int], object] | None = None
     """Called with the step."""
     on_save: Callable[[int], object] | None = None
@@ -83,7 +83,7 @@ class Callbacks:
 
 
 class Trainer:
-    """Trains `objective` on `data` and keeps its run directory; `run` does it, `dry_run` says what it would take.
+    """Trains `objective` on `data` in a run directory by `run`; `dry_run` measures the cost beforehand.
 
         trainer = Trainer(config.train, objective, data, run_dir="runs/mine", seed=0, latent_shape=(4, 32, 32))
         result = trainer.run(resume="auto")
@@ -131,19 +131,19 @@ class Trainer:
         self._meter = Meter(self.device)
         self._flags = Flags(self.device)
         self._skipped = self._skipped_in_a_row = 0
-        self._last: dict[str, dict[str, float]] = {}  # the newest numbers of each kind
-        self._evaluated: frozenset[str] = frozenset()  # what was done at the step resumed from
+        self._last: dict[str, dict[str, float]] = {}  # the last numbers of each kind
+        self._evaluated: frozenset[str] = frozenset()  # evaluations already made at the step resumed from
         self._used = False
         self._checkpoint: Path | None = None
 
     def run(self, resume: str | Path | None = None) -> TrainResult:
         """Trains to `config.steps`, or until a signal or `max_minutes` ends it with a checkpoint.
 
-        resume: None for a new run, "auto" for the newest good checkpoint of the run directory (if there is one), or
-        the folder of a checkpoint or run. Raises UserError: nothing to resume, a corrupt checkpoint asked for by
-        name, a loss or gradient that is not finite, no space for a checkpoint.
+        resume: None for a new run, "auto" for the newest intact checkpoint of the run directory (if any), or the folder
+        of a checkpoint or run. Raises UserError when a requested checkpoint is missing or corrupt, a loss or gradient
+        is not finite, or the disk is full.
         """
-        assert not self._used, "a trainer runs once, and not after a dry run"
+        assert not self._used, "a trainer can be used only once"
         self._used = True
         start = time.monotonic()
         self._restore(resume)
@@ -163,7 +163,7 @@ class Trainer:
                     self.learner.release()
         checkpoint = self._checkpoint
         if checkpoint is None or checkpoint.parent.resolve() != self.checkpoints.resolve():
-            checkpoint = self.save()  # no steps were asked for, or none more than another run had made
+            checkpoint = self.save()  # no steps were left, so none has been written here
         return TrainResult(
             "stopped" if reason else "finished",
             self.step,
@@ -175,10 +175,10 @@ class Trainer:
         )
 
     def _loop(self, stop: StopRequest, start: float) -> str:
-        """Steps until the end ("") or a reason to stop, which it returns; a checkpoint of the last step is written.
+        """Makes steps until the end, or until a reason to stop; returns the reason ("" at the end).
 
-        At one step the order is log, save, validate, sample: a slow validation that is cut short costs no training,
-        and a resumed run begins with it.
+        The last step is saved. The order at one step is log, save, validate, sample: interrupting a slow validation
+        loses no training, and a resumed run repeats it first.
         """
         config = self.config
         deadline = math.inf if config.max_minutes is None else start + 60 * config.max_minutes
@@ -205,11 +205,11 @@ class Trainer:
         return ""
 
     def _is_due(self, every: int) -> bool:
-        """Whether what happens `every` so many steps (0: only at the end) happens after the present one."""
+        """Whether an event that occurs `every` n steps (0: only at the end) is due after the current step."""
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
     def _evaluate(self, done: frozenset[str] = frozenset()) -> None:
-        """The callbacks that are due, but for the kinds already `done`."""
+        """Runs the callbacks that are due, except for the kinds already `done`."""
         if self.step == 0:
             return
         if self.callbacks.validate is not None and self._is_due(self.config.eval_every) and "val" not in done:
@@ -239,7 +239,7 @@ class Trainer:
         self._meter.add(result.names, result.losses, result.norm)
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of the optimizer step that follows `step` completed ones."""
+        """The learning rate of the optimizer step after `step` completed ones."""
         config = self.config
         return learning_rate(
             step,
@@ -251,9 +251,10 @@ class Trainer:
         )
 
     def _check(self, request: str, now: bool) -> str:
-        """Raises UserError for a loss or gradient that is not finite; returns why to stop, agreed on by all ranks.
+        """Raises UserError for a loss or gradient that is not finite; returns the reason to stop, the same
+        on all ranks, or "".
 
-        now: look at this step. Otherwise, on a GPU, at the one before, so that the host need not wait.
+        now: check this step; otherwise, on a GPU, the previous one, so that the host does not wait.
         """
         reasons = ("", "SIGTERM", "SIGINT", "max_minutes")
         scaled = self.accelerator.scaler is not None
@@ -261,8 +262,8 @@ class Trainer:
         values = torch.cat(
             [self._meter.latest, torch.zeros(1, device=self.device) if scaled else self._meter.norm.view(1)]
         )
-        seen = self._flags.post(self.step, reasons.index(request), ~torch.isfinite(values), now)
-        for step, (reason, *bad) in seen:
+        rows = self._flags.post(self.step, reasons.index(request), ~torch.isfinite(values), now)
+        for step, (reason, *bad) in rows:
             if any(bad):
                 self._not_finite(step, [name for name, is_bad in zip(names, bad, strict=True) if is_bad])
             if reason:
@@ -274,7 +275,7 @@ class Trainer:
     def _not_finite(self, step: int, names: list[str]) -> None:
         parts = [name for name in names if name not in ("loss", "gradient norm")] or names
         good = state.checkpoints(self.checkpoints)
-        kept = f"The last good checkpoint is {good[0]}." if good else "No checkpoint was written before."
+        kept = f"The last checkpoint is {good[0]}." if good else "No checkpoint has been written yet."
         precision = " use train.precision bf16 or no," if self.config.precision == "fp16" else ""
         raise UserError(
             f"Training stopped at step {step}: not finite (NaN or infinity): {', '.join(parts)}. {kept} Try a "
@@ -311,7 +312,7 @@ class Trainer:
             yield
 
     def save(self) -> Path:
-        """Writes the checkpoint of the present step and the run directory's weights. Raises UserError without space."""
+        """Writes the checkpoint of the current step and the run's weights. Raises UserError on a full disk."""
         pending = self._meter.state()
         self._checkpoint = distributed.on_main(lambda: self._write(pending))
         return self._checkpoint
@@ -335,7 +336,7 @@ class Trainer:
         return path
 
     def _restore(self, resume: str | Path | None) -> None:
-        """Brings everything to the state of the checkpoint to resume from, or leaves it at the beginning."""
+        """Restores the state of the checkpoint to resume from, if any."""
         path, lines = distributed.on_main(lambda: self._prepare_folder(resume))
         if path is None:
             return
@@ -351,12 +352,12 @@ class Trainer:
         for name, value in present.items():
             if content[name] != value:
                 logger.warning(
-                    "Resumed with %s = %s instead of %s: the data continues elsewhere.", name, value, content[name]
+                    "Resumed with %s = %s instead of %s: the order of the data changes.", name, value, content[name]
                 )
         self.progress.note(f"Resumed from {path}.")
 
     def _prepare_folder(self, resume: str | Path | None) -> tuple[Path | None, dict[str, dict[str, Any]]]:
-        """Brings the run directory to the step to resume from: (its checkpoint, the last line of each kind)."""
+        """Resets the run directory to the step to resume; returns its checkpoint and the last line of each kind."""
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -367,16 +368,16 @@ class Trainer:
         remove_temporaries(self.checkpoints)
         remove_temporaries(self.run_dir)
         lines = self.metrics.truncate(0 if path is None else int(state.read_state(path)["step"]))
-        self.metrics.path.touch()  # marks the folder as that of a run
+        self.metrics.path.touch()  # marks the folder as a run directory
         if path is not None and path.parent == self.checkpoints:
             state.publish(path, WEIGHTS, self.run_dir)  # the run may have been interrupted before this
         return path, lines
 
     def dry_run(self, num_steps: int = 3, resume: str | Path | None = None) -> DryRun:
-        """Measures `num_steps` steps after two to warm up, and writes nothing. The trainer cannot be run afterwards."""
+        """Measures `num_steps` steps after two warm-up steps, writing nothing. The trainer cannot be used again."""
         path = state.find_checkpoint(self.checkpoints, resume)
         finished = 0 if path is None else int(state.read_state(path)["step"])
-        assert not self._used, "a trainer runs once"
+        assert not self._used, "a trainer can be used only once"
         self._used = True
         steps = self._steps(0, WARM_UP + num_steps)
         return measure(self.learner, steps, num_steps, max(0, self.config.steps - finished))
@@ -384,7 +385,7 @@ class Trainer:
 
 @contextmanager
 def _quiet_unused_parameters() -> Iterator[None]:
-    """Looking for unused parameters is meant; torch advises against it whenever there are none."""
+    """Silences torch's warning that no unused parameters were found; looking for them is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         yield

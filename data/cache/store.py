@@ -56,11 +56,11 @@ class Cache:
         self.features: dict[str, Any] = self.plan["features"]
         self.records: list[dict[str, Any]] = manifest["shards"]
         self._shards: dict[int, Shard] = {}
-        self._seen: dict[int, bytearray] = {}  # shard -> flags of the items read so far
+        self._read_before: dict[int, bytearray] = {}  # shard -> flags of the items read so far
         self._fits_memory = sum(record["bytes"] for record in self.records) < _memory() / 2
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}, "_seen": {}}
+        return self.__dict__ | {"_shards": {}, "_read_before": {}}
 
     @property
     def splits(self) -> list[str]:
@@ -101,12 +101,12 @@ class Cache:
         """
         fixed = [name for name in self.features["parts"] if name.endswith(f"_{size}")]
         for entry, number in zip(entries, which, strict=True):
-            seen = self._seen.get(entry.shard)
-            if seen is None:
-                seen = self._seen[entry.shard] = bytearray(self.records[entry.shard]["num_items"])
-            if seen[entry.row] and self._fits_memory:
+            read_before = self._read_before.get(entry.shard)
+            if read_before is None:
+                read_before = self._read_before[entry.shard] = bytearray(self.records[entry.shard]["num_items"])
+            if read_before[entry.row] and self._fits_memory:
                 continue
-            seen[entry.row] = True
+            read_before[entry.row] = True
             shard = self.shard(entry.shard)
             for name in fixed:
                 shard.will_need(name, entry.row, entry.row + 1)

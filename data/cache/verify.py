@@ -32,9 +32,9 @@ class Report:
 def verify(folder: Path, progress: Progress | None = None) -> Report:
     """Reads every byte of a cache. Raises UserError when `folder` has no finished cache."""
     cache, report = Cache(folder), Report()
-    total, seen = sum(record["bytes"] for record in cache.records), set[tuple[str, str]]()
+    total, ids = sum(record["bytes"] for record in cache.records), set[tuple[str, str]]()
     for record in cache.records:
-        for problem in _shard_problems(folder, record, cache.features, seen):
+        for problem in _shard_problems(folder, record, cache.features, ids):
             report.problems.append(f"{record['file']}: {problem}")
         report.num_items += record["num_items"]
         report.num_bytes += record["bytes"]
@@ -49,7 +49,7 @@ def verify(folder: Path, progress: Progress | None = None) -> Report:
 
 
 def _shard_problems(
-    folder: Path, record: Mapping[str, Any], features: Mapping[str, Any], seen: set[tuple[str, str]]
+    folder: Path, record: Mapping[str, Any], features: Mapping[str, Any], ids: set[tuple[str, str]]
 ) -> Iterator[str]:
     path = folder / record["file"]
     if not path.is_file():
@@ -68,11 +68,11 @@ def _shard_problems(
         return
     if beside != record:
         yield f"{path.with_suffix('.json').name} does not agree with the manifest"
-    yield from _entry_problems(shard, record, features, seen)
+    yield from _entry_problems(shard, record, features, ids)
 
 
 def _entry_problems(
-    shard: shards.Shard, record: Mapping[str, Any], features: Mapping[str, Any], seen: set[tuple[str, str]]
+    shard: shards.Shard, record: Mapping[str, Any], features: Mapping[str, Any], ids: set[tuple[str, str]]
 ) -> Iterator[str]:
     """The problems of the entries of a shard with the right checksum."""
     items, captions = record["num_items"], record["num_captions"]
@@ -97,9 +97,9 @@ def _entry_problems(
             yield f"{name} has values that are not finite"
     for row in range(items):
         id = shard.text("ids", row)
-        if (record["split"], id) in seen:
+        if (record["split"], id) in ids:
             yield f"the id {id!r} occurs twice"
-        seen.add((record["split"], id))
+        ids.add((record["split"], id))
     for row in range(captions):
         shard.text("captions", row)
 

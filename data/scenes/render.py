@@ -214,16 +214,16 @@ def _intersect(solids: _Solids, index: Array, origin: _Vector, direction: _Vecto
     shapes = solids.shape[index]
     for number, name in enumerate(SHAPES):
         rays = np.flatnonzero(shapes == number)
-        mine = solids.take(index[rays])
-        ox, oy, oz = origin[0][rays] - mine.x, origin[1][rays] - mine.y, origin[2][rays]
+        solid = solids.take(index[rays])
+        ox, oy, oz = origin[0][rays] - solid.x, origin[1][rays] - solid.y, origin[2][rays]
         dx, dy, dz = (part[rays] for part in direction)
         if name == "cube":
-            ox, oy = ox * mine.cos + oy * mine.sin, oy * mine.cos - ox * mine.sin
-            dx, dy = dx * mine.cos + dy * mine.sin, dy * mine.cos - dx * mine.sin
+            ox, oy = ox * solid.cos + oy * solid.sin, oy * solid.cos - ox * solid.sin
+            dx, dy = dx * solid.cos + dy * solid.sin, dy * solid.cos - dx * solid.sin
         with np.errstate(divide="ignore", invalid="ignore"):
-            t, (nx, ny, nz) = _MEETINGS[name]((ox, oy, oz), (dx, dy, dz), mine.half_width, mine.height)
+            t, (nx, ny, nz) = _MEETINGS[name]((ox, oy, oz), (dx, dy, dz), solid.half_width, solid.height)
         if name == "cube":
-            nx, ny = nx * mine.cos - ny * mine.sin, ny * mine.cos + nx * mine.sin
+            nx, ny = nx * solid.cos - ny * solid.sin, ny * solid.cos + nx * solid.sin
         met = np.flatnonzero(t < np.inf)
         kept.append(rays[met])
         depths.append(t[met])
@@ -343,13 +343,13 @@ def _picture(stage: _Stage, size: int) -> Array:
 def _backdrop(stage: _Stage, rays: _Rays) -> list[Array]:
     """Sky and ground, as if nothing stood on it but shadows."""
     surroundings = [scene.surroundings for scene in stage.scenes]
-    seen = rays.ground < np.inf
-    depth = np.where(seen, rays.ground, np.float32(0))
+    is_ground = rays.ground < np.inf
+    depth = np.where(is_ground, rays.ground, np.float32(0))
     light = _checker(stage, rays, depth) * _contact(stage, rays, depth)
     lit = np.where(_ground_in_shadow(stage, rays, depth), np.float32(0), stage.sun[:, 2, None, None])
     haze = depth / np.float32(FAR)
     haze = haze * haze * haze
-    haze = np.where(seen, haze, np.float32(1))[:, :, None]
+    haze = np.where(is_ground, haze, np.float32(1))[:, :, None]
     sky = _sky_mix(rays.dz)
     channels = []
     for channel in range(3):
@@ -395,10 +395,10 @@ def _contact(stage: _Stage, rays: _Rays, depth: Array) -> Array:
     light = np.ones((len(stage.scenes), len(rays.u), len(rays.u)), np.float32)
     for slot in range(int(stage.counts.max(initial=0))):
         who = np.flatnonzero(stage.counts > slot)
-        mine = stage.solids.take(stage.first[who] + slot)
-        across = depth[who][:, :, None] * rays.u - mine.x[:, None, None]
-        away = depth[who] * rays.dy[who] - mine.y[:, None]
-        square = (mine.half_width * mine.half_width)[:, None, None]
+        solid = stage.solids.take(stage.first[who] + slot)
+        across = depth[who][:, :, None] * rays.u - solid.x[:, None, None]
+        away = depth[who] * rays.dy[who] - solid.y[:, None]
+        square = (solid.half_width * solid.half_width)[:, None, None]
         light[who] *= np.float32(1) - np.float32(0.55) * square / (
             np.float32(0.35) * square + across * across + (away * away)[:, :, None]
         ) * np.float32(0.6)

@@ -1,8 +1,8 @@
 """The table of codecs: built by name from a recipe's options, and loaded from the folder that `Codec.save` wrote."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +19,7 @@ for _codec in (PixelCodec, AutoencoderKLCodec, AutoencoderTinyCodec, FlowTiTokCo
     CODECS.register(_codec.kind)(_codec)
 
 
-def build_codec(kind: str, **options: Any) -> Codec:
+def build_codec(kind: str, **options: object) -> Codec:
     """A codec by its name in `CODECS`. options: of `NetworkCodec.build`, or of the constructor without a network.
 
     Raises UserError for an unknown kind, and as `NetworkCodec.build` does.
@@ -28,7 +28,8 @@ def build_codec(kind: str, **options: Any) -> Codec:
     (48, 16, 24)
     """
     codec = CODECS.get(kind)
-    return codec.build(**options) if issubclass(codec, NetworkCodec) else codec(**options)
+    create: Callable[..., Codec] = codec.build if issubclass(codec, NetworkCodec) else codec
+    return create(**options)
 
 
 def load_codec(folder: str | Path, *, source: str | None = None, subfolder: str = "") -> Codec:

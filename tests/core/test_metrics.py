@@ -54,7 +54,7 @@ def test_errors_name_the_item_and_keep_the_rows():
     metric = filled([(1.0, 2.0)])
     with pytest.raises(ValueError, match="item 'bad': negative output"):
         metric.add("bad", -1.0, 1.0)
-    with pytest.raises(ValueError, match="'item0' was scored before"):
+    with pytest.raises(ValueError, match="'item0' has already been scored"):
         metric.add("item0", 1.0, 2.0)
     assert len(metric.rows) == 1
 

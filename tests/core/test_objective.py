@@ -297,7 +297,7 @@ def test_temperature_has_a_gradient_at_its_bound_and_returns_from_it(
     ("loss", "message"),
     [
         ({"encoder": "contrastive"}, "needs an alignment head"),
-        ({"encoder": "reconstruction"}, "needs a reconstruction decoder"),
+        ({"encoder": "reconstruction"}, "needs a decoder"),
         ({"encoder": "none", "kl": "standrd"}, "Unknown KL form 'standrd'. Did you mean 'standard'"),
     ],
 )

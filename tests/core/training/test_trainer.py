@@ -185,7 +185,7 @@ def test_an_indivisible_batch_is_refused(tiny: ModuleType, tmp_path: Path) -> No
 
 
 def test_data_without_examples_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no example"):
+    with pytest.raises(UserError, match="training data is empty"):
         tiny.trainer(tmp_path, data=tiny.Data(num=0))
 
 
