@@ -6,7 +6,7 @@ The position alone determines the example, so resuming needs no loader state, wi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class MicroBatch:
 def _pin(value: T) -> T:
     """`value` with the tensors of a (nested) dataclass in page-locked memory, so that copies to a GPU can overlap."""
     if isinstance(value, Tensor):
-        return value.pin_memory() if value.device.type == "cpu" else value
+        return cast(T, value.pin_memory()) if value.device.type == "cpu" else value
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: _pin(getattr(value, field.name)) for field in fields(value)})
     return value
