@@ -22,7 +22,7 @@ def _perturb(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Weights and inputs drawn without a generator are the same whatever tests ran before."""
+    """Seeds the global generator, so that a test does not depend on the tests before it."""
     torch.manual_seed(12345)
 
 

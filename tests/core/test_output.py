@@ -81,7 +81,7 @@ def test_a_record_cannot_remove_files_outside_its_folder(tmp_path: Path) -> None
     (tmp_path / "outside.txt").write_text("precious")
     (folder / RECORD).write_text('{"files": ["../outside.txt"]}')
     write_results(tmp_path / "out", folder, overwrite=True)
-    assert (tmp_path / "outside.txt").exists()
+    assert (tmp_path / "outside.txt").read_text() == "precious"
 
 
 def test_a_requested_file_is_replaced_only_with_overwrite(tmp_path: Path) -> None:

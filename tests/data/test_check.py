@@ -27,24 +27,24 @@ def pairs(tmp_path) -> Path:
 
 def test_inspection_counts_items_sizes_and_depth(pairs):
     (pairs / "rgb/03.png").write_bytes(b"broken")
-    told = []
-    found = inspect(open_reader(f"pairs:{pairs}", "all"), num_shown=4, progress=lambda *given: told.append(given))
-    assert (found.total, found.good) == (20, 19)
-    assert found.fields == ("depth", "image")
-    assert list(found.bad) == ["03"]
-    assert "not a picture" in found.bad["03"]
-    assert found.numbers["height"] == "8 to 10 px, median 10"
-    assert found.numbers["width"] == "6 to 12 px, median 6"
-    assert found.numbers["depth"].startswith("1.00 to 2.90 m")
-    assert found.numbers["measured pixels"].startswith("75.0% (0 items")
-    assert told[-1] == (20, 20)
-    assert found.sheet.shape[2] == 3
+    calls = []
+    inspection = inspect(open_reader(f"pairs:{pairs}", "all"), num_shown=4, progress=lambda *call: calls.append(call))
+    assert (inspection.total, inspection.good) == (20, 19)
+    assert inspection.fields == ("depth", "image")
+    assert list(inspection.bad) == ["03"]
+    assert "not a picture" in inspection.bad["03"]
+    assert inspection.numbers["height"] == "8 to 10 px, median 10"
+    assert inspection.numbers["width"] == "6 to 12 px, median 6"
+    assert inspection.numbers["depth"].startswith("1.00 to 2.90 m")
+    assert inspection.numbers["measured pixels"].startswith("75.0% (0 items")
+    assert calls[-1] == (20, 20)
+    assert inspection.sheet.shape[2] == 3
 
 
 def test_captions_are_counted_and_the_sheet_shows_the_requested_number(tmp_path):
-    found = inspect(open_reader("scenes", "val", image_size=16, limit=5), num_shown=0)
-    assert found.numbers["captions"] == "25 (5 with 5)"
-    assert found.sheet is None
+    inspection = inspect(open_reader("scenes", "val", image_size=16, limit=5), num_shown=0)
+    assert inspection.numbers["captions"] == "25 (5 with 5)"
+    assert inspection.sheet is None
     few, more = (inspect(open_reader("scenes", "val", image_size=16, limit=9), num_shown=n).sheet for n in (1, 9))
     assert more.size > few.size
 
@@ -53,9 +53,9 @@ def test_data_check_writes_its_results_and_lists_bad_items(pairs, tmp_path, caps
     (pairs / "rgb/03.png").write_bytes(b"broken")
     out = tmp_path / "out"
     assert main(["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(out)]) == 0
-    said = capsys.readouterr()
-    assert "19 of 20 items are good" in said.out
-    assert "bad 03: not a picture" in said.err
+    captured = capsys.readouterr()
+    assert "19 of 20 items are good" in captured.out
+    assert "bad 03: not a picture" in captured.err
     assert json.loads((out / "all.json").read_text())["bad"].keys() == {"03"}
     assert (out / "all_bad.tsv").read_text().startswith("03\tnot a picture")
     assert Image.open(out / "all.png").text["spec"] == f"pairs:{pairs}"
@@ -71,10 +71,10 @@ def test_data_check_writes_its_results_and_lists_bad_items(pairs, tmp_path, caps
 def test_too_many_bad_items_are_an_error(pairs, tmp_path, capsys):
     for number in (3, 4):
         (pairs / f"depth/{number:02d}.png").write_bytes(b"broken")
-    given = ["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(tmp_path / "out")]
-    assert main(given) == 2
+    call = ["data", "check", f"pairs:{pairs}", "--split", "all", "--output", str(tmp_path / "out")]
+    assert main(call) == 2
     assert "2 of the 20 items of all are bad; the limit is 5%" in capsys.readouterr().err
-    assert main([*given, "--overwrite", "--max-bad", "0.2"]) == 0
+    assert main([*call, "--overwrite", "--max-bad", "0.2"]) == 0
 
 
 def test_data_check_opens_all_existing_splits_and_detects_shared_items(pairs, tmp_path, capsys):
@@ -98,6 +98,6 @@ def test_data_check_opens_all_existing_splits_and_detects_shared_items(pairs, tm
 
 def test_every_format_describes_its_layout_and_options(capsys):
     assert main(["list", "datasets"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    captured = " ".join(capsys.readouterr().out.split())
     for word in ("karpathy", "wds", "?crop=", "eth3d", "urban100", "?stream="):
-        assert word in said
+        assert word in captured

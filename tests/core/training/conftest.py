@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flushing to disk is most of a tiny run's time, and no test takes the power away."""
+    """Skips flushing to disk, which takes most of the time of a tiny run; no test simulates a loss of power."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 

@@ -124,7 +124,7 @@ def test_another_seed_gives_another_run(tiny: ModuleType, tmp_path: Path) -> Non
 
 def test_callbacks_see_averaged_weights_in_evaluation_mode(tiny: ModuleType, tmp_path: Path) -> None:
     objective = tiny.Objective()
-    objective.head.eval()  # a part that somebody froze
+    objective.head.eval()  # a module frozen by the user
     seen = []
 
     def validate(step: int) -> dict[str, float]:

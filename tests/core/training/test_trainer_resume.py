@@ -127,7 +127,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny: ModuleType, tmp_path: Pa
 
 
 class Signalling:
-    """Progress that sends this process a signal after given steps."""
+    """Progress that sends signals to this process after certain steps."""
 
     def __init__(self, at: dict[int, list[signal.Signals]]) -> None:
         self.at = at

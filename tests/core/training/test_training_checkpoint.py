@@ -142,7 +142,7 @@ def test_a_checkpoint_is_resumed_only_on_request(tmp_path: Path) -> None:
 
 
 def exit_at(instant: int) -> None:
-    """From now on this process ends without a word at its `instant`-th system call that changes a folder or a file."""
+    """Makes this process exit silently at its `instant`-th system call that changes a folder or a file."""
     count = 0
 
     def counted(original: Callable) -> Callable:

@@ -114,7 +114,7 @@ def trainer(run_dir: Path, objective: nn.Module | None = None, data: Data | None
 
 
 def lines(run_dir: Path, kind: str = "train") -> list[dict]:
-    """The lines of metrics.jsonl without what a clock decides."""
+    """The lines of metrics.jsonl without timings."""
     text = (run_dir / "metrics.jsonl").read_text()
     clock = ("seconds_per_step", "samples_per_second")
     read = [json.loads(line) for line in text.splitlines()]
@@ -142,7 +142,7 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
 
 
 def noisy_validation(step: int) -> Mapping[str, float]:
-    """Draws from every global generator, as a careless task might."""
+    """Draws from every global generator, as a task may do by mistake."""
     return {"score": torch.rand(()).item() + random.random() + np.random.rand() + step}
 
 

@@ -71,7 +71,7 @@ def test_arrays_are_read_as_by_numpy(tmp_path: Path, dtype: str, order: str):
 def test_older_pickles_are_read_too(tmp_path: Path, protocol: int):
     content = {"caption": "a cube", "flags": [True, None], "large": 2**40, "part": 0.5}
     found = read_npy(raw(tmp_path / "a.npy", pickle.dumps(content, protocol)))
-    assert found == content | {"flags": None}  # lists are followed, and are no use to anybody
+    assert found == content | {"flags": None}  # lists are parsed but not returned
 
 
 def test_plain_arrays_need_no_pickle(tmp_path: Path):
@@ -114,7 +114,7 @@ def test_a_pickle_with_other_instructions_is_refused_and_not_executed(tmp_path: 
 @pytest.mark.parametrize(
     "program",
     [
-        b"cposix\nsystem\n(S'touch ran'\ntR.",  # the classic
+        b"cposix\nsystem\n(S'touch ran'\ntR.",  # the usual attack
         b"(S'touch ran'\niposix\nsystem\n.",  # the INST instruction
         b"cnumpy\nndarray\n(I3\ntR.",  # an array made by a call of its class
         b"cnumpy\ndtype\n)\x81.",  # NEWOBJ
