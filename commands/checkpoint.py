@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from crossflow.commands import options
-from crossflow.commands.console import is_first_process
+from crossflow.commands.console import is_first_process, join_processes
 from crossflow.core.errors import UserError
 from crossflow.core.output import check_output
 
@@ -115,9 +115,10 @@ def uses_model(default_output: str, *, shared: bool = False) -> Callable[[Comman
         @functools.wraps(function)
         def run(**values: Any) -> None:
             model = Model(**{name: values.pop(name) for name in fields})
-            if not (shared or is_first_process()):
-                return
             if not shared:
+                join_processes()  # before the others return, since loading a model waits for them
+                if not is_first_process():
+                    return
                 check_output(model.output, overwrite=model.overwrite)
             function(model, **values)
 

@@ -36,6 +36,14 @@ def is_first_process() -> bool:
     return launcher.rank() == 0
 
 
+def join_processes() -> None:
+    """Joins the processes of a launcher, if there are several."""
+    if launcher.world_size() > 1:
+        from crossflow.core import distributed
+
+        distributed.device()
+
+
 def count(number: int, noun: str) -> str:
     """`1 file`, `3 files`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -8,7 +8,7 @@ import click
 
 from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
-from crossflow.commands.console import progress_bar, say, show_scores
+from crossflow.commands.console import join_processes, progress_bar, say, show_scores
 from crossflow.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,10 +74,8 @@ def command(
     """
     from crossflow.benchmarks.evaluation.compare import expect_repeated
     from crossflow.benchmarks.evaluation.evaluate import evaluate
-    from crossflow.core import distributed, launcher
 
-    if launcher.world_size() > 1:
-        distributed.device()  # joins the processes of a launcher
+    join_processes()
     protocol = _protocol(protocol_name, networks, repeat)
     settings = model.settings if repeat is None else {**repeat.manifest["sample"], **model.settings}
     with progress_bar("scoring") as on_step:

@@ -8,7 +8,7 @@ import click
 
 from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
-from crossflow.commands.console import progress_bar
+from crossflow.commands.console import join_processes, progress_bar
 from crossflow.commands.inputs import named_inputs, read_prompts
 from crossflow.commands.outputs import Result, write_results
 from crossflow.core.errors import UserError
@@ -39,7 +39,7 @@ def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, path
     alone, so each output can be reproduced without the others. Under torchrun or accelerate launch the processes share
     the inputs.
     """
-    from crossflow.core import distributed, launcher
+    from crossflow.core import distributed
     from crossflow.engine.inputs import item_ids
 
     texts = read_prompts(prompts, prompt_file)
@@ -49,8 +49,7 @@ def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, path
             "takes text, --input FILE or FOLDER to one that takes pictures."
         )
     check_output(model.output, overwrite=model.overwrite)
-    if launcher.world_size() > 1:
-        distributed.device()  # joins the processes of a launcher
+    join_processes()
     inputs = named_inputs(model.pipe, texts, paths)
     ids = item_ids([value for _, value in inputs], num)
     results = _sample(model, [value for _, value in inputs], ids)
