@@ -98,7 +98,9 @@ def _show_end(run: "Run", outcome: "Outcome", folder: Path) -> None:
         say(f"Stopped after step {result.step} ({result.reason}). Continue with:")
         say(f"  crossflow train --output {folder} --resume auto")
         return
-    say(f"Trained {result.step} steps in {result.seconds / 60:.1f} minutes. Samples: {folder / 'samples'}")
+    trained = f"Trained {result.num_steps} steps in {result.seconds / 60:.1f} minutes"
+    trained = trained if result.num_steps else f"The training had completed its {result.step} steps before"
+    say(f"{trained}. Samples: {folder / 'samples'}")
     if outcome.scores is not None:
         show_scores(outcome.scores.values, outcome.scores.intervals, outcome.baseline, run.task.Scoring.headline)
         for note in outcome.scores.notes:

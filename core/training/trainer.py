@@ -64,6 +64,8 @@ class TrainResult:
     scores: dict[str, float] = field(default_factory=dict)
     """The numbers of the last validation."""
     seconds: float = 0.0
+    num_steps: int = 0
+    """Optimizer steps of this training alone; 0 for a resumed run that had them all."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class Trainer:
         self._used = True
         start = time.monotonic()
         self._restore(resume)
+        first_step = self.step
         if self.config.trackers:
             self.accelerator.init_trackers("crossflow", config=_for_trackers(self.settings))
         self.learner.objective.train()
@@ -172,6 +175,7 @@ class Trainer:
             dict(self._last.get("train", {})),
             dict(self._last.get("val", {})),
             time.monotonic() - start,
+            self.step - first_step,
         )
 
     def _loop(self, stop: StopRequest, start: float) -> str:

@@ -198,6 +198,16 @@ def test_a_finished_run_is_not_scored_again(tiny_run, tmp_path: Path, capsys) ->
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_interrupted_while_scored_says_that_its_steps_were_complete(tiny_run, tmp_path: Path, capsys) -> None:
+    run = shutil.copytree(tiny_run("sr"), tmp_path / "sr")
+    (run / "scores.json").unlink()
+    assert main(["train", "--output", str(run), "--resume", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert "had completed its 2 steps before" in out
+    assert "in 0.0 minutes" not in out
+    assert (run / "scores.json").is_file()
+
+
 @pytest.mark.parametrize("recipe", ["t2i_256_clip_dimr", "flowtok_b", "caption_351m", "depth_527m", "sr_505m"])
 def test_a_dry_run_of_a_paper_recipe_needs_no_data(tmp_path: Path, capsys, monkeypatch, recipe: str) -> None:
     monkeypatch.chdir(tmp_path)

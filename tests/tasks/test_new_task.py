@@ -4,6 +4,7 @@ protocol of its own, ablates; and mistakes in a task are reported.
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,27 @@ def run(registered: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*command, "train.steps=2"]) == 0
     assert main([*command, "--resume", "auto", "train.steps=4"]) == 0
     return folder
+
+
+def test_an_installed_package_brings_its_task_by_an_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(FOLDER / "recipes", tmp_path / "painters" / "recipes")
+    shutil.copy(FOLDER / "adapter.py", tmp_path / "painters" / "__init__.py")
+    about = tmp_path / "painters-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: painters\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[crossflow.tasks]\ncolourisation = painters:Adapter\n")
+    assert "colourisation" not in tasks.task_names()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert "colourisation" in tasks.task_names()
+        config = load_config("colourisation_tiny")
+        assert task_class("colourisation").__module__ == "painters"
+        assert type(config).__name__ == "ColourConfig"
+    finally:
+        RECIPE_FOLDERS[:] = [folder for folder in RECIPE_FOLDERS if tmp_path not in folder.parents]
+        sys.modules.pop("painters", None)
 
 
 def test_the_task_is_short() -> None:
