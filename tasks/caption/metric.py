@@ -60,9 +60,9 @@ class CaptionMetric(TaskMetric):
         self.java_seconds = java_seconds
         self._bleu_counts: np.ndarray | None = None  # (items, 10), for the bootstrap
 
-    def score(self, output: str, truth: "Sequence[str] | Item") -> Row:
+    def score(self, output: str, truth: Sequence[str] | Item) -> Row:
         """The row of one caption: its text, the references, ROUGE-L, and object_f1 for a scene."""
-        references = getattr(truth, "captions", truth)
+        references = truth.captions if isinstance(truth, Item) else truth
         if isinstance(references, str) or not references:
             raise ValueError(f"the truth must hold at least one reference caption, got {references!r}")
         if not isinstance(output, str) or not all(isinstance(reference, str) for reference in references):
