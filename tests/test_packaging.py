@@ -131,6 +131,7 @@ def test_a_new_folder_reaches_the_wheel(tmp_path: Path):
     assert not [name for name in names if "tests" in name.split("/")]
 
 
+@pytest.mark.slow
 def test_the_source_archive_builds_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path):
     source = copy_of_tree(tmp_path / "tree")
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"

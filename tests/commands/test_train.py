@@ -64,6 +64,7 @@ def test_the_noise_source_baseline_is_one_override(tiny_settings, blind_judge, t
     assert manifest["evaluations"] == 2 * manifest["sample"]["steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "override"),
     [

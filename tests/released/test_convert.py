@@ -57,6 +57,7 @@ def euler_by_hand(model, z, num_steps, scale):
     return z
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "encoder", "guidance", "prompts", "as_read"),

@@ -63,6 +63,7 @@ def test_all_groups_are_shipped() -> None:
     assert sorted(groups()) == GROUPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_training_of_a_group_is_a_valid_configuration(name: str, tmp_path: Path) -> None:
     group = load_group(name)
@@ -192,6 +193,7 @@ def test_a_killed_ablation_continues_where_it_was(tmp_path: Path, pretend) -> No
     assert all(job.done for job in made.jobs)
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others_and_is_retried(tmp_path: Path, pretend) -> None:
     made = plan("encoder", tmp_path, seeds=(0,))
     execute, _ = pretend(fail="train noisy")

@@ -217,6 +217,7 @@ def test_scores_on_fewer_items_than_the_protocol_are_marked_as_partial(sr, tmp_p
     assert "3 items were scored, but set5-x4 has 5" in report.scores.notes[-1]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_items(sr, tmp_path: Path, monkeypatch) -> None:
     """Of the pictures that were scored only those of the page are kept."""
     import gc

@@ -18,6 +18,7 @@ def test_scenes_are_rendered_and_counted() -> None:
     assert render_scenes(5, 3, 8) == 5
 
 
+@pytest.mark.slow
 def test_rendering_is_measured_for_each_size_and_number_of_processes() -> None:
     calls: list[int] = []
     rows = rendering_speed(sizes=(8,), processes=(1, 2), count=8, on_row=lambda: calls.append(1))
@@ -38,6 +39,7 @@ def test_training_steps_are_timed_without_leaving_files(tiny_settings, tmp_path:
 SMALL = ["text.feature_width=64", "source.width=64", "source.hidden=32", "source.heads=2", "source.depth=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "small"),
     [

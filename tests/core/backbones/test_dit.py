@@ -130,6 +130,7 @@ def test_residual_stream_stays_float32_under_autocast(tiny_dit: Callable) -> Non
     assert types == [torch.float32, torch.float32]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_network_compiles_as_one_graph(tiny_dit: Callable) -> None:
     model = tiny_dit(GRID, context_dim=6, conv=3)

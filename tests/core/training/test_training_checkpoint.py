@@ -159,6 +159,7 @@ def exit_at(instant: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_instant_leaves_an_intact_checkpoint(tmp_path: Path) -> None:
     outcomes = []
     for instant in range(1, 200):

@@ -263,6 +263,7 @@ class Killed(BaseException):
     """What nothing in the package catches."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before renaming", "after renaming"])
 def test_a_kill_at_any_write_does_not_change_the_finished_cache(builder, monkeypatch, after: bool, tmp_path: Path):
     builder("whole").run()

@@ -108,6 +108,7 @@ def test_save_and_load_give_the_same_tokens(tokenizer, tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_same_captions_give_the_same_tokenizer_in_another_process():
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(300)]

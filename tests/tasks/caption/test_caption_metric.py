@@ -6,13 +6,13 @@ import os
 import shutil
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from crossflow.core.errors import UserError
+from crossflow.data.item import Item
 from crossflow.data.scenes import captions, make_scene
 from crossflow.tasks.caption import metric as module
 from crossflow.tasks.caption.metric import BLEU, CaptionMetric, best_single_caption
@@ -134,16 +134,12 @@ def test_intervals_hold_the_value_and_bleu_is_counted_anew():
 
 
 def test_objects_are_scored_when_the_truth_is_a_scene():
-    @dataclass
-    class Item:
-        captions: tuple
-        scene: object
-
     metric = CaptionMetric()
     for seed in range(3):
         scene = make_scene(seed)
-        metric.add(f"scene{seed}", captions(scene)[3], Item(captions(scene), scene))
-    metric.add("wrong", "nothing of the kind", Item(captions(scene), scene))
+        item = Item(f"scene{seed}", captions=captions(scene), scene=scene)
+        metric.add(item.id, captions(scene)[3], item)
+    metric.add("wrong", "nothing of the kind", item)
     assert [row["object_f1"] for row in metric.rows] == [1, 1, 1, 0]
     assert metric.compute()["object_f1"] == 0.75
     assert "object_f1" in metric.intervals()

@@ -49,6 +49,7 @@ def trained(request, tokenizer):
     return autoencoder
 
 
+@pytest.mark.slow
 def test_held_out_captions_survive_a_missed_latent(trained):
     exact = trained.evaluate(HELD_OUT)
     assert exact.token_accuracy >= 0.99

@@ -78,6 +78,7 @@ def test_recipes_of_the_papers_train_and_sample(networks, blind_judge, tmp_path:
         assert len(json.loads((run / "image_tower.json").read_text())["checksum"]) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_gradient_reaches_every_parameter(networks, tmp_path: Path, recipe: str) -> None:
     settings = merge(read(recipe), parse_overrides([*small(networks, recipe), "guidance.drop=0.6"]))
