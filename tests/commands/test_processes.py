@@ -43,14 +43,15 @@ def test_an_evaluation_is_shared_and_is_that_of_one_process(tiny_run, tmp_path: 
 
 
 def test_distances_by_two_processes_are_those_of_one(tiny_run, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    for number in range(9):
+    for number in range(12):
         noise = np.random.default_rng(number).integers(0, 255, (40, 44, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / "data" / f"{number}.png")
+        folder = tmp_path / "data" / ("train" if number < 5 else "test")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(folder / f"{number}.png")
     rules = tmp_path / "mini.yaml"
     rules.write_text(
-        "extends: imagenet-64-256\nsplit: all\nnetworks: {features: timm:test_resnet@random}\nsr: {crop: 32}\n"
-        "distribution: {numbers: [fid, kid, is]}\n"
+        "extends: imagenet-64-256\nsplit: test\nnetworks: {features: timm:test_resnet@random}\nsr: {crop: 32}\n"
+        "distribution: {numbers: [fid, kid, is], size: 32}\n"
     )
     data = f"folder:{tmp_path / 'data'}"
     argv = ["evaluate", "--checkpoint", str(tiny_run("sr")), "--protocol", str(rules), "--data", data]
