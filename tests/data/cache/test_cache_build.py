@@ -472,4 +472,6 @@ def test_a_killed_process_continues_and_ends_with_the_same_bytes(recipe, picture
     output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
     assert b"Continuing" in output
-    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    # The file that a kill interrupted stays under its temporary name until it is an hour old.
+    complete = {name: digest for name, digest in digests(tmp_path / "killed").items() if not name.startswith(".tmp-")}
+    assert complete == digests(tmp_path / "whole")
