@@ -108,7 +108,7 @@ class CaptionMetric(TaskMetric):
     ) -> dict[str, tuple[float, float]]:
         """Bootstrap intervals after `compute`: BLEU counted anew on what is drawn, CIDEr with its word weights kept.
 
-        METEOR has none: its corpus value cannot be had from the rows.
+        METEOR has none: its corpus value is not a function of the rows.
         """
         intervals = super().intervals(level=level, num_resamples=num_resamples, seed=seed)
         intervals.pop("METEOR", None)
@@ -122,7 +122,7 @@ class CaptionMetric(TaskMetric):
 
 
 def best_single_caption(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> str:
-    """The candidate with the highest mean CIDEr when it is given to every item: what can be had without looking.
+    """The candidate with the highest mean CIDEr when every item gets it: the best score of a model that ignores pictures.
 
     Args:
         candidates: captions to choose from.

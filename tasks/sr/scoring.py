@@ -25,7 +25,8 @@ class SrRules(Section):
     scale: int | float = Field(4, gt=1)
     """The run must enlarge by this factor."""
     crop: int | None = None
-    """The centre square of every picture is resized to so many pixels; smaller pictures are left out. None: the whole.
+    """Side in pixels to which the centre square of every picture is resized; smaller pictures are left out. None: whole
+    pictures.
     """
     shave: int | None = None
     """Pixels left out at every side; none: the scale."""

@@ -30,7 +30,7 @@ class Detector:
     """Objects in a picture by an instance segmentation (Mask2Former) or detection (DETR) model of transformers.
 
     Raises:
-        UserError: the model cannot be had, is of another kind, or fails its test on known pictures.
+        UserError: the model is unavailable, is of another kind, or fails its test on known pictures.
     """
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:

@@ -204,7 +204,7 @@ class ClipScorer:
         device: where it runs.
 
     Raises:
-        UserError: the model cannot be had, is incomplete, or is not a CLIP model.
+        UserError: the model is unavailable, is incomplete, or is not a CLIP model.
     """
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:

@@ -137,8 +137,8 @@ NESTED = b")\x94" + b"".join(b"h%c\x86\x94" % i for i in range(60))  # tuples of
 @pytest.mark.parametrize(
     "program",
     [
-        b"\x80\x04}X\x01\x00\x00\x00x\x8e" + (2**60).to_bytes(8, "little") + b"abcs.",  # so many bytes
-        b"\x80\x04}\x8d" + (2**60).to_bytes(8, "little") + b"abcK\x01s.",  # a name so long
+        b"\x80\x04}X\x01\x00\x00\x00x\x8e" + (2**60).to_bytes(8, "little") + b"abcs.",  # a text of 2^60 bytes
+        b"\x80\x04}\x8d" + (2**60).to_bytes(8, "little") + b"abcK\x01s.",  # a name of 2^60 bytes
         b"\x80\x04}" + NESTED + b"K\x01s.",  # to be hashed
         b"\x80\x04" + NESTED + b")R.",  # to be put into words
         b"\x80\x04}X\x01\x00\x00\x00xcnumpy._core.multiarray\n_reconstruct\n)R(K\x01K\x01\x85cnumpy\ndtype\n"
