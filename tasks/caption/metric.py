@@ -122,7 +122,7 @@ class CaptionMetric(TaskMetric):
 
 
 def best_single_caption(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> str:
-    """The candidate with the highest mean CIDEr when every item gets it: the best score of a model that ignores pictures.
+    """The candidate with the highest mean CIDEr when every item gets it: what a model that ignores pictures can reach.
 
     Args:
         candidates: captions to choose from.
