@@ -111,7 +111,7 @@ def _builder(recipe: str, data: str, output: Path, overrides: Sequence[str], enc
     from crossflow.data.cache.build import Settings
     from crossflow.engine import cache
     from crossflow.engine.sample import find_device
-    from crossflow.tasks.base import load_config
+    from crossflow.tasks import load_config
 
     config = load_config(recipe, overrides)
     return cache.builder(

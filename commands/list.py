@@ -35,7 +35,7 @@ def first_sentence(text: str) -> str:
 
 
 def _tasks() -> Rows:
-    from crossflow.tasks.base import task_class
+    from crossflow.tasks import task_class
 
     return [(name, first_sentence(sys.modules[task_class(name).__module__].__doc__ or "")) for name in task_names()]
 

@@ -48,7 +48,7 @@ def command(
     from crossflow.core import distributed
     from crossflow.engine.folder import new_folder
     from crossflow.engine.train import Run, finished
-    from crossflow.tasks.base import load_config, task_class
+    from crossflow.tasks import load_config, task_class
 
     distributed.device()  # joins the processes of a launcher, if there are several
     source = _source(task, recipe, output if resume is not None else None)
@@ -114,7 +114,7 @@ def _dry_run(config: "Config", names_data: bool) -> None:
     """Prints what a training takes: measured if the data are available, else as far as the settings determine it."""
     from crossflow.core import distributed
     from crossflow.engine.train import dry_run, estimate
-    from crossflow.tasks.base import task_class
+    from crossflow.tasks import task_class
 
     try:
         task_class(config.task).dataset(config, "train")

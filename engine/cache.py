@@ -13,7 +13,7 @@ from crossflow.data.cache.store import Cache
 from crossflow.data.cache.verify import compare
 from crossflow.data.reader import Reader
 from crossflow.data.readers import open_reader, require
-from crossflow.tasks.base import task_class
+from crossflow.tasks import task_class
 
 USUAL_SPLITS = ("train", "val")
 

@@ -27,7 +27,8 @@ from crossflow.engine.inputs import item_ids, read_inputs
 from crossflow.engine.outputs import Outputs, check_output_type
 from crossflow.engine.provenance import open_data
 from crossflow.networks.hub import run_folder
-from crossflow.tasks.base import Pieces, Task, load_model, save_model
+from crossflow.tasks import load_model, save_model
+from crossflow.tasks.base import Pieces, Task
 
 
 def load(

@@ -11,11 +11,11 @@ from crossflow.core.config import GuidanceConfig, LossConfig
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import training_noise
 from crossflow.core.objective import Objective
+from crossflow.data.cases import Case, Tile
 from crossflow.data.dataset import Examples
 from crossflow.data.sheet import sheet
 from crossflow.engine.sample import Pipeline
-from crossflow.tasks.base import Task
-from crossflow.tasks.scoring import Case, Scoring, Tile
+from crossflow.tasks.base import Scoring, Task
 
 T = TypeVar("T")
 

@@ -22,6 +22,7 @@ from crossflow.core.settings import dump, flat
 from crossflow.core.solvers import SOLVERS
 from crossflow.core.training.dry_run import DryRun
 from crossflow.core.training.trainer import Callbacks, Trainer, TrainResult
+from crossflow.data.cases import Case, Tile
 from crossflow.data.dataset import Examples
 from crossflow.data.images import save_png
 from crossflow.data.readers import resolve_spec
@@ -30,8 +31,8 @@ from crossflow.engine.provenance import changed, expect_same, manifest, open_dat
 from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, arrange, held_out_loss, overlap_with_training, score, show
 from crossflow.engine.start_from import start_from
-from crossflow.tasks.base import Example, Task, load_config, task_class
-from crossflow.tasks.scoring import Case, Scoring, Tile
+from crossflow.tasks import load_config, task_class
+from crossflow.tasks.base import Example, Scoring, Task
 
 NUM_SAMPLES = 16
 """Cases of a sample grid."""

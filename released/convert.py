@@ -45,7 +45,7 @@ from crossflow.released.folders import (
 from crossflow.released.kinds import Kind, kind_named
 from crossflow.released.known import Known, identify, read_config
 from crossflow.released.rules import Entry, check, entries, expected_shapes
-from crossflow.tasks.base import task_class
+from crossflow.tasks import task_class
 from crossflow.tasks.t2i.config import T2IConfig
 from crossflow.tasks.t2i.encoder import FROZEN_FILE
 

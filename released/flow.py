@@ -16,7 +16,7 @@ from crossflow.core.objective import Objective
 from crossflow.core.settings import build
 from crossflow.released.kinds import KINDS, Kind, ReferenceConfig
 from crossflow.released.rules import Rule
-from crossflow.tasks.base import task_class
+from crossflow.tasks import task_class
 
 CLIP, CLIP_336, T5 = "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336", "google/t5-v1_1-xxl"
 TOWER = "google/siglip-large-patch16-256"

@@ -1,17 +1,24 @@
-"""The tasks, by name: the folders beside this file, those that other packages register, and nothing else.
+"""The tasks, by name: the folders beside this file, and those that other packages register; from a name to the
+adapter, the configuration of a recipe, the model of a run.
 
-Names are known without importing a task, so that `crossflow --help` answers at once.
+Names are known without importing a task or torch, so that `crossflow --help` answers at once.
 """
 
 import importlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.recipes import RECIPE_FOLDERS
+
+if TYPE_CHECKING:
+    from crossflow.core.config import Config
+    from crossflow.core.model import CrossFlow
+    from crossflow.tasks.base import Task
 
 ENTRY_POINTS = "crossflow.tasks"
 """Group of entry points by which an installed package brings a task: `NAME = "package.module:Adapter"`. Its recipes lie
@@ -58,7 +65,7 @@ def task_names() -> tuple[str, ...]:
 
 
 def adapter_of(name: str) -> type:
-    """The class registered as `name`, imported now. `crossflow.tasks.base.task_class` also checks it.
+    """The class registered as `name`, imported now. `task_class` also checks it.
 
     Raises UserError with near names for an unknown one, and when the class cannot be imported.
     """
@@ -98,3 +105,86 @@ def add_recipes_of_packages() -> None:
             folder = Path(spec.origin).parent / "recipes"
             if folder.is_dir() and folder not in RECIPE_FOLDERS:
                 RECIPE_FOLDERS.append(folder)
+
+
+def task_class(name: str) -> "type[Task]":
+    """The adapter of the task `name`. Raises UserError with near names, and for an adapter that is incomplete."""
+    from crossflow.tasks.base import REQUIRED, Task
+
+    adapter = adapter_of(name)
+    where = f"{adapter.__module__}.{adapter.__qualname__}"
+    if not issubclass(adapter, Task):
+        raise UserError(f"The task {name!r} is registered with {where}, which is no subclass of Task.")
+    missing = [word for word in REQUIRED if not hasattr(adapter, word)]
+    missing += [word for word in ("Metric",) if not missing and not hasattr(adapter.Scoring, word)]
+    if missing:
+        raise UserError(f"The task {name!r} is incomplete: set {', '.join(missing)} on {where} or its Scoring.")
+    if adapter.name != name:
+        raise UserError(f"The task is registered as {name!r}, but {where}.name is {adapter.name!r}; use one name.")
+    check_headline(adapter.Scoring.headline, adapter.Scoring.scores(adapter.Scoring.Rules()), f"the task {name}")
+    return adapter
+
+
+def check_headline(headline: Sequence[str], scores: Sequence[str], owner: str) -> None:
+    """Raises UserError when a headline names a score that does not exist."""
+    wrong = [name for name in headline if name not in scores]
+    if wrong:
+        raise UserError(
+            f"The headline of {owner} names {', '.join(map(repr, wrong))}, which its metric does not compute. Its "
+            f"scores are {', '.join(scores)}."
+        )
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | None = None) -> "Config":
+    """The complete configuration of a recipe (a name, a file, or a run directory) with key=value overrides.
+
+    Raises UserError for unknown recipes, tasks, keys and values, and when the recipe belongs to another `task`.
+    """
+    from crossflow.core.settings import build, merge, parse_overrides, read, shipped
+
+    add_recipes_of_packages()
+    if task is not None and str(source) == f"{task}_tiny" and task in task_names() and str(source) not in shipped():
+        raise UserError(
+            f"The task {task!r} has no recipe {task}_tiny, which `--task {task}` trains. Register the folder that "
+            f"holds {task}_tiny.yaml with it, or give --config with a recipe file."
+        )
+    settings = merge(read(source), parse_overrides(overrides))
+    name = settings.get("task")
+    if name is None:
+        raise UserError(
+            f"The configuration {source} does not name its task. Add a line `task: "
+            f"t2i`, or another of {', '.join(task_names())}."
+        )
+    if task is not None and name != task:
+        raise UserError(
+            f"The configuration {source} belongs to the task {name!r}, but --task says {task!r}. Leave out one of "
+            "the two."
+        )
+    return build(task_class(name).Config, settings)
+
+
+def load_model(folder: Path, *, weights: str | None = None, overrides: Sequence[str] = ()) -> "tuple[Task, CrossFlow]":
+    """The task and the model of a run directory, on the CPU.
+
+    weights: ema | model; None: ema where the run has them. overrides: key=value settings that replace the run's. Raises
+    UserError when files are missing, damaged, or do not fit.
+    """
+    from crossflow.core.weights import WEIGHTS, kind_of_weights, load_weights
+
+    config = load_config(folder, overrides)
+    kind = kind_of_weights(folder, weights)
+    task = task_class(config.task).load(config, folder)
+    return task, load_weights(task.build_model, folder / WEIGHTS[kind])
+
+
+def save_model(task: "Task", model: "CrossFlow", folder: Path, kinds: Sequence[str] = ("model",)) -> None:
+    """Writes configuration, weights and parts into `folder`, which `load_model` reads."""
+    from crossflow.core.files import write_atomically, write_tensors
+    from crossflow.core.settings import dump
+    from crossflow.core.weights import WEIGHTS
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", dump(task.config))
+    for kind in kinds:
+        write_tensors(folder / WEIGHTS[kind], model.state_dict())
+    task.parts.save(folder)

@@ -2,47 +2,61 @@
 
 A task is cut in three. Its `Parts` are what a run learns from data or opens before its flow (tokenizer, codec,
 scales). The `Task` itself is the modality: training batches, sources, outputs, the model. Its `Scoring` says what is
-compared with what (tasks/scoring.py). CONTRIBUTING adds a task step by step; tasks whose input is a picture extend
-`crossflow.tasks.pictures.PictureTask`, which has most of it.
+compared with what. CONTRIBUTING adds a task step by step; tasks whose input is a picture extend `PictureTask`, those
+from picture to picture in pixel space `PixelTask`, which has most of it.
+B batch, C channels, H W height width, N tokens.
 """
 
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from crossflow.core.batch import Batch, Source
+from crossflow.core.backbones import build_backbone
+from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.config import Config, Section
 from crossflow.core.errors import PARSING_ERRORS, UserError
-from crossflow.core.files import write_atomically, write_tensors
+from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
-from crossflow.core.settings import build, dump, merge, parse_overrides, read, shipped
-from crossflow.core.weights import WEIGHTS, kind_of_weights, load_weights
+from crossflow.core.source import SourceEncoder
 from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import cache_of
+from crossflow.data.cases import Case, Cases, ItemCases, OpenData, Tile, is_picture
 from crossflow.data.dataset import Examples
+from crossflow.data.images import load_image, save_png, to_tensor, to_uint8
 from crossflow.data.item import Item
 from crossflow.data.reader import Reader
 from crossflow.data.readers import open_reader, require, resolve_spec, with_options
-from crossflow.tasks import adapter_of, add_recipes_of_packages, task_names
-from crossflow.tasks.scoring import Output, Scoring
+from crossflow.data.tiles import fit_shorter_side, resize_image
+from crossflow.networks.codecs.pixel import PixelCodec
+from crossflow.networks.codecs.registry import load_codec
+from crossflow.networks.trunks import Reconstructor
 
 C = TypeVar("C", bound=Config)
+R = TypeVar("R", bound=Section)
 P = TypeVar("P", bound="Parts[Any]")
+PP = TypeVar("PP", bound="PixelParts")
 Example = Mapping[str, Any]
-AnyScoring: TypeAlias = Scoring
-REQUIRED = ("name", "Config", "Parts", "Scoring", "needs", "input_kind")
 Input: TypeAlias = Any
 """A prompt (str) or a picture (np.ndarray uint8 (H, W, 3)), whichever `Task.input_kind` says."""
+Output: TypeAlias = Any
+"""What a task makes: a picture, a depth map, a caption, ..."""
 Report = Callable[[str], None]
 """Takes one line that says what is going on."""
+REQUIRED = ("name", "Config", "Parts", "Scoring", "needs", "input_kind")
+"""Attributes that a task must set."""
+
+NUM_MEASURED = 256
+"""Training examples that scales are measured on."""
+CODEC_FOLDER = "codec"
 
 
 class Parts(ABC, Generic[C]):
@@ -103,6 +117,105 @@ class Pieces:
         if not self.numbered and len(self.values) == 1:
             return [name]
         return [f"{name}#{index}" for index in range(len(self.values))]
+
+
+class NoRules(Section):
+    """Of a task about which protocols fix nothing."""
+
+
+class Scoring(ABC, Generic[C, R]):
+    """How outputs of a run are scored. A task writes at least `case`, and names its `Metric` and `headline`.
+
+    Args:
+        config: of the run.
+        rules: of a protocol; None: the rules by which a run scores itself (`own_rules`).
+        seed: of what is drawn for scoring (prompts, shuffled controls); never that of an evaluated run, since runs with
+            other seeds must be scored on the same cases.
+        networks: measuring networks by role, opened at the first look-up.
+    """
+
+    Rules: ClassVar[type[Section]] = NoRules
+    """What a protocol may fix for this task: a section of settings."""
+    Metric: ClassVar[type[TaskMetric]]
+    headline: ClassVar[tuple[str, ...]] = ()
+    """Names of the scores shown first."""
+    section: ClassVar[str] = ""
+    """Name of the section of a protocol that holds the rules; the task's name when empty."""
+    networks_by_role: ClassVar[Mapping[str, Callable[[str, torch.device], Any]]] = {}
+    """Role -> (source, device) -> measuring network with a `checksum`; `features` and `lpips` belong to every task."""
+
+    def __init__(
+        self, config: C, rules: R | None = None, *, seed: int = 0, networks: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config, self.seed, self.networks = config, seed, networks or {}
+        self.by_protocol = rules is not None
+        self.rules: R = self.own_rules() if rules is None else rules
+
+    def own_rules(self) -> R:
+        """The rules of a run that is scored without a protocol."""
+        return self.Rules()  # type: ignore[return-value]
+
+    @classmethod
+    def scores(cls, rules: Section) -> tuple[str, ...]:
+        """Names of all scores that the metric can give under `rules`."""
+        return cls.Metric.names
+
+    # -- what is scored
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        """Settings of the data format that scoring needs, where a format has them and its spec does not say
+        otherwise.
+        """
+        return {}
+
+    @property
+    def resize(self) -> str:
+        """In words, what is done to pictures before the model sees them; stands in the manifest."""
+        return f"centre square, antialiased bicubic to {self.config.data.image_size} px"
+
+    @abstractmethod
+    def case(self, item: Item) -> Case:
+        """What is scored on an item; raises BadItem when nothing can be."""
+
+    def cases(self, examples: Examples, limit: int) -> Cases:
+        """The cases of opened data, at most `limit`."""
+        return ItemCases(examples, self.case)
+
+    def open_cases(self, open_data: OpenData, spec: str | None, split: str, limit: int) -> Cases:
+        """The cases of a split of the data at `spec`; None: the run's validation data."""
+        return self.cases(open_data(split, spec, limit=limit, options=self.options), limit)
+
+    # -- how
+
+    def metric(self, *, thorough: bool = False) -> TaskMetric:
+        """A new, empty metric. thorough: with numbers that take long or need more than Python, where available."""
+        return self.Metric()
+
+    def trivial(self, open_train: Callable[[], Examples]) -> Callable[[Case], Any] | None:
+        """Case -> the output of the trivial baseline, perhaps learned from the training items (epoch 0, not augmented);
+        None when the metric carries its own control.
+        """
+        return None
+
+    def baseline(self, open_train: Callable[[], Examples], cases: Iterable[Case]) -> dict[str, float]:
+        """The scores of the trivial output on the same cases; empty without one."""
+        trivial = self.trivial(open_train)
+        if trivial is None:
+            return {}
+        metric = self.metric()
+        for case in cases:
+            metric.add(case.id, trivial(case), case.truth)
+        return metric.compute()
+
+    def tiles(self, case: Case, output: Output) -> list[Tile]:
+        """Input, output and truth of a case, side by side; here those of them that are pictures."""
+        named = (("input", case.input), ("output", output), ("truth", case.truth))
+        return [Tile(value, name) for name, value in named if is_picture(value)]
+
+
+AnyScoring: TypeAlias = Scoring
+"""The class by another name, since `Task.Scoring` hides it inside the class."""
 
 
 class Task(ABC, Generic[C, P]):
@@ -303,91 +416,128 @@ class Task(ABC, Generic[C, P]):
         return self.Scoring(self.config, rules, seed=seed, networks=networks)
 
 
-def task_class(name: str) -> type[Task]:
-    """The adapter of the task `name`. Raises UserError with near names, and for an adapter that is incomplete."""
-    adapter = adapter_of(name)
-    where = f"{adapter.__module__}.{adapter.__qualname__}"
-    if not issubclass(adapter, Task):
-        raise UserError(f"The task {name!r} is registered with {where}, which is no subclass of Task.")
-    missing = [
-        word for word in ("name", "Config", "Parts", "Scoring", "needs", "input_kind") if not hasattr(adapter, word)
-    ]
-    missing += [word for word in ("Metric",) if not missing and not hasattr(adapter.Scoring, word)]
-    if missing:
-        raise UserError(f"The task {name!r} is incomplete: set {', '.join(missing)} on {where} or its Scoring.")
-    if adapter.name != name:
-        raise UserError(f"The task is registered as {name!r}, but {where}.name is {adapter.name!r}; use one name.")
-    check_headline(adapter.Scoring.headline, adapter.Scoring.scores(adapter.Scoring.Rules()), f"the task {name}")
-    return adapter
+@dataclass(frozen=True)
+class PixelParts(Parts[Config]):
+    """The mean and spread of the target pictures' pixels, measured on the training data."""
+
+    codec: PixelCodec
+
+    @classmethod
+    def learn(cls, config: Config, examples: Examples, report: Report) -> Self:
+        """Measures the pixels of the first training targets."""
+        targets = torch.stack([example["target"] for example in examples.first(NUM_MEASURED)])
+        codec = PixelCodec(3)
+        codec.fit_scale([targets])
+        report(f"pixels: mean {codec.shift.mean():.3f}, standard deviation {(1 / codec.scale).mean():.3f}")
+        return cls(codec)
+
+    @classmethod
+    def load(cls, config: Config, folder: Path) -> Self:
+        """Reads the codec. Raises UserError for a codec of another kind."""
+        codec = load_codec(folder / CODEC_FOLDER)
+        if not isinstance(codec, PixelCodec):
+            raise UserError(f"{folder / CODEC_FOLDER} holds a codec of the kind {codec.kind!r}; expected pixel.")
+        return cls(codec)
+
+    def save(self, folder: Path) -> None:
+        """Writes the codec."""
+        self.codec.save(folder / CODEC_FOLDER)
+
+    @classmethod
+    def outline(cls, config: Config) -> Self:
+        """A codec whose scale is not measured."""
+        return cls(PixelCodec(3))
 
 
-def check_headline(headline: Sequence[str], scores: Sequence[str], owner: str) -> None:
-    """Raises UserError when a headline names a score that does not exist."""
-    wrong = [name for name in headline if name not in scores]
-    if wrong:
-        raise UserError(
-            f"The headline of {owner} names {', '.join(map(repr, wrong))}, which its metric does not compute. Its "
-            f"scores are {', '.join(scores)}."
-        )
-
-
-def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | None = None) -> Config:
-    """The complete configuration of a recipe (a name, a file, or a run directory) with key=value overrides.
-
-    Raises UserError for unknown recipes, tasks, keys and values, and when the recipe belongs to another `task`.
+class PictureTask(Task[C, P]):
+    """A task from a picture. A subclass writes `transform` ({"id", "source" (C, H, W), "target"}), `build_trunk`,
+    `batch`, `decode` and `target`; or extends `PixelTask`, which has all but the first two.
     """
-    add_recipes_of_packages()
-    if task is not None and str(source) == f"{task}_tiny" and task in task_names() and str(source) not in shipped():
-        raise UserError(
-            f"The task {task!r} has no recipe {task}_tiny, which `--task {task}` trains. Register the folder that "
-            f"holds {task}_tiny.yaml with it, or give --config with a recipe file."
+
+    input_kind = "image"
+    source_channels: ClassVar[int] = 3
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(3, data.image_size, data.image_size)."""
+        return (3, self.config.data.image_size, self.config.data.image_size)
+
+    @abstractmethod
+    def build_trunk(self) -> nn.Module:
+        """The network of the source encoder: features (B, C, H, W) -> (B, 2, *latent), any H and W of whole patches."""
+
+    def build_model(self) -> CrossFlow:
+        """The trunk in core's source encoder, and the backbone; a Gaussian source has no trunk."""
+        config, shape = self.config, self.latent_shape
+        is_gaussian = config.source.kind == "gaussian"
+        trunk = None if is_gaussian else self.build_trunk()
+        source = SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale)
+        grid_channels = self.source_channels if is_gaussian else 0
+        return CrossFlow(source, build_backbone(config.backbone, shape, grid_channels=grid_channels))
+
+    def build_objective(self, model: CrossFlow) -> Objective:
+        """The flow loss, and the reconstruction of the source picture from z0 where loss.encoder asks for it."""
+        return Objective(model, self.config, reconstructor=Reconstructor(self.latent_shape[0], self.source_channels))
+
+    def source(self, values: Sequence[np.ndarray]) -> Source:
+        """Pictures uint8 (H, W, 3) of one size."""
+        return self.as_source(to_tensors(values))
+
+    def as_source(self, pixels: Tensor) -> Source:
+        """Pictures (B, 3, H, W) in [-1, 1] as features, and for a Gaussian source also as its condition."""
+        is_gaussian = self.config.source.kind == "gaussian"
+        return Source(pixels, condition=Condition(grid=pixels) if is_gaussian else None)
+
+    def pieces(self, value: np.ndarray) -> Pieces:
+        """The picture with its shorter side at data.image_size; outputs are brought back to the picture's size."""
+        fitted = fit_shorter_side(value, self.config.data.image_size, self.config.backbone.grain)
+        return Pieces([fitted], lambda outputs: self.resize(outputs[0], value.shape[:2]), fitted.shape[:2])
+
+    def resize(self, output: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """An output at the height and width of its input."""
+        return resize_image(output, (shape[0], shape[1]))
+
+    def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
+        """Writes a picture uint8 (H, W, 3) as PNG."""
+        return [save_png(output, stem.with_name(f"{stem.name}.png"), metadata)]
+
+
+class PixelTask(PictureTask[C, PP]):
+    """A task from picture to picture in pixel space: latents are pixels scaled to unit variance."""
+
+    Parts = PixelParts
+
+    def as_source(self, pixels: Tensor) -> Source:
+        """Pictures (B, 3, H, W) in [-1, 1] as scaled pixels."""
+        return super().as_source(self.parts.codec.encode(pixels).mean)
+
+    def batch(self, examples: Sequence[Any]) -> Batch:
+        """Examples {"id", "source", "target"}: both pictures as scaled pixels."""
+        source = self.as_source(torch.stack([example["source"] for example in examples]))
+        return Batch(
+            features=source.features,
+            target=self.parts.codec.encode(torch.stack([example["target"] for example in examples])).mean,
+            condition=source.condition,
+            alignment=source.features,
+            ids=tuple(example["id"] for example in examples),
         )
-    settings = merge(read(source), parse_overrides(overrides))
-    name = settings.get("task")
-    if name is None:
-        raise UserError(
-            f"The configuration {source} does not name its task. Add a line `task: "
-            f"t2i`, or another of {', '.join(task_names())}."
-        )
-    if task is not None and name != task:
-        raise UserError(
-            f"The configuration {source} belongs to the task {name!r}, but --task says {task!r}. Leave out one of "
-            "the two."
-        )
-    return build(task_class(name).Config, settings)
+
+    def decode(self, z1: Tensor, features: Tensor | None = None) -> list[np.ndarray]:
+        """Pictures uint8 (H, W, 3)."""
+        return list(to_uint8(self.parts.codec.decode(z1)))
+
+    def target(self, value: str | Path | np.ndarray) -> Pieces:
+        """A finished picture uint8 (H, W, 3), or the path of one, as scaled pixels."""
+        pieces = self.pieces(as_picture(value))
+        latents = self.parts.codec.encode(to_tensors(pieces.values)).mean
+        return Pieces(list(latents), pieces.join, pieces.layout, pieces.numbered)
 
 
-def load_model(folder: Path, *, weights: str | None = None, overrides: Sequence[str] = ()) -> tuple[Task, CrossFlow]:
-    """The task and the model of a run directory, on the CPU.
-
-    weights: ema | model; None: ema where the run has them. overrides: key=value settings that replace the run's. Raises
-    UserError when files are missing, damaged, or do not fit.
-    """
-    config = load_config(folder, overrides)
-    kind = kind_of_weights(folder, weights)
-    task = task_class(config.task).load(config, folder)
-    return task, load_weights(task.build_model, folder / WEIGHTS[kind])
+def to_tensors(images: Sequence[np.ndarray]) -> Tensor:
+    """Pictures uint8 (H, W, 3) of one size -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.stack([to_tensor(image) for image in images])
 
 
-def save_model(task: Task, model: CrossFlow, folder: Path, kinds: Sequence[str] = ("model",)) -> None:
-    """Writes configuration, weights and parts into `folder`, which `load_model` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", dump(task.config))
-    for kind in kinds:
-        write_tensors(folder / WEIGHTS[kind], model.state_dict())
-    task.parts.save(folder)
-
-
-__all__ = [
-    "Example",
-    "Parts",
-    "Pieces",
-    "Report",
-    "Task",
-    "check_headline",
-    "dump",
-    "load_config",
-    "load_model",
-    "save_model",
-    "task_class",
-]
+def as_picture(value: str | Path | np.ndarray) -> np.ndarray:
+    """A picture uint8 (H, W, 3), read where `value` is a path."""
+    return value if isinstance(value, np.ndarray) else load_image(value)

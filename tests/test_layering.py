@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ HEIGHT = {
         ("configs", "core", "networks", "data", "tasks", "engine", "released", "benchmarks", "commands")
     )
 }
+TASKS = frozenset(task_names())
 TOP = 9  # cli, __main__ and the root's public names
 # Slow or optional libraries: imported where they are used, so that a command asks only for what it needs.
 HEAVY = {
@@ -35,6 +37,13 @@ def package_files() -> list[Path]:
     return sorted(p.relative_to(ROOT) for p in files if p.name != "setup.py")
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a module of the package, read once for all tests."""
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+@cache
 def root_names() -> set[str]:
     """What `import X` would find in the checkout though it is not installed under that name."""
     modules = {p.stem for p in ROOT.glob("*.py")} - {"__init__", "__main__", "setup"}
@@ -104,9 +113,8 @@ LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 CATCH_ALL = ("core/distributed.py", "networks/frozen.py")
 
 
-def broken_rules(path: Path, source: str, roots: set[str]) -> list[str]:
+def broken_rules(path: Path, tree: ast.Module, roots: set[str]) -> list[str]:
     """`LINE: what is wrong` for a module at `path` (relative to the root)."""
-    tree = ast.parse(source)
     part = path.parts[0] if len(path.parts) > 1 else path.stem
     slow = HEAVY | {"torch", "numpy", "rich"} if part in ("cli", "commands") else HEAVY
     return [
@@ -132,7 +140,7 @@ def wrong_imports(tree: ast.Module, path: Path, part: str, roots: set[str]) -> I
             continue
         if height(words[1]) > height(part):
             yield f"{line}: {part} is below {words[1]} and imports {name}"
-        if words[1] == "tasks" and len(words) > 2 and words[2] in task_names():
+        if words[1] == "tasks" and len(words) > 2 and words[2] in TASKS:
             if part in ("benchmarks", "commands"):
                 yield f"{line}: imports {name}, a task; ask the registry"
             if part == "tasks" and len(path.parts) > 2 and path.parts[1] != words[2]:
@@ -145,7 +153,7 @@ def named_tasks(tree: ast.Module, part: str) -> Iterator[tuple[int, str]]:
     """The names of tasks among the string literals of a part that must work for any task."""
     if part in ("benchmarks", "commands"):
         for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and node.value in task_names():
+            if isinstance(node, ast.Constant) and node.value in TASKS:
                 yield node.lineno, str(node.value)
 
 
@@ -179,15 +187,15 @@ def safe_loaders(tree: ast.Module) -> set[str]:
 
 @pytest.mark.parametrize("path", package_files(), ids=str)
 def test_module_keeps_the_rules(path: Path):
-    assert broken_rules(path, (ROOT / path).read_text(encoding="utf-8"), root_names()) == []
+    assert broken_rules(path, parsed(path), root_names()) == []
 
 
-def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
-    """module -> the modules it imports anywhere in its code; sources: path relative to the root -> text."""
-    modules = {module_name(Path(path)): path for path in sources}
+def import_graph(trees: dict[Path, ast.Module]) -> dict[str, set[str]]:
+    """module -> the modules it imports anywhere in its code; trees: path relative to the root -> its syntax tree."""
+    modules = {module_name(path): path for path in trees}
     graph: dict[str, set[str]] = {}
     for module, path in modules.items():
-        names = {name for _, name in imported(ast.parse(sources[path]), Path(path))}
+        names = {name for _, name in imported(trees[path], path)}
         targets = {name if name in modules else name.rpartition(".")[0] for name in names}
         graph[module] = (targets & modules.keys()) - {module}
     return graph
@@ -216,8 +224,7 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
 
 
 def test_no_files_import_each_other():
-    sources = {path.as_posix(): (ROOT / path).read_text(encoding="utf-8") for path in package_files()}
-    assert circles(import_graph(sources)) == []
+    assert circles(import_graph({path: parsed(path) for path in package_files()})) == []
 
 
 def test_circles_include_local_and_dynamic_imports():
@@ -227,7 +234,8 @@ def test_circles_include_local_and_dynamic_imports():
         "core/c.py": "import crossflow.core.a",
         "core/d.py": "from crossflow.core.a import f",
     }
-    assert circles(import_graph(sources)) == [["crossflow.core.a", "crossflow.core.b", "crossflow.core.c"]]
+    trees = {Path(path): ast.parse(source) for path, source in sources.items()}
+    assert circles(import_graph(trees)) == [["crossflow.core.a", "crossflow.core.b", "crossflow.core.c"]]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +276,7 @@ def test_circles_include_local_and_dynamic_imports():
     ],
 )
 def test_broken_rules_are_reported(path: str, source: str, complaint: str):
-    (broken,) = broken_rules(Path(path), source, {"core", "tasks", "benchmarks", "cli"})
+    (broken,) = broken_rules(Path(path), ast.parse(source), {"core", "tasks", "benchmarks", "cli"})
     assert complaint in broken
 
 
@@ -288,13 +296,18 @@ def test_broken_rules_are_reported(path: str, source: str, complaint: str):
     ],
 )
 def test_allowed_code_passes(path: str, source: str):
-    assert broken_rules(Path(path), source, {"core", "tasks", "benchmarks", "cli"}) == []
+    assert broken_rules(Path(path), ast.parse(source), {"core", "tasks", "benchmarks", "cli"}) == []
 
 
 def test_every_folder_is_checked():
     assert {p.parts[0] for p in package_files() if len(p.parts) > 1} == {
         p.parent.name for p in ROOT.glob("*/__init__.py")
     }
+
+
+def test_tasks_are_folders_beside_their_base():
+    assert {path.name for path in (ROOT / "tasks").glob("*.py")} == {"__init__.py", "base.py"}
+    assert {path.parent.name for path in (ROOT / "tasks").glob("*/*.py")} == {"caption", "depth", "sr", "t2i"}
 
 
 def test_tests_are_not_a_package():

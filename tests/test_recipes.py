@@ -11,7 +11,7 @@ from torch import nn
 
 from crossflow.core.settings import shipped
 from crossflow.core.training.optim import decay_groups
-from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks import load_config, task_class
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")
 M = 1e6

@@ -14,6 +14,7 @@ FOLDERS = [ROOT, *(path.parent for path in ROOT.glob("*/__init__.py"))]
 SOURCES = [path for folder in FOLDERS for path in (folder.glob if folder == ROOT else folder.rglob)("*.py")]
 # timm brings the version that matches torch.
 BROUGHT = {"torchvision": "timm"}
+DISTRIBUTIONS = packages_distributions()
 
 
 def canonical(name: str) -> str:
@@ -44,7 +45,7 @@ def imported() -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(imported()))
 def test_imported_libraries_are_declared(name: str) -> None:
-    distributions = packages_distributions().get(name, [name])
+    distributions = DISTRIBUTIONS.get(name, [name])
     known = {canonical(BROUGHT.get(distribution, distribution)) for distribution in distributions}
     assert known & declared().keys(), f"{name} (of {', '.join(distributions)}) is imported and not declared"
 

@@ -14,7 +14,7 @@ from crossflow.benchmarks.ablation.group import Group, Stage, Variant
 from crossflow.benchmarks.evaluation.protocol import load_protocol
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.settings import flat, merge, parse_overrides
-from crossflow.tasks.base import load_config
+from crossflow.tasks import load_config
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from crossflow.benchmarks.estimate import Estimate
 from crossflow.benchmarks.evaluation.protocol import load_protocol
 from crossflow.benchmarks.report.measured import Measured, find, train_seconds
 from crossflow.benchmarks.report.paper import Table, paper
-from crossflow.tasks.base import task_class
+from crossflow.tasks import task_class
 
 LOWER_IS_BETTER = ("rmse", "abs_rel", "sq_rel", "silog", "log10", "fid", "kid", "flow", "lpips")
 """Prefixes of the names of scores that paper.yaml does not list."""

@@ -22,7 +22,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
 from crossflow.core.progress import duration
 from crossflow.engine.train import dry_run
-from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks import load_config, task_class
 
 PLAN, FAILURES, LOCK = "ablation.json", "failures.json", ".lock"
 EXTENDABLE = ("seeds", "only")

@@ -28,10 +28,10 @@ from crossflow.core.files import write_atomically
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.output import claim, output_files, record
 from crossflow.core.progress import Progress
+from crossflow.data.cases import Case
 from crossflow.data.dataset import Examples
 from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, batches, overlap_with_training
-from crossflow.tasks.scoring import Case
 
 NUM_TILES = 24
 """Items shown on the page."""

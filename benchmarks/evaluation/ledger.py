@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from crossflow.core.files import DamagedFile, read_metadata, read_tensors, write_atomically, write_tensors
-from crossflow.tasks.scoring import Tile
+from crossflow.data.cases import Tile
 
 Row = dict[str, Any]
 """The numbers of one item and its id."""

@@ -9,9 +9,9 @@ from typing import Any
 from crossflow.benchmarks.report.page import document, png
 from crossflow.benchmarks.score_table import ScoreRow, score_rows
 from crossflow.core.files import write_atomically
+from crossflow.data.cases import Tile
 from crossflow.data.images import save_png
 from crossflow.engine.score import arrange
-from crossflow.tasks.scoring import Tile
 
 
 def write_page(folder: Path, title: str, content: Mapping[str, Any], pages: Sequence[Sequence[Tile]]) -> Path:

@@ -7,8 +7,9 @@ from typing import Any
 
 from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core.errors import UserError
+from crossflow.data.cases import Cases
 from crossflow.engine.sample import Pipeline
-from crossflow.tasks.scoring import Cases, Scoring
+from crossflow.tasks.base import Scoring
 
 SEED = 0
 """Of the choice of items and prompts, which must not depend on the seed that a run was trained with."""

@@ -15,8 +15,7 @@ from pydantic import Field, create_model
 from crossflow.core.config import Section
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.settings import RECIPES, build, read, shipped
-from crossflow.tasks import task_names
-from crossflow.tasks.base import check_headline, task_class
+from crossflow.tasks import check_headline, task_class, task_names
 
 FOLDER = RECIPES / "protocols"
 DISTANCES = {

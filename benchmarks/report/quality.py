@@ -26,8 +26,7 @@ from crossflow.benchmarks.report.paper import Paper, Table, paper
 from crossflow.benchmarks.score_table import score_rows
 from crossflow.core.errors import UserError
 from crossflow.core.progress import duration
-from crossflow.tasks import task_names
-from crossflow.tasks.base import task_class
+from crossflow.tasks import task_class, task_names
 
 STRIP_HEIGHT = 380
 UNKNOWN = "unknown"

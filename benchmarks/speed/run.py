@@ -10,7 +10,7 @@ from crossflow.benchmarks.speed.rendering import PROCESSES, SIZES, rendering_spe
 from crossflow.benchmarks.speed.sampling import RECIPES, sampling_speed
 from crossflow.engine.provenance import environment
 from crossflow.engine.train import dry_run
-from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks import load_config, task_class
 
 PARTS = ("scenes", "training", "cache", "sampling")
 DEFAULT_PARTS = PARTS[:3]

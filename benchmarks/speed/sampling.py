@@ -18,7 +18,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.sampling import generate
 from crossflow.core.training.prepare import compile_blocks
 from crossflow.engine.sample import find_device
-from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks import load_config, task_class
 
 RECIPES = ("t2i_256_clip_dimr", "flowtok_xl")
 BATCH_SIZE = 64

@@ -19,7 +19,8 @@ from crossflow.networks.codecs.base import Codec
 from crossflow.networks.hub import run_folder
 from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.networks.trunks import IdentityTrunk
-from crossflow.tasks.base import Task, load_model, save_model
+from crossflow.tasks import load_model, save_model
+from crossflow.tasks.base import Task
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextAutoencoderConfig
 
 

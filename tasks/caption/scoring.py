@@ -10,13 +10,14 @@ import torch
 
 from crossflow.core.errors import UserError
 from crossflow.core.noise import keyed_generator
+from crossflow.data.cases import Case, Cases, Tile
 from crossflow.data.dataset import Examples
 from crossflow.data.item import Item
 from crossflow.data.resize import center_crop_resize
+from crossflow.tasks.base import NoRules, Scoring
 from crossflow.tasks.caption import metric
 from crossflow.tasks.caption.config import CaptionConfig
 from crossflow.tasks.caption.metric import CaptionMetric, best_single_caption
-from crossflow.tasks.scoring import Case, Cases, NoRules, Scoring, Tile
 
 NO_PICTURES = (
     "Captions are scored on pictures, and a cache has none: name the data themselves for validation, data.val=SPEC."

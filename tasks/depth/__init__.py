@@ -21,13 +21,12 @@ from crossflow.data.images import load_depth_png, save_depth_png, save_png
 from crossflow.data.item import Item
 from crossflow.data.sheet import colour_depth
 from crossflow.data.tiles import fitted_sides
-from crossflow.tasks.base import Example, Parts, Pieces, Report
+from crossflow.tasks.base import NUM_MEASURED, Example, Parts, PictureTask, Pieces, Report
 from crossflow.tasks.depth.config import DepthConfig
 from crossflow.tasks.depth.dataset import coloured, example, plain
 from crossflow.tasks.depth.decoder import DepthScale
 from crossflow.tasks.depth.encoder import build_trunk
 from crossflow.tasks.depth.scoring import DepthScoring
-from crossflow.tasks.pictures import NUM_MEASURED, PictureTask
 
 FARTHEST_PNG = 65.535
 """Metres."""

@@ -9,14 +9,15 @@ import numpy as np
 from pydantic import Field
 
 from crossflow.core.config import Section
+from crossflow.data.cases import Case, Tile
 from crossflow.data.dataset import Examples
 from crossflow.data.item import Item
 from crossflow.data.resize import center_crop_resize
 from crossflow.data.sheet import colour_depth
+from crossflow.tasks.base import Scoring
 from crossflow.tasks.depth.config import DepthConfig
 from crossflow.tasks.depth.dataset import square
 from crossflow.tasks.depth.metric import DepthMetric, measured
-from crossflow.tasks.scoring import Case, Scoring, Tile
 
 KITTI_HEIGHT, KITTI_WIDTH = 352, 1216
 NUM_FOR_MEDIAN = 1000

@@ -14,8 +14,7 @@ from crossflow.data.images import save_png
 from crossflow.data.item import Item
 from crossflow.data.tiles import Tiles
 from crossflow.networks.trunks import IdentityTrunk
-from crossflow.tasks.base import Example, Pieces
-from crossflow.tasks.pictures import PixelParts, PixelTask, as_picture, to_tensors
+from crossflow.tasks.base import Example, Pieces, PixelParts, PixelTask, as_picture, to_tensors
 from crossflow.tasks.sr.config import SrConfig
 from crossflow.tasks.sr.dataset import enlarge, example
 from crossflow.tasks.sr.scoring import SrScoring

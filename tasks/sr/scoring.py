@@ -10,10 +10,11 @@ from pydantic import Field
 
 from crossflow.core.config import Section
 from crossflow.core.errors import UserError
+from crossflow.data.cases import Case, Tile
 from crossflow.data.dataset import Examples
 from crossflow.data.item import BadItem, Item
 from crossflow.data.resize import center_crop_resize
-from crossflow.tasks.scoring import Case, Scoring, Tile
+from crossflow.tasks.base import Scoring
 from crossflow.tasks.sr.config import SrConfig
 from crossflow.tasks.sr.dataset import enlarge, reduce, to_multiple
 from crossflow.tasks.sr.metric import SSIM_WINDOW, SrMetric

@@ -16,10 +16,11 @@ from crossflow.core.config import Section
 from crossflow.core.errors import UserError
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.noise import key
+from crossflow.data.cases import Case, Cases, ListedCases, OpenData, Tile
 from crossflow.data.dataset import Examples
 from crossflow.data.item import Item
 from crossflow.data.resize import center_crop_resize
-from crossflow.tasks.scoring import Case, Cases, ListedCases, OpenData, Scoring, Tile
+from crossflow.tasks.base import Scoring
 from crossflow.tasks.t2i.config import T2IConfig
 from crossflow.tasks.t2i.detector import ColourNamer, Detector
 from crossflow.tasks.t2i.geneval import GenEvalMetric, read_prompts

@@ -11,7 +11,7 @@ from PIL import Image
 
 import crossflow
 from crossflow.engine import latents, outputs, sample, score, train
-from crossflow.tasks.base import load_config
+from crossflow.tasks import load_config
 
 
 def code_of(owner: object) -> str:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from crossflow.core.errors import UserError
 from crossflow.engine.start_from import start_from
 from crossflow.engine.train import Run
-from crossflow.tasks.base import load_config
+from crossflow.tasks import load_config
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from crossflow.core.training.trainer import Trainer
 from crossflow.engine import train as training
 from crossflow.engine.folder import RunFolder
 from crossflow.engine.train import Run, dry_run, finished, train
-from crossflow.tasks.base import Task, load_config
+from crossflow.tasks import load_config
+from crossflow.tasks.base import Task
 
 
 @pytest.fixture

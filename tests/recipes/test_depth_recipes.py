@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crossflow.core.settings import shipped
-from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks import load_config, task_class
 
 SMALL = [
     *("data.image_size=16", "source.width=32", "source.depth=1"),

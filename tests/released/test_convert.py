@@ -25,7 +25,7 @@ from crossflow.networks.codecs.registry import load_codec
 from crossflow.released import convert, expected, from_reference, restore
 from crossflow.released.convert import from_file
 from crossflow.released.restore import to_file
-from crossflow.tasks.base import load_config
+from crossflow.tasks import load_config
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -20,7 +20,7 @@ from crossflow.core.sampling import generate
 from crossflow.core.settings import build
 from crossflow.core.source import Posterior
 from crossflow.released import expected, from_reference, settings, to_reference
-from crossflow.tasks.base import task_class
+from crossflow.tasks import task_class
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")
 GOLDEN = Path(__file__).parents[1] / "golden"

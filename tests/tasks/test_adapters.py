@@ -9,8 +9,8 @@ import torch
 from crossflow.core.noise import training_noise
 from crossflow.core.settings import build, shipped
 from crossflow.engine.sample import load
-from crossflow.tasks import task_names
-from crossflow.tasks.base import Task, load_config, task_class
+from crossflow.tasks import load_config, task_class, task_names
+from crossflow.tasks.base import Task
 
 VARIANTS = [
     ("t2i", ["loss.encoder_target=image"]),

@@ -9,8 +9,7 @@ import torch
 
 from crossflow.core.noise import training_noise
 from crossflow.engine.train import Run
-from crossflow.tasks import task_names
-from crossflow.tasks.base import load_config
+from crossflow.tasks import load_config, task_names
 
 DIMR = ["backbone.name=dimr", "backbone.depth=3", "backbone.num_stages=3"]
 BACKBONES = {"dimr": DIMR, "dit_stored": ["backbone.positions=stored", "backbone.time_scale=1"]}

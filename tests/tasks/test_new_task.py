@@ -23,7 +23,8 @@ from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.core.recipes import RECIPE_FOLDERS
 from crossflow.data.item import Item
-from crossflow.tasks.base import Task, load_config, task_class
+from crossflow.tasks import load_config, task_class
+from crossflow.tasks.base import Task
 
 FOLDER = Path(__file__).parent / "colourisation"
 SMALL = [

@@ -16,8 +16,7 @@ from crossflow.benchmarks.report.paper import paper
 from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.core.settings import build, parse_overrides
-from crossflow.tasks import task_names
-from crossflow.tasks.base import load_config
+from crossflow.tasks import load_config, task_names
 
 GROUPS = ["encoder", "guidance", "loss", "path", "size", "solver", "text", "training"]
 SCORES = {"deterministic": 0.1, "noisy": 0.2, "variational": 0.3, "gaussian": 0.4}

@@ -226,7 +226,7 @@ def test_memory_does_not_grow_with_the_items(sr, tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(evaluation, "NUM_TILES", 1)
     alive = []
 
-    from crossflow.tasks.scoring import Case
+    from crossflow.data.cases import Case
 
     def cases(done: int, total: int) -> None:
         gc.collect()

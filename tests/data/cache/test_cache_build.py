@@ -30,7 +30,7 @@ from crossflow.data.item import Item
 from crossflow.data.readers import open_reader
 from crossflow.data.resize import center_crop_resize
 from crossflow.engine import cache as caching
-from crossflow.tasks.base import load_config
+from crossflow.tasks import load_config
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from crossflow.data.readers import open_reader
 from crossflow.data.safe_pickle import read_npy
 from crossflow.engine import cache as caching
 from crossflow.networks.codecs.registry import build_codec
-from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks import load_config, task_class
 
 WORDS = ("a red cube", "two green cones", "a small blue sphere on a plane")
 LENGTH, WIDTH = 16, 16

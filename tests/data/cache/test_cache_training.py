@@ -11,7 +11,8 @@ from crossflow.data.cache.build import Settings
 from crossflow.data.dataset import Examples
 from crossflow.engine import cache as caching
 from crossflow.engine.sample import load
-from crossflow.tasks.base import Task, load_config, task_class
+from crossflow.tasks import load_config, task_class
+from crossflow.tasks.base import Task
 
 PLACES = [(0, 3), (0, 5), (1, 3), (2, 11)]
 

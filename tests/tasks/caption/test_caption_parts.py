@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks import load_config, task_class
 from crossflow.tasks.caption.decoder import TextAutoencoder
 
 

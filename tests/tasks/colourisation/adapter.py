@@ -9,14 +9,13 @@ from torch import nn
 
 from crossflow.core.config import Config, Section
 from crossflow.core.metrics import Row, TaskMetric
+from crossflow.data.cases import Case
 from crossflow.data.dataset import Examples
 from crossflow.data.images import to_tensor
 from crossflow.data.item import BadItem, Item
 from crossflow.data.resize import center_crop_resize
 from crossflow.networks.trunks import PatchTrunk, PatchTrunkSettings
-from crossflow.tasks.base import Example
-from crossflow.tasks.pictures import PixelParts, PixelTask
-from crossflow.tasks.scoring import Case, Scoring
+from crossflow.tasks.base import Example, PixelParts, PixelTask, Scoring
 
 LUMA = np.array([0.299, 0.587, 0.114])
 

@@ -7,7 +7,7 @@ import torch
 from crossflow.core.errors import UserError
 from crossflow.data.images import load_depth_png
 from crossflow.data.item import Item
-from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks import load_config, task_class
 from crossflow.tasks.depth.dataset import Augmentation, coloured, example
 from crossflow.tasks.depth.decoder import DepthScale
 

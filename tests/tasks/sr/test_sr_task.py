@@ -7,7 +7,7 @@ import pytest
 
 from crossflow.core.errors import UserError
 from crossflow.data.item import Item
-from crossflow.tasks.base import load_config
+from crossflow.tasks import load_config
 from crossflow.tasks.sr.dataset import Augmentation, enlarge, pair, reduce, to_multiple
 from crossflow.tasks.sr.scoring import SrScoring
 
@@ -100,7 +100,7 @@ def test_a_picture_stored_with_one_channel_is_scored_on_that_channel(grey: bool)
 def test_the_papers_recipe_trains_on_centre_squares_of_large_pictures_as_they_are() -> None:
     from crossflow.data.item import BadItem
     from crossflow.data.resize import center_crop_resize
-    from crossflow.tasks.base import task_class
+    from crossflow.tasks import task_class
 
     config, task = load_config("sr_505m", ["data.image_size=32", "sr.tile=32", "sr.overlap=0"]), task_class("sr")
     picture = smooth(48, 70)

@@ -14,7 +14,7 @@ from crossflow.core.settings import build, merge, parse_overrides, read
 from crossflow.engine.sample import load
 from crossflow.engine.train import Run
 from crossflow.networks.text.tokenizer import build_tokenizer
-from crossflow.tasks.base import load_config, task_class
+from crossflow.tasks import load_config, task_class
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = {"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 77}
