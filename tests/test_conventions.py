@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -103,17 +104,22 @@ def public_definitions(tree: ast.Module) -> Iterator[Function | ast.ClassDef]:
                     scopes.append(node)
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", package_files(), ids=str)
-def test_module_keeps_the_conventions(path: Path) -> None:
-    broken = list(broken_conventions(path.as_posix(), parse(path)))
+ROOMS = sorted({path.parts[0] for path in package_files()})
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_modules_keep_the_conventions(room: str) -> None:
+    modules = [path.as_posix() for path in package_files() if path.parts[0] == room]
+    broken = [f"{path}:{rule}" for path in modules for rule in broken_conventions(path, parse(Path(path)))]
     assert broken == []
 
 
-@pytest.mark.parametrize("room", sorted({path.parts[0] for path in package_files() if path.name != "__main__.py"}))
+@pytest.mark.parametrize("room", ROOMS)
 def test_public_names_are_documented(room: str) -> None:
     documented, missing = 0, []
     for path in package_files():

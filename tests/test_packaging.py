@@ -106,6 +106,7 @@ def test_every_module_and_recipe_of_the_tree_is_in_the_wheel(tree: Path, wheel: 
     assert shipped == expected  # equality: neither tests nor setup.py nor a result of a run is shipped
 
 
+@pytest.mark.slow
 def test_a_new_folder_reaches_the_wheel(tmp_path: Path):
     tree = copy_of_tree(tmp_path / "tree")
     for package in ("core/new", "tasks/new", "tasks/new/deeper", "noun"):

@@ -57,6 +57,7 @@ def num_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(shipped()) - {"caption_from_t2i"}))  # that one needs another run
 def test_every_shipped_recipe_builds_on_the_meta_device(name):
     counts = built(name)[1].num_parameters()

@@ -34,6 +34,7 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", task_names())
 def test_latent_tools_agree_for_every_task(tiny_run, tmp_path: Path, photo: Path, task: str) -> None:
     """The first frame of an interpolation, the base of an arithmetic and a zero difference are the same output."""
@@ -57,6 +58,7 @@ def test_latent_tools_agree_for_every_task(tiny_run, tmp_path: Path, photo: Path
             assert gif.n_frames == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", task_names())
 def test_an_inversion_comes_back_to_its_input(tiny_run, tmp_path: Path, photo: Path, capsys, task: str) -> None:
     value = {"caption": "a red cube", "depth": str(tmp_path / "depth.png")}.get(task, str(photo))
@@ -73,6 +75,7 @@ def test_an_inversion_comes_back_to_its_input(tiny_run, tmp_path: Path, photo: P
                 assert picture.info["what"] == label
 
 
+@pytest.mark.slow
 def test_latent_tools_record_their_settings(tiny_run, tmp_path: Path, capsys, refused, monkeypatch) -> None:
     run = str(tiny_run("t2i"))
     argv = ["interpolate", "--checkpoint", run, "--from", "a red cube", "--to", "a ball", "--frames", "3", "--fps", "4"]

@@ -54,6 +54,7 @@ def test_an_occupied_output_is_refused_before_the_model_is_loaded(tmp_path: Path
     assert "not empty" in refused("benchmark", "quality", "--runs", str(tmp_path), "--output", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_shorter_evaluation_keeps_a_longer_one(tiny_run, tmp_path: Path) -> None:
     import shutil
 

@@ -32,6 +32,7 @@ def test_any_prompt_gives_a_picture_that_carries_it(tiny_run, tmp_path: Path, na
     assert (tmp_path / "grid.png").is_file()
 
 
+@pytest.mark.slow
 def test_hard_texts_work_in_prompt_files_and_latent_tools(tiny_run, tmp_path: Path) -> None:
     run, lines = str(tiny_run("t2i")), [text for text in TEXTS.values() if text.strip() and "\udcff" not in text]
     prompts = tmp_path / "prompts.txt"

@@ -52,6 +52,7 @@ def test_a_run_directory_is_complete(tiny_run, task: str) -> None:
     assert {"train", "val"} <= set(kinds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", task_names())
 def test_the_noise_source_baseline_is_one_override(tiny_settings, blind_judge, tmp_path: Path, task: str) -> None:
     run = tmp_path / "run"
@@ -100,6 +101,7 @@ def test_variants_of_the_method_train(
     assert all(math.isfinite(score) for score in scores.values())
 
 
+@pytest.mark.slow
 def test_a_t2i_run_captions_backwards(tiny_run, tiny_settings, tmp_path: Path, photo: Path, capsys) -> None:
     run = str(tmp_path / "run")
     settings = [*tiny_settings("caption"), "train.steps=0", f"caption.t2i={tiny_run('t2i')}"]
@@ -149,6 +151,7 @@ def test_a_run_is_not_overwritten(refused, tiny_run, tiny_settings) -> None:
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_rejected_run_leaves_its_folder_free(refused, tiny_settings, tmp_path: Path) -> None:
     argv = ["train", "--task", "sr", "--output", str(tmp_path / "run"), *tiny_settings("sr")]
     assert "'tiny'" in refused(*argv, "backbone.size=tinny")
@@ -179,6 +182,7 @@ def test_a_batch_larger_than_the_data_trains(tiny_settings, tmp_path: Path) -> N
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_joint_captioning_uses_the_jointly_trained_text_decoder(tiny_settings, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = [*tiny_settings("caption"), "caption.joint=true"]
@@ -209,6 +213,7 @@ def test_a_run_interrupted_while_scored_says_that_its_steps_were_complete(tiny_r
     assert (run / "scores.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["t2i_256_clip_dimr", "flowtok_b", "caption_351m", "depth_527m", "sr_505m"])
 def test_a_dry_run_of_a_paper_recipe_needs_no_data(tmp_path: Path, capsys, monkeypatch, recipe: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -70,6 +70,7 @@ def test_modifying_a_sincos_table_does_not_affect_later_ones() -> None:
     assert torch.equal(sincos_tokens(3, 4), sincos_1d(torch.arange(3), 4).float())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_sincos_tables_are_compiled_without_a_warning_or_a_break() -> None:
     def both(x: torch.Tensor) -> torch.Tensor:

@@ -262,6 +262,7 @@ def test_texts_that_look_like_something_else_survive_the_round_trip(tmp_path: Pa
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], exclude_characters="\ufeff\ufffe\uffff"))
 
 
+@pytest.mark.slow
 @given(TEXTS)
 def test_any_text_survives_the_round_trip_in_both_dialects(text: str) -> None:
     config = build(Config, merge(BASE, {"data": {"train": text}}))

@@ -176,6 +176,7 @@ def test_mask_and_depth_agree():
             assert np.abs(picture[numbers == i + 1] - middle).max() < 1.5 * solid.half_width + solid.height / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_every_solid_covers_at_least_its_share(size):
     for scene, mask in zip(SCENES, render(SCENES, size)[2], strict=True):
@@ -243,6 +244,7 @@ def measured(scene, mask, depth):
     return list(zip(across, [depth[mask == i + 1].mean() for i in range(len(scene.objects))], strict=True))
 
 
+@pytest.mark.slow
 def test_relations_claimed_by_captions_hold_in_the_picture():
     _, depths, masks = render(SCENES, 64)
     checked = Counter()

@@ -205,6 +205,7 @@ def test_invalid_arithmetic_is_refused(pipe) -> None:
         latents.arithmetic(run, "a cube", plus="a cube", stepz=3)
 
 
+@pytest.mark.slow
 def test_noise_source_runs_are_inverted_with_their_source_only(tiny_settings, blind_judge, tmp_path: Path) -> None:
     from crossflow.cli import main
 

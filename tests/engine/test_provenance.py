@@ -51,6 +51,7 @@ def elsewhere(tmp_path: Path, monkeypatch, run: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_specs_are_kept_as_written_and_work_from_any_directory(run: Path, elsewhere: Path) -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["train"] == "folder:pictures@all"
     assert main(["evaluate", "--checkpoint", str(run), "--num", "2", "--weights", "model"]) == 0
@@ -64,6 +65,7 @@ def test_the_present_directory_is_searched_first(run: Path, elsewhere: Path) -> 
     assert load(run).dataset("train").reader.ids == ["only.png"]
 
 
+@pytest.mark.slow
 def test_a_message_says_how_to_name_data_that_have_moved(run: Path, elsewhere: Path, capsys) -> None:
     (run.parent / "pictures").rename(elsewhere / "moved")
     error = refused(capsys, "evaluate", "--checkpoint", str(run), "--num", "2", "--weights", "model")
@@ -77,6 +79,7 @@ def test_a_message_says_how_to_name_data_that_have_moved(run: Path, elsewhere: P
     assert kept == f"folder:{elsewhere / 'moved'}@all", "a relative path would be resolved where the run was started"
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused_unless_accepted(run: Path, capsys) -> None:
     checkpoints = sorted((run / "checkpoints").iterdir())
     (run.parent / "pictures" / "3.png").unlink()
@@ -98,6 +101,7 @@ def test_one_changed_pixel_is_noticed(run: Path, capsys) -> None:
     assert "have changed" in refused(capsys, *RESUME)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_manifest_asks_before_it_resumes(run: Path, capsys) -> None:
     (run / "manifest.json").write_text("{}")
     assert "does not describe its training data" in refused(capsys, *RESUME)

@@ -61,6 +61,7 @@ def test_invalid_starts_are_refused(new_run, tmp_path: Path) -> None:
         start_from(tmp_path, run.objective)
 
 
+@pytest.mark.slow
 def test_a_frozen_source_encoder_keeps_its_weights(new_run, blind_judge, tmp_path: Path) -> None:
     first = new_run()
     save_file(first.model.state_dict(), tmp_path / "run" / "model.safetensors")

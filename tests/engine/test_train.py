@@ -63,6 +63,7 @@ def test_invalid_settings_leave_no_folder(config, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failure_after_a_checkpoint_keeps_the_run(config, tmp_path: Path, monkeypatch) -> None:
     settings = config("train.steps=4", "train.save_every=1")
     step = Trainer._train_step
@@ -83,6 +84,7 @@ def test_a_failure_after_a_checkpoint_keeps_the_run(config, tmp_path: Path, monk
     assert not outcome.already_finished
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_neither_trained_nor_scored_again(config, tmp_path: Path, monkeypatch) -> None:
     first = train(config(), tmp_path / "run")
     before = contents(tmp_path / "run")
@@ -102,6 +104,7 @@ def test_a_finished_run_is_neither_trained_nor_scored_again(config, tmp_path: Pa
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["step"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_was_not_scored_is_not_finished(config, tmp_path: Path) -> None:
     train(config(), tmp_path / "run")
     (tmp_path / "run" / "scores.json").unlink()
@@ -109,6 +112,7 @@ def test_a_run_that_was_not_scored_is_not_finished(config, tmp_path: Path) -> No
     assert train(config(), tmp_path / "run", resume="auto").scores is not None
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_replace_the_first(config, tmp_path: Path) -> None:
     train(config(), tmp_path / "run")
     before = contents(tmp_path / "run")

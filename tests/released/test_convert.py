@@ -93,6 +93,7 @@ def test_a_converted_run_makes_the_references_pictures(
     assert (np.stack(pictures) == right).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_flowtok_reads_padding_with_token_zero(runs):
     text = load(runs("flowtok")).task.text
     assert text.settings.pad_id == 0
@@ -126,6 +127,7 @@ def test_flowtoks_pictures_are_decoded_under_their_texts(runs, monkeypatch):
     assert np.abs(pictures[0] - pictures[1]).max() > 1
 
 
+@pytest.mark.slow
 def test_commands_convert_sample_and_convert_back(files, encoders, tmp_path, capsys):
     path, config, state = files("dimr")
     vae, vae_config, _ = files("autoencoder_kl")
@@ -144,6 +146,7 @@ def test_commands_convert_sample_and_convert_back(files, encoders, tmp_path, cap
     assert_equal(torch.load(back, weights_only=True), state)
 
 
+@pytest.mark.slow
 def test_the_networks_beside_a_run_can_be_replaced(encoders, runs, tmp_path):
     import shutil
 
@@ -168,6 +171,7 @@ def assert_equal(back, state):
         assert torch.equal(back[key], tensor), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dimr", "dit", "flowtok", "flowtitok", "autoencoder_kl"])
 def test_converting_back_is_exact(files, tmp_path, kind):
     path, config, state = files(kind)
@@ -182,6 +186,7 @@ def test_converting_back_is_exact(files, tmp_path, kind):
     assert seen[-1][0] >= seen[-1][1] > 0
 
 
+@pytest.mark.slow
 def test_precision_and_missing_parts_survive(files, tmp_path):
     _, config, state = files("dimr")
     half = {key: tensor.half() if tensor.ndim > 1 else tensor for key, tensor in state.items()}
@@ -205,6 +210,7 @@ def test_wrapped_and_old_state_dicts_are_read(files, tmp_path):
     assert_equal(load_file(tmp_path / "back.safetensors"), state)
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_may_replace_the_file_it_was_loaded_from(runs, tmp_path):
     import shutil
 
@@ -215,6 +221,7 @@ def test_a_saved_pipeline_may_replace_the_file_it_was_loaded_from(runs, tmp_path
     assert_equal(load_file(run / "model.safetensors"), before)
 
 
+@pytest.mark.slow
 def test_a_saved_copy_of_a_run_converts_back(files, runs, tmp_path):
     load(runs("dimr")).save(tmp_path / "copy")
     to_file(tmp_path / "copy", tmp_path / "back.safetensors")
@@ -224,6 +231,7 @@ def test_a_saved_copy_of_a_run_converts_back(files, runs, tmp_path):
 # -- where it is written
 
 
+@pytest.mark.slow
 def test_a_failed_conversion_leaves_nothing(files, tmp_path, monkeypatch):
     path, config, _ = files("dimr")
     (tmp_path / ".tmp-run").mkdir()  # of a conversion that was killed
@@ -247,6 +255,7 @@ def test_a_failed_conversion_leaves_nothing(files, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_before_anything_is_written(files, tmp_path, monkeypatch):
     path, config, _ = files("dimr")
     usage = namedtuple("usage", "total used free")
@@ -271,6 +280,7 @@ def test_existing_files_are_not_overwritten(files, runs, tmp_path):
     assert (tmp_path / "full" / "mine").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_overrides_cannot_change_the_network(files, tmp_path):
     path, config, _ = files("dimr")
     with pytest.raises(UserError, match=r"source\.depth=3 the network would have other tensors"):
@@ -305,6 +315,7 @@ def test_a_damaged_record_of_the_origin_is_refused(runs, tmp_path, record):
         to_file(run, tmp_path / "x.pth")
 
 
+@pytest.mark.slow
 def test_a_run_without_origin_is_written_under_the_original_keys(files, runs, tmp_path):
     """A run trained with a released network instead of converted: given its kind, the generator is written."""
     import shutil

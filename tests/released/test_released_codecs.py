@@ -69,6 +69,7 @@ def flowtitok(recipe):
     return from_reference("flowtitok", file_of(recipe, "flowtitok", FLOWTITOK), FLOWTITOK)
 
 
+@pytest.mark.slow
 def test_flowtitok_equals_the_reference(recipe, recorded, flowtitok):
     right = recorded("released_codecs")
     posterior = flowtitok.encode(recipe.given("flowtitok_small/image", (1, 3, 256, 256)).clamp(-1, 1))
@@ -80,6 +81,7 @@ def test_flowtitok_equals_the_reference(recipe, recorded, flowtitok):
     torch.testing.assert_close(decoded[:, :, 3::8, 5::8], right["flowtitok.decoded_every_8th"], **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_flowtitok_is_loaded_without_a_scale(flowtitok):
     assert flowtitok.scale.tolist() == [1.0] * 16
     image = torch.zeros(1, 3, 256, 256)
@@ -90,6 +92,7 @@ def test_flowtitok_is_loaded_without_a_scale(flowtitok):
     torch.testing.assert_close(scaled.decode(raw.mean * 1.0143, text), flowtitok.decode(raw.mean, text), **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_stable_diffusions_autoencoder_equals_the_reference(recipe, recorded):
     right = recorded("released_codecs")
     codec = from_reference("autoencoder_kl", file_of(recipe, "autoencoder_kl", SD_VAE), SD_VAE)

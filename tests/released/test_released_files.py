@@ -27,6 +27,7 @@ def digest(shapes):
     return len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED)
 def test_settings_of_the_released_files_give_their_tensors(name):
     known = next(known for known in FILES if known.name == name)
@@ -48,6 +49,7 @@ def test_the_released_files_are_recognised(name):
             assert released["config"][setting] == value
 
 
+@pytest.mark.slow
 def test_other_networks_need_their_kind_and_settings(files, configs, tmp_path):
     path, config, state = files("dimr")
     with pytest.raises(UserError, match=r"not one of the released files.*--kind .*--config"):
@@ -97,6 +99,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -136,6 +139,7 @@ def test_a_settings_file_with_an_invalid_kind_is_refused(files, configs, tmp_pat
         from_file(files("dimr")[0], tmp_path / "run", config=tmp_path / "strange.json")
 
 
+@pytest.mark.slow
 def test_truncated_and_other_files_are_refused(files, tmp_path):
     path, _, state = files("flowtok")
     whole = path.read_bytes()

@@ -152,6 +152,7 @@ def test_both_kl_forms_as_recorded(recorded):
     assert losses.kl_standard(mean, log_var).item() == pytest.approx(-0.5 * (1 - 1 - 16 - math.exp(-1) + 1 - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["crossflow_dimr_256_small", "flowtok_small", "crossflow_dit_512_small"])
 def test_converting_back_is_exact(name, loaded):
     model, state = loaded(name)
@@ -170,6 +171,7 @@ def test_heads_belong_to_the_objective_and_not_to_the_generator(loaded):
         model.objective.project_image(torch.zeros(1, 4))
 
 
+@pytest.mark.slow
 def test_the_temperature_of_a_file_survives(recipe):
     about, state = FIXTURES["crossflow_dimr_256_small"], recipe.weights(shapes_of("crossflow_dimr_256_small"))
     without = from_reference("dimr", dict(state), about["config"])

@@ -51,6 +51,7 @@ def prepared(tiny_settings):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides"), VARIANTS, ids=lambda value: "+".join(value) if isinstance(value, list) else value
 )

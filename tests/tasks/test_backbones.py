@@ -15,6 +15,7 @@ DIMR = ["backbone.name=dimr", "backbone.depth=3", "backbone.num_stages=3"]
 BACKBONES = {"dimr": DIMR, "dit_stored": ["backbone.positions=stored", "backbone.time_scale=1"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("task", task_names())
 def test_gradient_reaches_every_parameter(tiny_settings, tmp_path: Path, task: str, backbone: str) -> None:

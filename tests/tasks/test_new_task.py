@@ -123,6 +123,7 @@ def test_it_is_scored_under_a_protocol_of_its_own(run: Path, tmp_path: Path) -> 
     assert main([*command[:3], "--protocol", str(strict), "--output", str(tmp_path / "none")]) == 2
 
 
+@pytest.mark.slow
 def test_it_ablates(registered: str, tmp_path: Path) -> None:
     budget = Budget(task=registered, recipe="colourisation_tiny", steps=2, seeds=(0,), num_items=4,
                     overrides=tuple(SMALL), only=("linear", "sincos"))  # fmt: skip

@@ -125,12 +125,14 @@ def test_overrides_apply_to_all_variants_or_to_one(tmp_path: Path) -> None:
         plan("text", tmp_path, overrides=("t55:train.lr=1",))
 
 
+@pytest.mark.slow
 def test_sampling_overrides_apply_to_the_evaluations(tmp_path: Path) -> None:
     made = plan("encoder", tmp_path, overrides=("sample.guidance=3", "noisy:sample.steps=5"))
     assert made.sample("variational") == {"guidance": 3}
     assert made.sample("noisy") == {"guidance": 3, "steps": 5}
 
 
+@pytest.mark.slow
 def test_listing_the_commands_measures_no_steps(tmp_path: Path) -> None:
     lines: list[str] = []
     budget = Budget("t2i", "t2i_tiny")
@@ -145,6 +147,7 @@ def test_ablations_refuse_a_launcher(tmp_path: Path, monkeypatch) -> None:
         run(plan("encoder", tmp_path), lambda line: None)
 
 
+@pytest.mark.slow
 def test_runs_can_be_evaluated_by_a_protocol(tmp_path: Path) -> None:
     budget = Budget("t2i", "t2i_tiny", protocol="coco-fid10k", eval_data="coco:x", num_items=None, split=None, steps=3)
     command = Plan(load_group("loss"), budget, tmp_path).jobs[1].command
@@ -217,6 +220,7 @@ def test_variants_without_available_weights_are_skipped(tmp_path: Path, pretend,
     assert result["trained"].scores["overall"].mean == 0.5
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_plan_which_may_gain_seeds(tmp_path: Path, pretend) -> None:
     execute, _ = pretend()
     run(plan("encoder", tmp_path, seeds=(0,), only=("noisy",)), lambda line: None, execute)
@@ -245,6 +249,7 @@ def test_failures_are_explained_in_words(tmp_path: Path) -> None:
 # -- results
 
 
+@pytest.mark.slow
 def test_the_page_has_the_papers_numbers_the_measured_ones_and_what_is_missing(tmp_path: Path, pretend) -> None:
     made = plan("encoder", tmp_path, seeds=(0, 1, 2), only=("deterministic", "noisy", "variational"))
     execute, _ = pretend()

@@ -38,6 +38,7 @@ def test_frechet_distance_equals_the_formula_for_any_batches(shift: float) -> No
     assert frechet_distance(statistics(a), statistics(a)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_frechet_distance_equals_torchmetrics() -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -51,6 +52,7 @@ def test_frechet_distance_equals_torchmetrics() -> None:
     assert frechet_distance(statistics(b), statistics(a)) == pytest.approx(float(metric.compute()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_kernel_distance_is_the_unbiased_mmd_and_repeats() -> None:
     a, b = features(60, 0), features(60, 1, 1.0)
     kernel = lambda x, y: (x.astype(np.float64) @ y.T.astype(np.float64) / 6 + 1) ** 3  # noqa: E731

@@ -41,6 +41,7 @@ def sr(tiny_run) -> Pipeline:
     return load(tiny_run("sr"))
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues_without_repeating_finished_items(sr, tmp_path: Path, monkeypatch) -> None:
     spec, protocol = pictures(tmp_path / "data", 7), load_protocol("set5-x4")
     options = {"spec": spec, "protocol": protocol, "settings": {"batch_size": 2}}
@@ -88,6 +89,7 @@ def test_unfinished_batches_of_another_evaluation_are_not_used(sr, tmp_path: Pat
     assert other.manifest["seed"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sr", "depth", "caption", "t2i"])
 def test_batches_do_not_change_the_numbers(tiny_run, tmp_path: Path, monkeypatch, task: str) -> None:
     monkeypatch.setattr("crossflow.tasks.caption.metric.JAVA_METRICS", ())  # they take long and see texts alone
@@ -99,6 +101,7 @@ def test_batches_do_not_change_the_numbers(tiny_run, tmp_path: Path, monkeypatch
     assert one.values == pytest.approx(other.values, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_repeated_from_its_manifest_and_differences_are_named(
     tiny_run, tmp_path: Path, capsys
 ) -> None:
@@ -249,6 +252,7 @@ def test_protocols_refuse_other_tasks_missing_data_and_unknown_roles(sr, tmp_pat
         load_protocol("set5-x4").using({"clip": "somewhere"})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("CROSSFLOW_TEST_DATA" not in os.environ, reason="needs the real pictures")
 def test_the_bicubic_row_of_set5_is_the_published_one(sr, tmp_path: Path) -> None:
     spec = f"folder:{os.environ['CROSSFLOW_TEST_DATA']}/data/sr/Set5@all"

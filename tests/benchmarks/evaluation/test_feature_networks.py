@@ -13,6 +13,7 @@ from crossflow.core.errors import UserError
 TINY = "timm:test_resnet@random"
 
 
+@pytest.mark.slow
 def test_a_timm_network_is_identified_by_its_weights(tmp_path: Path) -> None:
     network = feature_network(TINY)
     assert not network.is_inception
@@ -28,6 +29,7 @@ def test_a_timm_network_is_identified_by_its_weights(tmp_path: Path) -> None:
     np.testing.assert_allclose(again(pictures)["features"], together, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_unavailable_weights_are_explained_with_file_and_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=rf"{INCEPTION_FILE}.*put the file there.*not FID"):

@@ -23,6 +23,7 @@ NAMES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_all_shipped_protocols_are_listed(capsys) -> None:
     assert tuple(protocols()) == NAMES
     assert main(["list", "protocols"]) == 0

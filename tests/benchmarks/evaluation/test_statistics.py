@@ -99,6 +99,7 @@ def network(is_inception: bool, checksum: str = "x") -> FeatureNetwork:
     return made
 
 
+@pytest.mark.slow
 def test_published_statistics_are_read_and_belong_to_inception(tmp_path: Path) -> None:
     path = tmp_path / "VIRTUAL_imagenet256_labeled.npz"
     mean, covariance = np.arange(WIDTH, dtype=np.float64), np.eye(WIDTH)
@@ -171,6 +172,7 @@ def mini(tmp_path: Path) -> Path:
     return rules
 
 
+@pytest.mark.slow
 def test_super_resolution_is_compared_with_training_pictures(tiny_run, tmp_path: Path, mini: Path) -> None:
     """Not with the very pictures that are restored."""
     for split, count in (("train", 9), ("test", 6)):

@@ -63,6 +63,7 @@ def test_repeated_numbers_agree_between_tables() -> None:
     assert paper().table("ablation-size").scores("CrossFlow") == paper().table("t2i-flow").scores("CrossFlow")
 
 
+@pytest.mark.slow
 def test_every_task_has_one_main_table_and_every_protocol_a_task() -> None:
     numbers = paper()
     assert {protocol.task for protocol in numbers.protocols.values()} == set(task_names())
@@ -104,6 +105,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         paper().table("ablation-guidance").row("auto")
 
 
+@pytest.mark.slow
 def test_a_paper_and_a_protocol_of_the_same_name_agree_on_task_and_items() -> None:
     """configs/protocols against paper.yaml."""
     shipped = {name: load_protocol(name) for name in protocols()}

@@ -118,6 +118,7 @@ def test_scores_are_converted_to_the_papers_unit(evaluated) -> None:
     assert score_of(row, paper().metrics["METEOR"]) is None
 
 
+@pytest.mark.slow
 def test_the_page_shows_runs_beside_the_papers_rows_with_links_and_pictures(evaluated, tmp_path: Path, capsys) -> None:
     evaluated("sr", {"psnr_y": 30.0, "ssim_y": 0.9}, manifest("sr", "folder:/data/Set5@all"))
     depth = evaluated("depth", {"abs_rel": 0.1}, manifest("depth", "scenes"))
@@ -142,6 +143,7 @@ def test_the_page_shows_runs_beside_the_papers_rows_with_links_and_pictures(eval
     assert "http" not in html
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_loss_curves_of_each_run(evaluated, tmp_path: Path) -> None:
     runs = [evaluated(name, {"psnr_y": 30.0}, manifest("sr", "set5:x")) for name in ("one", "two")]
     assert flow_losses(runs[0]) == {

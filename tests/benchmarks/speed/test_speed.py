@@ -27,6 +27,7 @@ def test_rendering_is_measured_for_each_size_and_number_of_processes() -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_training_steps_are_timed_without_leaving_files(tiny_settings, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = [setting for setting in tiny_settings("sr") if not setting.startswith("data.num_train")]
@@ -73,6 +74,7 @@ def test_a_cache_and_released_files_give_the_same_batches(tmp_path: Path) -> Non
     assert cached[1].shape == released[1].shape
 
 
+@pytest.mark.slow
 def test_reading_is_measured_for_both_kinds_of_files_warm_and_cold(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(reading, "BATCH", 4)
     output = tmp_path / "speed.json"

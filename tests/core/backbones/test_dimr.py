@@ -147,6 +147,7 @@ def test_the_number_of_blocks_is_odd(depth):
     assert [len(stage.blocks) for stage in tiny(depth=depth).stages] == [2 * (depth // 2) + 1, 2 * (depth // 4) + 1]
 
 
+@pytest.mark.slow
 def test_sizes_have_the_papers_parameter_counts():
     with torch.device("meta"):
         counts = {

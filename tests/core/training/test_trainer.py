@@ -103,6 +103,7 @@ def test_accumulated_parts_equal_the_whole_batch(tiny: ModuleType, tmp_path: Pat
         assert all(one[name] == pytest.approx(many[name], rel=1e-5) for name in ("loss", "flow", "size", "grad_norm"))
 
 
+@pytest.mark.slow
 def test_workers_and_validations_do_not_change_the_weights(tiny: ModuleType, tmp_path: Path) -> None:
     tiny.trainer(tmp_path / "plain").run()
     tiny.trainer(
@@ -242,6 +243,7 @@ class Backbone(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_compiling_keeps_names_and_values() -> None:
     torch.manual_seed(0)
     model = Backbone()

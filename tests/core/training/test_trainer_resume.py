@@ -186,6 +186,7 @@ def test_a_launcher_that_repeats_sigterm_does_not_abort(tiny: ModuleType, tmp_pa
     assert (result.status, result.step, result.reason) == ("stopped", 6, "SIGINT")
 
 
+@pytest.mark.slow
 def test_the_time_limit_ends_the_run_with_a_checkpoint(tiny: ModuleType, tmp_path: Path) -> None:
     result = tiny.trainer(tmp_path, data=tiny.Data(seconds=0.01), steps=10**6, max_minutes=0.3 / 60).run()
     assert (result.status, result.reason) == ("stopped", "max_minutes")

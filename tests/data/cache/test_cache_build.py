@@ -71,6 +71,7 @@ def test_a_shard_round_trip_keeps_tensors_and_texts(tmp_path: Path):
     assert json.loads((tmp_path / "one.json").read_text()) == record
 
 
+@pytest.mark.slow
 @given(texts=st.lists(st.text(max_size=20), max_size=6), rows=st.integers(0, 4), width=st.integers(1, 5))
 @settings(max_examples=25)
 def test_any_texts_and_rows_survive_a_shard(texts: list[str], rows: int, width: int):
@@ -102,6 +103,7 @@ def test_a_shard_cannot_claim_bytes_beyond_its_end(tmp_path: Path):
 # -- what is in a cache
 
 
+@pytest.mark.slow
 def test_moments_and_token_features_are_the_networks_own_without_padding(builder, pictures, tmp_path: Path):
     made = builder(storage="float32", sizes=(16, 32))
     made.run()
@@ -141,6 +143,7 @@ def test_prompts_alone_are_cached_without_pictures(builder, tmp_path: Path):
     assert not verify(tmp_path / "cache").problems
 
 
+@pytest.mark.slow
 def test_bad_items_are_left_out_counted_and_listed(builder, pictures, tmp_path: Path):
     (pictures / "train" / "03.png").write_bytes(b"no picture")
     settings = Settings(items_per_shard=5, batch_size=2, max_bad=0.1)
@@ -168,6 +171,7 @@ def test_features_that_are_not_finite_make_an_item_bad(builder, tmp_path: Path):
     assert summary.bad == {"train/00.png": "its features are not finite", "val/00.png": "its features are not finite"}
 
 
+@pytest.mark.slow
 def test_float16_overflow_is_refused_with_advice(builder):
     with pytest.raises(UserError, match="--precision bfloat16"):
         builder(more=("text.scale=1e6",)).run()
@@ -177,6 +181,7 @@ def test_float16_overflow_is_refused_with_advice(builder):
 # -- keys
 
 
+@pytest.mark.slow
 def test_keys_follow_from_content_and_networks_alone(builder, pictures, tmp_path: Path):
     builder("one").run()
     shutil.copytree(pictures, tmp_path / "elsewhere")
@@ -203,6 +208,7 @@ def test_a_key_depends_on_every_pixel_and_word():
     assert item_key(items[0], {"codec": 1}) == item_key(Item("b", image.copy(), ("x", "y")), {"codec": 1})
 
 
+@pytest.mark.slow
 def test_changed_data_are_detected_when_continuing_and_comparing(builder, pictures, tmp_path: Path):
     builder().run()
     readers = {split: open_reader(f"folder:{pictures}", split) for split in ("train", "val")}
@@ -241,6 +247,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(builder, monk
     Estimate(1, 100, 100.0, free=60, finished=50).require(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_continues_and_ends_with_the_same_bytes(builder, tmp_path: Path):
     builder("whole").run()
     made = builder("parts")
@@ -287,6 +294,7 @@ def test_a_kill_at_any_write_does_not_change_the_finished_cache(builder, monkeyp
     assert {path.name for path in writes} == {"cache.json", *digests(tmp_path / "whole")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["part", "no json", "cut", "no manifest"])
 def test_the_remains_of_a_killed_build_are_repaired(builder, left: str, tmp_path: Path):
     builder("whole").run()
@@ -325,6 +333,7 @@ def test_files_of_another_running_process_are_kept(builder, tmp_path: Path):
     assert not old.exists()
 
 
+@pytest.mark.slow
 def test_processes_share_the_shards(builder, monkeypatch, tmp_path: Path):
     builder("whole").run()
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -338,6 +347,7 @@ def test_processes_share_the_shards(builder, monkeypatch, tmp_path: Path):
     assert digests(tmp_path / "shared") == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_in_the_same_folder(builder, tmp_path: Path):
     builder().run()
     with pytest.raises(UserError, match=r"features\.storage \(float16 -> float32\)"):
@@ -374,6 +384,7 @@ def test_verifying_finds_damage(builder, damage, complaint, tmp_path: Path, caps
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [

@@ -151,6 +151,7 @@ def test_a_pickle_of_excessive_size_or_work_is_refused(tmp_path: Path, program: 
         read_npy(raw(tmp_path / "a.npy", program))
 
 
+@pytest.mark.slow
 def test_any_truncation_or_flipped_byte_makes_a_bad_item(tmp_path: Path):
     good = save(tmp_path / "a.npy", sample()).read_bytes()
     rng = np.random.default_rng(0)

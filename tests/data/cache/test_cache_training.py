@@ -33,6 +33,7 @@ def cached(folder: Path, overrides: list[str], data: Path, **options) -> str:
     return f"cache:{folder}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -65,6 +66,7 @@ def test_batches_equal_those_without_a_cache(recipe, pictures, tmp_path: Path, m
         torch.testing.assert_close(ours.alignment, theirs.alignment, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
 def test_batches_in_half_precision_differ_by_its_rounding(recipe, pictures, tmp_path: Path, storage, tolerance):
     settings = recipe()
@@ -79,6 +81,7 @@ def test_batches_in_half_precision_differ_by_its_rounding(recipe, pictures, tmp_
     assert not torch.equal(ours.target, theirs.target)
 
 
+@pytest.mark.slow
 def test_latents_are_drawn_anew_each_epoch_and_reproducibly(recipe, pictures, tmp_path: Path):
     settings = recipe()
     task = opened(settings, cached(tmp_path / "cache", settings, pictures))
@@ -93,6 +96,7 @@ def test_latents_are_drawn_anew_each_epoch_and_reproducibly(recipe, pictures, tm
     assert (drawn.mean(0) - scaled.mean).abs().max() < 0.25 * (scaled.log_var / 2).exp().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -115,6 +119,7 @@ def test_a_cache_of_other_networks_is_refused(recipe, pictures, tmp_path: Path, 
         task.accept(train_data(task))
 
 
+@pytest.mark.slow
 def test_padding_is_cached_only_for_models_that_attend_to_it(recipe, pictures, tmp_path: Path):
     released = ("source.trunk=released", "text.head=flatten")
     tokens = {}
@@ -125,6 +130,7 @@ def test_padding_is_cached_only_for_models_that_attend_to_it(recipe, pictures, t
     assert tokens["small"] == tokens["zero"] < tokens["released"] == 16 * 7  # captions of the first five items
 
 
+@pytest.mark.slow
 def test_embeddings_of_the_image_tower_are_cached_with_its_checksum(frozen, recipe, pictures, tmp_path: Path):
     aligned = ("loss.encoder_target=image", "tower.allow_random=true")
     settings = recipe(*aligned, f"tower.source={frozen['tower']}")
@@ -141,6 +147,7 @@ def test_embeddings_of_the_image_tower_are_cached_with_its_checksum(frozen, reci
         other.accept(train_data(other))
 
 
+@pytest.mark.slow
 def test_a_cache_with_another_scale_or_additional_features_is_accepted(recipe, pictures, tmp_path: Path):
     spec = cached(tmp_path / "cache", recipe("source.trunk=released", "text.head=flatten"), pictures, sizes=(16, 32))
     task = opened(recipe("codec.scale=2.0", "loss.encoder=none"), spec)
@@ -178,6 +185,7 @@ def test_the_pixel_codec_measures_the_same_scale_from_a_cache(tiny_settings, pic
     assert torch.equal(batches[1].alignment, batches[0].alignment)
 
 
+@pytest.mark.slow
 def test_captioning_reads_the_same_latents_from_a_cache(frozen, pictures, tiny_settings, tmp_path: Path):
     settings = [*tiny_settings("caption"), "codec.kind=autoencoder_kl", f"codec.source={frozen['codec']}"]
     config = load_config("caption_tiny", settings)

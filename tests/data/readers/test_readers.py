@@ -157,6 +157,7 @@ def test_adding_a_format_is_one_class_and_one_line(tmp_path, monkeypatch):
     assert "no such file" in reasons(reader)["b.png"]
 
 
+@pytest.mark.slow
 def test_listing_data_imports_no_torch(tmp_path):
     picture(tmp_path / "a.png")
     code = f"""
@@ -235,6 +236,7 @@ def test_scenes_refuse_invalid_indices_and_locations():
             open_reader(spec, split)
 
 
+@pytest.mark.slow
 def test_skimage_photographs_exist_and_splits_share_no_pixel():
     pytest.importorskip("skimage")
     pieces = {split: by_id(open_reader("skimage", split)) for split in ("train", "val", "test", "all")}
@@ -373,6 +375,7 @@ def test_coco_image_folder_may_be_a_link_but_images_must_stay_inside(tmp_path):
     assert "is a link that leaves the data folder" in reasons(reader)["2"]
 
 
+@pytest.mark.slow
 @needs_real_data
 def test_coco_reads_flickr8k():
     counts = {split: len(open_reader(f"coco:{REAL}/data/flickr8k", split)) for split in ("train", "val", "test", "all")}

@@ -216,6 +216,7 @@ def test_kitti_lists_that_name_frames(tmp_path):
     assert "side 'x'" in next(iter(reasons(reader).values()))
 
 
+@pytest.mark.slow
 def test_kitti_takes_validation_frames_from_the_eigen_training_list(tmp_path):
     """Validating on the test list instead would choose models by their score."""
     kitti(tmp_path, frames=tuple(range(70)), part="train")

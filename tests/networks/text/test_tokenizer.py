@@ -70,6 +70,7 @@ def test_strange_strings_encode(small_tokenizer, text):
     assert len(decoded) == len(expected) if len(expected) < 30 else len(decoded) > 30
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(max_size=15))
 def test_any_string_decodes_to_itself_in_lower_case(small_tokenizer, text):

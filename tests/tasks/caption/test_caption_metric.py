@@ -194,6 +194,7 @@ def test_missing_parser_of_spice_is_a_note_and_starts_no_download(monkeypatch, t
     assert "stanford-corenlp-3.6.0.jar" in metric.notes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "reason"),
     [("exit 1", "Java failed"), ("exec echo nonsense", "Java failed"), ("exec sleep 30", "longer than 1 seconds")],
@@ -210,6 +211,7 @@ def test_broken_or_slow_meteor_is_a_note_in_time(monkeypatch, tmp_path, capfd, s
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "reason"),
     [

@@ -6,6 +6,7 @@ from crossflow.tasks import load_config, task_class
 from crossflow.tasks.caption.decoder import TextAutoencoder
 
 
+@pytest.mark.slow
 def test_the_text_autoencoder_is_evaluated_on_captions_it_was_not_trained_on(
     tiny_settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_line_breaks_and_exotic_spaces_separate():
         assert tokenize(f"a red{space}cube") == "a red cube"
 
 
+@pytest.mark.slow
 def test_any_text_gives_words_without_spaces_inside():
     rng = random.Random(0)
     alphabet = "abzAZ059 '\"`.,;:!?-_/\\()[]{}<>&#@$%*+=~^|’“”–…é½£中ש😀\ud800\0\n\u00a0"

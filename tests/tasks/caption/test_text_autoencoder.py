@@ -106,6 +106,7 @@ def test_any_latent_shape_trains_every_parameter(tokenizer, latent, layout):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_and_its_state_is_left_alone(tokenizer):
     first, second, other = make(tokenizer), make(tokenizer), make(tokenizer)
     first.fit(TRAIN, TextTraining(steps=3, batch_size=16, seed=1))
@@ -132,6 +133,7 @@ def test_progress_is_reported_and_time_ends_training(tokenizer):
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_training_in_bf16_is_near_that_in_float32(tokenizer):
     losses = {}
     for precision in ("no", "bf16"):

@@ -17,6 +17,7 @@ def smooth(height: int, width: int) -> np.ndarray:
     return np.stack([127 + 100 * np.sin(x + y), 127 + 100 * np.cos(y), 127 + 100 * np.sin(2 * x)], 2).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [2, 3, 4, Fraction(3, 2), Fraction(5, 2), Fraction(7, 3)])
 def test_a_crop_is_the_picture_and_its_bicubic_version(scale: Fraction | int) -> None:
     image = smooth(97, 120)

@@ -80,6 +80,7 @@ def test_relations_exclude_their_opposites_and_need_a_margin(relation):
     assert not stands(relation, near, near)
 
 
+@pytest.mark.slow
 def test_training_moves_the_network_and_leaves_global_chance_alone(quick):
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
@@ -93,6 +94,7 @@ def test_training_moves_the_network_and_leaves_global_chance_alone(quick):
     assert {"shape", "colour", "count", "relation", "training_seconds"} <= set(first.report)
 
 
+@pytest.mark.slow
 def test_loss_of_a_fixed_batch_falls():
     torch.manual_seed(0)
     images, truths = torch.from_numpy(render(SCENES, module.SIDE)[0]), module._truths(SCENES)
@@ -145,6 +147,7 @@ def test_cache_gives_back_the_same_judge(quick, tmp_path, monkeypatch):
     assert second(images) == first(images)
 
 
+@pytest.mark.slow
 def test_damaged_cache_file_is_replaced(quick, tmp_path, caplog):
     load_recogniser(SHORT, cache=tmp_path)
     (file,) = tmp_path.iterdir()

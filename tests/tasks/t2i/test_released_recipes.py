@@ -99,6 +99,7 @@ def test_gradient_reaches_every_parameter(networks, tmp_path: Path, recipe: str)
     assert unmoved == []
 
 
+@pytest.mark.slow
 def test_sampling_needs_no_image_tower(networks, tmp_path: Path) -> None:
     settings = merge(read("t2i_256_clip_dimr"), parse_overrides(small(networks, "t2i_256_clip_dimr")))
     Run.open(build(task_class("t2i").Config, settings), tmp_path / "run")

@@ -72,6 +72,7 @@ def pretrained(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "codec", "more"),
     [
@@ -92,6 +93,7 @@ def test_frozen_encoders_and_autoencoders_train_and_sample(
     assert picture.shape == (16, 16, 3)
 
 
+@pytest.mark.slow
 def test_a_text_encoder_whose_weights_changed_is_refused(
     pretrained, tiny_settings, blind_judge, tmp_path: Path
 ) -> None:
