@@ -224,7 +224,7 @@ class Task(ABC, Generic[C, P]):
     A task sets the class attributes without a default, and writes `transform`, `latent_shape`, `build_model`,
     `build_objective`, `batch`, `source`, `decode`, `target` and `write_output`.
 
-    >>> from crossflow.tasks.base import load_config, task_class
+    >>> from crossflow.tasks import load_config, task_class
     >>> config = load_config("sr_tiny")
     >>> task = task_class(config.task).outline(config)
     >>> task.latent_shape
