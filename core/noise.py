@@ -1,7 +1,8 @@
 """Keyed randomness: each random number is a function of its key, independent of batch size, order and process count.
 
 In training the key is (seed, step, global sample index), in sampling (seed, item id). The numbers are the bits of
-Philox (Salmon et al. 2011) under a 128-bit digest of the key, so that no two keys share their noise. B batch.
+Philox (Salmon et al. 2011) under a 128-bit digest of the key, so that no two keys share their noise. So does the order
+of the items in an epoch: key (seed, epoch). B batch.
 """
 
 import functools
@@ -9,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -94,10 +96,100 @@ def _num_bits(shape: Sequence[int]) -> int:
     return math.prod(shape) + math.prod(shape) % 2
 
 
-@functools.lru_cache(maxsize=4)
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The permutation of range(n) for an epoch of training: int64 (n,), not writable, the same everywhere."""
-    # Raw bits are sorted because those of Philox never change between versions, unlike numpy's shuffling.
-    permutation = np.argsort(np.random.Philox(key=key("order", seed, epoch)).random_raw(n), kind="stable")
-    permutation.flags.writeable = False
-    return permutation
+# -- the order of an epoch
+
+
+class Order(Protocol):
+    """A permutation of range(n): `order[places]` are the indices at these places, both int64 (B,)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray: ...
+
+    def place_of(self, index: int) -> int:
+        """The place at which `index` stands."""
+
+
+# Permutations of up to 2^21 items are sorted random numbers, 16 MB at most, as every run of such a size has had them.
+LARGEST_SORTED = 2**21
+
+
+@functools.lru_cache(maxsize=2)
+def order(seed: int, epoch: int, n: int) -> Order:
+    """The permutation of range(n) for an epoch of training, the same everywhere.
+
+    >>> order(0, 0, 10)[np.arange(3)], order(0, 0, 10**12)[np.arange(3)]
+    (array([6, 5, 0]), array([668583343550, 398654952276, 938428821954]))
+    """
+    if n <= LARGEST_SORTED:
+        # Raw bits are sorted because those of Philox never change between versions, unlike numpy's shuffling.
+        bits = np.random.Philox(key=key("order", seed, epoch)).random_raw(n)
+        return SortedOrder(np.argsort(bits, kind="stable"))
+    return KeyedOrder(n, "order", seed, epoch)
+
+
+class SortedOrder:
+    """An order that is held in memory: int64 (n,)."""
+
+    def __init__(self, permutation: np.ndarray) -> None:
+        self.permutation = permutation
+
+    def __len__(self) -> int:
+        return len(self.permutation)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return self.permutation[places]
+
+    def place_of(self, index: int) -> int:
+        """The place at which `index` stands."""
+        return int(np.flatnonzero(self.permutation == index)[0])
+
+
+class KeyedOrder:
+    """An order of `num_items` items that is computed where it is read: a function of `parts`, without memory.
+
+    A Feistel network permutes the numbers of as many bits as `num_items` needs; a result outside of the range is
+    permuted again until it lies inside (cycle walking, Black and Rogaway 2002), twice on average at most.
+    """
+
+    NUM_ROUNDS = 8
+
+    def __init__(self, num_items: int, *parts: int | str) -> None:
+        assert 0 < num_items < 2**62
+        self.num_items = num_items
+        num_bits = max(2, (num_items - 1).bit_length())
+        self._low = np.uint64(num_bits // 2)  # bits of the right half; the left half has the others
+        self._masks = [np.uint64(2**half - 1) for half in (num_bits - num_bits // 2, num_bits // 2)]
+        self._keys = [np.uint64(_digest(8, (*parts, number))) for number in range(self.NUM_ROUNDS)]
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return self._walk(places, range(self.NUM_ROUNDS))
+
+    def place_of(self, index: int) -> int:
+        """The place at which `index` stands."""
+        return int(self._walk(np.array([index]), range(self.NUM_ROUNDS - 1, -1, -1))[0])
+
+    def _walk(self, numbers: np.ndarray, rounds: range) -> np.ndarray:
+        """The network with its rounds in this order, repeated for the numbers that it leads out of the range."""
+        result = self._permute(numbers.astype(np.uint64), rounds)
+        while (outside := np.flatnonzero(result >= self.num_items)).size:
+            result[outside] = self._permute(result[outside], rounds)
+        return result.astype(np.int64)
+
+    def _permute(self, numbers: np.ndarray, rounds: range) -> np.ndarray:
+        halves = [numbers >> self._low, numbers & self._masks[1]]
+        for number in rounds:
+            changed = number % 2
+            halves[changed] = halves[changed] ^ (_mixed(halves[1 - changed], self._keys[number]) & self._masks[changed])
+        return halves[0] << self._low | halves[1]
+
+
+def _mixed(values: np.ndarray, key: np.uint64) -> np.ndarray:
+    """uint64 (B,) that depend on every bit of uint64 `values` (B,) and `key`; the constants are those of rrmxmx."""
+    values = (values ^ key) * np.uint64(0x9FB21C651E98DF25)
+    values ^= values >> np.uint64(28)
+    values *= np.uint64(0x9FB21C651E98DF25)
+    return values ^ values >> np.uint64(28)

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CACHE_BYTES = 2**30
+AHEAD = 1024  # places of an order that are computed together
 NUM_LISTED = 10  # bad items named in messages
 
 
@@ -159,9 +160,14 @@ class Examples(Generic[T]):
         if room <= 0 or self._used_bytes >= self._budget():
             return []
         sequence = order(self.seed, epoch, len(self))
-        start = int(np.flatnonzero(sequence == index)[0]) + 1
         known = {*self._cached, *self._unreadable, *missing}
-        return [other for other in sequence[start:].tolist() if other not in known][:room]
+        ahead: list[int] = []
+        for start in range(sequence.place_of(index) + 1, len(self), AHEAD):
+            places = np.arange(start, min(start + AHEAD, len(self)))
+            ahead += [other for other in sequence[places].tolist() if other not in known]
+            if len(ahead) >= room:
+                break
+        return ahead[:room]
 
     def _keep(self, index: int, item: Item) -> None:
         if index in self._cached:

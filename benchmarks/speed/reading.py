@@ -163,7 +163,7 @@ def _measure(released: Path, cache: Path, rounds: int, cold: bool) -> list[Secon
         if cold:
             examples = cached_examples(cache)  # reopened, since mapped files stay in memory
             _forget([*files, *cache.iterdir()])
-        shuffled, seconds = order(0, epoch, len(files)).tolist(), Seconds()
+        shuffled, seconds = order(0, epoch, len(files))[np.arange(len(files))].tolist(), Seconds()
         batches = [shuffled[start : start + BATCH] for start in range(0, len(shuffled), BATCH)]
         for batch in batches:
             with _timed(seconds.released):

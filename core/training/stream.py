@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, Self, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -69,17 +70,25 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> MicroBatch:
         step, positions = key
-        places = [self.example_at(position) for position in positions]
+        places = self.examples_at(positions)
         # Data sets that load several items faster together implement this method, as for torch's loaders.
         together = getattr(self.data, "__getitems__", None)
         examples = together(places) if together else [self.data[place] for place in places]
         noise = training_noise(self.seed, step, positions, self.latent_shape)
         return MicroBatch(self.data.collate(examples), noise)
 
+    def examples_at(self, positions: Sequence[int]) -> list[tuple[int, int]]:
+        """(epoch, index) of global positions."""
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self.data))
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            indices[chosen] = order(self.seed, epoch, len(self.data))[places[chosen]]
+        return list(zip(epochs.tolist(), indices.tolist(), strict=True))
+
     def example_at(self, position: int) -> tuple[int, int]:
         """(epoch, index) of a global position."""
-        epoch, place = divmod(position, len(self.data))
-        return epoch, int(order(self.seed, epoch, len(self.data))[place])
+        return self.examples_at([position])[0]
 
 
 class Positions(Sampler[tuple[int, Sequence[int]]]):

@@ -1,12 +1,28 @@
 """Keyed noise: a row follows from its key alone."""
 
 import math
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from crossflow.core.noise import _normal, item_noise, key, keyed_generator, order, training_noise
+from crossflow.core.noise import (
+    LARGEST_SORTED,
+    KeyedOrder,
+    Order,
+    SortedOrder,
+    _normal,
+    item_noise,
+    key,
+    keyed_generator,
+    order,
+    training_noise,
+)
 
 
 def test_training_noise_of_a_sample_is_independent_of_batch_and_order() -> None:
@@ -109,21 +125,62 @@ def test_noise_moves_as_a_whole() -> None:
     assert {moved.source.device.type, moved.time.device.type, moved.drop.device.type} == {"meta"}
 
 
+def whole(seed: int, epoch: int, n: int) -> np.ndarray:
+    return order(seed, epoch, n)[np.arange(n)]
+
+
 def test_order_is_a_permutation_per_epoch_and_seed():
-    orders = [order(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [whole(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)]
     for permutation in orders:
         assert sorted(permutation.tolist()) == list(range(1000))
     assert len({tuple(permutation.tolist()) for permutation in orders}) == 4
-    with pytest.raises(ValueError, match="read-only"):
-        orders[0][0] = 1
 
 
-def test_order_is_shuffled():
-    permutation = order(0, 0, 10_000)
+@pytest.mark.parametrize("kept", [SortedOrder(np.random.default_rng(0).permutation(10_000)), KeyedOrder(10_000, "x")])
+def test_order_is_shuffled_and_can_be_inverted(kept: Order):
+    permutation = kept[np.arange(10_000)]
     assert abs(np.corrcoef(permutation, np.arange(10_000))[0, 1]) < 0.05
     assert np.mean(permutation == np.arange(10_000)) < 0.01
+    assert [kept.place_of(index) for index in permutation[:50].tolist()] == list(range(50))
 
 
 def test_order_never_changes():
     """Runs are resumed by newer versions, which must go on in the same order."""
-    assert order(0, 0, 10).tolist() == [6, 5, 0, 7, 3, 2, 4, 9, 8, 1]
+    assert whole(0, 0, 10).tolist() == [6, 5, 0, 7, 3, 2, 4, 9, 8, 1]
+    large = order(0, 1, LARGEST_SORTED + 1)
+    assert large[np.array([0, 1, LARGEST_SORTED])].tolist() == [427504, 428058, 127369]
+
+
+@pytest.mark.slow
+def test_items_of_the_size_of_imagenet_keep_the_order_that_they_have_always_had():
+    permutation = whole(1, 2, LARGEST_SORTED)
+    assert np.array_equal(
+        permutation, np.argsort(np.random.Philox(key=key("order", 1, 2)).random_raw(LARGEST_SORTED), kind="stable")
+    )
+
+
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**31))
+def test_a_keyed_order_is_a_permutation_of_any_number_of_items(n: int, seed: int):
+    assert np.array_equal(np.sort(KeyedOrder(n, seed)[np.arange(n)]), np.arange(n))
+
+
+def test_a_keyed_order_is_as_uniform_as_sorted_random_numbers():
+    """Neighbours of an epoch, and the same place of two epochs, fall into any pair of 16 intervals equally often."""
+    n = 300_017
+    first, second = (KeyedOrder(n, "many", epoch)[np.arange(n)] * 16 // n for epoch in (0, 1))
+    for pairs in (first[:-1] * 16 + first[1:], first * 16 + second):
+        assert scipy.stats.chisquare(np.bincount(pairs, minlength=256)).pvalue > 1e-3
+
+
+def test_the_order_of_a_billion_items_needs_no_memory_and_under_a_millisecond_a_step():
+    permutation = order(0, 3, 10**9)
+    places, times = np.arange(512 * 1024, 513 * 1024), []
+    tracemalloc.start()
+    for _ in range(20):
+        start = time.process_time()
+        indices = permutation[places]
+        times.append(time.process_time() - start)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert len(np.unique(indices)) == 1024
+    assert min(times) < 1e-3
