@@ -66,6 +66,11 @@ def broken_conventions(path: str, tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, Function):
             yield from wrong_function(path, node)
+    yield from empty_names(tree)
+
+
+def empty_names(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
         for name in new_names(node):
             if words := NOT_NAMES & set(name.lower().split("_")):
                 yield f"{node.lineno}: {name}: {', '.join(sorted(words))} says nothing about the value"
@@ -116,6 +121,15 @@ ROOMS = sorted({path.parts[0] for path in package_files()})
 def test_modules_keep_the_conventions(room: str) -> None:
     modules = [path.as_posix() for path in package_files() if path.parts[0] == room]
     broken = [f"{path}:{rule}" for path in modules for rule in broken_conventions(path, parse(Path(path)))]
+    assert broken == []
+
+
+def test_tests_use_names_that_say_something() -> None:
+    broken = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for rule in empty_names(parse(path.relative_to(ROOT))):
+            if not rule.split(" ")[1].startswith("test_"):  # the name of a test is a sentence
+                broken.append(f"{path.relative_to(ROOT)}:{rule}")
     assert broken == []
 
 

@@ -146,12 +146,12 @@ def test_the_source_archive_builds_the_same_wheel(tree: Path, wheel: Path, tmp_p
 
 def test_the_metadata_agrees_with_pyproject_and_requirements(metadata: Message):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
+    listed = [
         line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")
     ]
     always = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert metadata["Name"] == "crossflow-toolkit"
-    assert sorted(always) == sorted(wanted)
+    assert sorted(always) == sorted(listed)
     assert set(metadata.get_all("Provides-Extra", [])) == set(project["optional-dependencies"])
 
 

@@ -31,7 +31,7 @@ PAPERS = {
     "depth_527m": (527 * M, None, None),
     "sr_505m": (505 * M, None, None),
 }
-OURS = {"t2i_256_dimr_70m", "caption_351m", "depth_527m", "sr_505m"}
+OWN = {"t2i_256_dimr_70m", "caption_351m", "depth_527m", "sr_505m"}
 IMAGE_HEADS = {"t2i_256_clip_dimr": 21 * M, "t2i_512_t5_dimr": 22 * M, "t2i_512_t5_dit": 22 * M}
 FILES = {
     "t2i_256_clip_dimr": "t2i_256px_clip_dimr",
@@ -69,7 +69,7 @@ def test_parameters_are_those_of_the_papers(name):
     task, model = built(name)
     counts = model.num_parameters()
     flow, encoder, everything = PAPERS[name]
-    tolerance = 0.02 if name in OURS else 0.006
+    tolerance = 0.02 if name in OWN else 0.006
     if flow is not None:
         assert counts["flow"] == pytest.approx(flow, rel=tolerance)
     if encoder is not None:
@@ -104,7 +104,7 @@ def test_a_recipe_is_the_network_of_its_released_file(name):
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_recipe_declares_a_shape_that_no_paper_gives(name):
     declared = "this shape is ours" in shipped()[name].read_text()
-    assert declared == (name in OURS)
+    assert declared == (name in OWN)
 
 
 def test_training_settings_are_those_of_the_papers():

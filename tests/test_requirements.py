@@ -25,8 +25,11 @@ def declared() -> dict[str, str]:
     """Requirement by canonical name, of requirements.txt and of all extras."""
     lines = [line.strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    wanted = [*(line for line in lines if line and not line.startswith("#")), *(r for e in extras.values() for r in e)]
-    return {canonical(re.split(r"[<>=!\[ ]", requirement)[0]): requirement for requirement in wanted}
+    requirements = [
+        *(line for line in lines if line and not line.startswith("#")),
+        *(r for e in extras.values() for r in e),
+    ]
+    return {canonical(re.split(r"[<>=!\[ ]", requirement)[0]): requirement for requirement in requirements}
 
 
 def imported() -> set[str]:

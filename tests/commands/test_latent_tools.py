@@ -83,9 +83,14 @@ def test_latent_tools_record_their_settings(tiny_run, tmp_path: Path, capsys, re
     assert main([*argv, "--kind", "slerp", "--noise", "own", "--output", str(tmp_path / "i"), "steps=1"]) == 0
     assert "crossflow-toolkit[video]" in capsys.readouterr().out
     with Image.open(tmp_path / "i" / "001.png") as frame:
-        said = frame.info
-    assert (said["from"], said["to"], said["kind"], said["noise"]) == ("a red cube", "a ball", "slerp", "own")
-    assert json.loads(said["settings"])["steps"] == 1
+        metadata = frame.info
+    assert (metadata["from"], metadata["to"], metadata["kind"], metadata["noise"]) == (
+        "a red cube",
+        "a ball",
+        "slerp",
+        "own",
+    )
+    assert json.loads(metadata["settings"])["steps"] == 1
     with Image.open(tmp_path / "i" / "animation.gif") as gif:
         assert (gif.n_frames, gif.info["duration"]) == (3, 250)
     argv = ["arithmetic", "--checkpoint", run, "--base", "a red cube", "--plus", "a ball", "--restandardise", "--mean"]

@@ -10,7 +10,7 @@ from crossflow.cli import main
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["trian"], "'train'"),
         (["train"], "--task"),
@@ -32,9 +32,9 @@ from crossflow.cli import main
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_messages_name_what_is_possible(refused, tmp_path: Path, monkeypatch, argv: list[str], said: str) -> None:
+def test_messages_name_what_is_possible(refused, tmp_path: Path, monkeypatch, argv: list[str], message: str) -> None:
     monkeypatch.chdir(tmp_path)
-    assert said in refused(*argv)
+    assert message in refused(*argv)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -30,12 +30,12 @@ def in_processes(num: int, *argv: str, status: int = 0) -> str:
 def test_an_evaluation_is_shared_and_is_that_of_one_process(tiny_run, tmp_path: Path) -> None:
     argv = ["evaluate", "--checkpoint", str(tiny_run("sr")), "--num", "10", "batch_size=3"]
     assert main([*argv, "--output", str(tmp_path / "one")]) == 0
-    said = in_processes(2, *argv, "--output", str(tmp_path / "two"))
-    assert said.count("Wrote ") == 1
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
-    assert one["scores"] == two["scores"]
-    assert one["baseline"] == two["baseline"]
-    assert (one["manifest"]["processes"], two["manifest"]["processes"]) == (1, 2)
+    output = in_processes(2, *argv, "--output", str(tmp_path / "two"))
+    assert output.count("Wrote ") == 1
+    alone, shared = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert alone["scores"] == shared["scores"]
+    assert alone["baseline"] == shared["baseline"]
+    assert (alone["manifest"]["processes"], shared["manifest"]["processes"]) == (1, 2)
     rows = [(tmp_path / name / "items.jsonl").read_text() for name in ("one", "two")]
     assert rows[0] == rows[1]
     pages = [np.array(Image.open(tmp_path / name / "pictures.png")) for name in ("one", "two")]
@@ -57,9 +57,9 @@ def test_distances_by_two_processes_are_those_of_one(tiny_run, tmp_path: Path) -
     argv = ["evaluate", "--checkpoint", str(tiny_run("sr")), "--protocol", str(rules), "--data", data]
     in_processes(2, *argv, "batch_size=2", "--output", str(tmp_path / "two"))
     assert main([*argv, "batch_size=4", "--output", str(tmp_path / "one")]) == 0
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["scores"] for name in ("one", "two"))
-    assert "frechet_distance" in one
-    assert one == pytest.approx(two, rel=1e-4, abs=1e-4)
+    alone, shared = (json.loads((tmp_path / name / "metrics.json").read_text())["scores"] for name in ("one", "two"))
+    assert "frechet_distance" in alone
+    assert alone == pytest.approx(shared, rel=1e-4, abs=1e-4)
 
 
 def test_sampling_is_shared_and_other_commands_run_in_one_process(tiny_run, tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_sampling_is_shared_and_other_commands_run_in_one_process(tiny_run, tmp_
     prompts = [word for number in range(3) for word in ("--prompt", f"{number} cubes")]
     argv = ["sample", "--checkpoint", run, *prompts, "--num", "2"]
     assert main([*argv, "--output", str(tmp_path / "one")]) == 0
-    said = in_processes(2, *argv, "--output", str(tmp_path / "two"))
-    assert said.count("Wrote 7 files") == 1
+    output = in_processes(2, *argv, "--output", str(tmp_path / "two"))
+    assert output.count("Wrote 7 files") == 1
     for file in (tmp_path / "one").glob("*.png"):
         a, b = (np.array(Image.open(folder / file.name)).astype(int) for folder in (file.parent, tmp_path / "two"))
         assert np.abs(a - b).max() <= 1
@@ -77,8 +77,8 @@ def test_sampling_is_shared_and_other_commands_run_in_one_process(tiny_run, tmp_
 
 
 def test_an_error_ends_all_processes_with_one_paragraph(tiny_run) -> None:
-    said = in_processes(
+    output = in_processes(
         2, "sample", "--checkpoint", str(tiny_run("t2i")), "--prompt", "a", "--solver", "eulr", status=2
     )
-    assert "Did you mean 'euler'" in said
-    assert "cli.py" not in said, "our own traceback"
+    assert "Did you mean 'euler'" in output
+    assert "cli.py" not in output, "our own traceback"

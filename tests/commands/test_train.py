@@ -160,13 +160,13 @@ def test_a_rejected_run_leaves_its_folder_free(refused, tiny_settings, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"), [("data.val=pairs:gone", "gone"), ("data.image_size=16", "can be scored")]
+    ("override", "message"), [("data.val=pairs:gone", "gone"), ("data.image_size=16", "can be scored")]
 )
 def test_unscorable_data_are_refused_before_training(
-    refused, tiny_settings, tmp_path: Path, override: str, said: str
+    refused, tiny_settings, tmp_path: Path, override: str, message: str
 ) -> None:
     run = tmp_path / "run"
-    assert said in refused("train", "--task", "sr", "--output", str(run), *tiny_settings("sr"), override)
+    assert message in refused("train", "--task", "sr", "--output", str(run), *tiny_settings("sr"), override)
     assert not (run / "checkpoints").exists()
 
 

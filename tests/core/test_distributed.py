@@ -92,11 +92,11 @@ def test_averaged_gradients_are_those_of_one_process(tmp_path: Path, whole: bool
     loss.backward()
 
     def function(rank: int) -> tuple[Tensor, Tensor]:
-        ours = w.clone().requires_grad_()
+        own_part = w.clone().requires_grad_()
         size = 6 // world_size
-        value = contrastive(z[rank * size : (rank + 1) * size], ours, gather_with_grad, rank, whole)
+        value = contrastive(z[rank * size : (rank + 1) * size], own_part, gather_with_grad, rank, whole)
         value.backward()
-        return mean_over_ranks(value), mean_over_ranks(ours.grad)  # the mean: what data-parallel training does
+        return mean_over_ranks(value), mean_over_ranks(own_part.grad)  # the mean: what data-parallel training does
 
     for value, gradient in on_ranks(function, tmp_path, world_size):
         assert torch.allclose(value, loss.detach(), atol=1e-6)

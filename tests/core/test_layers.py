@@ -84,12 +84,14 @@ def test_sincos_tables_are_compiled_without_a_warning_or_a_break() -> None:
 
 def test_timestep_embedding_is_cosine_first_and_scaled() -> None:
     embedding = TimestepEmbedding(4, scale=1.0, num_frequencies=3)
-    seen = []
-    embedding.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    calls = []
+    embedding.mlp.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
     embedding(torch.tensor([0.0, 0.5]))
     angles = [0.5 * 10000 ** (-i / 3) for i in range(3)]
-    assert seen[0][0].tolist() == [1, 1, 1, 0, 0, 0]
-    assert seen[0][1].tolist() == pytest.approx([math.cos(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-6)
+    assert calls[0][0].tolist() == [1, 1, 1, 0, 0, 0]
+    assert calls[0][1].tolist() == pytest.approx(
+        [math.cos(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-6
+    )
     scaled = TimestepEmbedding(4, scale=1000.0, num_frequencies=3)
     scaled.load_state_dict(embedding.state_dict())
     assert torch.allclose(scaled(torch.tensor([0.0005])), embedding(torch.tensor([0.5])), atol=1e-6)

@@ -70,15 +70,15 @@ def make(tiny_dit: Callable, perturb: Callable) -> Callable[..., Objective]:
             tiny_dit(latent_shape, context_dim=6 if context else None, grid_channels=1 if grid else 0),
             ConditionEncoder() if context else None,
         )
-        made = Objective(
+        with_head = Objective(
             model,
             build(Config, config),
             alignment_head=nn.Linear(9, math.prod(latent_shape)),
             reconstructor=Reconstructor(latent_shape),
             extra_losses=extra_losses,
         )
-        perturb(made, 1)
-        return made
+        perturb(with_head, 1)
+        return with_head
 
     return objective
 
@@ -172,7 +172,7 @@ def test_parts_are_those_of_the_functions_of_tensors(make: Callable[..., Objecti
     assert parts["encoder"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def seen(objective: Objective, b: Batch, n: Noise) -> dict[str, Tensor]:
+def losses_of(objective: Objective, b: Batch, n: Noise) -> dict[str, Tensor]:
     """What the backbone was given in one forward."""
     inputs: dict[str, Tensor] = {}
 
@@ -192,7 +192,7 @@ def at_the_end(n: Noise) -> Noise:
 @torch.no_grad()
 def test_unconditional_samples_of_crossflow_flow_to_rotated_targets(make: Callable[..., Objective]) -> None:
     objective, b = make(settings={"time": {"law": "uniform"}}), batch()
-    inputs = seen(objective, b, at_the_end(noise()))  # at t = 1 z_t is the target
+    inputs = losses_of(objective, b, at_the_end(noise()))  # at t = 1 z_t is the target
     assert inputs["unconditional"].tolist() == [True, False, True, False, False, True]
     assert torch.allclose(inputs["z_t"], b.target[torch.tensor([5, 1, 0, 3, 4, 2])], atol=1e-3)
 
@@ -200,7 +200,7 @@ def test_unconditional_samples_of_crossflow_flow_to_rotated_targets(make: Callab
 @torch.no_grad()
 def test_a_single_drawn_sample_stays_conditional_and_keeps_its_target(make: Callable[..., Objective]) -> None:
     objective, b = make(settings={"time": {"law": "uniform"}}), batch()
-    inputs = seen(objective, b, at_the_end(noise(drop=(0.9, 0.01, 0.9, 0.9, 0.9, 0.9))))
+    inputs = losses_of(objective, b, at_the_end(noise(drop=(0.9, 0.01, 0.9, 0.9, 0.9, 0.9))))
     assert not inputs["unconditional"].any()
     assert torch.allclose(inputs["z_t"], b.target, atol=1e-3)
 
@@ -208,10 +208,10 @@ def test_a_single_drawn_sample_stays_conditional_and_keeps_its_target(make: Call
 @torch.no_grad()
 def test_baselines_keep_their_targets_and_may_drop_a_single_condition(make: Callable[..., Objective]) -> None:
     objective, b = make(kind="gaussian", context=True, settings={"time": {"law": "uniform"}}), batch(context=True)
-    inputs = seen(objective, b, at_the_end(noise()))
+    inputs = losses_of(objective, b, at_the_end(noise()))
     assert inputs["unconditional"].tolist() == [True, False, True, False, False, True]
     assert torch.allclose(inputs["z_t"], b.target, atol=1e-3)
-    alone = seen(objective, b, noise(drop=(0.9, 0.01, 0.9, 0.9, 0.9, 0.9)))
+    alone = losses_of(objective, b, noise(drop=(0.9, 0.01, 0.9, 0.9, 0.9, 0.9)))
     assert alone["unconditional"].tolist() == [False, True, False, False, False, False]
 
 
@@ -238,7 +238,7 @@ def test_missing_target_values_do_not_count_and_weights_rotate_along(make: Calla
 def test_time_law_and_shift_of_the_configuration_are_used(make: Callable[..., Objective]) -> None:
     n = replace(noise(), time=torch.full((B,), 0.5))
     objective = make(settings={"time": {"law": "logit_normal", "mean": math.log(3), "shift": 2.0}})
-    assert torch.allclose(seen(objective, batch(), n)["t"], torch.full((B,), 1.5 / 1.75))
+    assert torch.allclose(losses_of(objective, batch(), n)["t"], torch.full((B,), 1.5 / 1.75))
 
 
 @torch.no_grad()

@@ -187,10 +187,13 @@ def test_every_solid_covers_at_least_its_share(size):
 
 def test_solids_do_not_overlap_and_differ_in_place():
     for scene in SCENES:
-        for i, one in enumerate(scene.objects):
+        for i, first_solid in enumerate(scene.objects):
             for other in scene.objects[:i]:
-                assert math.hypot(one.x - other.x, one.y - other.y) > one.half_width + other.half_width
-                assert math.dist(one.centre, other.centre) >= 0.2
+                assert (
+                    math.hypot(first_solid.x - other.x, first_solid.y - other.y)
+                    > first_solid.half_width + other.half_width
+                )
+                assert math.dist(first_solid.centre, other.centre) >= 0.2
 
 
 def test_all_numbers_and_attributes_occur():
@@ -199,9 +202,9 @@ def test_all_numbers_and_attributes_occur():
     for field, values in (
         ("shape", world.SHAPES), ("colour", world.COLOURS), ("size", world.SIZES), ("material", world.MATERIALS),
     ):  # fmt: skip
-        seen = Counter(getattr(solid, field) for scene in SCENES for solid in scene.objects)
-        assert set(seen) == set(values)
-        assert min(seen.values()) > 0.4 * max(seen.values())
+        frequencies = Counter(getattr(solid, field) for scene in SCENES for solid in scene.objects)
+        assert set(frequencies) == set(values)
+        assert min(frequencies.values()) > 0.4 * max(frequencies.values())
 
 
 def test_colours_are_seen_in_the_picture():
@@ -299,16 +302,16 @@ def test_full_caption_names_sizes_and_materials():
     words = {"little": "small", "big": "large", "matte": "rubber", "shiny": "metal"}
     for scene in SCENES:
         text = captions(scene)[3]
-        said = Counter()
+        phrases = Counter()
         for phrase in re.split(r",| and ", text):
             named = [words.get(word, word) for word in re.findall("[a-z]+", phrase)]
             number = next((n for n, name in ((2, "two"), (3, "three")) if name in named), 1)
             (shape,) = [s for s in world.SHAPES if s in named or s + "s" in named]
-            found = [
+            boxes = [
                 [value for value in group if value in named] for group in (world.SIZES, world.COLOURS, world.MATERIALS)
             ]
-            said[(*(value for (value,) in found), shape)] += number
-        assert said == Counter((s.size, s.colour, s.material, s.shape) for s in scene.objects), text
+            phrases[(*(value for (value,) in boxes), shape)] += number
+        assert phrases == Counter((s.size, s.colour, s.material, s.shape) for s in scene.objects), text
 
 
 @pytest.mark.parametrize(
@@ -345,8 +348,8 @@ def test_prompts_say_what_they_require(kind):
     assert prompts != world.geneval_prompts(kind, seed=4, count=60)
     assert len(prompts) == 60
     for prompt in prompts:
-        wanted = Counter({(r.colour, r.shape): r.count for r in prompt.required})
-        assert Counter(world.parse_objects(prompt.text)) == wanted
+        needed = Counter({(r.colour, r.shape): r.count for r in prompt.required})
+        assert Counter(world.parse_objects(prompt.text)) == needed
         assert (prompt.relation is not None) == (kind == "position")
         assert prompt.relation is None or f" {prompt.relation} " in prompt.text
         assert all(r.colour is not None for r in prompt.required) == (kind in ("colors", "color_attribution"))
@@ -358,9 +361,9 @@ def test_every_form_of_prompt_occurs_among_captions():
         text = re.sub(rf"\b({'|'.join(world.SHAPES)})(s?)\b", r"SHAPE\2", text)
         return re.sub(r"\b(a|an) ", "a ", text)
 
-    said = {form(text) for scene in SCENES for text in captions(scene)}
+    phrases = {form(text) for scene in SCENES for text in captions(scene)}
     for kind in world.PROMPT_KINDS:
-        assert {form(prompt.text) for prompt in world.geneval_prompts(kind, 0, 100)} <= said
+        assert {form(prompt.text) for prompt in world.geneval_prompts(kind, 0, 100)} <= phrases
 
 
 def test_unknown_kind_of_prompts_lists_the_known():

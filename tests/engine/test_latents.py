@@ -36,15 +36,15 @@ def same(a: object, b: object) -> bool:
 @pytest.fixture
 def integrated(monkeypatch) -> list[torch.Tensor]:
     """The source latents of every integration."""
-    seen: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
     real = Pipeline.generate
 
     def generate(self, source, z0, settings, on_step=None):
-        seen.append(z0.clone())
+        captured.append(z0.clone())
         return real(self, source, z0, settings, on_step)
 
     monkeypatch.setattr(Pipeline, "generate", generate)
-    return seen
+    return captured
 
 
 @pytest.mark.parametrize("task", ["t2i", "caption", "depth", "sr"])
@@ -153,15 +153,15 @@ def test_progress_ends_at_its_total(pipe, solver: str, batch_size: int) -> None:
 
 def test_a_large_picture_is_inverted_in_tiles(pipe) -> None:
     steps: list[tuple[int, int]] = []
-    run, made = pipe("sr"), picture(30, 45)
-    inversion = latents.invert(run, made, steps=8, output_type="np", on_step=lambda *step: steps.append(step))
+    run, image = pipe("sr"), picture(30, 45)
+    inversion = latents.invert(run, image, steps=8, output_type="np", on_step=lambda *step: steps.append(step))
     z0, (shown, again) = inversion.z0, inversion.outputs
-    assert z0.shape == (len(run.task.target(made).values), 3, 16, 16)
+    assert z0.shape == (len(run.task.target(image).values), 3, 16, 16)
     assert len(z0) > 4
-    assert again.shape == made.shape
-    assert np.abs(again.astype(int) - made).mean() < 3
+    assert again.shape == image.shape
+    assert np.abs(again.astype(int) - image).mean() < 3
     assert inversion.error < 0.05
-    assert np.array_equal(shown, made), "in pixel space a latent is the picture itself"
+    assert np.array_equal(shown, image), "in pixel space a latent is the picture itself"
     assert steps[-1][0] == steps[-1][1] == 16
 
 
@@ -214,11 +214,11 @@ def test_noise_source_runs_are_inverted_with_their_source_only(tiny_settings, bl
     run, low = load(folder), picture(9, 13)
     with pytest.raises(UserError, match="carry no meaning"):
         latents.interpolate(run, low, low)
-    made = picture(36, 52)
-    inversion = latents.invert(run, made, source=low, steps=4, output_type="np")
+    image = picture(36, 52)
+    inversion = latents.invert(run, image, source=low, steps=4, output_type="np")
     assert len(inversion.z0) == len(run.task.pieces(low).values)
-    assert inversion.outputs[1].shape == made.shape
+    assert inversion.outputs[1].shape == image.shape
     with pytest.raises(UserError, match="do not fit"):
         latents.invert(run, picture(20, 20), source=low, steps=4)
     with pytest.raises(UserError, match="belongs to"):
-        latents.invert(run, made)
+        latents.invert(run, image)

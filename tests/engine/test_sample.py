@@ -137,7 +137,7 @@ def test_at_most_ten_frames_from_prompt_to_network(pipe, monkeypatch, guided: st
         run.guide_with(pipe("t2i"))
     paths: list[list[str]] = []
 
-    def is_ours(file: Path) -> bool:
+    def is_source(file: Path) -> bool:
         return file.is_file() and file.resolve().is_relative_to(package) and "tests" not in file.parts
 
     forward = type(run.model.backbone).forward
@@ -145,7 +145,7 @@ def test_at_most_ten_frames_from_prompt_to_network(pipe, monkeypatch, guided: st
     def count(backbone: torch.nn.Module, *args: object) -> object:
         codes = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe(1))]
         files = [Path(code.co_filename) for code in codes]
-        paths.append([code.co_qualname for code, file in zip(codes, files, strict=True) if is_ours(file)])
+        paths.append([code.co_qualname for code, file in zip(codes, files, strict=True) if is_source(file)])
         return forward(backbone, *args)
 
     monkeypatch.setattr(type(run.model.backbone), "forward", count)

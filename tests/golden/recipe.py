@@ -35,6 +35,6 @@ def weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     return {key: weight(key, shape) for key, shape in shapes.items()}
 
 
-def given(name: str, shape: Sequence[int]) -> Tensor:
+def tensor_of(name: str, shape: Sequence[int]) -> Tensor:
     """An input called `name` ("fixture/tensor")."""
     return torch.from_numpy(_normal(f"input:{name}", shape))

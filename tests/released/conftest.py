@@ -100,17 +100,17 @@ def configs():
 @pytest.fixture(scope="session")
 def files(recipe, tmp_path_factory):
     """files(kind): (released file of a small network by recipe, its settings' file, its tensors)."""
-    root, made = tmp_path_factory.mktemp("files"), {}
+    root, ready = tmp_path_factory.mktemp("files"), {}
 
     def make(kind):
-        if kind not in made:
+        if kind not in ready:
             shapes = expected(kind, CONFIGS[kind], ())
             state = recipe.weights({key: shape for key, shape in shapes.items() if "freqs_" not in key})
             path, config = root / f"{kind}.pth", root / f"{kind}.json"
             torch.save(state, path)
             config.write_text(json.dumps({"kind": kind, "config": CONFIGS[kind]}))
-            made[kind] = path, config, state
-        return made[kind]
+            ready[kind] = path, config, state
+        return ready[kind]
 
     return make
 
@@ -150,21 +150,21 @@ def encoders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def runs(files, encoders, tmp_path_factory):
     """runs(kind): a converted run with its text encoder and codec, made once; not to be written to."""
-    root, made = tmp_path_factory.mktemp("runs"), {}
+    root, ready = tmp_path_factory.mktemp("runs"), {}
 
     def make(kind):
-        if kind not in made:
+        if kind not in ready:
             path, config, _ = files(kind)
             encoder, codec = {
                 "dimr": ("clip", "autoencoder_kl"),
                 "dit": ("t5", "autoencoder_kl"),
                 "flowtok": ("clip", "flowtitok"),
             }[kind]
-            if codec not in made:
-                made[codec] = from_file(files(codec)[0], root / codec, config=files(codec)[1]).path
-            overrides = [f"text.encoder={encoders(encoder)}", f"codec.source={made[codec]}"]
+            if codec not in ready:
+                ready[codec] = from_file(files(codec)[0], root / codec, config=files(codec)[1]).path
+            overrides = [f"text.encoder={encoders(encoder)}", f"codec.source={ready[codec]}"]
             overrides += ["data.image_size=64"] if kind == "flowtok" else []
-            made[kind] = from_file(path, root / kind, config=config, overrides=overrides).path
-        return made[kind]
+            ready[kind] = from_file(path, root / kind, config=config, overrides=overrides).path
+        return ready[kind]
 
     return make

@@ -177,13 +177,13 @@ def test_converting_back_is_exact(files, tmp_path, kind):
     path, config, state = files(kind)
     converted = from_file(path, tmp_path / "run", config=config)
     assert (converted.kind, converted.num_tensors, converted.dropped) == (kind, len(state), {})
-    seen = []
-    to_file(tmp_path / "run", tmp_path / "back.pth", progress=lambda done, total: seen.append((done, total)))
+    reports = []
+    to_file(tmp_path / "run", tmp_path / "back.pth", progress=lambda done, total: reports.append((done, total)))
     to_file(tmp_path / "run", tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     assert_equal(back, state)
     assert_equal(torch.load(tmp_path / "back.pth", weights_only=True, mmap=True), state)
-    assert seen[-1][0] >= seen[-1][1] > 0
+    assert reports[-1][0] >= reports[-1][1] > 0
 
 
 @pytest.mark.slow

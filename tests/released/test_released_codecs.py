@@ -72,12 +72,12 @@ def flowtitok(recipe):
 @pytest.mark.slow
 def test_flowtitok_equals_the_reference(recipe, recorded, flowtitok):
     right = recorded("released_codecs")
-    posterior = flowtitok.encode(recipe.given("flowtitok_small/image", (1, 3, 256, 256)).clamp(-1, 1))
+    posterior = flowtitok.encode(recipe.tensor_of("flowtitok_small/image", (1, 3, 256, 256)).clamp(-1, 1))
     assert posterior.mean.shape == (1, *flowtitok.latent_shape(256)) == (1, 77, 16)
     torch.testing.assert_close(posterior.mean, right["flowtitok.mean"], **TOLERANCE)
     torch.testing.assert_close(posterior.log_var, right["flowtitok.log_var"], **TOLERANCE)
-    tokens = recipe.given("flowtitok_small/tokens", (1, 16, 1, 77))[:, :, 0].transpose(1, 2)
-    decoded = flowtitok.decode(tokens, recipe.given("flowtitok_small/text", (1, 77, 768)))
+    tokens = recipe.tensor_of("flowtitok_small/tokens", (1, 16, 1, 77))[:, :, 0].transpose(1, 2)
+    decoded = flowtitok.decode(tokens, recipe.tensor_of("flowtitok_small/text", (1, 77, 768)))
     torch.testing.assert_close(decoded[:, :, 3::8, 5::8], right["flowtitok.decoded_every_8th"], **TOLERANCE)
 
 
@@ -97,11 +97,11 @@ def test_stable_diffusions_autoencoder_equals_the_reference(recipe, recorded):
     right = recorded("released_codecs")
     codec = from_reference("autoencoder_kl", file_of(recipe, "autoencoder_kl", SD_VAE), SD_VAE)
     assert isinstance(codec, AutoencoderKLCodec)
-    moments = codec.encode_moments(recipe.given("sd_vae/image", (1, 3, 64, 64)).clamp(-1, 1))
+    moments = codec.encode_moments(recipe.tensor_of("sd_vae/image", (1, 3, 64, 64)).clamp(-1, 1))
     both = torch.cat([moments.mean, moments.log_var], dim=1)
     torch.testing.assert_close(both, right["sd_vae.moments"], **TOLERANCE)
     torch.testing.assert_close(codec.scaled(moments).mean, moments.mean * 0.2301)
-    decoded = codec.decode(recipe.given("sd_vae/z", (1, 4, 8, 8)))
+    decoded = codec.decode(recipe.tensor_of("sd_vae/z", (1, 4, 8, 8)))
     torch.testing.assert_close(decoded, right["sd_vae.decoded"], **TOLERANCE)
 
 

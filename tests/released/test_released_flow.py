@@ -40,13 +40,13 @@ def shapes_of(name):
 @pytest.fixture(scope="module")
 def loaded(recipe):
     """loaded(NAME): (model, the reference's tensors by recipe), made once."""
-    made = {}
+    ready = {}
 
     def load(name):
-        if name not in made:
+        if name not in ready:
             about, state = FIXTURES[name], recipe.weights(shapes_of(name))
-            made[name] = from_reference(about["kind"], state, about["config"]), state
-        return made[name]
+            ready[name] = from_reference(about["kind"], state, about["config"]), state
+        return ready[name]
 
     return load
 
@@ -113,7 +113,7 @@ def test_networks_equal_the_reference(name, recipe, recorded, loaded):
         for key, value in recorded("released_flow").items()
         if key.startswith(f"{name}.")
     }
-    inputs = {key: recipe.given(f"{name}/{key}", shape) for key, shape in about["inputs"].items()}
+    inputs = {key: recipe.tensor_of(f"{name}/{key}", shape) for key, shape in about["inputs"].items()}
     results = outputs(model, inputs | right, about["sampler"])
     left = set(right) - set(results) - {"t0", "t1", "loss_t", "context_mask", "siglip_feat"}
     assert left <= {"kl_standard", "kl_official", "kl_official_sum"}

@@ -27,7 +27,7 @@ def test_gradient_reaches_every_parameter(tiny_settings, tmp_path: Path, task: s
     batch = run.task.batch([run.data[(0, i)] for i in range(6)])
     noise = replace(training_noise(0, 0, range(6), run.task.latent_shape), drop=torch.linspace(0, 0.9, 6))
     run.objective(batch, noise)["loss"].backward()
-    grads = {name: one.grad for name, one in run.objective.named_parameters() if one.requires_grad}
+    grads = {name: value.grad for name, value in run.objective.named_parameters() if value.requires_grad}
     assert not [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()]
     still = [name for name, grad in grads.items() if grad is not None and grad.abs().max() == 0]
     assert [name for name in still if name.startswith("model.")] == []

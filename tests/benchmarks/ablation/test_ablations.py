@@ -67,12 +67,12 @@ def test_all_groups_are_shipped() -> None:
 def test_every_training_of_a_group_is_a_valid_configuration(name: str, tmp_path: Path) -> None:
     group = load_group(name)
     for task in group.tasks or task_names():
-        made = plan(name, tmp_path, task=task, seeds=(0,))
-        for job in made.jobs:
+        study = plan(name, tmp_path, task=task, seeds=(0,))
+        for job in study.jobs:
             if job.kind == "train":
                 load_config(f"{task}_tiny", job.overrides, task)
         for variant in group.variants:
-            load_config(f"{task}_tiny", written({"sample": made.sample(variant)}))
+            load_config(f"{task}_tiny", written({"sample": study.sample(variant)}))
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -116,9 +116,9 @@ def test_a_second_stage_starts_from_the_first_with_a_frozen_encoder(tmp_path: Pa
 
 
 def test_overrides_apply_to_all_variants_or_to_one(tmp_path: Path) -> None:
-    made = plan("text", tmp_path, seeds=(0,), overrides=("train.lr=0.5", "t5:text.encoder=/somewhere/t5"))
-    jobs = {job.name: job for job in made.jobs}
-    assert all("train.lr=0.5" in job.overrides for job in made.jobs if job.kind == "train")
+    study = plan("text", tmp_path, seeds=(0,), overrides=("train.lr=0.5", "t5:text.encoder=/somewhere/t5"))
+    jobs = {job.name: job for job in study.jobs}
+    assert all("train.lr=0.5" in job.overrides for job in study.jobs if job.kind == "train")
     assert "text.encoder=/somewhere/t5" in jobs["train t5-seed0"].overrides
     assert "text.encoder=openai/clip-vit-large-patch14" in jobs["train clip-seed0"].overrides
     with pytest.raises(UserError, match="t55"):
@@ -127,17 +127,17 @@ def test_overrides_apply_to_all_variants_or_to_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sampling_overrides_apply_to_the_evaluations(tmp_path: Path) -> None:
-    made = plan("encoder", tmp_path, overrides=("sample.guidance=3", "noisy:sample.steps=5"))
-    assert made.sample("variational") == {"guidance": 3}
-    assert made.sample("noisy") == {"guidance": 3, "steps": 5}
+    study = plan("encoder", tmp_path, overrides=("sample.guidance=3", "noisy:sample.steps=5"))
+    assert study.sample("variational") == {"guidance": 3}
+    assert study.sample("noisy") == {"guidance": 3, "steps": 5}
 
 
 @pytest.mark.slow
 def test_listing_the_commands_measures_no_steps(tmp_path: Path) -> None:
     lines: list[str] = []
     budget = Budget("t2i", "t2i_tiny")
-    made = ablations.plan_with_minutes(load_group("encoder"), budget, tmp_path / "new", 3, lines.append, measure=False)
-    assert made.steps == load_config("t2i_tiny").train.steps
+    study = ablations.plan_with_minutes(load_group("encoder"), budget, tmp_path / "new", 3, lines.append, measure=False)
+    assert study.steps == load_config("t2i_tiny").train.steps
     assert "when the runs start" in lines[0]
 
 
@@ -172,9 +172,9 @@ def test_invalid_plans_are_refused(tmp_path: Path) -> None:
         load_group("encodr")
     variants = {"a": {"train": "x"}, "b": {"train": "x", "settings": {"train": {"lr": 1}}}}
     about = {"name": "mine", "title": "", "about": "", "table": "ablation-loss"}
-    mine = build(Group, {**about, "reference": "a", "variants": variants})
+    group_of = build(Group, {**about, "reference": "a", "variants": variants})
     with pytest.raises(UserError, match="a and b of mine share the training 'x'"):
-        Plan(mine, Budget("t2i", "t2i_tiny"), tmp_path)
+        Plan(group_of, Budget("t2i", "t2i_tiny"), tmp_path)
     with pytest.raises(UserError, match="not one of its variants"):
         build(Group, {**about, "reference": "z", "variants": variants})
 
@@ -183,38 +183,38 @@ def test_invalid_plans_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_killed_ablation_continues_where_it_was(tmp_path: Path, pretend) -> None:
-    made = plan("encoder", tmp_path, seeds=(0, 1))
+    study = plan("encoder", tmp_path, seeds=(0, 1))
     execute, first = pretend(stop_at=5)
     with pytest.raises(KeyboardInterrupt):
-        run(made, lambda line: None, execute)
+        run(study, lambda line: None, execute)
     execute, second = pretend()
     lines: list[str] = []
-    run(made, lines.append, execute)
+    run(study, lines.append, execute)
     assert lines[0].startswith("5 of 16 jobs are done")
-    assert sorted(first + second) == sorted(job.name for job in made.jobs)
-    assert all(job.done for job in made.jobs)
+    assert sorted(first + second) == sorted(job.name for job in study.jobs)
+    assert all(job.done for job in study.jobs)
 
 
 @pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others_and_is_retried(tmp_path: Path, pretend) -> None:
-    made = plan("encoder", tmp_path, seeds=(0,))
+    study = plan("encoder", tmp_path, seeds=(0,))
     execute, _ = pretend(fail="train noisy")
-    run(made, lambda line: None, execute, after_each=lambda: ablation_page.write(made))
-    assert [job.name for job in made.jobs if not job.done] == ["train noisy-seed0", "evaluate noisy-seed0"]
+    run(study, lambda line: None, execute, after_each=lambda: ablation_page.write(study))
+    assert [job.name for job in study.jobs if not job.done] == ["train noisy-seed0", "evaluate noisy-seed0"]
     text = (tmp_path / "ablation.md").read_text()
     assert "- noisy, seed 0: failed: error: the file does not exist" in text
     execute, done = pretend()
-    run(made, lambda line: None, execute)
+    run(study, lambda line: None, execute)
     assert done == ["train noisy-seed0", "evaluate noisy-seed0"]
     assert ablations.failures_in(tmp_path) == {}
 
 
 def test_variants_without_available_weights_are_skipped(tmp_path: Path, pretend, monkeypatch) -> None:
     monkeypatch.setitem(SCORES, "trained", 0.5)
-    made = plan("text", tmp_path, seeds=(0,), only=("trained", "clip"))
+    study = plan("text", tmp_path, seeds=(0,), only=("trained", "clip"))
     execute, _ = pretend(fail="clip")
-    run(made, lambda line: None, execute)
-    result = {result.name: result for result in ablation_results.results(made)}
+    run(study, lambda line: None, execute)
+    result = {result.name: result for result in ablation_results.results(study)}
     assert result["clip"].missing[0].startswith("skipped: error")
     assert result["t5"].missing[0] == "not run"
     assert result["trained"].scores["overall"].mean == 0.5
@@ -231,9 +231,9 @@ def test_a_folder_belongs_to_one_plan_which_may_gain_seeds(tmp_path: Path, prete
 
 
 def test_two_processes_cannot_use_one_folder(tmp_path: Path, pretend) -> None:
-    made, (execute, _) = plan("encoder", tmp_path), pretend()
-    with ablations._locked(made), pytest.raises(UserError, match="still running"):
-        run(made, lambda line: None, execute)
+    study, (execute, _) = plan("encoder", tmp_path), pretend()
+    with ablations._locked(study), pytest.raises(UserError, match="still running"):
+        run(study, lambda line: None, execute)
 
 
 def test_failures_are_explained_in_words(tmp_path: Path) -> None:
@@ -251,10 +251,10 @@ def test_failures_are_explained_in_words(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_page_has_the_papers_numbers_the_measured_ones_and_what_is_missing(tmp_path: Path, pretend) -> None:
-    made = plan("encoder", tmp_path, seeds=(0, 1, 2), only=("deterministic", "noisy", "variational"))
+    study = plan("encoder", tmp_path, seeds=(0, 1, 2), only=("deterministic", "noisy", "variational"))
     execute, _ = pretend()
-    run(made, lambda line: None, execute)
-    markdown, html = ablation_page.write(made)
+    run(study, lambda line: None, execute)
+    markdown, html = ablation_page.write(study)
     text = markdown.read_text()
     assert "| 40.78 | 0.23 | 0.31 ± 0.025 |" in text  # 0.30, 0.31, 0.32
     assert "(evaluations/variational-seed0/metrics.json)" in text
@@ -271,12 +271,12 @@ def test_the_page_has_the_papers_numbers_the_measured_ones_and_what_is_missing(t
 
 def test_a_reversed_order_is_reported(tmp_path: Path, pretend, monkeypatch) -> None:
     monkeypatch.setitem(SCORES, "variational", 0.05)
-    made, (execute, _) = plan("encoder", tmp_path, seeds=(0, 1)), pretend()
-    run(made, lambda line: None, execute)
-    lines = "\n".join(ablation_results.orders(made, ablation_results.results(made)))
+    study, (execute, _) = plan("encoder", tmp_path, seeds=(0, 1)), pretend()
+    run(study, lambda line: None, execute)
+    lines = "\n".join(ablation_results.orders(study, ablation_results.results(study)))
     assert "variational is better than noisy in the paper (FID-10K 40.78 and 59.91); not reproduced: the order" in lines
-    one = plan("encoder", tmp_path, seeds=(0,))
-    assert "inconclusive with one seed" in "\n".join(ablation_results.orders(one, ablation_results.results(one)))
+    small = plan("encoder", tmp_path, seeds=(0,))
+    assert "inconclusive with one seed" in "\n".join(ablation_results.orders(small, ablation_results.results(small)))
 
 
 @pytest.mark.parametrize(
@@ -315,17 +315,17 @@ def tiny(settings: list[str]) -> tuple[str, ...]:
 )
 def test_every_group_runs(name: str, task: str, tmp_path: Path, tiny_settings, blind_judge) -> None:
     """In this process, so that the judge can be replaced; two steps, one seed."""
-    made = plan(name, tmp_path, task=task, steps=4, seeds=(0,), num_items=6, overrides=tiny(tiny_settings(task)))
+    study = plan(name, tmp_path, task=task, steps=4, seeds=(0,), num_items=6, overrides=tiny(tiny_settings(task)))
 
     def execute(job: Job, log: Path, say) -> int:
         log.write_text("no such weights here")
         return main(list(job.command))
 
-    run(made, lambda line: None, execute)
-    ablation_page.write(made)
-    left = {variant for job in made.jobs if not job.done for variant in job.variants}
-    assert left == {variant for variant in made.variants if made.group.variants[variant].optional}
-    for result in ablation_results.results(made):
+    run(study, lambda line: None, execute)
+    ablation_page.write(study)
+    left = {variant for job in study.jobs if not job.done for variant in job.variants}
+    assert left == {variant for variant in study.variants if study.group.variants[variant].optional}
+    for result in ablation_results.results(study):
         assert result.missing or (result.scores and result.train_seconds is not None)
 
 
@@ -345,10 +345,12 @@ def test_the_command_runs_each_training_in_its_own_process(tmp_path: Path, tiny_
 
 @pytest.mark.slow
 def test_minutes_become_steps_once(tmp_path: Path, tiny_settings) -> None:
-    made = Budget("sr", "sr_tiny", seeds=(0,), only=("deterministic", "gaussian"), overrides=tiny(tiny_settings("sr")))
+    budget = Budget(
+        "sr", "sr_tiny", seeds=(0,), only=("deterministic", "gaussian"), overrides=tiny(tiny_settings("sr"))
+    )
     lines: list[str] = []
-    result = ablations.plan_with_minutes(load_group("encoder"), made, tmp_path, 0.05, lines.append)
+    result = ablations.plan_with_minutes(load_group("encoder"), budget, tmp_path, 0.05, lines.append)
     assert result.steps > 1
     ablations._keep_plan(result)
-    assert ablations.plan_with_minutes(load_group("encoder"), made, tmp_path, 5, lines.append).steps == result.steps
+    assert ablations.plan_with_minutes(load_group("encoder"), budget, tmp_path, 5, lines.append).steps == result.steps
     assert len([line for line in lines if "Measuring" in line]) == 1

@@ -94,11 +94,11 @@ def test_unfinished_batches_of_another_evaluation_are_not_used(sr, tmp_path: Pat
 def test_batches_do_not_change_the_numbers(tiny_run, tmp_path: Path, monkeypatch, task: str) -> None:
     monkeypatch.setattr("crossflow.tasks.caption.metric.JAVA_METRICS", ())  # they take long and see texts alone
     pipe = load(tiny_run(task))
-    one, other = (
+    first, other = (
         evaluate(pipe, num=5, folder=tmp_path / str(size), settings={"batch_size": size}).scores for size in (1, 4)
     )
-    assert [row["id"] for row in one.rows] == [row["id"] for row in other.rows]
-    assert one.values == pytest.approx(other.values, rel=1e-4, abs=1e-4)
+    assert [row["id"] for row in first.rows] == [row["id"] for row in other.rows]
+    assert first.values == pytest.approx(other.values, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.slow

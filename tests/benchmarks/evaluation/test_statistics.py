@@ -94,9 +94,9 @@ def test_statistics_of_version_0_1_are_read_without_their_sample(tmp_path: Path)
 
 
 def network(is_inception: bool, checksum: str = "x") -> FeatureNetwork:
-    made = feature_network(TINY)
-    made.is_inception, made.checksum = is_inception, checksum
-    return made
+    tiny_network = feature_network(TINY)
+    tiny_network.is_inception, tiny_network.checksum = is_inception, checksum
+    return tiny_network
 
 
 @pytest.mark.slow
@@ -178,16 +178,16 @@ def test_super_resolution_is_compared_with_training_pictures(tiny_run, tmp_path:
     for split, count in (("train", 9), ("test", 6)):
         write_pictures(tmp_path / "data" / split, count, seed=count)
     pipe, protocol, spec = load(tiny_run("sr")), load_protocol(mini), f"folder:{tmp_path / 'data'}"
-    one = evaluate(pipe, spec=spec, protocol=protocol, folder=tmp_path / "one", settings={"batch_size": 1})
-    assert one is not None
-    assert {"frechet_distance", "kernel_distance", "class_score", "psnr_rgb"} <= set(one.scores.values)
-    assert "fid" not in one.scores.values
-    assert one.scores.values["num_items"] == 5
-    assert one.manifest["bad_items"].keys() == {"test/0.png"}
-    assert one.manifest["real_statistics"]["count"] == 8
-    assert one.manifest["real_statistics"]["split"] == "train"
-    assert len(one.manifest["networks"]["features"]) == 64
-    assert any("not FID" in note for note in one.scores.notes)
+    singly = evaluate(pipe, spec=spec, protocol=protocol, folder=tmp_path / "one", settings={"batch_size": 1})
+    assert singly is not None
+    assert {"frechet_distance", "kernel_distance", "class_score", "psnr_rgb"} <= set(singly.scores.values)
+    assert "fid" not in singly.scores.values
+    assert singly.scores.values["num_items"] == 5
+    assert singly.manifest["bad_items"].keys() == {"test/0.png"}
+    assert singly.manifest["real_statistics"]["count"] == 8
+    assert singly.manifest["real_statistics"]["split"] == "train"
+    assert len(singly.manifest["networks"]["features"]) == 64
+    assert any("not FID" in note for note in singly.scores.notes)
     saved = tmp_path / "real.safetensors"
     argv = ["statistics", "--protocol", str(mini), "--data", spec]
     assert main([*argv, "--output", str(saved)]) == 0
@@ -195,7 +195,7 @@ def test_super_resolution_is_compared_with_training_pictures(tiny_run, tmp_path:
         pipe, spec=spec, protocol=protocol, folder=tmp_path / "two", settings={"batch_size": 4}, statistics=saved
     )
     assert other is not None
-    assert one.scores.values == pytest.approx(other.scores.values, rel=1e-4, abs=1e-4)
+    assert singly.scores.values == pytest.approx(other.scores.values, rel=1e-4, abs=1e-4)
     vit = tmp_path / "vit.safetensors"
     assert main([*argv, "--network", "features=timm:test_vit@random", "--output", str(vit)]) == 0
     with pytest.raises(UserError, match="not from the same weights"):
@@ -222,12 +222,12 @@ def test_pictures_of_another_size_than_the_protocol_are_resized_like_the_real_on
             sizes.update(picture.shape for picture in pictures)
             return super().__call__(pictures)
 
-    made = feature_network(TINY)
+    tiny_network = feature_network(TINY)
     write_pictures(tmp_path / "data" / "train", 4)
     write_pictures(tmp_path / "data" / "test", 4, seed=1)
     mini.write_text(mini.read_text().replace("size: 32}", "size: 24}"))
     with pytest.MonkeyPatch.context() as patch:
-        recorder = Recorder(made.network, made.run, made.words)
+        recorder = Recorder(tiny_network.network, tiny_network.run, tiny_network.words)
         patch.setattr("crossflow.benchmarks.evaluation.networks.feature_network", lambda source: recorder)
         evaluate(
             load(tiny_run("sr")), spec=f"folder:{tmp_path / 'data'}", protocol=load_protocol(mini),

@@ -99,8 +99,8 @@ def test_accumulated_parts_equal_the_whole_batch(tiny: ModuleType, tmp_path: Pat
         tiny.trainer(tmp_path / str(parts), objective, accumulate=parts).run()
         runs.append(objective.state_dict())
     assert all(torch.allclose(runs[0][name], runs[1][name], atol=1e-6) for name in runs[0])
-    for one, many in zip(tiny.lines(tmp_path / "1"), tiny.lines(tmp_path / str(accumulate)), strict=True):
-        assert all(one[name] == pytest.approx(many[name], rel=1e-5) for name in ("loss", "flow", "size", "grad_norm"))
+    for whole, many in zip(tiny.lines(tmp_path / "1"), tiny.lines(tmp_path / str(accumulate)), strict=True):
+        assert all(whole[name] == pytest.approx(many[name], rel=1e-5) for name in ("loss", "flow", "size", "grad_norm"))
 
 
 @pytest.mark.slow
@@ -126,11 +126,11 @@ def test_another_seed_gives_another_run(tiny: ModuleType, tmp_path: Path) -> Non
 def test_callbacks_see_averaged_weights_in_evaluation_mode(tiny: ModuleType, tmp_path: Path) -> None:
     objective = tiny.Objective()
     objective.head.eval()  # a module frozen by the user
-    seen = []
+    records = []
 
     def validate(step: int) -> dict[str, float]:
         model, average = trainer.learner.model, trainer.learner.ema.state_dict()["backbone.0.weight"]
-        seen.append((step, torch.equal(model.backbone[0].weight, average), model.backbone[2].training))
+        records.append((step, torch.equal(model.backbone[0].weight, average), model.backbone[2].training))
         assert not torch.is_grad_enabled()
         return {"score": 1.0}
 
@@ -144,7 +144,7 @@ def test_callbacks_see_averaged_weights_in_evaluation_mode(tiny: ModuleType, tmp
 
     trainer._train_step = train_step
     trainer.run()
-    assert seen == [(5, True, False), (10, True, False), (12, True, False)]
+    assert records == [(5, True, False), (10, True, False), (12, True, False)]
     assert modes == [True] * 12
 
 
@@ -198,14 +198,14 @@ def test_fp16_on_the_cpu_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
 
 
 def test_one_process_can_train_in_different_precisions(tiny: ModuleType, tmp_path: Path) -> None:
-    seen: dict[str, set[torch.dtype]] = {}
+    records: dict[str, set[torch.dtype]] = {}
     for name, precision in [("a", "no"), ("b", "bf16"), ("c", "no")]:
         torch.manual_seed(0)
         objective = tiny.Objective()
-        dtypes = seen.setdefault(name, set())
+        dtypes = records.setdefault(name, set())
         objective.model.source_encoder.register_forward_hook(lambda m, i, out, dtypes=dtypes: dtypes.add(out.dtype))
         tiny.trainer(tmp_path / name, objective, precision=precision).run()
-    assert seen == {"a": {torch.float32}, "b": {torch.bfloat16}, "c": {torch.float32}}
+    assert records == {"a": {torch.float32}, "b": {torch.bfloat16}, "c": {torch.float32}}
     weights = load_file(tmp_path / "b" / "model.safetensors").values()
     assert {value.dtype for value in weights} == {torch.float32}
     assert tiny.lines(tmp_path / "a") != tiny.lines(tmp_path / "b")

@@ -110,8 +110,8 @@ def test_two_processes_train_like_one(tiny: ModuleType, tmp_path: Path, argument
     finish(start(tmp_path / "two", *common, num_processes=2))
     states = [state.read_state(tmp_path / name / "checkpoints" / "step_00000012") for name in ("one", "two")]
     assert [content["world_size"] for content in states] == [1, 2]
-    for one, two in zip(tiny.lines(tmp_path / "one"), tiny.lines(tmp_path / "two"), strict=True):
-        assert {**one, "kind": 0} == pytest.approx({**two, "kind": 0}, rel=1e-5)
+    for alone, shared in zip(tiny.lines(tmp_path / "one"), tiny.lines(tmp_path / "two"), strict=True):
+        assert {**alone, "kind": 0} == pytest.approx({**shared, "kind": 0}, rel=1e-5)
     for file in ("model.safetensors", "ema.safetensors", "objective.safetensors"):
         first, second = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
         assert all(first[name].allclose(second[name], atol=1e-6) for name in first)
@@ -128,8 +128,8 @@ def test_two_processes_stop_together_and_one_can_continue(tiny: ModuleType, tmp_
     assert 4 <= step < 60
     finish(start(tmp_path / "parts", *common, "--resume", "auto"))
     finish(start(tmp_path / "through", *common))
-    for one, two in zip(tiny.lines(tmp_path / "through"), tiny.lines(tmp_path / "parts"), strict=True):
-        assert {**one, "kind": 0} == pytest.approx({**two, "kind": 0}, rel=1e-4)
+    for alone, shared in zip(tiny.lines(tmp_path / "through"), tiny.lines(tmp_path / "parts"), strict=True):
+        assert {**alone, "kind": 0} == pytest.approx({**shared, "kind": 0}, rel=1e-4)
 
 
 def test_an_error_of_the_main_process_ends_both_processes(tmp_path: Path) -> None:

@@ -155,13 +155,13 @@ class Signalling:
 def test_a_signal_ends_the_run_with_a_checkpoint_and_old_handlers_return(
     tiny: ModuleType, tmp_path: Path, number: signal.Signals
 ) -> None:
-    def mine(*args: object) -> None: ...
+    def handler(*args: object) -> None: ...
 
-    before = signal.signal(number, mine)
+    before = signal.signal(number, handler)
     try:
         progress = Signalling({5: [number]})
         result = tiny.trainer(tmp_path, progress=progress).run()
-        assert signal.getsignal(number) is mine
+        assert signal.getsignal(number) is handler
     finally:
         signal.signal(number, before)
     assert (result.status, result.step, result.reason) == ("stopped", 5, number.name)

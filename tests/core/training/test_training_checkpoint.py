@@ -172,10 +172,10 @@ def test_a_kill_at_any_instant_leaves_an_intact_checkpoint(tmp_path: Path) -> No
             os._exit(0)
         _, status = os.waitpid(child, 0)
         remove_temporaries(root)
-        found = state.find_checkpoint(root, "auto")
-        assert found is not None
-        step = state.read_state(found)["step"]
-        assert torch.equal(state.read_tensors(found, "model")["weight"], torch.full((3, 2), float(step)))
+        newest = state.find_checkpoint(root, "auto")
+        assert newest is not None
+        step = state.read_state(newest)["step"]
+        assert torch.equal(state.read_tensors(newest, "model")["weight"], torch.full((3, 2), float(step)))
         assert list(root.glob("[.]*")) == []
         outcomes.append(step)
         if status == 0:

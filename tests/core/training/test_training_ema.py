@@ -37,16 +37,16 @@ def test_applied_weights_are_the_average_and_are_restored_after_an_error() -> No
     ema = EMA(model, decay=0.9)
     average = ema.state_dict()["weight"].clone()
     set_weights(model, 5.0)
-    seen = []
+    averages = []
 
     def fail() -> None:
         with ema.applied(model):
-            seen.append(model.weight.detach().clone())
+            averages.append(model.weight.detach().clone())
             raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
         fail()
-    assert torch.equal(seen[0], average)
+    assert torch.equal(averages[0], average)
     assert (model.weight == 5).all()
     ema.update()
     assert not torch.equal(ema.state_dict()["weight"], average)

@@ -58,11 +58,11 @@ class Zoo(nn.Module):
 def test_weight_decay_excludes_norms_biases_embeddings_vectors_and_nodecay() -> None:
     zoo = Zoo()
     names = {parameter: name for name, parameter in zoo.named_parameters()}
-    decayed, spared = decay_groups(zoo, 0.03)
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.03, 0.0)
+    decayed, undecayed = decay_groups(zoo, 0.03)
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.03, 0.0)
     expected = {"linear.weight", "patch_embed.weight", "mixing", "blocks.0.weight"}
     assert {names[parameter] for parameter in decayed["params"]} == expected
-    everything = [*decayed["params"], *spared["params"]]
+    everything = [*decayed["params"], *undecayed["params"]]
     assert len(everything) == len(set(everything))
     assert {names[parameter] for parameter in everything} == set(names.values()) - {"frozen"}
 

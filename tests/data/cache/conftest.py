@@ -64,7 +64,7 @@ def recipe(frozen, tiny_settings):
 
     def overrides(*more: str, text: str = "text", codec: str = "codec") -> list[str]:
         settings = [
-            *(one for one in tiny_settings("t2i") if not one.startswith("data.num_train")),
+            *(setting for setting in tiny_settings("t2i") if not setting.startswith("data.num_train")),
             f"text.encoder={frozen[text]}",
             f"text.max_length={LENGTH}",
             "codec.kind=autoencoder_kl",
@@ -72,8 +72,8 @@ def recipe(frozen, tiny_settings):
             "codec.scale=0.5",
             "loss.encoder_target=text",
         ]
-        given = {one.partition("=")[0] for one in more}
-        return [*(one for one in settings if one.partition("=")[0] not in given), *more]
+        overridden = {setting.partition("=")[0] for setting in more}
+        return [*(setting for setting in settings if setting.partition("=")[0] not in overridden), *more]
 
     return overrides
 

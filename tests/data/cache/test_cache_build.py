@@ -54,7 +54,7 @@ def keys(folder: Path, split: str = "train") -> dict[str, bytes]:
     cache = Cache(folder)
     rows = cache.rows(split)
     entries = [rows[index] for index in range(len(rows))]
-    return {cache.id(one): cache.shard(one.shard)["keys"][one.row].numpy().tobytes() for one in entries}
+    return {cache.id(each): cache.shard(each.shard)["keys"][each.row].numpy().tobytes() for each in entries}
 
 
 # -- shards
@@ -105,8 +105,8 @@ def test_a_shard_cannot_claim_bytes_beyond_its_end(tmp_path: Path):
 
 @pytest.mark.slow
 def test_moments_and_token_features_are_the_networks_own_without_padding(builder, pictures, tmp_path: Path):
-    made = builder(storage="float32", sizes=(16, 32))
-    made.run()
+    result = builder(storage="float32", sizes=(16, 32))
+    result.run()
     cache, reader = Cache(tmp_path / "cache"), open_reader(f"folder:{pictures}", "train")
     rows = cache.rows("train")
     assert len(rows) == 12
@@ -115,20 +115,20 @@ def test_moments_and_token_features_are_the_networks_own_without_padding(builder
         entry = rows[index]
         assert (cache.id(entry), cache.captions(entry)) == (item.id, item.captions)
         for size in (16, 32):
-            raw = made.extractor.codec.encode_moments(to_tensor(center_crop_resize(item.image, size))[None])
-            found = cache.moments([entry], size)
-            torch.testing.assert_close(found.mean, raw.mean, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(found.log_var, raw.log_var, atol=1e-5, rtol=1e-5)
+            raw = result.extractor.codec.encode_moments(to_tensor(center_crop_resize(item.image, size))[None])
+            read_back = cache.moments([entry], size)
+            torch.testing.assert_close(read_back.mean, raw.mean, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(read_back.log_var, raw.log_var, atol=1e-5, rtol=1e-5)
         for number, caption in enumerate(item.captions):
-            features, mask = made.extractor.text([caption])
-            ours, our_mask = cache.text([entry], [number])
+            features, mask = result.extractor.text([caption])
+            text_features, our_mask = cache.text([entry], [number])
             assert torch.equal(our_mask, mask)
-            torch.testing.assert_close(ours[mask], features[mask], atol=1e-5, rtol=1e-5)
-            assert ours[~mask].eq(0).all()
-            pooled = made.extractor.text.pooled([caption])
+            torch.testing.assert_close(text_features[mask], features[mask], atol=1e-5, rtol=1e-5)
+            assert text_features[~mask].eq(0).all()
+            pooled = result.extractor.text.pooled([caption])
             torch.testing.assert_close(cache.pooled([entry], [number]), pooled, atol=1e-5, rtol=1e-5)
     shard = cache.shard(0)
-    num_tokens = sum(made.extractor.num_tokens(item.captions) for item in list(reader)[:5])
+    num_tokens = sum(result.extractor.num_tokens(item.captions) for item in list(reader)[:5])
     assert len(shard["text"]) == num_tokens < 16 * shard["text.lengths"].numel()
 
 
@@ -158,16 +158,16 @@ def test_bad_items_are_left_out_counted_and_listed(builder, pictures, tmp_path: 
 
 
 def test_features_that_are_not_finite_make_an_item_bad(builder, tmp_path: Path):
-    made = builder(settings=Settings(max_bad=1.0))
-    encode = made.extractor.codec.encode_moments
+    result = builder(settings=Settings(max_bad=1.0))
+    encode = result.extractor.codec.encode_moments
 
     def broken(images):
         raw = encode(images)
         raw.mean[0, 0, 0, 0] = float("nan")
         return raw
 
-    made.extractor.codec.encode_moments = broken
-    summary = made.run()
+    result.extractor.codec.encode_moments = broken
+    summary = result.run()
     assert summary.bad == {"train/00.png": "its features are not finite", "val/00.png": "its features are not finite"}
 
 
@@ -229,20 +229,20 @@ def test_changed_data_are_detected_when_continuing_and_comparing(builder, pictur
 
 @pytest.mark.parametrize("more", [(), ("loss.encoder_target=image",), ("loss.encoder=none",)])
 def test_the_estimated_size_is_close_to_the_actual_size(builder, more, tmp_path: Path):
-    made = builder(more=more)
-    expected = made.estimate()
+    result = builder(more=more)
+    expected = result.estimate()
     assert not (tmp_path / "cache").exists()
-    summary = made.run()
-    overhead = 1500 * len(made.parts)  # headers of shards, which large ones do not feel
+    summary = result.run()
+    overhead = 1500 * len(result.parts)  # headers of shards, which large ones do not feel
     assert abs(summary.num_bytes - overhead - expected.num_bytes) < 0.2 * expected.num_bytes + overhead
     assert builder(more=more).estimate().finished == summary.num_bytes
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(builder, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    made = builder()
+    result = builder()
     with pytest.raises(UserError, match="are free on the disk of"):
-        made.estimate().require(tmp_path / "cache")
+        result.estimate().require(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     Estimate(1, 100, 100.0, free=60, finished=50).require(tmp_path)
 
@@ -250,14 +250,14 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(builder, monk
 @pytest.mark.slow
 def test_an_interrupted_build_continues_and_ends_with_the_same_bytes(builder, tmp_path: Path):
     builder("whole").run()
-    made = builder("parts")
+    result = builder("parts")
 
     def stop(done: int, total: int) -> None:
         if done >= 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        made.run(stop)
+        result.run(stop)
     with pytest.raises(UserError, match="is not finished"):
         Cache(tmp_path / "parts")
     summary = builder("parts").run()
@@ -401,7 +401,7 @@ def test_verifying_looks_at_every_entry(builder, name, value, complaint, tmp_pat
     builder().run()
     folder = tmp_path / "cache"
     shard, manifest = Shard(folder / "train-00001.safetensors"), json.loads((folder / "cache.json").read_text())
-    place = next(n for n, one in enumerate(manifest["shards"]) if one["file"] == "train-00001.safetensors")
+    place = next(n for n, each in enumerate(manifest["shards"]) if each["file"] == "train-00001.safetensors")
     about = {key: manifest["shards"][place][key] for key in ("split", "num_items", "num_captions", "bad")}
     tensors = {key: shard[key].clone() for key in shard.arrays}
     manifest["shards"][place] = write_shard(
@@ -470,9 +470,9 @@ def test_a_killed_process_continues_and_ends_with_the_same_bytes(recipe, picture
     kills = 0
     for finished in (0, 4, 9):
         process = start("killed")
-        begun = time.monotonic()
+        started = time.monotonic()
         while process.poll() is None and len(list((tmp_path / "killed").glob("*.json"))) <= finished:
-            assert time.monotonic() - begun < 120
+            assert time.monotonic() - started < 120
             time.sleep(0.001)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)

@@ -60,18 +60,18 @@ def raw(path: Path, program: bytes) -> Path:
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_arrays_are_read_as_by_numpy(tmp_path: Path, dtype: str, order: str):
     array = np.asarray(np.random.default_rng(0).integers(0, 2, (3, 4, 5)), dtype=dtype, order=order)
-    found = read_npy(save(tmp_path / "a.npy", {"x": array, "again": array, "text": "Würfel", "n": 3, "none": None}))
-    assert found["x"].dtype == array.dtype
-    assert np.array_equal(found["x"], array)
-    assert np.array_equal(found["again"], array)
-    assert (found["text"], found["n"], found["none"]) == ("Würfel", 3, None)
+    restored = read_npy(save(tmp_path / "a.npy", {"x": array, "again": array, "text": "Würfel", "n": 3, "none": None}))
+    assert restored["x"].dtype == array.dtype
+    assert np.array_equal(restored["x"], array)
+    assert np.array_equal(restored["again"], array)
+    assert (restored["text"], restored["n"], restored["none"]) == ("Würfel", 3, None)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_older_pickles_are_read_too(tmp_path: Path, protocol: int):
     content = {"caption": "a cube", "flags": [True, None], "large": 2**40, "part": 0.5}
-    found = read_npy(raw(tmp_path / "a.npy", pickle.dumps(content, protocol)))
-    assert found == content | {"flags": None}  # lists are parsed but not returned
+    restored = read_npy(raw(tmp_path / "a.npy", pickle.dumps(content, protocol)))
+    assert restored == content | {"flags": None}  # lists are parsed but not returned
 
 
 def test_plain_arrays_need_no_pickle(tmp_path: Path):
@@ -199,12 +199,12 @@ def test_a_training_folder_gives_captions_arrays_and_pictures(tmp_path: Path):
 
 def test_a_validation_folder_joins_a_pictures_moments_with_each_caption(tmp_path: Path):
     for number in range(2):
-        one = sample(number)
-        save(tmp_path / f"{number}.npy", one["image_latent_32"])
+        part = sample(number)
+        save(tmp_path / f"{number}.npy", part["image_latent_32"])
         for k in range(2):
             save(tmp_path / f"{number}_{k}.npy", {
-                "promt": WORDS[k], "token_embedding": one["token_embedding_clip"],
-                "token_mask": one["token_mask_clip"], "token": one["token_clip"],
+                "promt": WORDS[k], "token_embedding": part["token_embedding_clip"],
+                "token_mask": part["token_mask_clip"], "token": part["token_clip"],
             })  # fmt: skip
     save(tmp_path / "empty_context.npy", {"token_embedding": np.zeros(3), "batch_caption": ""})
     items = list(open_reader(f"npy:{tmp_path}@all", "train"))
@@ -251,14 +251,14 @@ def test_released_features_are_imported_without_padding(frozen, released, tmp_pa
     rows = cache.rows("all")
     assert len(rows) == 6
     for index in range(6):
-        theirs = read_npy(released / "features" / f"{index:02d}.npy")
-        mean, log_var = np.split(theirs["image_latent_16"], 2)
+        released_array = read_npy(released / "features" / f"{index:02d}.npy")
+        mean, log_var = np.split(released_array["image_latent_16"], 2)
         moments = cache.moments([rows[index]], 16)
         assert np.array_equal(moments.mean[0], mean)
         assert np.array_equal(moments.log_var[0], log_var)
         features, mask = cache.text([rows[index]], [0])
-        assert np.array_equal(mask[0], theirs["token_mask_clip"] == 1)
-        assert np.array_equal(features[0][mask[0]], theirs["token_embedding_clip"][mask[0].numpy()])
+        assert np.array_equal(mask[0], released_array["token_mask_clip"] == 1)
+        assert np.array_equal(features[0][mask[0]], released_array["token_embedding_clip"][mask[0].numpy()])
     num_tokens = sum(len(cache.shard(number)["text"]) for number in range(2))
     assert num_tokens == sum(read_npy(file)["token_mask_clip"].sum() for file in released.glob("features/*.npy"))
     config = load_config("t2i_tiny", [*released_settings(frozen), f"data.train=cache:{cache.folder}@all"])
@@ -270,7 +270,7 @@ def test_released_features_are_imported_without_padding(frozen, released, tmp_pa
 
 @pytest.mark.parametrize("more", [("text.scale=10",), ("text.encoder=other_text",)])
 def test_features_of_another_text_encoder_are_refused(frozen, released, tmp_path: Path, more):
-    more = tuple(one.replace("other_text", frozen["other_text"]) for one in more)
+    more = tuple(part.replace("other_text", frozen["other_text"]) for part in more)
     with pytest.raises(UserError, match="come from another text encoder than the recipe's"):
         imported(tmp_path / "cache", released, released_settings(frozen, *more))
 

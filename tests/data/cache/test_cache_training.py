@@ -51,19 +51,19 @@ def test_batches_equal_those_without_a_cache(recipe, pictures, tmp_path: Path, m
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
     data = {"plain": train_data(plain), "cache": train_data(reading)}
     reading.accept(data["cache"])
-    theirs = plain.batch(data["plain"].__getitems__(PLACES))
-    ours = reading.batch(data["cache"].__getitems__(PLACES)).to("cpu")
-    torch.testing.assert_close(ours.target, theirs.target, atol=1e-5, rtol=1e-5)
-    assert ours.ids == theirs.ids
-    assert torch.equal(ours.mask, theirs.mask)
-    read = torch.ones_like(ours.mask) if "source.trunk=released" in more else ours.mask
-    torch.testing.assert_close(ours.features[read], theirs.features[read], atol=1e-5, rtol=1e-5)
-    if theirs.alignment is None:
-        assert ours.alignment is None
-    elif theirs.alignment.shape == theirs.features.shape:
-        torch.testing.assert_close(ours.alignment[read], theirs.alignment[read], atol=1e-5, rtol=1e-5)
+    direct = plain.batch(data["plain"].__getitems__(PLACES))
+    from_cache = reading.batch(data["cache"].__getitems__(PLACES)).to("cpu")
+    torch.testing.assert_close(from_cache.target, direct.target, atol=1e-5, rtol=1e-5)
+    assert from_cache.ids == direct.ids
+    assert torch.equal(from_cache.mask, direct.mask)
+    read = torch.ones_like(from_cache.mask) if "source.trunk=released" in more else from_cache.mask
+    torch.testing.assert_close(from_cache.features[read], direct.features[read], atol=1e-5, rtol=1e-5)
+    if direct.alignment is None:
+        assert from_cache.alignment is None
+    elif direct.alignment.shape == direct.features.shape:
+        torch.testing.assert_close(from_cache.alignment[read], direct.alignment[read], atol=1e-5, rtol=1e-5)
     else:
-        torch.testing.assert_close(ours.alignment, theirs.alignment, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(from_cache.alignment, direct.alignment, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -72,13 +72,15 @@ def test_batches_in_half_precision_differ_by_its_rounding(recipe, pictures, tmp_
     settings = recipe()
     spec = cached(tmp_path / "cache", settings, pictures, storage=storage)
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
-    theirs = plain.batch(train_data(plain).__getitems__(PLACES))
-    ours = reading.batch(train_data(reading).__getitems__(PLACES))
-    assert ours.features.dtype == getattr(torch, storage)
-    ours = ours.to("cpu")
-    torch.testing.assert_close(ours.target, theirs.target, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(ours.features[ours.mask], theirs.features[ours.mask], atol=tolerance, rtol=tolerance)
-    assert not torch.equal(ours.target, theirs.target)
+    direct = plain.batch(train_data(plain).__getitems__(PLACES))
+    from_cache = reading.batch(train_data(reading).__getitems__(PLACES))
+    assert from_cache.features.dtype == getattr(torch, storage)
+    from_cache = from_cache.to("cpu")
+    torch.testing.assert_close(from_cache.target, direct.target, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        from_cache.features[from_cache.mask], direct.features[from_cache.mask], atol=tolerance, rtol=tolerance
+    )
+    assert not torch.equal(from_cache.target, direct.target)
 
 
 @pytest.mark.slow
@@ -137,10 +139,10 @@ def test_embeddings_of_the_image_tower_are_cached_with_its_checksum(frozen, reci
     spec = cached(tmp_path / "cache", settings, pictures, storage="float32")
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
     reading.accept(train_data(reading))
-    theirs = plain.batch(train_data(plain).__getitems__(PLACES)).alignment
-    ours = reading.batch(train_data(reading).__getitems__(PLACES)).alignment
-    assert ours.shape == (4, 16)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    direct = plain.batch(train_data(plain).__getitems__(PLACES)).alignment
+    from_cache = reading.batch(train_data(reading).__getitems__(PLACES)).alignment
+    assert from_cache.shape == (4, 16)
+    torch.testing.assert_close(from_cache, direct, atol=1e-5, rtol=1e-5)
     assert "pixels_16" not in train_data(reading).reader.cache.features["parts"]
     other = opened(recipe(*aligned, f"tower.source={frozen['other_tower']}"), spec)
     with pytest.raises(UserError, match="another image tower than the recipe's"):
@@ -153,7 +155,7 @@ def test_a_cache_with_another_scale_or_additional_features_is_accepted(recipe, p
     task = opened(recipe("codec.scale=2.0", "loss.encoder=none"), spec)
     task.accept(train_data(task))
     small = opened(recipe("loss.encoder=none"), spec)
-    z = [one.batch(train_data(one).__getitems__(PLACES)).target for one in (task, small)]
+    z = [each.batch(train_data(each).__getitems__(PLACES)).target for each in (task, small)]
     torch.testing.assert_close(z[0], 4 * z[1])
 
 

@@ -203,7 +203,7 @@ def test_require_gives_the_reasons_when_all_items_are_bad(tmp_path):
 
 def test_scenes_have_every_field_and_disjoint_splits():
     readers = {split: open_reader("scenes", split, image_size=24, limit=6) for split in ("train", "val", "test")}
-    seen = set()
+    visited = set()
     for reader in readers.values():
         assert reader.fields == {"image", "captions", "depth", "scene"}
         for item in reader:
@@ -213,8 +213,8 @@ def test_scenes_have_every_field_and_disjoint_splits():
             assert item.depth.dtype == np.float32
             assert item.depth.max() > 0
             assert len(item.captions) == 5
-            seen.add((item.id, item.scene.seed))
-    assert len({id for id, _ in seen}) == len({seed for _, seed in seen}) == 18
+            visited.add((item.id, item.scene.seed))
+    assert len({id for id, _ in visited}) == len({seed for _, seed in visited}) == 18
 
 
 def test_scenes_are_the_same_alone_together_and_under_any_limit():
@@ -350,9 +350,9 @@ def test_coco_bad_entries_are_bad_items_with_reasons(tmp_path):
         "captions_train.json:images[7]": "no id and file_name",
         "1#2": "the id '1' occurred before",
     }
-    found = reasons(reader)
-    assert found.keys() == expected.keys()
-    assert all(part in found[id] for id, part in expected.items())
+    problems = reasons(reader)
+    assert problems.keys() == expected.keys()
+    assert all(part in problems[id] for id, part in expected.items())
 
 
 def test_coco_files_of_another_kind_are_user_errors(tmp_path):
@@ -455,7 +455,7 @@ def test_jsonl_bad_lines_are_counted_with_their_numbers(tmp_path):
     with file.open("ab") as stream:
         stream.write(b'{"image": "good.png", "caption": "\xff"}\n')
     reader = open_reader(f"jsonl:{file}@all", "train")
-    found = reasons(reader)
+    problems = reasons(reader)
     assert list(by_id(reader)) == ["good.png"]
     expected = {
         "x.jsonl:2": "line 2 of x.jsonl is not JSON",
@@ -474,8 +474,8 @@ def test_jsonl_bad_lines_are_counted_with_their_numbers(tmp_path):
         ".": "not a regular file",
         "x.jsonl:16": "line 16 of x.jsonl is not JSON",
     }
-    assert found.keys() == expected.keys()
-    assert all(part in found[id] for id, part in expected.items())
+    assert problems.keys() == expected.keys()
+    assert all(part in problems[id] for id, part in expected.items())
 
 
 def test_jsonl_without_captions_is_images_only(tmp_path):
@@ -525,13 +525,13 @@ def test_folder_with_metadata(tmp_path, place):
     )
     train = open_reader(f"folder:{tmp_path}", "train")
     assert {id: item.captions for id, item in by_id(train).items()} == {"train/a.png": ("first",)}
-    found = reasons(train)
-    assert "no such file" in found["train/missing.png"]
-    assert "all captions are empty" in found["train/b.png"]
-    assert "leaves the data folder" in found["metadata.jsonl:4"]
-    assert "leaves the data folder" in found["metadata.jsonl:5"]
-    assert "not JSON" in found["metadata.jsonl:6"]
-    assert len(found) == 5
+    problems = reasons(train)
+    assert "no such file" in problems["train/missing.png"]
+    assert "all captions are empty" in problems["train/b.png"]
+    assert "leaves the data folder" in problems["metadata.jsonl:4"]
+    assert "leaves the data folder" in problems["metadata.jsonl:5"]
+    assert "not JSON" in problems["metadata.jsonl:6"]
+    assert len(problems) == 5
 
 
 @pytest.mark.parametrize(
@@ -555,10 +555,10 @@ def test_folder_captions_that_cannot_be_read_make_bad_items(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "b.txt").write_text(" \n")
     (tmp_path / "c.txt").symlink_to("/etc/hostname")
-    found = reasons(open_reader(f"folder:{tmp_path}@all", "train"))
-    assert "utf-8" in found["a.png"]
-    assert found["b.png"] == "'b.txt' has no caption"
-    assert "leaves the data folder" in found["c.png"]
+    problems = reasons(open_reader(f"folder:{tmp_path}@all", "train"))
+    assert "utf-8" in problems["a.png"]
+    assert problems["b.png"] == "'b.txt' has no caption"
+    assert "leaves the data folder" in problems["c.png"]
 
 
 def test_adding_images_moves_no_other_between_hash_splits():
@@ -639,11 +639,11 @@ def test_pairs_bad_depth(tmp_path):
     (tmp_path / "data/depth/truncated.png").write_bytes(whole[:50])
     outside = depth_map(tmp_path / "outside.png", np.ones((4, 6)))
     (tmp_path / "data/depth/leaves.png").symlink_to(outside)
-    found = reasons(open_reader(f"pairs:{tmp_path}/data@all", "train"))
-    assert "depth is 6x4, the image 4x6" in found["size"]
-    assert "16-bit" in found["eight_bit"]
-    assert found["truncated"]
-    assert "leaves the data folder" in found["leaves"]
+    problems = reasons(open_reader(f"pairs:{tmp_path}/data@all", "train"))
+    assert "depth is 6x4, the image 4x6" in problems["size"]
+    assert "16-bit" in problems["eight_bit"]
+    assert problems["truncated"]
+    assert "leaves the data folder" in problems["leaves"]
 
 
 def test_pairs_in_another_unit_are_refused(tmp_path):
@@ -709,10 +709,10 @@ def test_pictures_that_cannot_be_read_are_bad_items_and_stop_nothing(tmp_path):
     (tmp_path / "folder.png").mkdir()
     reader = open_reader(f"folder:{tmp_path}@all", "train")
     assert list(by_id(reader)) == ["good.png"]
-    found = reasons(reader)
-    assert set(found) == {"truncated.jpg", "truncated.png", "empty.jpg", "text.jpg", "huge.png"}
-    assert all(found.values())
-    assert "pixels" in found["huge.png"]
+    problems = reasons(reader)
+    assert set(problems) == {"truncated.jpg", "truncated.png", "empty.jpg", "text.jpg", "huge.png"}
+    assert all(problems.values())
+    assert "pixels" in problems["huge.png"]
 
 
 def test_captions_of_every_script_survive_and_lone_surrogates_are_replaced(tmp_path):

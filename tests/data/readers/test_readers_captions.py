@@ -41,8 +41,8 @@ def entry(number: int, split: str, folder: str = "val2014") -> dict:
 
 
 def karpathy(folder: Path, entries: list[dict], name: str = "dataset_coco.json") -> Path:
-    for one in entries:
-        picture(folder / one.get("filepath", "images") / one["filename"])
+    for row in entries:
+        picture(folder / row.get("filepath", "images") / row["filename"])
     file = folder / name
     file.write_text(json.dumps({"images": entries, "dataset": "coco"}))
     return file
@@ -74,7 +74,7 @@ def test_a_scored_split_with_a_missing_picture_is_refused_and_training_skips_it(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"cocoid": 7}, "its id 7 is not the number in"),
         ({"sentids": [1, 2, 3, 4, 5]}, "it lists the captions [1, 2, 3, 4, 5]"),
@@ -83,10 +83,10 @@ def test_a_scored_split_with_a_missing_picture_is_refused_and_training_skips_it(
         ({"filename": "../../etc/passwd.jpg", "cocoid": 104}, "is not the number in"),
     ],
 )
-def test_inconsistent_ids_are_refused_in_a_scored_split(tmp_path, change, said):
+def test_inconsistent_ids_are_refused_in_a_scored_split(tmp_path, change, message):
     file = karpathy(tmp_path, COCO)
     file.write_text(json.dumps({"images": [*COCO[:4], COCO[4] | change]}))
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         open_reader(f"karpathy:{file}", "test")
 
 
@@ -219,8 +219,8 @@ def test_specs_with_options_are_resolved_from_the_folder_of_a_run(tmp_path):
 
 def mjhq(folder: Path) -> Path:
     about = {f"id{n}": {"category": ("animals", "food")[n % 2], "prompt": f"a  thing {n}"} for n in range(4)}
-    for id, one in about.items():
-        picture(folder / "mjhq30k_imgs" / one["category"] / f"{id}.jpg")
+    for id, row in about.items():
+        picture(folder / "mjhq30k_imgs" / row["category"] / f"{id}.jpg")
     about |= {
         "idle": {"category": "food", "prompt": " "},
         "bare": {"prompt": "x"},
@@ -237,8 +237,8 @@ def test_mjhq_is_read_as_published(tmp_path):
     assert (reader[3].captions, reader[3].image.shape) == (("a thing 3",), (4, 6, 3))
     reasons = bad(reader)
     assert set(reasons) == {"idle", "bare", "away"}
-    said = {"idle": "no prompt", "bare": "no category", "away": "leaves the data folder"}
-    assert all(words in reasons[id] for id, words in said.items())
+    message = {"idle": "no prompt", "bare": "no category", "away": "leaves the data folder"}
+    assert all(words in reasons[id] for id, words in message.items())
     assert open_reader(str(tmp_path), "all").ids == reader.ids
 
 

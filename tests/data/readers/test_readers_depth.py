@@ -72,8 +72,8 @@ def test_masked_depth_scores_as_in_the_metrics_own_crop(crop, rng):
     truth = rng.uniform(0.5, 120, (375, 1242)).astype(np.float32) * (rng.random((375, 1242)) < 0.2)
     guess = rng.uniform(0.5, 80, truth.shape).astype(np.float32)
     own = depth_metric.DepthMetric(max_depth=80, crop=crop).score(guess, truth)
-    given = depth_metric.DepthMetric(max_depth=80).score(guess, mask_unscored(truth, crop, 80))
-    assert own == given
+    expected_score = depth_metric.DepthMetric(max_depth=80).score(guess, mask_unscored(truth, crop, 80))
+    assert own == expected_score
     assert own["num_pixels"] > 1000
 
 
@@ -189,20 +189,20 @@ def test_kitti_eigen_split(tmp_path, caplog):
     test, train = (require(open_reader(f"kitti:{tmp_path}", s), {"image", "depth"}, "depth") for s in ("test", "train"))
     assert test.ids == [f"{DRIVE}/image_02/data/{frame:010d}" for frame in (69, 70)]
     assert "1 of 3 frames have no annotated depth" in caplog.text
-    whole, seen = train[0].depth, test[0].depth
+    whole, visible = train[0].depth, test[0].depth
     assert whole[200, 600] == 90
     assert whole[0, 0] == 20
-    assert seen[200, 600] == 0  # beyond 80 m
-    rows, columns = np.nonzero(seen)
+    assert visible[200, 600] == 0  # beyond 80 m
+    rows, columns = np.nonzero(visible)
     assert rows.min() >= 153
     assert rows.max() < 371
     assert columns.min() >= 44
     assert columns.max() < 1197
-    assert set(np.unique(seen)) == {0, 20}
+    assert set(np.unique(visible)) == {0, 20}
     free = open_reader(f"kitti:{tmp_path}?crop=none&cap=none", "test")
     np.testing.assert_array_equal(free[0].depth, whole)
     eigen = open_reader(f"kitti:{tmp_path}?crop=eigen", "test")[0].depth
-    assert np.nonzero(eigen)[0].min() < np.nonzero(seen)[0].min()
+    assert np.nonzero(eigen)[0].min() < np.nonzero(visible)[0].min()
     cut = open_reader(f"kitti:{tmp_path}?benchmark=yes&crop=none&cap=none@test", "val")[0]
     np.testing.assert_array_equal(cut.depth, whole[23:, 13:1229])
     assert cut.image.shape == (352, 1216, 3)
@@ -244,8 +244,8 @@ def test_kitti_refuses_an_incomplete_test_set_and_wrong_settings(tmp_path):
     text(tmp_path / "eigen_test_files_with_gt.txt", line(500))
     reader = open_reader(f"kitti:{tmp_path}", "test")
     assert "no such file" in next(iter(reasons(reader).values()))
-    for settings, said in (("crob=garg", "Did you mean 'crop'"), ("crop=gard", "'garg'"), ("cap=-1", "above 0")):
-        with pytest.raises(UserError, match=said):
+    for settings, message in (("crob=garg", "Did you mean 'crop'"), ("crop=gard", "'garg'"), ("cap=-1", "above 0")):
+        with pytest.raises(UserError, match=message):
             open_reader(f"kitti:{tmp_path}?{settings}", "test")
     with pytest.raises(
         UserError, match=r"has test but nothing for 'val'\. Give other data for validation: data\.val=SPEC"
@@ -332,7 +332,7 @@ def test_virtual_kitti(tmp_path):
             png16(where / "depth/Camera_0/depth_00001.png", units)
     readers = [open_reader(f"vkitti:{tmp_path}", split) for split in ("train", "val", "test")]
     scenes = [{id[:7] for id in reader.ids} for reader in readers]
-    assert [len(found) for found in scenes] == [3, 1, 1]
+    assert [len(group) for group in scenes] == [3, 1, 1]
     assert len(set.union(*scenes)) == 5
     depth = readers[0][0].depth
     assert depth[20, 20] == pytest.approx(12.34)

@@ -129,7 +129,7 @@ def test_depth_in_millimetres_and_in_metres_is_read(tmp_path):
     file, metres = io.BytesIO(), io.BytesIO()
     Image.fromarray(units).save(file, format="PNG")
     Image.fromarray((units / 100).astype(np.float32)).save(metres, format="TIFF")
-    pairs = [{"bytes": one.getvalue(), "path": None} for one in (file, metres)]
+    pairs = [{"bytes": buffer.getvalue(), "path": None} for buffer in (file, metres)]
     content = {"image": [{"bytes": png(1), "path": None}] * 2, "depth_map": pairs}
     features = datasets.Features(image=datasets.Image(), depth_map=datasets.Image())
     datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "own")

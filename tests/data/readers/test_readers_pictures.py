@@ -65,7 +65,9 @@ def test_imagenet_can_have_another_size(imagenet):
 def test_sizes_are_read_again_only_when_a_picture_changes(imagenet, cache, monkeypatch):
     looked = []
     plain = picture_sets._shorter_side
-    monkeypatch.setattr(picture_sets, "_shorter_side", lambda *given: looked.append(given[1]) or plain(*given))
+    monkeypatch.setattr(
+        picture_sets, "_shorter_side", lambda *arguments: looked.append(arguments[1]) or plain(*arguments)
+    )
     open_reader(f"imagenet:{imagenet}", "train")
     open_reader(f"imagenet:{imagenet}", "train")
     assert len(looked) == 3

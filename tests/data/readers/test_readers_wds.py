@@ -95,14 +95,14 @@ def test_shards_can_be_given_by_ranges_and_patterns(tmp_path):
     assert len(open_reader(f"wds:{folder}/00000.tar@all", "train")) == 2
     with pytest.raises(UserError, match=r"2 shards do not exist, such as .*00004\.tar"):
         open_reader(f"wds:{folder}/{{00003..00005}}.tar", "train")
-    for place, said in (
+    for place, message in (
         ("https://x.org/0.tar", "another machine.*download"),
         ("pipe:aws s3 cp x -", "another machine"),
         (f"{folder}/{{00000..00003.tar", "not a valid brace pattern"),
         (f"{folder}/*9.tar", r"no \.tar files"),
         (f"{folder}/00000.parquet", "not a plain .tar"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_reader(f"wds:{place}", "train")
 
 
@@ -110,18 +110,18 @@ def test_samples_are_shuffled_across_shards_divided_exactly_and_resumed(tmp_path
     reader = open_reader(f"wds:{laion(tmp_path / 'data')}@all", "train")
     data = MicroBatches(Examples(reader, lambda item, chance: item.id, seed=0), seed=3, latent_shape=(1,))
 
-    def seen(start: int, stop: int, rank: int, ranks: int) -> list[str]:
+    def ids_of(start: int, stop: int, rank: int, ranks: int) -> list[str]:
         places = Positions(start, stop, 20, 1, rank, ranks)
         return [data.data[data.example_at(p)] for _, positions in places for p in positions]
 
-    alone = seen(0, 10, 0, 1)
+    alone = ids_of(0, 10, 0, 1)
     assert sorted(alone[:100]) == sorted(alone[100:]) == list(reader.ids)
     assert alone[:100] != alone[100:]
     assert len({id.split("/")[0] for id in alone[:20]}) == 4  # one batch draws on all shards
-    two = [seen(0, 5, rank, 2) for rank in range(2)]
+    two = [ids_of(0, 5, rank, 2) for rank in range(2)]
     assert not set(two[0]) & set(two[1])
     assert sorted(two[0] + two[1]) == list(reader.ids)
-    assert seen(4, 10, 0, 1) == alone[80:]  # from where a run was stopped
+    assert ids_of(4, 10, 0, 1) == alone[80:]  # from where a run was stopped
 
 
 def test_workers_of_a_loader_read_what_one_process_reads(tmp_path):
@@ -168,7 +168,7 @@ def test_the_index_is_rebuilt_only_when_a_shard_changes(tmp_path, cache, monkeyp
     folder = laion(tmp_path / "data", shards=2, each=3)
     scanned = []
     plain = wds._scan
-    monkeypatch.setattr(wds, "_scan", lambda *given: scanned.append(given[0].name) or plain(*given))
+    monkeypatch.setattr(wds, "_scan", lambda *arguments: scanned.append(arguments[0].name) or plain(*arguments))
     before = open_reader(f"wds:{folder}", "all").fingerprint()
     assert open_reader(f"wds:{folder}", "all").fingerprint() == before
     assert scanned == ["00000.tar", "00001.tar"]

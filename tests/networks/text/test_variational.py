@@ -57,8 +57,8 @@ def test_the_mask_hides_keys_but_padded_positions_are_not_zeroed():
     other = features.clone()
     other[2, 5] += 1  # padding of the last text
     layer = module.layers[0]
-    seen, unseen = layer(features, mask), layer(other, mask)
-    torch.testing.assert_close(seen[2, :5], unseen[2, :5])
+    output, other_output = layer(features, mask), layer(other, mask)
+    torch.testing.assert_close(output[2, :5], other_output[2, :5])
     assert (module(features, mask)[2] - module(other, mask)[2]).abs().max() > 1e-3
     torch.testing.assert_close(module(features, mask)[:2], module(other, mask)[:2])
 

@@ -41,10 +41,10 @@ def official(pairs):
     from pycocoevalcap.rouge.rouge import Rouge
 
     truth = {i: [tokenize(text) for text in references] for i, (_, references) in enumerate(pairs)}
-    found = {i: [tokenize(caption)] for i, (caption, _) in enumerate(pairs)}
-    bleu, bleus = Bleu(4).compute_score(truth, found, verbose=0)
-    rouge, rouges = Rouge().compute_score(truth, found)
-    cider, ciders = Cider().compute_score(truth, found)
+    tokenized = {i: [tokenize(caption)] for i, (caption, _) in enumerate(pairs)}
+    bleu, bleus = Bleu(4).compute_score(truth, tokenized, verbose=0)
+    rouge, rouges = Rouge().compute_score(truth, tokenized)
+    cider, ciders = Cider().compute_score(truth, tokenized)
     corpus = {**dict(zip(BLEU, bleu, strict=True)), "ROUGE-L": rouge, "CIDEr": cider}
     return corpus, {**dict(zip(BLEU, bleus, strict=True)), "ROUGE-L": rouges, "CIDEr": ciders}
 
@@ -265,8 +265,8 @@ def test_flickr8k_scores_equal_the_official_tools_from_end_to_end():
     result = metric.compute()
     tokenizer = PTBTokenizer()
     truth = tokenizer.tokenize({i: [{"caption": text} for text in texts] for i, (_, texts) in enumerate(pairs)})
-    found = tokenizer.tokenize({i: [{"caption": caption}] for i, (caption, _) in enumerate(pairs)})
-    assert result["CIDEr"] == pytest.approx(Cider().compute_score(truth, found)[0], abs=1e-12)
+    tokenized = tokenizer.tokenize({i: [{"caption": caption}] for i, (caption, _) in enumerate(pairs)})
+    assert result["CIDEr"] == pytest.approx(Cider().compute_score(truth, tokenized)[0], abs=1e-12)
     assert 0.2 < result["METEOR"] < 0.3
     assert all(0 <= row["METEOR"] <= 1 for row in metric.rows)
     assert metric.notes == []

@@ -126,8 +126,8 @@ def java_tokenize(lines):
     """The official tokenizer on captions without line breaks, in one process."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    found = PTBTokenizer().tokenize({index: [{"caption": line}] for index, line in enumerate(lines)})
-    return [found[index][0] for index in range(len(lines))]
+    tokenized = PTBTokenizer().tokenize({index: [{"caption": line}] for index, line in enumerate(lines)})
+    return [tokenized[index][0] for index in range(len(lines))]
 
 
 @pytest.mark.slow

@@ -120,17 +120,17 @@ def test_training_is_deterministic_and_its_state_is_left_alone(tokenizer):
 
 
 def test_progress_is_reported_and_time_ends_training(tokenizer):
-    seen = []
+    reports = []
     make(tokenizer).fit(
-        TRAIN, TextTraining(steps=5, batch_size=16), lambda step, values: seen.append((step, values)), log_every=2
+        TRAIN, TextTraining(steps=5, batch_size=16), lambda step, values: reports.append((step, values)), log_every=2
     )
-    assert [step for step, _ in seen] == [2, 4, 5]
-    assert {"loss", "reconstruction", "kl", "token_accuracy"} <= set(seen[0][1])
-    seen.clear()
+    assert [step for step, _ in reports] == [2, 4, 5]
+    assert {"loss", "reconstruction", "kl", "token_accuracy"} <= set(reports[0][1])
+    reports.clear()
     make(tokenizer).fit(
-        TRAIN, TextTraining(steps=10_000, minutes=0.0, batch_size=16), lambda *step: seen.append(step), log_every=1
+        TRAIN, TextTraining(steps=10_000, minutes=0.0, batch_size=16), lambda *step: reports.append(step), log_every=1
     )
-    assert len(seen) == 1
+    assert len(reports) == 1
 
 
 @pytest.mark.slow
@@ -165,9 +165,9 @@ def test_evaluation_does_not_depend_on_the_batch(trained):
 
 
 @pytest.mark.parametrize("latent", [*LATENTS, (3, 32, 32), (4, 64, 64), (1, 8, 12), (77, 16)])
-@pytest.mark.parametrize("wanted", [1, 50, 10_000])
-def test_a_code_is_read_back_from_its_drawing(latent, wanted):
-    code = Code(latent, wanted)
+@pytest.mark.parametrize("length", [1, 50, 10_000])
+def test_a_code_is_read_back_from_its_drawing(latent, length):
+    code = Code(latent, length)
     numbers = torch.randn(2, code.size)
     drawn = code.draw(numbers)
     assert drawn.shape == (2, *latent)
@@ -186,7 +186,7 @@ def test_every_token_has_a_share_of_the_latent():
 
 def test_code_size_is_the_nearest_that_the_shape_allows():
     sizes = {
-        (latent, wanted): Code(latent, wanted).size for latent in [(3, 32, 32), (77, 16)] for wanted in (60, 160, 500)
+        (latent, length): Code(latent, length).size for latent in [(3, 32, 32), (77, 16)] for length in (60, 160, 500)
     }
     assert sizes[(3, 32, 32), 60] == 48
     assert sizes[(3, 32, 32), 160] == 192
@@ -195,12 +195,12 @@ def test_code_size_is_the_nearest_that_the_shape_allows():
 
 
 def test_latents_made_elsewhere_are_read_patch_by_patch(tokenizer):
-    class Given(TextAutoencoder):
+    class Fixed(TextAutoencoder):
         def posterior(self, ids, mask):
             return super().posterior(ids, mask)
 
     assert make(tokenizer).layout == "code"
-    assert Given(tokenizer, (1, 16, 16), TextAutoencoderConfig(**SMALL)).layout == "patches"
+    assert Fixed(tokenizer, (1, 16, 16), TextAutoencoderConfig(**SMALL)).layout == "patches"
     assert make(tokenizer, layout="patches").layout == "patches"
 
 

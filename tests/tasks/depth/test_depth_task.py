@@ -64,9 +64,9 @@ def test_picture_and_depth_are_cropped_and_flipped_alike() -> None:
     item = Item("a", image, depth=image[..., 0].astype(np.float32))
     flipped = set()
     for seed in range(20):
-        one = example(item, 16, Augmentation(flip=True, crop=0.5), np.random.default_rng(seed))
-        grey = (one["source"][0] + 1) * 127.5
-        assert (grey - one["target"][0]).abs().max() < 12  # bicubic against nearest
+        augmented = example(item, 16, Augmentation(flip=True, crop=0.5), np.random.default_rng(seed))
+        grey = (augmented["source"][0] + 1) * 127.5
+        assert (grey - augmented["target"][0]).abs().max() < 12  # bicubic against nearest
         flipped.add(bool(grey[0, 0] > grey[0, -1]))
     assert flipped == {True, False}
 

@@ -26,14 +26,14 @@ def window():
 def ssim_by_hand(a, b):
     """Wang et al. 2004, one window after the other."""
     w, c1, c2 = window(), (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    found = []
+    measured_scores = []
     for i in range(a.shape[0] - 10):
         for j in range(a.shape[1] - 10):
             x, y = a[i : i + 11, j : j + 11].astype(np.float64), b[i : i + 11, j : j + 11].astype(np.float64)
             mx, my = (w * x).sum(), (w * y).sum()
             vx, vy, cxy = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
-            found.append((2 * mx * my + c1) * (2 * cxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
-    return float(np.mean(found))
+            measured_scores.append((2 * mx * my + c1) * (2 * cxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return float(np.mean(measured_scores))
 
 
 @pytest.mark.parametrize("size", [(11, 11), (11, 30), (23, 19)])
@@ -155,9 +155,9 @@ def test_bicubic_scores_what_the_tables_say(name, pattern, count, expected):
     root = os.environ.get("CROSSFLOW_TEST_DATA")
     if not root:
         pytest.skip("CROSSFLOW_TEST_DATA is not set")
-    number, published, ours = bicubic_scores(Path(root) / "data" / "sr" / name, pattern)
+    number, published, measured = bicubic_scores(Path(root) / "data" / "sr" / name, pattern)
     assert number == count
     assert published[0] == pytest.approx(expected[0], abs=0.006)
     assert published[1] == pytest.approx(expected[1], abs=0.0002)
-    assert ours[0] == pytest.approx(expected[0], abs=0.05)
-    assert ours[1] == pytest.approx(expected[1], abs=0.002)
+    assert measured[0] == pytest.approx(expected[0], abs=0.05)
+    assert measured[1] == pytest.approx(expected[1], abs=0.002)

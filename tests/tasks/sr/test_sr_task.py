@@ -22,7 +22,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 def test_a_crop_is_the_picture_and_its_bicubic_version(scale: Fraction | int) -> None:
     image = smooth(97, 120)
     whole = enlarge(reduce(to_multiple(image, scale), scale), scale)
-    found, unit = 0, Fraction(scale).numerator
+    count, unit = 0, Fraction(scale).numerator
     size = 12 * unit if unit < 5 else 6 * unit
     for seed in range(12):
         sharp, bicubic = pair(image, size, scale, Augmentation(), np.random.default_rng(seed))
@@ -31,13 +31,13 @@ def test_a_crop_is_the_picture_and_its_bicubic_version(scale: Fraction | int) ->
             place = _find(image, turned[0])
             if place is None:
                 continue
-            found += 1
+            count += 1
             same = whole[place[0] : place[0] + size, place[1] : place[1] + size]
             if same.shape == turned[1].shape and place[0] > 0 and place[1] > 0:
                 inside = slice(unit, -unit)
                 assert np.abs(same[inside, inside].astype(int) - turned[1][inside, inside]).max() <= 3
             break
-    assert found == 12
+    assert count == 12
 
 
 def _turns(sharp: np.ndarray, bicubic: np.ndarray):
@@ -64,12 +64,12 @@ def test_pictures_smaller_than_the_crop_still_give_one(shape: tuple[int, int]) -
 
 
 @pytest.mark.parametrize(
-    ("given", "ratio"),
+    ("text", "ratio"),
     [("2", Fraction(2)), ("1.5", Fraction(3, 2)), ("2.3333", Fraction(7, 3)), ("1.1", Fraction(11, 10))],
 )
-def test_scales_are_whole_or_ratios(given: str, ratio: Fraction) -> None:
+def test_scales_are_whole_or_ratios(text: str, ratio: Fraction) -> None:
     settings = [
-        f"sr.scale={given}",
+        f"sr.scale={text}",
         f"sr.crop={16 * ratio.numerator}",
         f"sr.tile={16 * ratio.numerator}",
         "sr.overlap=0",
@@ -82,11 +82,11 @@ def test_scales_are_whole_or_ratios(given: str, ratio: Fraction) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [(["sr.scale=2.37"], "is near"), (["sr.scale=1"], "scale"), (["sr.scale=1.5", "sr.crop=32"], "multiple of 3")],
 )
-def test_scales_that_cannot_be_are_refused(settings: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_scales_that_cannot_be_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load_config("sr_tiny", settings)
 
 

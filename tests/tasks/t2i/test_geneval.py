@@ -16,8 +16,8 @@ def at(name: str, left: float, top: float, score: float = 0.95, size: float = 10
     return DetectedObject(name, score, (left, top, left + size, top + size))
 
 
-def right(prompt: dict, found: list[DetectedObject], colours=("red",) * 9) -> bool:
-    return judge(prompt, found, lambda ones: list(colours[: len(ones)]))[0]
+def right(prompt: dict, detections: list[DetectedObject], colours=("red",) * 9) -> bool:
+    return judge(prompt, detections, lambda boxes: list(colours[: len(boxes)]))[0]
 
 
 def wants(tag: str, *include: dict, exclude=()) -> dict:
@@ -77,7 +77,7 @@ def test_relations_of_boxes():
 
 
 def test_the_score_is_the_mean_of_the_kinds():
-    metric = GenEvalMetric(lambda picture: [at("cat", 0, 0)], lambda picture, ones: ["red"] * len(ones))
+    metric = GenEvalMetric(lambda picture: [at("cat", 0, 0)], lambda picture, boxes: ["red"] * len(boxes))
     for number, prompt in enumerate([*[wants("single_object", CAT)] * 3, wants("two_object", CAT, DOG)]):
         metric.add(str(number), PICTURE, prompt)
     values = metric.compute()
@@ -90,7 +90,7 @@ def test_the_score_is_the_mean_of_the_kinds():
 
 
 def test_a_detector_that_sees_nothing_is_noted_beside_the_scores():
-    metric = GenEvalMetric(lambda picture: [], lambda picture, ones: [])
+    metric = GenEvalMetric(lambda picture: [], lambda picture, boxes: [])
     metric.add("0", PICTURE, wants("single_object", CAT))
     assert metric.compute()["overall"] == 0
     assert "found nothing at all in 1 of 1" in metric.notes[-1]
@@ -104,9 +104,9 @@ def test_the_self_test_catches_an_all_zero_detector():
     shapes = {(300, 451, 3): "cat", (512, 512, 3): "person", (400, 600, 3): "cup"}
     expect_sight("sees", lambda picture: [at(shapes[picture.shape], 0, 0)])
     with pytest.raises(UserError, match="plain colours"):
-        expect_colours(lambda picture, ones: ["red"])
+        expect_colours(lambda picture, boxes: ["red"])
     centres = {(220, 20, 20): "red", (20, 160, 30): "green", (20, 40, 220): "blue", (250, 230, 20): "yellow"}
-    expect_colours(lambda picture, ones: [centres[tuple(picture[112, 112].tolist())]])
+    expect_colours(lambda picture, boxes: [centres[tuple(picture[112, 112].tolist())]])
 
 
 def test_a_detector_with_random_weights_is_refused_by_what_it_sees(tmp_path):
@@ -156,14 +156,14 @@ def test_prompts_are_read_and_wrong_ones_named(tmp_path):
     good = wants("single_object", CAT)
     path.write_text(json.dumps(good) + "\n" + json.dumps(wants("position", DOG, {**CAT, "position": ["above", 0]})))
     assert read_prompts(path)[0] == good
-    for wrong, said in (
+    for wrong, message in (
         ({"prompt": "a", "tag": "shape", "include": [CAT]}, "`tag`"),
         (wants("colors"), "at least one"),
         (wants("colors", {"class": "cat", "count": 0}), "count of cat"),
         (wants("position", {**CAT, "position": ["above", 0]}), "earlier object"),
     ):
         path.write_text(json.dumps(good) + "\n" + json.dumps(wrong))
-        with pytest.raises(UserError, match=rf"line 2.*{said}"):
+        with pytest.raises(UserError, match=rf"line 2.*{message}"):
             read_prompts(path)
     with pytest.raises(UserError, match="evaluation_metadata"):
         read_prompts(tmp_path / "none.jsonl")

@@ -19,16 +19,14 @@ def solid(name, x=0.5, distance=3.0):
 
 
 def prompt(kind, *required, relation=None):
-    return Prompt(kind, "text", tuple(Requirement(*one) for one in required), relation)
+    return Prompt(kind, "text", tuple(Requirement(*requirement) for requirement in required), relation)
 
 
-def drawn(wanted):
+def drawn(goal):
     """What an obedient model would have drawn for a prompt."""
-    names = [
-        (f"{r.colour or 'red'} {r.shape}", index) for index, r in enumerate(wanted.required) for _ in range(r.count)
-    ]
-    x = {"left of": (0.2, 0.8), "right of": (0.8, 0.2)}.get(wanted.relation, (0.4, 0.6))
-    distance = {"in front of": (2.0, 3.0), "behind": (3.0, 2.0)}.get(wanted.relation, (2.5, 2.5))
+    names = [(f"{r.colour or 'red'} {r.shape}", index) for index, r in enumerate(goal.required) for _ in range(r.count)]
+    x = {"left of": (0.2, 0.8), "right of": (0.8, 0.2)}.get(goal.relation, (0.4, 0.6))
+    distance = {"in front of": (2.0, 3.0), "behind": (3.0, 2.0)}.get(goal.relation, (2.5, 2.5))
     return tuple(solid(name, x[index], distance[index]) for name, index in names)
 
 
@@ -44,13 +42,13 @@ class Answers:
 
 def metric_of(cases, answers, **options):
     metric = T2IMetric(judge=Answers(answers), **options)
-    for id, wanted in cases:
-        metric.add(id, PICTURE, wanted)
+    for id, goal in cases:
+        metric.add(id, PICTURE, goal)
     return metric
 
 
 @pytest.mark.parametrize(
-    ("wanted", "found", "verdict"),
+    ("goal", "detections", "verdict"),
     [
         (prompt("single_object", (1, "cube")), ["red cube"], True),
         (prompt("single_object", (1, "cube")), ["red cube", "blue cone"], True),
@@ -68,8 +66,8 @@ def metric_of(cases, answers, **options):
         (prompt("color_attribution", (1, "cube", "red"), (1, "cone", "blue")), ["blue cube", "red cone"], False),
     ],
 )
-def test_verdicts_of_known_cases(wanted, found, verdict):
-    assert fulfils(wanted, [solid(name) for name in found]) is verdict
+def test_verdicts_of_known_cases(goal, detections, verdict):
+    assert fulfils(goal, [solid(name) for name in detections]) is verdict
 
 
 @pytest.mark.parametrize(
@@ -82,11 +80,11 @@ def test_verdicts_of_known_cases(wanted, found, verdict):
     ],
 )
 def test_position_holds_one_way_only(relation, cube, cone):
-    wanted = prompt("position", (1, "cube"), (1, "cone"), relation=relation)
-    assert fulfils(wanted, [solid("red cube", *cube), solid("red cone", *cone)])
-    assert not fulfils(wanted, [solid("red cube", *cone), solid("red cone", *cube)])
-    assert not fulfils(wanted, [solid("red cube", *cube), solid("red sphere", *cone)])
-    assert not fulfils(wanted, [solid("red cube", *cube), solid("red cone", *cube)])
+    goal = prompt("position", (1, "cube"), (1, "cone"), relation=relation)
+    assert fulfils(goal, [solid("red cube", *cube), solid("red cone", *cone)])
+    assert not fulfils(goal, [solid("red cube", *cone), solid("red cone", *cube)])
+    assert not fulfils(goal, [solid("red cube", *cube), solid("red sphere", *cone)])
+    assert not fulfils(goal, [solid("red cube", *cube), solid("red cone", *cube)])
 
 
 def test_cases_take_turns_and_are_the_same_for_a_seed():
@@ -94,13 +92,13 @@ def test_cases_take_turns_and_are_the_same_for_a_seed():
     assert cases == scene_cases(20, seed=1)
     assert cases != scene_cases(20, seed=2)
     assert len({id for id, _ in cases}) == 20
-    assert [wanted.kind for _, wanted in cases] == [PROMPT_KINDS[i % 6] for i in range(20)]
+    assert [goal.kind for _, goal in cases] == [PROMPT_KINDS[i % 6] for i in range(20)]
     assert cases[:7] == scene_cases(7, seed=1)
 
 
 def test_obedient_model_scores_one_and_its_control_does_not():
     cases = scene_cases(120, seed=0)
-    metric = metric_of(cases, [drawn(wanted) for _, wanted in cases])
+    metric = metric_of(cases, [drawn(goal) for _, goal in cases])
     values = metric.compute()
     assert all(values[kind] == 1 for kind in (*PROMPT_KINDS, "overall"))
     assert values["num_items"] == 120
@@ -120,7 +118,7 @@ def test_deaf_model_scores_as_its_control_does():
 def test_overall_is_the_mean_of_kinds_not_of_pictures():
     cases = [(f"a{i}", p) for i, p in enumerate(geneval_prompts("single_object", 0, 9))]
     cases += [("b", geneval_prompts("counting", 0, 1)[0])]
-    metric = metric_of(cases, [*(drawn(wanted) for _, wanted in cases[:9]), ()])
+    metric = metric_of(cases, [*(drawn(goal) for _, goal in cases[:9]), ()])
     values = metric.compute()
     assert (values["single_object"], values["counting"], values["overall"]) == (1, 0, 0.5)
     assert "colors" not in values
@@ -130,7 +128,7 @@ def test_overall_is_the_mean_of_kinds_not_of_pictures():
 
 def test_rows_are_json_and_carry_all_that_the_scores_need():
     cases = scene_cases(60, seed=0)
-    first = metric_of(cases, [drawn(wanted) if i % 3 else () for i, (_, wanted) in enumerate(cases)])
+    first = metric_of(cases, [drawn(goal) if i % 3 else () for i, (_, goal) in enumerate(cases)])
     second = T2IMetric(judge=lambda images: [() for _ in images])
     second.extend(json.loads(json.dumps(first.rows))[::-1])
     assert second.compute() == first.compute()
@@ -139,7 +137,7 @@ def test_rows_are_json_and_carry_all_that_the_scores_need():
 
 def test_intervals_surround_the_scores():
     cases = scene_cases(120, seed=0)
-    metric = metric_of(cases, [drawn(wanted) if i % 4 else () for i, (_, wanted) in enumerate(cases)])
+    metric = metric_of(cases, [drawn(goal) if i % 4 else () for i, (_, goal) in enumerate(cases)])
     values, intervals = metric.compute(), metric.intervals()
     for name in (*PROMPT_KINDS, "overall", "shuffled_overall"):
         low, high = intervals[name]
@@ -150,7 +148,7 @@ def test_intervals_surround_the_scores():
 
 def test_overall_interval_has_a_width_when_the_pictures_of_each_kind_agree():
     cases = scene_cases(12, seed=0)
-    metric = metric_of(cases, [drawn(wanted) if wanted.kind == PROMPT_KINDS[0] else () for _, wanted in cases])
+    metric = metric_of(cases, [drawn(goal) if goal.kind == PROMPT_KINDS[0] else () for _, goal in cases])
     low, high = metric.intervals()["overall"]
     assert metric.compute()["overall"] == pytest.approx(1 / 6)
     assert low < 0.1 < 0.3 < high
@@ -234,17 +232,17 @@ def test_clip_score_is_the_models_cosine(clip_folder):
     mean, std = (torch.tensor(v)[:, None, None] for v in (
         [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711],
     ))  # fmt: skip
-    seen = []
+    calls = []
     for picture in pictures:
         for text in ("a red cube", "a blue cone"):
             pixels = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - mean) / std
             with torch.no_grad():
                 output = model(**tokenizer([text], return_tensors="pt"), pixel_values=pixels[None])
             cosine = float((output.image_embeds * output.text_embeds).sum())
-            seen.append(cosine)
+            calls.append(cosine)
             assert score(picture, text) == pytest.approx(100 * cosine, abs=1e-2)
-    assert min(seen) > 0.1
-    assert np.ptp(seen) > 0.1
+    assert min(calls) > 0.1
+    assert np.ptp(calls) > 0.1
 
 
 def test_clip_score_is_averaged_and_long_prompts_are_cut(clip_folder):

@@ -39,10 +39,14 @@ def named(solid):
 
 def test_cells_can_say_every_scene():
     """Truths read back give exactly the solids: no two of them ever share a cell."""
-    for scene, found in zip(SCENES, module._read(perfect_output(module._truths(SCENES))), strict=True):
-        assert len(found) == len(scene.objects)
+    for scene, detections in zip(SCENES, module._read(perfect_output(module._truths(SCENES))), strict=True):
+        assert len(detections) == len(scene.objects)
         for solid in scene.objects:
-            (match,) = [one for one in found if (one.x, one.y) == pytest.approx(solid.centre, abs=1e-5)]
+            (match,) = [
+                detection
+                for detection in detections
+                if (detection.x, detection.y) == pytest.approx(solid.centre, abs=1e-5)
+            ]
             assert named(match) == named(solid)
             assert match.distance == pytest.approx(solid.y)
 
@@ -60,10 +64,14 @@ def test_cells_between_two_solids_are_silent():
 
 def test_mirrored_truths_are_those_of_the_mirrored_picture():
     truths = module._mirror_truths(module._truths(SCENES), torch.ones(len(SCENES)) > 0)
-    for scene, found in zip(SCENES, module._read(perfect_output(truths)), strict=True):
+    for scene, detections in zip(SCENES, module._read(perfect_output(truths)), strict=True):
         expected = sorted((1 - solid.centre[0], solid.centre[1], *named(solid)) for solid in scene.objects)
-        assert [one[2:] for one in expected] == [named(one) for one in sorted(found, key=lambda one: one.x)]
-        np.testing.assert_allclose([one[0] for one in expected], sorted(one.x for one in found), atol=1e-5)
+        assert [detection[2:] for detection in expected] == [
+            named(detection) for detection in sorted(detections, key=lambda detection: detection.x)
+        ]
+        np.testing.assert_allclose(
+            [detection[0] for detection in expected], sorted(detection.x for detection in detections), atol=1e-5
+        )
 
 
 def test_perfect_judge_has_perfect_accuracy():
@@ -196,7 +204,11 @@ def test_real_pictures_of_what_prompts_ask_score_nearly_one(judge):
     metric = T2IMetric(judge=judge)
     for kind in PROMPT_KINDS:
         for number, prompt in enumerate(geneval_prompts(kind, 0, 25)):
-            fits = [i for i, found in enumerate(truths) if fulfils(prompt, found) and (clear[i] or kind != "position")]
+            fits = [
+                i
+                for i, detections in enumerate(truths)
+                if fulfils(prompt, detections) and (clear[i] or kind != "position")
+            ]
             if fits:
                 metric.add(f"{kind}/{number}", render([scenes[fits[number % len(fits)]]], 32)[0][0], prompt)
     values = metric.compute()

@@ -111,7 +111,7 @@ def test_sampling_needs_no_image_tower(networks, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["source.trunk=released"], "reads a frozen encoder"),
         (["text.head=tokens"], "belongs to source.trunk = released"),
@@ -120,7 +120,7 @@ def test_sampling_needs_no_image_tower(networks, tmp_path: Path) -> None:
         (["loss.encoder_target=pictures"], "it is image, text or tokens"),
     ],
 )
-def test_impossible_combinations_are_told(tmp_path: Path, tiny_settings, overrides, told) -> None:
+def test_impossible_combinations_are_told(tmp_path: Path, tiny_settings, overrides, message) -> None:
     settings = merge(read("t2i_tiny"), parse_overrides([*tiny_settings("t2i"), *overrides]))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Run.open(build(task_class("t2i").Config, settings), tmp_path / "run")
