@@ -231,7 +231,8 @@ class Run:
 
     # -- training
 
-    def _trainer(self) -> Trainer:
+    def trainer(self) -> Trainer:
+        """A trainer of this run, which can be used once."""
         return Trainer(
             self.config.train,
             self.objective,
@@ -245,7 +246,7 @@ class Run:
 
     def dry_run(self) -> DryRun:
         """Parameters, memory, time and disk that the run takes."""
-        return self._trainer().dry_run(resume=self.resume)
+        return self.trainer().dry_run(resume=self.resume)
 
     def train(self) -> Outcome:
         """Trains, then scores the averaged weights on the validation split beside the trivial baseline.
@@ -254,7 +255,7 @@ class Run:
         """
         try:
             self._open_validation()
-            trainer = self._trainer()
+            trainer = self.trainer()
             result = trainer.run(self.resume)
         except BaseException:
             if self.before is not None and distributed.is_main():

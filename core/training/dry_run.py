@@ -1,14 +1,13 @@
 """The time, memory and disk space of a run, measured on its first steps."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from crossflow.core.training.checkpoint import num_bytes
 from crossflow.core.training.learner import Learner
-from crossflow.core.training.stream import MicroBatch
 
 WARM_UP = 2
 """Number of steps before the timed ones."""
@@ -41,16 +40,15 @@ class DryRun:
         return self.checkpoint_bytes * (self.keep + 1)
 
 
-def measure(learner: Learner, steps: Iterator[Sequence[MicroBatch]], num_steps: int, remaining_steps: int) -> DryRun:
-    """Measures `num_steps` training steps after WARM_UP others. `steps`: the parts of each step."""
+def measure(learner: Learner, steps: Iterator[None], num_steps: int, remaining_steps: int) -> DryRun:
+    """Measures `num_steps` training steps after WARM_UP others; `steps`: of `Trainer.trial`."""
     on_gpu = learner.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(learner.device)
-    learner.objective.train()
     seconds = []
     for _ in range(WARM_UP + num_steps):
         start = time.monotonic()
-        learner.step(next(steps), learner.config.lr)
+        next(steps)
         if on_gpu:
             torch.cuda.synchronize(learner.device)
         seconds.append(time.monotonic() - start)

@@ -231,7 +231,11 @@ class Trainer:
         config = self.config
         positions = Positions(start, stop, config.batch_size, config.accumulate, self.rank, self.world_size)
         loaded = iter(loader(self.data, positions, config.num_workers, pin=self.device.type == "cuda"))
-        while parts := [part.to(self.device) for part in itertools.islice(loaded, config.accumulate)]:
+        while True:
+            with self.learner.phase("data"):
+                parts = [part.to(self.device) for part in itertools.islice(loaded, config.accumulate)]
+            if not parts:
+                return
             yield parts
 
     def _train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -381,10 +385,21 @@ class Trainer:
         """Measures `num_steps` steps after two warm-up steps, writing nothing. The trainer cannot be used again."""
         path = state.find_checkpoint(self.checkpoints, resume)
         finished = 0 if path is None else int(state.read_state(path)["step"])
+        steps = self.trial(WARM_UP + num_steps)
+        return measure(self.learner, steps, num_steps, max(0, self.config.steps - finished))
+
+    def trial(self, num_steps: int) -> Iterator[None]:
+        """Makes the first `num_steps` steps of a run one by one, as they are iterated over, for measurements.
+
+        Nothing is written, validated or resumed. The trainer cannot be used again.
+        """
         assert not self._used, "a trainer can be used only once"
         self._used = True
-        steps = self._steps(0, WARM_UP + num_steps)
-        return measure(self.learner, steps, num_steps, max(0, self.config.steps - finished))
+        self.learner.objective.train()
+        for parts in self._steps(0, num_steps):
+            self._train_step(parts)
+            self._check("", now=False)
+            yield
 
 
 @contextmanager

@@ -336,7 +336,7 @@ def test_a_converted_model_trains_further_and_is_written_back(files, runs, tmp_p
     run = Run.open(load_config(converted, [*data, *training, "loss.encoder=none", "train.lr=0.01"]), tmp_path / "run")
     initial = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
     assert_equal(initial, load_file(converted / "model.safetensors"))
-    run._trainer().run(None)
+    run.trainer().run(None)
     to_file(tmp_path / "run", tmp_path / "trained.safetensors", kind="dimr")
     trained, file = load_file(tmp_path / "trained.safetensors"), files("dimr")[2]
     assert trained.keys() == {key for key in file if not key.startswith("open_clip")}

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -312,6 +314,21 @@ def test_dry_run_measures_a_run_and_writes_nothing(tiny: ModuleType, tmp_path: P
     assert sum(state.num_bytes(load_file(file)) for file in files) == report.checkpoint_bytes
     assert report.disk_bytes == 3 * report.checkpoint_bytes
     assert tiny.trainer(tmp_path / "run", steps=20).dry_run(resume="auto").remaining_steps == 8
+
+
+def test_a_step_passes_through_its_phases_in_order(tiny: ModuleType, tmp_path: Path) -> None:
+    trainer, passed = tiny.trainer(tmp_path / "run", accumulate=2), []
+
+    @contextmanager
+    def record(name: str) -> Iterator[None]:
+        passed.append(name)
+        yield
+
+    trainer.learner.phase = record
+    assert len(list(trainer.trial(1))) == 1
+    parts = ["forward", "backward"] * 2
+    assert passed == ["data", "forward", *parts, "optimizer", "ema", "data"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_printed(tiny: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
