@@ -1,10 +1,13 @@
 """Surroundings of every test: no network, one thread, a cache of its own. Set before any test module imports torch."""
 
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -49,6 +52,19 @@ TINY_TASK = {
     "depth": [],
     "sr": ["data.image_size=32", "sr.tile=16", "sr.overlap=4"],
 }
+
+
+@pytest.fixture(scope="session")
+def forked() -> ModuleType:
+    """The module forked.py: programs in processes of their own that need not import torch first."""
+    path = Path(__file__).with_name("forked.py")
+    spec = importlib.util.spec_from_file_location("crossflow_tests_forked", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,22 +16,20 @@ from crossflow.cli import main
 pytestmark = pytest.mark.slow
 
 
-def in_processes(num: int, *argv: str, status: int = 0) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num}", "-m", "crossflow", "--"]
-    # The launcher takes --num for an abbreviation of an option of its own unless -- is in front.
-    # Without a GPU even where there is one: processes must not share it.
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *launcher, *argv], env={**os.environ, **variables}, capture_output=True, text=True, timeout=240
-    )
-    assert (done.returncode == 0) == (status == 0), done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def in_two_processes(forked: ModuleType, tmp_path: Path) -> Callable[..., str]:
+    """in_two_processes(...): runs a command and returns what both have printed."""
+
+    def run(*argv: str) -> str:
+        return "".join([process.finish() for process in forked.ranks(2, ["-m", "crossflow", *argv], tmp_path)])
+
+    return run
 
 
-def test_an_evaluation_is_shared_and_is_that_of_one_process(tiny_run, tmp_path: Path) -> None:
+def test_an_evaluation_is_shared_and_is_that_of_one_process(tiny_run, in_two_processes, tmp_path: Path) -> None:
     argv = ["evaluate", "--checkpoint", str(tiny_run("sr")), "--num", "10", "batch_size=3"]
     assert main([*argv, "--output", str(tmp_path / "one")]) == 0
-    output = in_processes(2, *argv, "--output", str(tmp_path / "two"))
+    output = in_two_processes(*argv, "--output", str(tmp_path / "two"))
     assert output.count("Wrote ") == 1
     alone, shared = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert alone["scores"] == shared["scores"]
@@ -42,7 +41,7 @@ def test_an_evaluation_is_shared_and_is_that_of_one_process(tiny_run, tmp_path: 
     assert np.array_equal(*pages)
 
 
-def test_distances_by_two_processes_are_those_of_one(tiny_run, tmp_path: Path) -> None:
+def test_distances_by_two_processes_are_those_of_one(tiny_run, in_two_processes, tmp_path: Path) -> None:
     for number in range(12):
         noise = np.random.default_rng(number).integers(0, 255, (40, 44, 3), dtype=np.uint8)
         folder = tmp_path / "data" / ("train" if number < 5 else "test")
@@ -55,30 +54,32 @@ def test_distances_by_two_processes_are_those_of_one(tiny_run, tmp_path: Path) -
     )
     data = f"folder:{tmp_path / 'data'}"
     argv = ["evaluate", "--checkpoint", str(tiny_run("sr")), "--protocol", str(rules), "--data", data]
-    in_processes(2, *argv, "batch_size=2", "--output", str(tmp_path / "two"))
+    in_two_processes(*argv, "batch_size=2", "--output", str(tmp_path / "two"))
     assert main([*argv, "batch_size=4", "--output", str(tmp_path / "one")]) == 0
     alone, shared = (json.loads((tmp_path / name / "metrics.json").read_text())["scores"] for name in ("one", "two"))
     assert "frechet_distance" in alone
     assert alone == pytest.approx(shared, rel=1e-4, abs=1e-4)
 
 
-def test_sampling_is_shared_and_other_commands_run_in_one_process(tiny_run, tmp_path: Path) -> None:
+def test_sampling_is_shared_and_other_commands_run_in_one_process(tiny_run, in_two_processes, tmp_path: Path) -> None:
     run = str(tiny_run("t2i"))
     prompts = [word for number in range(3) for word in ("--prompt", f"{number} cubes")]
     argv = ["sample", "--checkpoint", run, *prompts, "--num", "2"]
     assert main([*argv, "--output", str(tmp_path / "one")]) == 0
-    output = in_processes(2, *argv, "--output", str(tmp_path / "two"))
+    output = in_two_processes(*argv, "--output", str(tmp_path / "two"))
     assert output.count("Wrote 7 files") == 1
     for file in (tmp_path / "one").glob("*.png"):
         a, b = (np.array(Image.open(folder / file.name)).astype(int) for folder in (file.parent, tmp_path / "two"))
         assert np.abs(a - b).max() <= 1
     argv = ["interpolate", "--checkpoint", run, "--from", "a", "--to", "b", "--frames", "2"]
-    assert in_processes(2, *argv, "--output", str(tmp_path / "i")).count("Wrote ") == 1
+    assert in_two_processes(*argv, "--output", str(tmp_path / "i")).count("Wrote ") == 1
 
 
-def test_an_error_ends_all_processes_with_one_paragraph(tiny_run) -> None:
-    output = in_processes(
-        2, "sample", "--checkpoint", str(tiny_run("t2i")), "--prompt", "a", "--solver", "eulr", status=2
-    )
-    assert "Did you mean 'euler'" in output
-    assert "cli.py" not in output, "our own traceback"
+def test_an_error_ends_all_processes_with_one_paragraph(tiny_run, forked: ModuleType, tmp_path: Path) -> None:
+    """Under the launcher of torch, which takes --num for an option of its own unless -- is in front."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "crossflow", "--"]
+    argv = ["sample", "--checkpoint", str(tiny_run("t2i")), "--prompt", "a", "--num", "1", "--solver", "eulr"]
+    process = forked.Forked([*launcher, *argv], tmp_path / "log", PYTHONPATH=os.pathsep.join(sys.path))
+    assert process.wait() != 0
+    assert "Did you mean 'euler'" in process.output()
+    assert "cli.py" not in process.output(), "our own traceback"

@@ -1,8 +1,6 @@
 """Rows are averaged where defined and gathered without duplicates; nothing is left on disk."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -77,16 +75,19 @@ def test_averages_of_zeros_and_ones_have_wilsons_interval_and_others_a_bootstrap
     assert mixed.intervals()["error"] == bootstrap_interval([4.0, 3.0, 2.0, 1.0, 0.0])
 
 
+SCRIPT = """
+from crossflow.core.metrics import mean_metric
+for _ in range(20):
+    assert mean_metric({"a": [1.0, None, 3.0]}) == {"a": 2.0}
+"""
+
+
 @pytest.mark.slow
-def test_concurrent_processes_leave_no_files(tmp_path):
-    script = (
-        "from crossflow.core.metrics import mean_metric\n"
-        "for _ in range(20): assert mean_metric({'a': [1.0, None, 3.0]}) == {'a': 2.0}\n"
-    )
-    started = [
-        subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    for process in started:
-        assert process.wait(timeout=120) == 0, process.stderr.read()
-    assert list(tmp_path.iterdir()) == []
+def test_concurrent_processes_leave_no_files(forked, tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    program.write_text(SCRIPT)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    for process in [forked.Forked([str(program)], tmp_path / f"{number}.log") for number in range(3)]:
+        process.finish()
+    assert list((tmp_path / "folder").iterdir()) == []
