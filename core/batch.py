@@ -3,11 +3,29 @@
 B batch, N tokens, D width, C channels, H W height width.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: T) -> T:
+    """`value` with `function` applied to the tensors of (nested) dicts and dataclasses; everything else is kept.
+
+    >>> map_tensors(torch.neg, {"x": torch.ones(2), "names": ("a", "b")})
+    {'x': tensor([-1., -1.]), 'names': ('a', 'b')}
+    """
+    if isinstance(value, Tensor):
+        return cast(T, function(value))
+    if isinstance(value, dict):
+        return cast(T, {name: map_tensors(function, item) for name, item in value.items()})
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)})
+    return value
 
 
 class _Tensors:

@@ -1,6 +1,6 @@
 """The image codec of a run and its settings, for the tasks whose pictures live in a latent space (t2i, caption)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,28 +96,32 @@ def assumed_shape(settings: CodecSettings, image_size: int) -> tuple[int, ...]:
     return channels, image_size // factor, image_size // factor
 
 
-def encode(codec: Codec, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, *latent).
-
-    seeds: one per image, the key of its sample from the codec's posterior; without seeds, or where the posterior has
-    no spread, the mean.
+def collate_pictures(codec: Codec, examples: Sequence[Any], cached: CachedBatch | None) -> dict[str, Tensor]:
+    """What `latents` reads of training examples: "image", or "mean" and "log_var" of a cache; and the "noise" of the
+    examples' seeds, for a codec whose posterior has a spread.
     """
-    return draw(codec.encode(images), seeds)
+    if cached is None:
+        images = torch.stack([example["image"] for example in examples])
+        record, shape, has_spread = {"image": images}, codec.latent_shape(images.shape[-1]), codec.has_spread
+    else:
+        moments = cached.moments()
+        record, shape, has_spread = {"mean": moments.mean}, moments.mean.shape[1:], moments.log_var is not None
+        if moments.log_var is not None:
+            record["log_var"] = moments.log_var
+    if has_spread:
+        record["noise"] = latent_noise([example["seed"] for example in examples], shape)
+    return record
 
 
-def latents(codec: Codec, examples: Sequence[Any], cached: CachedBatch | None) -> Tensor:
-    """The scaled latents (B, *latent) of training examples, sampled with their seeds.
-
-    They are computed from the pictures, or from the moments in a cache.
-    """
-    seeds = [example["seed"] for example in examples]
-    if cached is not None:
-        return draw(codec.scaled(cached.moments()), seeds)
-    return encode(codec, torch.stack([example["image"] for example in examples]), seeds)
+def latent_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """(B, *shape) standard normal, keyed by one seed per row: the noise of latents drawn from a codec's posterior."""
+    return item_noise(0, [str(seed) for seed in seeds], shape)
 
 
-def draw(posterior: Posterior, seeds: Sequence[int] | None) -> Tensor:
-    """A sample keyed by one seed per row, or the mean; see `encode`."""
-    if seeds is None or posterior.log_var is None:
-        return posterior.mean
-    return posterior.sample(noise=item_noise(0, [str(seed) for seed in seeds], posterior.mean.shape[1:]))
+def latents(codec: Codec, record: Mapping[str, Any]) -> Tensor:
+    """The scaled latents (B, *latent) of a record of `collate_pictures`, on the codec's device: samples, or means."""
+    if "mean" in record:
+        posterior = codec.scaled(Posterior(record["mean"], record.get("log_var")))
+    else:
+        posterior = codec.encode(record["image"])
+    return posterior.sample(noise=record["noise"]) if "noise" in record else posterior.mean

@@ -101,7 +101,7 @@ def held_out_loss(task: Task, model: CrossFlow, examples: Examples, *, batch_siz
     sums, count = {"flow": 0.0, "flow_shuffled": 0.0}, 0
     for start in range(0, len(examples), batch_size):
         places = range(start, min(start + batch_size, len(examples)))
-        batch = task.batch(examples.__getitems__(list(places))).to(device)
+        batch = task.prepare(task.collate(examples.__getitems__(list(places))))
         noise = training_noise(config.seed, 0, list(places), batch.target.shape[1:]).to(device)
         other = torch.arange(len(places), device=device).roll(1)
         shuffled = replace(

@@ -1,13 +1,16 @@
 """Training a run: builds task, model, objective and trainer, runs them, and leaves a complete run directory."""
 
+import copy
 import functools
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from crossflow.core import distributed
 from crossflow.core.batch import Batch
@@ -32,7 +35,7 @@ from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, arrange, held_out_loss, overlap_with_training, score, show
 from crossflow.engine.start_from import start_from
 from crossflow.tasks import load_config, task_class
-from crossflow.tasks.base import Example, Scoring, Task
+from crossflow.tasks.base import Example, Record, Scoring, Task
 
 NUM_SAMPLES = 16
 """Cases of a sample grid."""
@@ -77,6 +80,12 @@ class TrainingSet:
     def __init__(self, examples: Examples, task: Task) -> None:
         self.examples, self.task = examples, task
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader worker that is started anew gets: weights, which it never needs, keep their shapes alone."""
+        weights = [weight for network in self.task.networks for weight in _weights(network)]
+        bare = {id(weight): weight.detach().to("meta") for weight in weights}
+        return self.__dict__ | {"task": copy.deepcopy(self.task, bare)}
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -86,9 +95,23 @@ class TrainingSet:
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Example]:
         return self.examples.__getitems__(places)
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """The batch of some examples."""
+    def collate(self, examples: Sequence[Example]) -> Record:
+        """The record of some examples; see `Task.collate`."""
         return self.task.collate(examples)
+
+    def batch(self, record: Record) -> Batch:
+        """The training batch of a record; see `Task.prepare`."""
+        return self.task.prepare(record)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether batches may be made ahead of the step."""
+        return not self.task.reads_trained_weights
+
+
+def _weights(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
 
 
 def train(
@@ -220,7 +243,7 @@ class Run:
             # On the main process alone: a slower process would take the new files for an existing run.
             distributed.on_main(lambda: preparation.resume(data_changed) if resumes else preparation.start(resume))
             # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
-            task = kind.load(config, folder)
+            task = kind.load(config, folder).to(distributed.device())
             task.accept(data)
             objective = _build_objective(config, task, progress, start=not resumes)
         except BaseException:

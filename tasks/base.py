@@ -2,8 +2,9 @@
 
 A task is cut in three. Its `Parts` are what a run learns from data or opens before its flow (tokenizer, codec,
 scales). The `Task` itself is the modality: training batches, sources, outputs, the model. Its `Scoring` says what is
-compared with what. CONTRIBUTING adds a task step by step; tasks whose input is a picture extend `PictureTask`, those
-from picture to picture in pixel space `PixelTask`, which has most of it.
+compared with what. Whatever has weights runs on the task's device, in batches; loader workers read and augment.
+CONTRIBUTING adds a task step by step; tasks whose input is a picture extend `PictureTask`, those from picture to
+picture in pixel space `PixelTask`, which has most of it.
 B batch, C channels, H W height width, N tokens.
 """
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.backbones import build_backbone
-from crossflow.core.batch import Batch, Condition, Source
+from crossflow.core.batch import Batch, Condition, Source, map_tensors
 from crossflow.core.config import Config, Section
 from crossflow.core.errors import PARSING_ERRORS, UserError
 from crossflow.core.metrics import TaskMetric
@@ -51,6 +52,8 @@ Output: TypeAlias = Any
 """What a task makes: a picture, a depth map, a caption, ..."""
 Report = Callable[[str], None]
 """Takes one line that says what is going on."""
+Record: TypeAlias = dict[str, Any]
+"""A batch as loader workers make it: by name tensors (B, ...) on the CPU, and tuples of B other values."""
 REQUIRED = ("name", "Config", "Parts", "Scoring", "needs", "input_kind")
 """Attributes that a task must set."""
 
@@ -249,6 +252,26 @@ class Task(ABC, Generic[C, P]):
     def __init__(self, config: C, parts: P) -> None:
         self.config = config
         self.parts = parts
+        self.device = torch.device("cpu")
+
+    # -- where it computes
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The networks of its parts, which `to` moves; none for a task that computes on plain numbers."""
+        return ()
+
+    @property
+    def reads_trained_weights(self) -> bool:
+        """Whether `batch` reads weights that training changes, so that it must not run ahead of the step."""
+        return False
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the networks to the device where batches, sources and outputs are computed; returns self."""
+        self.device = torch.device(device)
+        for network in self.networks:
+            network.to(self.device)
+        return self
 
     # -- how a task begins
 
@@ -325,16 +348,25 @@ class Task(ABC, Generic[C, P]):
         cached = cls.reads_features and "features" in reader.fields
         return cls.needs - {"image"} | {"features"} if cached else cls.needs
 
+    def collate(self, examples: Sequence[Any]) -> Record:
+        """Examples as one record, in a loader worker: no weights. Here tensors are stacked, other values kept."""
+        return {name: _together([example[name] for example in examples]) for name in examples[0]}
+
     @abstractmethod
-    def batch(self, examples: Sequence[Any]) -> Batch:
-        """Examples as one training batch, on the CPU: `features` for the source encoder, `target` z1 (B, *latent),
-        `weight` where target values may be missing, `condition` for a Gaussian source, `alignment` for the encoder
-        loss, and `ids`.
+    def batch(self, record: Record) -> Batch:
+        """A record, on the task's device, as one training batch: `features` for the source encoder, `target` z1
+        (B, *latent), `weight` where target values may be missing, `condition` for a Gaussian source, `alignment` for
+        the encoder loss, and `ids`.
         """
 
-    def collate(self, examples: Sequence[Any]) -> Batch:
-        """`batch`, checked. Raises UserError when its targets have another shape than `latent_shape`."""
-        batch = self.batch(examples)
+    @torch.no_grad()
+    def prepare(self, record: Record) -> Batch:
+        """The `batch` of a record of the CPU, on the task's device.
+
+        Raises UserError when its targets have another shape than `latent_shape`.
+        """
+        moved = map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), record)
+        batch = self.batch(moved).to(self.device)
         shape = tuple(batch.target.shape[1:])
         if shape != tuple(self.latent_shape):
             raise UserError(
@@ -378,11 +410,13 @@ class Task(ABC, Generic[C, P]):
 
     @abstractmethod
     def source(self, values: Sequence[Any]) -> Source:
-        """Pieces of one shape as the model reads them, on the CPU."""
+        """Pieces of one shape as the model reads them, on the task's device."""
 
     @abstractmethod
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[Any]:
-        """Latents (B, *latent), on the CPU, -> outputs. features (B, ...): those of their sources, where known."""
+        """Latents (B, *latent), on the task's device, -> outputs. features (B, ...): those of their sources, where
+        known.
+        """
 
     @property
     def decodes_features(self) -> bool:
@@ -481,7 +515,7 @@ class PictureTask(Task[C, P]):
 
     def source(self, values: Sequence[np.ndarray]) -> Source:
         """Pictures uint8 (H, W, 3) of one size."""
-        return self.as_source(to_tensors(values))
+        return self.as_source(to_tensors(values).to(self.device))
 
     def as_source(self, pixels: Tensor) -> Source:
         """Pictures (B, 3, H, W) in [-1, 1] as features, and for a Gaussian source also as its condition."""
@@ -507,19 +541,24 @@ class PixelTask(PictureTask[C, PP]):
 
     Parts = PixelParts
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The codec, which has a scale but no weights."""
+        return (self.parts.codec,)
+
     def as_source(self, pixels: Tensor) -> Source:
         """Pictures (B, 3, H, W) in [-1, 1] as scaled pixels."""
         return super().as_source(self.parts.codec.encode(pixels).mean)
 
-    def batch(self, examples: Sequence[Any]) -> Batch:
+    def batch(self, record: Record) -> Batch:
         """Examples {"id", "source", "target"}: both pictures as scaled pixels."""
-        source = self.as_source(torch.stack([example["source"] for example in examples]))
+        source = self.as_source(record["source"])
         return Batch(
             features=source.features,
-            target=self.parts.codec.encode(torch.stack([example["target"] for example in examples])).mean,
+            target=self.parts.codec.encode(record["target"]).mean,
             condition=source.condition,
             alignment=source.features,
-            ids=tuple(example["id"] for example in examples),
+            ids=record["id"],
         )
 
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[np.ndarray]:
@@ -529,8 +568,13 @@ class PixelTask(PictureTask[C, PP]):
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         """A finished picture uint8 (H, W, 3), or the path of one, as scaled pixels."""
         pieces = self.pieces(as_picture(value))
-        latents = self.parts.codec.encode(to_tensors(pieces.values)).mean
+        latents = self.parts.codec.encode(to_tensors(pieces.values).to(self.device)).mean
         return Pieces(list(latents), pieces.join, pieces.layout, pieces.numbered)
+
+
+def _together(values: Sequence[Any]) -> Tensor | tuple[Any, ...]:
+    """The values of B examples under one name: tensors stacked (B, ...), others as a tuple."""
+    return torch.stack(list(values)) if isinstance(values[0], Tensor) else tuple(values)
 
 
 def to_tensors(images: Sequence[np.ndarray]) -> Tensor:

@@ -34,7 +34,7 @@ from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import cached_batch
 from crossflow.data.captioned import captioned_example
 from crossflow.data.dataset import Examples
-from crossflow.data.image_latents import draw
+from crossflow.data.image_latents import latent_noise
 from crossflow.data.readers import open_reader
 from crossflow.networks.text.frozen_encoder import TextEncoderSettings
 
@@ -175,7 +175,7 @@ def _measure(released: Path, cache: Path, rounds: int, cold: bool) -> list[Secon
         posterior = Posterior(stored.mean.float(), stored.log_var.float())
         for _ in batches:
             with _timed(seconds.drawing):
-                draw(posterior, seeds)
+                posterior.sample(noise=latent_noise(seeds, posterior.mean.shape[1:]))
             with _timed(seconds.widening):
                 features.float()
         epochs += [seconds] if cold or epoch > 0 else []

@@ -2,22 +2,23 @@
 
 The sample at global position p = step * batch_size + k is example permutation(seed, epoch)[p mod n] of epoch p // n.
 The position alone determines the example, so resuming needs no loader state, with any number of processes.
+
+A batch is made in two places: loader workers decode and augment into a record of CPU tensors; what has weights turns
+the record into a `Batch` on the training device, on a GPU beside the step before.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, Self, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crossflow.core.batch import Batch
+from crossflow.core.batch import Batch, map_tensors
 from crossflow.core.noise import Noise, keyed_generator, order, training_noise
 from crossflow.core.training.signals import ignore_in_worker
-
-T = TypeVar("T")
 
 
 class TrainingData(Protocol):
@@ -29,38 +30,38 @@ class TrainingData(Protocol):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """The example `index`, augmented for `epoch`; key = (epoch, index)."""
 
-    def collate(self, examples: list[Any]) -> Batch:
-        """A batch of examples; runs in the data-loading workers, if any."""
+    def collate(self, examples: list[Any]) -> Any:
+        """The record of a batch, CPU tensors in (nested) dicts and dataclasses; runs in the loader workers, if any."""
+
+    def batch(self, record: Any) -> Batch:
+        """A record as a batch on the training device; runs in the training process."""
+
+    @property
+    def ahead(self) -> bool:
+        """Whether `batch` may run before the previous step has ended: not if it reads weights that the step changes."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What loader workers make of a micro-batch, on the CPU."""
+
+    record: Any
+    noise: Noise
+
+    def pin_memory(self) -> Self:
+        """Tensors in page-locked memory, whose copies to a GPU overlap; called by the data loader."""
+        return map_tensors(Tensor.pin_memory, self)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The input of one forward pass of one process."""
+    """The input of one forward pass of one process, on its device."""
 
     batch: Batch
     noise: Noise
 
-    def to(self, device: torch.device) -> Self:
-        """Batch and noise on `device`."""
-        return replace(
-            self, batch=self.batch.to(device, non_blocking=True), noise=self.noise.to(device, non_blocking=True)
-        )
 
-    def pin_memory(self) -> Self:
-        """Called by the data loader."""
-        return _pin(self)
-
-
-def _pin(value: T) -> T:
-    """`value` with the tensors of a (nested) dataclass in page-locked memory, so that copies to a GPU can overlap."""
-    if isinstance(value, Tensor):
-        return cast(T, value.pin_memory()) if value.device.type == "cpu" else value
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _pin(getattr(value, field.name)) for field in fields(value)})
-    return value
-
-
-class MicroBatches(Dataset[MicroBatch]):
+class MicroBatches(Dataset[Loaded]):
     """(step, positions) -> the micro-batch of these global positions, with its keyed noise."""
 
     def __init__(self, data: TrainingData, seed: int, latent_shape: Sequence[int]) -> None:
@@ -68,14 +69,14 @@ class MicroBatches(Dataset[MicroBatch]):
         self.seed = seed
         self.latent_shape = tuple(latent_shape)
 
-    def __getitem__(self, key: tuple[int, Sequence[int]]) -> MicroBatch:
+    def __getitem__(self, key: tuple[int, Sequence[int]]) -> Loaded:
         step, positions = key
         places = self.examples_at(positions)
         # Data sets that load several items faster together implement this method, as for torch's loaders.
         together = getattr(self.data, "__getitems__", None)
         examples = together(places) if together else [self.data[place] for place in places]
         noise = training_noise(self.seed, step, positions, self.latent_shape)
-        return MicroBatch(self.data.collate(examples), noise)
+        return Loaded(self.data.collate(examples), noise)
 
     def examples_at(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """(epoch, index) of global positions."""
@@ -114,11 +115,11 @@ class Positions(Sampler[tuple[int, Sequence[int]]]):
                 yield step, range(first, first + size)
 
 
-def _unchanged(micro_batch: MicroBatch) -> MicroBatch:
-    return micro_batch
+def _unchanged(loaded: Loaded) -> Loaded:
+    return loaded
 
 
-def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: bool) -> DataLoader[MicroBatch]:
+def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: bool) -> DataLoader[Loaded]:
     """Micro-batches in the order of `positions`, prefetched by `num_workers` processes (0: made on request)."""
     return DataLoader(
         dataset,
@@ -131,3 +132,41 @@ def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: b
         # A separate generator: otherwise loading draws from the global one, and a resumed run would differ.
         generator=keyed_generator("loader", dataset.seed),
     )
+
+
+def on_device(
+    loaded: Iterable[Loaded], batch: Callable[[Any], Batch], device: torch.device, *, ahead: bool
+) -> Iterator[MicroBatch]:
+    """The micro-batches of loaded records on `device`, in order; batch: as `TrainingData.batch`.
+
+    ahead: on a GPU, make each in a second stream while the previous one is trained on.
+    """
+
+    def make(item: Loaded) -> MicroBatch:
+        return MicroBatch(batch(item.record), item.noise.to(device, non_blocking=True))
+
+    if device.type != "cuda" or not ahead:
+        yield from map(make, loaded)
+        return
+    stream = torch.cuda.Stream(device)
+    pending: tuple[MicroBatch, torch.cuda.Event] | None = None
+    for item in loaded:
+        with torch.cuda.stream(stream):
+            following = make(item), stream.record_event()
+        if pending is not None:
+            yield _claimed(*pending)
+        pending = following
+    if pending is not None:
+        yield _claimed(*pending)
+
+
+def _claimed(micro_batch: MicroBatch, ready: torch.cuda.Event) -> MicroBatch:
+    """A micro-batch of another stream for use in the present one, which waits for it on the device."""
+    current = torch.cuda.current_stream()
+    current.wait_event(ready)
+
+    def keep(tensor: Tensor) -> Tensor:
+        tensor.record_stream(current)  # its memory is not given away while this stream still reads it
+        return tensor
+
+    return map_tensors(keep, micro_batch)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from crossflow.core import distributed
+from crossflow.core.batch import Batch
 from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
 from crossflow.core.files import remove_temporaries
@@ -38,7 +39,7 @@ from crossflow.core.training.prepare import (
     seed_everything,
 )
 from crossflow.core.training.signals import StopRequest
-from crossflow.core.training.stream import MicroBatch, MicroBatches, Positions, TrainingData, loader
+from crossflow.core.training.stream import Loaded, MicroBatch, MicroBatches, Positions, TrainingData, loader, on_device
 from crossflow.core.training.tracking import MetricsFile, check_trackers
 
 logger = logging.getLogger(__name__)
@@ -228,15 +229,25 @@ class Trainer:
 
     def _steps(self, start: int, stop: int) -> Iterator[list[MicroBatch]]:
         """This process's parts of each step from `start` up to `stop`, on its device."""
+        data, accumulate = self.data.data, self.config.accumulate
+
+        def batch(record: Any) -> Batch:
+            with self.learner.phase("encode"):
+                return data.batch(record)
+
+        micro_batches = on_device(self._loaded(start, stop), batch, self.device, ahead=data.ahead)
+        while parts := list(itertools.islice(micro_batches, accumulate)):
+            yield parts
+
+    def _loaded(self, start: int, stop: int) -> Iterator[Loaded]:
+        """What the loader makes of this process's parts."""
         config = self.config
         positions = Positions(start, stop, config.batch_size, config.accumulate, self.rank, self.world_size)
         loaded = iter(loader(self.data, positions, config.num_workers, pin=self.device.type == "cuda"))
-        while True:
+        for _ in range(len(positions)):
             with self.learner.phase("data"):
-                parts = [part.to(self.device) for part in itertools.islice(loaded, config.accumulate)]
-            if not parts:
-                return
-            yield parts
+                record = next(loaded)
+            yield record
 
     def _train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         seed_everything(key("step", self.seed, self.step, self.rank), self.device)

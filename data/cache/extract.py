@@ -4,7 +4,6 @@ A task builds an `Extractor` from its frozen networks, for `crossflow cache` and
 description must agree with that of the cache. B batch, N tokens, D width, S picture size in pixels.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -106,7 +105,10 @@ class Extractor:
         if self.codec is not None:
             networks["codec"] = codec_identity(self.codec)
             for size in self.options.sizes:
-                parts[f"moments_{size}"] = {"shape": list(self.codec.latent_shape(size)), "spread": self.has_spread}
+                parts[f"moments_{size}"] = {
+                    "shape": list(self.codec.latent_shape(size)),
+                    "spread": self.codec.has_spread,
+                }
         if self.pixels:
             parts |= {f"pixels_{size}": {"shape": [3, size, size]} for size in self.options.sizes}
         if self.tower is not None:
@@ -128,16 +130,6 @@ class Extractor:
             if isinstance(network, torch.nn.Module):
                 network.to(device)
         return self
-
-    @functools.cached_property
-    def has_spread(self) -> bool:
-        """Whether moments are a mean and a log-variance, rather than a mean alone."""
-        if self.codec is None:
-            return False
-        size = min(self.options.sizes)
-        return (
-            self.codec.encode_moments(torch.zeros(1, 3, size, size, device=self.codec.scale.device)).log_var is not None
-        )
 
     def num_tokens(self, captions: Sequence[str]) -> int:
         """Number of rows of token features that the captions take."""

@@ -54,6 +54,7 @@ class AutoencoderKLCodec(AutoencoderCodec):
 
     kind = "autoencoder_kl"
     level_widths = "block_out_channels"
+    has_spread = True
     example: ClassVar[str] = "stabilityai/sd-vae-ft-ema"
     sources = f"a hub id such as {example}, or a folder"
 

@@ -52,6 +52,8 @@ class Codec(nn.Module):
     """Axis of a latent's channels: -3 in grids (C, h, w), -1 in tokens (N, C)."""
     reads_text: ClassVar[bool] = False
     """Whether `decode` needs the features of the picture's text."""
+    has_spread: ClassVar[bool] = False
+    """Whether the posterior of `encode` has a variance; otherwise it is a point."""
     source: str | None = None
     """Hub id or folder of the network; None for a network from memory, or no network at all."""
     scale: Tensor  # (C, 1, 1), or (C,) for tokens

@@ -24,6 +24,7 @@ class FlowTiTokCodec(NetworkCodec):
     sources = "the folder that `crossflow convert` wrote from the released tokenizer, or a hub id of such a folder"
     channel_axis: ClassVar[int] = -1
     reads_text: ClassVar[bool] = True
+    has_spread: ClassVar[bool] = True
     network: FlowTiTok
 
     def __init__(

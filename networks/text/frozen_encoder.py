@@ -157,18 +157,12 @@ class FrozenTextEncoder(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> features (B, N, D) float32 and mask (B, N) bool, True = token, on the network's device."""
-        features, mask, _ = self._encode(texts)
-        return features, mask
+        ids, mask = self._placed(texts)
+        return self.encode(ids, mask)[0], mask
 
     def pooled(self, texts: Sequence[str]) -> Tensor:
-        """One vector per text (B, D) float32, a target of alignment: CLIP's state at the end token, otherwise the mean
-        over tokens.
-        """
-        features, mask, pooled = self._encode(texts)
-        if pooled is not None:
-            return pooled
-        weight = mask[..., None].float()
-        return (features * weight).sum(1) / weight.sum(1).clamp(min=1)
+        """One vector per text (B, D) float32; see `encode`."""
+        return self.encode(*self._placed(texts))[1]
 
     def train(self, mode: bool = True) -> Self:
         """Keeps evaluation mode: the encoder is frozen."""
@@ -185,23 +179,34 @@ class FrozenTextEncoder(nn.Module):
         pad_id = self.settings.pad_id
         return ids if pad_id is None else torch.where(mask, ids, pad_id), mask
 
-    @torch.no_grad()
-    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _placed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`tokens` on the network's device."""
         assert len(texts) > 0, "no texts to encode"
-        ids, mask = self.tokens(texts)
         device = next(self.network.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
+        ids, mask = self.tokens(texts)
+        return ids.to(device), mask.to(device)
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`tokens` on the network's device -> features (B, N, D) float32, and one vector per text (B, D) float32.
+
+        The vector, a target of alignment, is CLIP's state at the end token, otherwise the mean over tokens.
+        """
         layer, features, pooled = self.settings.layer, [], []
         for part, part_mask in zip(*(x.split(self.settings.chunk) for x in (ids, mask)), strict=True):
             # The released models give CLIP no mask; it is causal, so only the features of padding depend on it.
             attention = {} if self.family == "clip" else {"attention_mask": part_mask.long()}
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(ids.device.type, enabled=False):
                 out = self.network(input_ids=part, output_hidden_states=layer is not None, **attention)
             hidden = out.last_hidden_state if layer is None else out.hidden_states[layer]
             features.append(hidden.float() * self.settings.scale)
             if self.family == "clip":
                 pooled.append(out.pooler_output.float())
-        return torch.cat(features), mask, torch.cat(pooled) if pooled else None
+        tokens = torch.cat(features)
+        if pooled:
+            return tokens, torch.cat(pooled)
+        weight = mask[..., None].float()
+        return tokens, (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def _family(model_type: str) -> str:

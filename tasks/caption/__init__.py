@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from crossflow.core import distributed
 from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Source
 from crossflow.core.errors import UserError
@@ -30,20 +31,19 @@ from crossflow.data.dataset import Examples
 from crossflow.data.image_latents import (
     FOLDER,
     assumed_shape,
-    encode,
+    collate_pictures,
     first_pictures,
     latents,
     open_codec,
     read_codec,
     unscaled_codec,
 )
-from crossflow.data.images import to_tensor
 from crossflow.data.item import Item
 from crossflow.data.resize import center_crop_resize
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.networks.trunks import Reconstructor
-from crossflow.tasks.base import Example, Parts, Pieces, Report, Task
+from crossflow.tasks.base import Example, Parts, Pieces, Record, Report, Task, to_tensors
 from crossflow.tasks.caption.config import CaptionConfig
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextReport, TextTraining
 from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
@@ -97,6 +97,10 @@ class CaptionParts(Parts[CaptionConfig]):
             )
             tokenizer = build_tokenizer(captions, settings.vocab_size, settings.autoencoder.max_length)
             text = TextAutoencoder(tokenizer, codec.latent_shape(config.data.image_size), settings.autoencoder)
+        device = distributed.device()
+        text.to(device)
+        if origin is not None:
+            origin.to(device)
         cls._fit(config, text, captions, report)
         validation = Adapter.dataset(config, "val", limit=NUM_FOR_REPORT)
         quality = text.evaluate(list(validation.captions())[:NUM_FOR_REPORT], seed=config.seed)
@@ -196,6 +200,24 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         assert self.parts.text is not None, "an outline has no text autoencoder"
         return self.parts.text
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The codec, the text autoencoder, and those of the t2i run."""
+        origin = self.parts.origin
+        more = () if origin is None else (origin.model, *origin.task.networks)
+        return tuple(network for network in (self.parts.codec, self.parts.text, *more) if network is not None)
+
+    @property
+    def reads_trained_weights(self) -> bool:
+        """Whether the text autoencoder, which makes the targets, is trained with the flow."""
+        return self.config.caption.joint
+
+    def to(self, device: torch.device | str) -> Self:
+        """Also moves the t2i run, whose source encoder reads the captions."""
+        if self.parts.origin is not None:
+            self.parts.origin.to(device)
+        return super().to(device)
+
     def extractor(self, options: Options) -> Extractor:
         """Of the pictures alone: captions are read by a text autoencoder that is trained."""
         return Extractor(options, codec=self.codec)
@@ -257,17 +279,21 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         """Without augmentation, too, the caption is drawn: each is as good a target of the picture."""
         return captioned_example(item, config.data.image_size, generator, caption=config.caption.captions.which)
 
-    def batch(self, examples: Sequence[Example]) -> Batch:
+    def collate(self, examples: Sequence[Example]) -> Record:
+        """Captions as tokens, pictures as pixels or as the moments of a cache."""
+        tokens, mask = self.text.tokens([example["caption"] for example in examples])
+        pictures = collate_pictures(self.codec, examples, cached_batch(examples, self.config.data.image_size))
+        return {"ids": tuple(example["id"] for example in examples), "tokens": tokens, "mask": mask, **pictures}
+
+    def batch(self, record: Record) -> Batch:
         """Image latents as features, text latents as target, token ids as alignment."""
-        texts = [example["caption"] for example in examples]
-        source = self._source(latents(self.codec, examples, cached_batch(examples, self.config.data.image_size)))
-        ids, _ = self.text.tokenize(texts)
+        source = self._source(latents(self.codec, record))
         return Batch(
             features=source.features,
-            target=self.text.encode(texts).mean.cpu(),
+            target=self.text.encode_tokens(record["tokens"], record["mask"]).mean,
             condition=source.condition,
-            alignment=source.features if self.config.loss.encoder == "reconstruction" else ids.cpu(),
-            ids=tuple(example["id"] for example in examples),
+            alignment=source.features if self.config.loss.encoder == "reconstruction" else record["tokens"],
+            ids=record["ids"],
         )
 
     def _source(self, latents: Tensor) -> Source:
@@ -281,7 +307,7 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
 
     def source(self, values: Sequence[np.ndarray]) -> Source:
         """Pictures uint8 (S, S, 3) at the model's size."""
-        return self._source(encode(self.codec, torch.stack([to_tensor(image) for image in values])))
+        return self._source(self.codec.encode(to_tensors(values).to(self.device)).mean)
 
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[str]:
         """Captions."""
@@ -289,7 +315,7 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         """The latent of a caption."""
-        return Pieces(list(self.text.encode([str(value)]).mean.cpu()))
+        return Pieces(list(self.text.encode([str(value)]).mean))
 
     def pictures(self, outputs: Sequence[str]) -> list[np.ndarray]:
         """None: captions are no pictures."""

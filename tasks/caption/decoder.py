@@ -140,12 +140,17 @@ class TextAutoencoder(nn.Module):
             "token_accuracy": correct.sum() / mask.sum(),
         }
 
+    def encode(self, texts: Sequence[str]) -> Posterior:
+        """Texts -> posterior over latents (B, *latent); see `encode_tokens`."""
+        return self.encode_tokens(*self.tokenize(texts))
+
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], chunk: int = 256) -> Posterior:
-        """Texts -> posterior over latents (B, *latent), by the stored statistics and without gradient."""
+    def encode_tokens(self, ids: Tensor, mask: Tensor, chunk: int = 256) -> Posterior:
+        """`tokens` on this module's device -> posterior over latents (B, *latent), by the stored statistics and without
+        gradient.
+        """
         was_training = self.training
         self.eval()
-        ids, mask = self.tokenize(texts)
         parts = [self.posterior(*part) for part in zip(ids.split(chunk), mask.split(chunk), strict=True)]
         self.train(was_training)
         return Posterior(
@@ -159,9 +164,13 @@ class TextAutoencoder(nn.Module):
         ids = torch.cat([self.logits(part).argmax(-1) for part in z.to(self.shift).split(chunk)])
         return self._texts(ids)
 
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> ids (B, N) and mask (B, N) on the CPU."""
+        return tokenize(self.tokenizer, texts, self.config.max_length)
+
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> ids (B, N) and mask (B, N) on this module's device."""
-        ids, mask = tokenize(self.tokenizer, texts, self.config.max_length)
+        """`tokens` on this module's device."""
+        ids, mask = self.tokens(texts)
         return ids.to(self.shift.device), mask.to(self.shift.device)
 
     def fit(
@@ -223,7 +232,7 @@ class TextAutoencoder(nn.Module):
     def evaluate(self, captions: Sequence[str], noise: float = 0.0, seed: int = 0) -> TextReport:
         """Encodes captions (the mean), adds the decoder's noise of that standard deviation, decodes and compares."""
         ids, mask = self.tokenize(captions)
-        posterior = self.encode(captions)
+        posterior = self.encode_tokens(ids, mask)
         assert posterior.log_var is not None
         generator = keyed_generator("text_autoencoder/evaluate", seed)
         z = posterior.mean + noise * self.decoder.noise(len(ids), generator).to(ids.device)

@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from crossflow.core import distributed
 from crossflow.core.backbones.time_reversal import TimeReversal
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
@@ -50,7 +49,12 @@ class Origin:
                 f"The t2i run sees pictures of {size} pixels; set data.image_size={size} "
                 f"to run it backwards (it is {image_size})."
             )
-        return cls(task, model.to(distributed.device()).eval())
+        return cls(task, model.eval())
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the task and the model."""
+        self.task.to(device)
+        self.model.to(device)
 
     @property
     def codec(self) -> Codec:
@@ -95,14 +99,13 @@ class SourceText(TextAutoencoder):
 
     @torch.no_grad()
     def posterior(self, ids: Tensor, mask: Tensor) -> Posterior:
-        """The posterior of the run's source encoder over the texts of ids (B, N), on the device of `ids`."""
+        """The posterior of the run's source encoder over the texts of ids (B, N)."""
         origin: Origin = self.__dict__["origin"]
-        source = origin.task.source(self._texts(ids)).to(next(origin.model.parameters()).device)
+        source = origin.task.source(self._texts(ids))
         posterior = origin.model.source_encoder(source.features, source.mask)
-        mean = posterior.mean.to(ids.device)  # the run may be on a GPU, the decoder that learns to read it is not
         if posterior.log_var is None:
-            return Posterior(mean, torch.full_like(mean, -20.0))
-        return Posterior(mean, posterior.log_var.to(ids.device))
+            return Posterior(posterior.mean, torch.full_like(posterior.mean, -20.0))
+        return posterior
 
     def measure_statistics(self, captions: Sequence[str], most: int = 2048) -> None:
         """Does nothing: the latents are the flow's own and are not scaled."""

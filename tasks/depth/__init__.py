@@ -21,7 +21,7 @@ from crossflow.data.images import load_depth_png, save_depth_png, save_png
 from crossflow.data.item import Item
 from crossflow.data.sheet import colour_depth
 from crossflow.data.tiles import fitted_sides
-from crossflow.tasks.base import NUM_MEASURED, Example, Parts, PictureTask, Pieces, Report
+from crossflow.tasks.base import NUM_MEASURED, Example, Parts, PictureTask, Pieces, Record, Report
 from crossflow.tasks.depth.config import DepthConfig
 from crossflow.tasks.depth.dataset import coloured, example, plain
 from crossflow.tasks.depth.decoder import DepthScale
@@ -88,11 +88,14 @@ class Adapter(PictureTask[DepthConfig, DepthParts]):
         size = config.data.image_size
         return example(item, size, config.depth.augmentation, generator) if augment else plain(item, size)
 
-    def batch(self, examples: Sequence[Any]) -> Batch:
-        """Pictures with their colours changed, depth as latents, and weight 0 where depth is not measured."""
-        factors = torch.stack([example["colour"] for example in examples])
-        rgb = coloured(torch.stack([example["source"] for example in examples]), factors)
-        depth = torch.stack([example["target"] for example in examples])
+    def collate(self, examples: Sequence[Example]) -> Record:
+        """Pictures with their colours changed, and depth in metres."""
+        record = super().collate(examples)
+        return record | {"source": coloured(record["source"], record.pop("colour"))}
+
+    def batch(self, record: Record) -> Batch:
+        """Pictures, depth as latents, and weight 0 where depth is not measured."""
+        rgb, depth = record["source"], record["target"]
         scale, source = self.parts.scale, self.as_source(rgb)
         return Batch(
             features=source.features,
@@ -100,14 +103,14 @@ class Adapter(PictureTask[DepthConfig, DepthParts]):
             weight=scale.valid(depth).float(),
             condition=source.condition,
             alignment=rgb,
-            ids=tuple(example["id"] for example in examples),
+            ids=record["id"],
         )
 
     # -- sampling
 
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[np.ndarray]:
         """Depth maps float32 (H, W) in metres."""
-        return [depth.numpy() for depth in self.parts.scale.decode(z1)[:, 0]]
+        return list(self.parts.scale.decode(z1)[:, 0].cpu().numpy())
 
     def resize(self, output: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """A depth map at another height and width, bilinearly."""
@@ -125,7 +128,7 @@ class Adapter(PictureTask[DepthConfig, DepthParts]):
             for side, length in zip(sides, depth.shape, strict=True)
         )
         fitted = torch.from_numpy(depth[rows[:, None], columns].astype(np.float32))
-        z1 = self.parts.scale.encode(fitted[None, None])
+        z1 = self.parts.scale.encode(fitted[None, None].to(self.device))
         return Pieces(list(z1), lambda outputs: self.resize(outputs[0], depth.shape), sides)
 
     def pictures(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -50,9 +50,8 @@ class Adapter(PixelTask[SrConfig, PixelParts]):
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         """Tiles of a finished picture uint8 (H, W, 3), or of the path of one, as scaled pixels."""
         tiles = self._cut(as_picture(value))
-        return Pieces(
-            list(self.parts.codec.encode(to_tensors(tiles.values)).mean), tiles.join, tiles.layout, tiles.numbered
-        )
+        latents = self.parts.codec.encode(to_tensors(tiles.values).to(self.device)).mean
+        return Pieces(list(latents), tiles.join, tiles.layout, tiles.numbered)
 
     def _cut(self, image: np.ndarray) -> Pieces:
         # Tiles start on the grid of the low resolution, because the source repeats with its pixels.

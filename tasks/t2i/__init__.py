@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from crossflow.core.backbones import build_backbone
@@ -20,13 +19,13 @@ from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
 from crossflow.core.source import SourceEncoder
 from crossflow.data.cache.extract import Extractor, Options
-from crossflow.data.cache.training import CachedBatch, cached_batch
+from crossflow.data.cache.training import cached_batch
 from crossflow.data.captioned import captioned_example
 from crossflow.data.dataset import Examples
 from crossflow.data.image_latents import (
     FOLDER,
     assumed_shape,
-    encode,
+    collate_pictures,
     first_pictures,
     latents,
     open_codec,
@@ -41,7 +40,7 @@ from crossflow.networks.codecs.base import Codec
 from crossflow.networks.image_tower import ImageTower
 from crossflow.networks.text.tokenizer import unknown_words
 from crossflow.networks.text.variational import Adaptor
-from crossflow.tasks.base import Example, Parts, Pieces, Report, Task
+from crossflow.tasks.base import Example, Parts, Pieces, Record, Report, Task
 from crossflow.tasks.t2i.config import T2IConfig
 from crossflow.tasks.t2i.encoder import TextSide
 from crossflow.tasks.t2i.objective import TextToImageObjective
@@ -151,7 +150,14 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
     @functools.cached_property
     def tower(self) -> ImageTower:
         """The frozen image tower; loaded by the first training batch, never for sampling."""
-        return ImageTower.load(self.config.tower, self.parts.tower["checksum"] if self.parts.tower else None)
+        tower = ImageTower.load(self.config.tower, self.parts.tower["checksum"] if self.parts.tower else None)
+        return tower.to(self.device)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The frozen text encoder, the codec, and the image tower once it is loaded."""
+        parts = (self.text.frozen, self.parts.codec, self.__dict__.get("tower"))
+        return tuple(network for network in parts if network is not None)
 
     def extractor(self, options: Options) -> Extractor:
         """Of pictures, captions, and what the encoder loss looks at."""
@@ -224,44 +230,56 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         """Without augmentation, too, the caption is drawn: each is as good a source of the picture."""
         return captioned_example(item, config.data.image_size, generator, first_caption=config.t2i.first_caption)
 
-    def batch(self, examples: Sequence[Example]) -> Batch:
-        """Captions as features, pictures as latents, and what z0 is aligned with."""
-        texts = [example["caption"] for example in examples]
+    def collate(self, examples: Sequence[Example]) -> Record:
+        """Captions as tokens, pictures as pixels; of a cache what it holds of them, and of what z0 is aligned with."""
         cached = cached_batch(examples, self.config.data.image_size)
-        reads_cache = cached is not None and self.text.frozen is not None
-        source = self._as_source(*(cached.text() if cached and reads_cache else self.text.features(texts)))
+        record: Record = {"ids": tuple(example["id"] for example in examples)}
+        record |= collate_pictures(self.codec, examples, cached)
+        aligned = aligned_with(self.config)
+        if cached is not None and aligned == "image":
+            record["aligned"] = cached.tower() if needs_tower(self.config) else cached.pixels()
+        if cached is None or self.text.frozen is None:
+            record["tokens"], record["mask"] = self.text.tokens([example["caption"] for example in examples])
+            return record
+        record["features"], record["mask"] = cached.text()
+        if aligned == "vector":
+            record["aligned"] = cached.pooled()
+        return record
+
+    def batch(self, record: Record) -> Batch:
+        """Captions as features, pictures as latents, and what z0 is aligned with."""
+        mask, pooled = record["mask"], None
+        if "features" in record:
+            features = record["features"]
+        else:
+            features, pooled = self.text.read(record["tokens"], mask)
+        source = self._as_source(features, mask)
         return Batch(
-            features=source.features,
-            mask=source.mask,
-            target=latents(self.codec, examples, cached),
+            features=features,
+            mask=mask,
+            target=latents(self.codec, record),
             condition=source.condition,
-            alignment=self._alignment(source.features, texts, examples, cached),
-            ids=tuple(example["id"] for example in examples),
+            alignment=record["aligned"] if "aligned" in record else self._alignment(features, pooled, record),
+            ids=record["ids"],
         )
 
-    def _alignment(
-        self, features: Tensor, texts: Sequence[str], examples: Sequence[Example], cached: CachedBatch | None
-    ) -> Tensor | None:
+    def _alignment(self, features: Tensor, pooled: Tensor | None, record: Record) -> Tensor | None:
         """What the encoder loss compares z0 with."""
         aligned = aligned_with(self.config)
         if aligned == "nothing":
             return None
-        if aligned == "tokens":
-            return features
         if aligned == "image":
-            if needs_tower(self.config) and cached is not None:
-                return cached.tower()
-            images = cached.pixels() if cached is not None else torch.stack([example["image"] for example in examples])
-            return self.tower(images) if needs_tower(self.config) else images
-        if aligned == "vector" and cached is not None and self.text.frozen is not None:
-            return cached.pooled()
-        return self.text.alignment(features, texts, reconstruct=aligned == "words")
+            return self.tower(record["image"]) if needs_tower(self.config) else record["image"]
+        if aligned == "words":
+            return self.text.reconstructed(features)
+        return features if aligned == "tokens" or pooled is None else pooled
 
     # -- sampling
 
     def source(self, values: Sequence[str]) -> Source:
         """Prompts as features (B, N, ...) with their mask."""
-        return self._as_source(*self.text.features(values))
+        ids, mask = (tensor.to(self.device) for tensor in self.text.tokens(values))
+        return self._as_source(self.text.read(ids, mask)[0], mask)
 
     def _as_source(self, features: Tensor, mask: Tensor) -> Source:
         condition = Condition(tokens=features, mask=mask) if self.config.source.kind == "gaussian" else None
@@ -277,7 +295,7 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         if not self.codec.reads_text:
             return list(to_uint8(self.codec.decode(z1, None)))
         if features is None:
-            features = self.text.features([""])[0].expand(len(z1), -1, -1)
+            features = self.source([""]).features.expand(len(z1), -1, -1)
         return list(to_uint8(self.codec.decode(z1, features)))
 
     def unknown_words(self, value: str) -> list[str]:
@@ -287,7 +305,8 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         """The centre square of a picture uint8 (H, W, 3), or of the path of one, as latent."""
         image = value if isinstance(value, np.ndarray) else load_image(value)
-        return Pieces(list(encode(self.codec, to_tensor(center_crop_resize(image, self.config.data.image_size))[None])))
+        pixels = to_tensor(center_crop_resize(image, self.config.data.image_size))
+        return Pieces(list(self.codec.encode(pixels[None].to(self.device)).mean))
 
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         """Writes a picture uint8 (H, W, 3) as PNG."""

@@ -5,6 +5,7 @@ Features are token ids, read by a small text transformer that is trained with th
 encoder (CLIP, T5, a Llama-type decoder) by hub id or path. B batch, N tokens, D width.
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -136,14 +137,20 @@ class TextSide:
         current = settings.loading() if recorded.get("checksum") is None else {"source": settings.encoder}
         return cls(settings, frozen=FrozenTextEncoder.from_record({**recorded, **current}))
 
-    def features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> ids (B, N) or features (B, N, D), and mask (B, N) bool; both on the CPU."""
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> ids (B, N) and mask (B, N) bool, on the CPU."""
         if self.frozen is not None:
-            features, mask = self.frozen(texts)
-            if self.settings.padding == "zero":
-                features = features * mask[..., None]
-            return features.cpu(), mask.cpu()
+            return self.frozen.tokens(texts)
         return tokenize(self.tokenizer, texts, self.settings.max_length)
+
+    def read(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`tokens`, on the frozen encoder's device if there is one -> ids or features (B, N, D), and its vectors (B, D)
+        of whole texts.
+        """
+        if self.frozen is None:
+            return ids, None
+        features, pooled = self.frozen.encode(ids, mask)
+        return features * mask[..., None] if self.settings.padding == "zero" else features, pooled
 
     @property
     def _reads(self) -> dict[str, int]:
@@ -199,16 +206,12 @@ class TextSide:
 
     # -- what z0 is aligned with
 
-    def alignment(self, features: Tensor, texts: Sequence[str], reconstruct: bool) -> Tensor:
-        """The text side of the encoder loss: features to be reconstructed (B, N, D), else one vector per text or its
-        ids.
-        """
-        if self.frozen is None:
-            return fixed_embedding(self.vocab_size)[features] if reconstruct else features
-        return features if reconstruct else self.frozen.pooled(texts).cpu()
+    def reconstructed(self, features: Tensor) -> Tensor:
+        """What is reconstructed from z0, (B, N, D): the features themselves, or fixed vectors of their ids."""
+        return features if self.settings.frozen else fixed_embedding(self.vocab_size, features.device)[features]
 
     def build_alignment_head(self, num_values: int) -> nn.Module:
-        """The text alignment of `alignment` -> (B, num_values)."""
+        """Vectors of whole texts (B, D), or ids (B, N) -> (B, num_values)."""
         if self.settings.frozen:
             return token_head(self.feature_width, num_values)
         return nn.Sequential(nn.EmbeddingBag(self.vocab_size, 256), token_head(256, num_values))
@@ -229,11 +232,12 @@ class TextSide:
         return FeatureDecoder(latent_shape, self.settings.max_length, width)
 
 
-def fixed_embedding(vocab_size: int) -> Tensor:
+@functools.lru_cache(maxsize=4)
+def fixed_embedding(vocab_size: int, device: torch.device) -> Tensor:
     """(V, 64): a fixed random vector of unit variance per token, so that ids have features that can be
     reconstructed.
     """
-    return torch.randn(vocab_size, FIXED_WIDTH, generator=keyed_generator("token features"))
+    return torch.randn(vocab_size, FIXED_WIDTH, generator=keyed_generator("token features")).to(device)
 
 
 class FeatureDecoder(nn.Module):

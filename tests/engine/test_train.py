@@ -1,18 +1,20 @@
 """A training leaves a complete run directory, or what was there before; a finished one is not repeated."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from crossflow.core.errors import UserError
 from crossflow.core.training.trainer import Trainer
 from crossflow.engine import train as training
 from crossflow.engine.folder import RunFolder
-from crossflow.engine.train import Run, dry_run, finished, train
-from crossflow.tasks import load_config
+from crossflow.engine.train import Run, TrainingSet, dry_run, finished, train
+from crossflow.tasks import load_config, task_class, task_names
 from crossflow.tasks.base import Task
 
 
@@ -129,3 +131,20 @@ def test_a_dry_run_writes_nothing(config, tmp_path: Path, monkeypatch) -> None:
     assert report.parameters["backbone"] > 0
     assert report.seconds_per_step > 0
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_loader_worker_gets_no_weights_and_makes_the_same_records(tiny_run, name: str) -> None:
+    config = load_config(tiny_run(name))
+    task = task_class(name).load(config, tiny_run(name))
+    here = TrainingSet(task.dataset(config, "train"), task)
+    there = pickle.loads(pickle.dumps(here))  # as to a process that is not forked
+    weights = [tensor for network in there.task.networks for tensor in network.state_dict().values()]
+    assert all(weight.is_meta for weight in weights)
+    assert not any(tensor.is_meta for network in task.networks for tensor in network.state_dict().values())
+    places = [(0, 1), (1, 5), (0, 7)]
+    ours, theirs = (data.collate(data.__getitems__(places)) for data in (here, there))
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]) if isinstance(value, torch.Tensor) else value == theirs[key]
+    assert here.batch(ours).target.shape == (3, *task.latent_shape)

@@ -97,9 +97,9 @@ def test_a_converted_run_makes_the_references_pictures(
 def test_flowtok_reads_padding_with_token_zero(runs):
     text = load(runs("flowtok")).task.text
     assert text.settings.pad_id == 0
-    padded, mask = text.features(["a red cube"])
+    padded, mask = text.frozen(["a red cube"])
     text.frozen.settings = replace(text.frozen.settings, pad_id=None)
-    other, _ = text.features(["a red cube"])
+    other, _ = text.frozen(["a red cube"])
     assert torch.equal(padded[mask], other[mask])
     assert (padded[~mask] - other[~mask]).abs().max() > 1e-2
 

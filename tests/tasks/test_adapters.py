@@ -62,7 +62,7 @@ def test_gradients_reach_every_parameter(prepared, name: str, overrides: list[st
     with torch.no_grad():  # a fresh DiT is zero in many places, where no gradient passes
         for parameter in objective.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    batch = task.batch(examples)
+    batch = task.prepare(task.collate(examples))
     losses = objective(batch, training_noise(0, 0, range(8), batch.target.shape[1:]))
     assert losses["loss"].isfinite()
     losses["loss"].backward()

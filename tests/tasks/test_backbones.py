@@ -24,7 +24,7 @@ def test_gradient_reaches_every_parameter(tiny_settings, tmp_path: Path, task: s
     with torch.no_grad():
         for parameter in run.objective.parameters():  # a fresh DiT is the identity
             parameter.add_(0.05 * torch.randn_like(parameter))
-    batch = run.task.batch([run.data[(0, i)] for i in range(6)])
+    batch = run.task.prepare(run.task.collate([run.data[(0, i)] for i in range(6)]))
     noise = replace(training_noise(0, 0, range(6), run.task.latent_shape), drop=torch.linspace(0, 0.9, 6))
     run.objective(batch, noise)["loss"].backward()
     grads = {name: value.grad for name, value in run.objective.named_parameters() if value.requires_grad}

@@ -154,7 +154,7 @@ def test_a_wrong_latent_shape_is_reported(package: ModuleType) -> None:
     config = package.ColourConfig(task="colourisation", data={"image_size": 16, "num_train": 4})
     task: Task = Wrong.learn(config, Wrong.dataset(config, "train"), lambda line: None)
     with pytest.raises(UserError, match=r"latent_shape \(1, 16, 16\).* \(3, 16, 16\)"):
-        task.collate(Wrong.dataset(config, "train").first(2))
+        task.prepare(task.collate(Wrong.dataset(config, "train").first(2)))
 
 
 @pytest.mark.parametrize(

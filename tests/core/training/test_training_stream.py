@@ -49,7 +49,7 @@ def test_workers_do_not_change_the_batches(tiny: ModuleType, num_workers: int) -
     loaded = list(loader(dataset, Positions(2, 5, 6, 2, 0, 1), num_workers, pin=False))
     assert len(loaded) == len(expected) == 6
     for got, want in zip(loaded, expected, strict=True):
-        assert torch.equal(got.batch.features, want.batch.features)
+        assert torch.equal(got.record["features"], want.record["features"])
         assert torch.equal(got.noise.source, want.noise.source)
         assert torch.equal(got.noise.time, want.noise.time)
     assert torch.equal(torch.get_rng_state(), state), "beginning to load draws from the global generator"

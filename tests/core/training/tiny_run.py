@@ -42,9 +42,13 @@ class Data:
         value = torch.tensor([index, epoch + 1, index * 0.5 - 1, 1.0]) / 10
         return value * float("nan") if index == self.bad else value
 
-    def collate(self, examples: list[Tensor]) -> Batch:
-        features = torch.stack(examples)
-        return Batch(features=features, target=features[:, :3].flip(1))
+    ahead = True
+
+    def collate(self, examples: list[Tensor]) -> dict[str, Tensor]:
+        return {"features": torch.stack(examples)}
+
+    def batch(self, record: dict[str, Tensor]) -> Batch:
+        return Batch(features=record["features"], target=record["features"][:, :3].flip(1))
 
 
 class Model(nn.Module):

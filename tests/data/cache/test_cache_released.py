@@ -221,7 +221,7 @@ def released(tmp_path: Path, frozen) -> Path:
     for number in range(6):
         image = torch.from_numpy(rng.uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32))
         raw_moments = task.codec.encode_moments(image)
-        features, mask = task.text.features([WORDS[number % 3]])
+        features, mask = task.text.frozen([WORDS[number % 3]])
         save(folder / "features" / f"{number:02d}.npy", {
             "image_latent_16": torch.cat([raw_moments.mean, raw_moments.log_var], 1)[0].numpy(),
             "token_embedding_clip": features[0].numpy(),
@@ -264,7 +264,7 @@ def test_released_features_are_imported_without_padding(frozen, released, tmp_pa
     config = load_config("t2i_tiny", [*released_settings(frozen), f"data.train=cache:{cache.folder}@all"])
     task, examples = task_class("t2i").frozen(config), task_class("t2i").dataset(config, "train")
     task.accept(examples)
-    batch = task.batch(examples.first(4))
+    batch = task.prepare(task.collate(examples.first(4)))
     assert batch.target.shape == (4, *build_codec("autoencoder_kl", source=frozen["codec"]).latent_shape(16))
 
 

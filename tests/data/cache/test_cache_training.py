@@ -51,8 +51,8 @@ def test_batches_equal_those_without_a_cache(recipe, pictures, tmp_path: Path, m
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
     data = {"plain": train_data(plain), "cache": train_data(reading)}
     reading.accept(data["cache"])
-    direct = plain.batch(data["plain"].__getitems__(PLACES))
-    from_cache = reading.batch(data["cache"].__getitems__(PLACES)).to("cpu")
+    direct = plain.prepare(plain.collate(data["plain"].__getitems__(PLACES)))
+    from_cache = reading.prepare(reading.collate(data["cache"].__getitems__(PLACES))).to("cpu")
     torch.testing.assert_close(from_cache.target, direct.target, atol=1e-5, rtol=1e-5)
     assert from_cache.ids == direct.ids
     assert torch.equal(from_cache.mask, direct.mask)
@@ -72,10 +72,10 @@ def test_batches_in_half_precision_differ_by_its_rounding(recipe, pictures, tmp_
     settings = recipe()
     spec = cached(tmp_path / "cache", settings, pictures, storage=storage)
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
-    direct = plain.batch(train_data(plain).__getitems__(PLACES))
-    from_cache = reading.batch(train_data(reading).__getitems__(PLACES))
-    assert from_cache.features.dtype == getattr(torch, storage)
-    from_cache = from_cache.to("cpu")
+    direct = plain.prepare(plain.collate(train_data(plain).__getitems__(PLACES)))
+    record = reading.collate(train_data(reading).__getitems__(PLACES))
+    assert record["features"].dtype == getattr(torch, storage)
+    from_cache = reading.prepare(record)
     torch.testing.assert_close(from_cache.target, direct.target, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(
         from_cache.features[from_cache.mask], direct.features[from_cache.mask], atol=tolerance, rtol=tolerance
@@ -87,12 +87,13 @@ def test_batches_in_half_precision_differ_by_its_rounding(recipe, pictures, tmp_
 def test_latents_are_drawn_anew_each_epoch_and_reproducibly(recipe, pictures, tmp_path: Path):
     settings = recipe()
     task = opened(settings, cached(tmp_path / "cache", settings, pictures))
-    first, second, again = (task.batch(train_data(task).__getitems__([(epoch, 0)])) for epoch in (0, 1, 0))
+    records = (task.collate(train_data(task).__getitems__([(epoch, 0)])) for epoch in (0, 1, 0))
+    first, second, again = map(task.prepare, records)
     assert torch.equal(first.target, again.target)
     assert not torch.equal(first.target, second.target)
     moments = train_data(task).reader.cache.moments([train_data(task)[0, 0]["entry"]], 16)
     scaled = task.codec.scaled(moments)
-    drawn = torch.cat([task.batch(train_data(task).__getitems__([(e, 0)])).target for e in range(400)])
+    drawn = torch.cat([task.prepare(task.collate(train_data(task).__getitems__([(e, 0)]))).target for e in range(400)])
     deviation = ((drawn - scaled.mean) / (scaled.log_var / 2).exp()).std(0)
     assert (deviation - 1).abs().max() < 0.2  # 400 draws: 0.035 is one standard deviation of each
     assert (drawn.mean(0) - scaled.mean).abs().max() < 0.25 * (scaled.log_var / 2).exp().max()
@@ -139,8 +140,8 @@ def test_embeddings_of_the_image_tower_are_cached_with_its_checksum(frozen, reci
     spec = cached(tmp_path / "cache", settings, pictures, storage="float32")
     plain, reading = opened(settings, f"folder:{pictures}"), opened(settings, spec)
     reading.accept(train_data(reading))
-    direct = plain.batch(train_data(plain).__getitems__(PLACES)).alignment
-    from_cache = reading.batch(train_data(reading).__getitems__(PLACES)).alignment
+    direct = plain.prepare(plain.collate(train_data(plain).__getitems__(PLACES))).alignment
+    from_cache = reading.prepare(reading.collate(train_data(reading).__getitems__(PLACES))).alignment
     assert from_cache.shape == (4, 16)
     torch.testing.assert_close(from_cache, direct, atol=1e-5, rtol=1e-5)
     assert "pixels_16" not in train_data(reading).reader.cache.features["parts"]
@@ -155,7 +156,7 @@ def test_a_cache_with_another_scale_or_additional_features_is_accepted(recipe, p
     task = opened(recipe("codec.scale=2.0", "loss.encoder=none"), spec)
     task.accept(train_data(task))
     small = opened(recipe("loss.encoder=none"), spec)
-    z = [each.batch(train_data(each).__getitems__(PLACES)).target for each in (task, small)]
+    z = [each.prepare(each.collate(train_data(each).__getitems__(PLACES))).target for each in (task, small)]
     torch.testing.assert_close(z[0], 4 * z[1])
 
 
@@ -180,7 +181,7 @@ def test_the_pixel_codec_measures_the_same_scale_from_a_cache(tiny_settings, pic
         config, kind = load_config("t2i_tiny", [*settings, f"data.train={data}"]), task_class("t2i")
         examples = kind.dataset(config, "train")
         tasks.append(kind.learn(config, examples, lambda text: None))
-        batches.append(tasks[-1].batch(examples.__getitems__(PLACES)))
+        batches.append(tasks[-1].prepare(tasks[-1].collate(examples.__getitems__(PLACES))))
     torch.testing.assert_close(tasks[1].codec.scale, tasks[0].codec.scale)
     torch.testing.assert_close(batches[1].target, batches[0].target, atol=1e-5, rtol=1e-5)
     assert torch.equal(batches[1].features, batches[0].features)
@@ -199,7 +200,7 @@ def test_captioning_reads_the_same_latents_from_a_cache(frozen, pictures, tiny_s
         examples = task_class("caption").dataset(config, "train")
         task = task_class("caption").learn(config, examples, lambda text: None)
         task.accept(examples)
-        targets.append(task.batch(examples.__getitems__(PLACES)).features)
+        targets.append(task.prepare(task.collate(examples.__getitems__(PLACES))).features)
     torch.testing.assert_close(targets[1], targets[0], atol=1e-5, rtol=1e-5)
     without = task_class("caption").frozen(load_config("caption_tiny", [*settings, f"data.train={spec}"]))
     with pytest.raises(UserError, match=r"data\.val=SPEC"):
@@ -234,7 +235,7 @@ def test_a_pickled_cache_opens_its_shards_again(recipe, pictures, tmp_path: Path
     settings = recipe()
     task = opened(settings, cached(tmp_path / "cache", settings, pictures))
     reader = train_data(task).reader
-    before = task.batch(train_data(task).__getitems__(PLACES)).target
+    before = task.prepare(task.collate(train_data(task).__getitems__(PLACES))).target
     copy = pickle.loads(pickle.dumps(reader))
     assert copy.ids[3] == reader.ids[3]
     moved = copy.cache.moments([copy[3].features], 16).mean

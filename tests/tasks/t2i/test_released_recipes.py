@@ -86,7 +86,7 @@ def test_gradient_reaches_every_parameter(networks, tmp_path: Path, recipe: str)
     with torch.no_grad():
         for parameter in run.objective.parameters():  # a fresh DiT is the identity
             parameter.add_(0.05 * torch.randn_like(parameter))
-    batch = run.task.batch([run.data[(0, i)] for i in range(6)])
+    batch = run.task.prepare(run.task.collate([run.data[(0, i)] for i in range(6)]))
     noise = replace(training_noise(0, 0, range(6), run.task.latent_shape), drop=torch.linspace(0, 0.9, 6))
     losses = run.objective(batch, noise)
     assert {"flow", "kl", "encoder"} <= losses.keys()
