@@ -5,12 +5,14 @@ B batch, N tokens, D width, C channels, H W height width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+Record: TypeAlias = dict[str, Any]
+"""A batch as loader workers make it: by name tensors (B, ...) on the CPU, and tuples of B other values."""
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: T) -> T:

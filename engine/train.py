@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core import distributed
-from crossflow.core.batch import Batch
+from crossflow.core.batch import Batch, Record
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
@@ -35,7 +35,7 @@ from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, arrange, held_out_loss, overlap_with_training, score, show
 from crossflow.engine.start_from import start_from
 from crossflow.tasks import load_config, task_class
-from crossflow.tasks.base import Example, Record, Scoring, Task
+from crossflow.tasks.base import Example, Scoring, Task
 
 NUM_SAMPLES = 16
 """Cases of a sample grid."""

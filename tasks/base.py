@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.backbones import build_backbone
-from crossflow.core.batch import Batch, Condition, Source, map_tensors
+from crossflow.core.batch import Batch, Condition, Record, Source, map_tensors
 from crossflow.core.config import Config, Section
 from crossflow.core.errors import PARSING_ERRORS, UserError
 from crossflow.core.metrics import TaskMetric
@@ -52,8 +52,6 @@ Output: TypeAlias = Any
 """What a task makes: a picture, a depth map, a caption, ..."""
 Report = Callable[[str], None]
 """Takes one line that says what is going on."""
-Record: TypeAlias = dict[str, Any]
-"""A batch as loader workers make it: by name tensors (B, ...) on the CPU, and tuples of B other values."""
 REQUIRED = ("name", "Config", "Parts", "Scoring", "needs", "input_kind")
 """Attributes that a task must set."""
 

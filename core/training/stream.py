@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crossflow.core.batch import Batch, map_tensors
+from crossflow.core.batch import Batch, Record, map_tensors
 from crossflow.core.noise import Noise, keyed_generator, order, training_noise
 from crossflow.core.training.signals import ignore_in_worker
 
@@ -30,10 +30,10 @@ class TrainingData(Protocol):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """The example `index`, augmented for `epoch`; key = (epoch, index)."""
 
-    def collate(self, examples: list[Any]) -> Any:
-        """The record of a batch, CPU tensors in (nested) dicts and dataclasses; runs in the loader workers, if any."""
+    def collate(self, examples: list[Any]) -> Record:
+        """The record of a batch; runs in the loader workers, if any."""
 
-    def batch(self, record: Any) -> Batch:
+    def batch(self, record: Record) -> Batch:
         """A record as a batch on the training device; runs in the training process."""
 
     @property
@@ -45,7 +45,7 @@ class TrainingData(Protocol):
 class Loaded:
     """What loader workers make of a micro-batch, on the CPU."""
 
-    record: Any
+    record: Record
     noise: Noise
 
     def pin_memory(self) -> Self:
@@ -135,7 +135,7 @@ def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: b
 
 
 def on_device(
-    loaded: Iterable[Loaded], batch: Callable[[Any], Batch], device: torch.device, *, ahead: bool
+    loaded: Iterable[Loaded], batch: Callable[[Record], Batch], device: torch.device, *, ahead: bool
 ) -> Iterator[MicroBatch]:
     """The micro-batches of loaded records on `device`, in order; batch: as `TrainingData.batch`.
 

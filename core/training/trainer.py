@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from crossflow.core import distributed
-from crossflow.core.batch import Batch
+from crossflow.core.batch import Batch, Record
 from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
 from crossflow.core.files import remove_temporaries
@@ -231,7 +231,7 @@ class Trainer:
         """This process's parts of each step from `start` up to `stop`, on its device."""
         data, accumulate = self.data.data, self.config.accumulate
 
-        def batch(record: Any) -> Batch:
+        def batch(record: Record) -> Batch:
             with self.learner.phase("encode"):
                 return data.batch(record)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from crossflow.core import distributed
 from crossflow.core.backbones import build_backbone
-from crossflow.core.batch import Batch, Condition, Source
+from crossflow.core.batch import Batch, Condition, Record, Source
 from crossflow.core.errors import UserError
 from crossflow.core.files import read_tensors, write_atomically
 from crossflow.core.model import CrossFlow
@@ -43,7 +43,7 @@ from crossflow.data.resize import center_crop_resize
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.networks.trunks import Reconstructor
-from crossflow.tasks.base import Example, Parts, Pieces, Record, Report, Task, to_tensors
+from crossflow.tasks.base import Example, Parts, Pieces, Report, Task, to_tensors
 from crossflow.tasks.caption.config import CaptionConfig
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextReport, TextTraining
 from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk

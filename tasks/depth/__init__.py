@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossflow.core.batch import Batch
+from crossflow.core.batch import Batch, Record
 from crossflow.core.files import write_array
 from crossflow.data.dataset import Examples
 from crossflow.data.images import load_depth_png, save_depth_png, save_png
 from crossflow.data.item import Item
 from crossflow.data.sheet import colour_depth
 from crossflow.data.tiles import fitted_sides
-from crossflow.tasks.base import NUM_MEASURED, Example, Parts, PictureTask, Pieces, Record, Report
+from crossflow.tasks.base import NUM_MEASURED, Example, Parts, PictureTask, Pieces, Report
 from crossflow.tasks.depth.config import DepthConfig
 from crossflow.tasks.depth.dataset import coloured, example, plain
 from crossflow.tasks.depth.decoder import DepthScale

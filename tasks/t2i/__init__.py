@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from crossflow.core.backbones import build_backbone
-from crossflow.core.batch import Batch, Condition, Source
+from crossflow.core.batch import Batch, Condition, Record, Source
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_json
 from crossflow.core.model import CrossFlow
@@ -40,7 +40,7 @@ from crossflow.networks.codecs.base import Codec
 from crossflow.networks.image_tower import ImageTower
 from crossflow.networks.text.tokenizer import unknown_words
 from crossflow.networks.text.variational import Adaptor
-from crossflow.tasks.base import Example, Parts, Pieces, Record, Report, Task
+from crossflow.tasks.base import Example, Parts, Pieces, Report, Task
 from crossflow.tasks.t2i.config import T2IConfig
 from crossflow.tasks.t2i.encoder import TextSide
 from crossflow.tasks.t2i.objective import TextToImageObjective

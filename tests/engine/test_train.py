@@ -143,8 +143,8 @@ def test_a_loader_worker_gets_no_weights_and_makes_the_same_records(tiny_run, na
     assert all(weight.is_meta for weight in weights)
     assert not any(tensor.is_meta for network in task.networks for tensor in network.state_dict().values())
     places = [(0, 1), (1, 5), (0, 7)]
-    ours, theirs = (data.collate(data.__getitems__(places)) for data in (here, there))
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        assert torch.equal(value, theirs[key]) if isinstance(value, torch.Tensor) else value == theirs[key]
-    assert here.batch(ours).target.shape == (3, *task.latent_shape)
+    record, of_worker = (data.collate(data.__getitems__(places)) for data in (here, there))
+    assert record.keys() == of_worker.keys()
+    for key, value in record.items():
+        assert torch.equal(value, of_worker[key]) if isinstance(value, torch.Tensor) else value == of_worker[key]
+    assert here.batch(record).target.shape == (3, *task.latent_shape)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crossflow.core.batch import Batch
+from crossflow.core.batch import Batch, Record
 from crossflow.core.config import Config
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import training_noise
@@ -44,11 +44,11 @@ class Data:
 
     ahead = True
 
-    def batch(self, record: Batch) -> Batch:
-        return record
+    def collate(self, examples: list[Tensor]) -> Record:
+        return {"rows": torch.stack(examples)}
 
-    def collate(self, examples: list[Tensor]) -> Batch:
-        rows = torch.stack(examples)
+    def batch(self, record: Record) -> Batch:
+        rows = record["rows"]
         target = rows[:, 3:].unflatten(1, LATENT)
         return Batch(rows[:, :3], target, weight=(target[:, :1] > -1).float())
 
@@ -77,7 +77,7 @@ def step(objective: Objective, accumulate: int, rank: int = 0, world_size: int =
     starts = [(part * world_size + rank) * size for part in range(accumulate)]
     samples = [range(start, start + size) for start in starts]
     data = Data()
-    batches = [data.collate([data[0, index] for index in part]) for part in samples]
+    batches = [data.batch(data.collate([data[0, index] for index in part])) for part in samples]
     noises = [training_noise(0, 5, part, LATENT) for part in samples]
     drawn = objective.draw(batches, noises)
     losses: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from crossflow.core.batch import Record
 from crossflow.core.errors import UserError
 from crossflow.core.training import checkpoint as state
 
@@ -22,7 +23,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny: ModuleType
     tiny.trainer(tmp_path / "through", **settings).run()
 
     class Stopping(tiny.Data):  # type: ignore[misc, name-defined]
-        def collate(self, examples: list[Tensor]) -> object:
+        def collate(self, examples: list[Tensor]) -> Record:
             if len(self.seen) == 4 * stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().collate(examples)
