@@ -50,31 +50,48 @@ def quality(places: Sequence[Path], output: Path | None, overwrite: bool, more: 
 
 
 @command.command()
-@click.option(
-    "--recipe",
-    "recipes",
-    multiple=True,
-    help="Recipe whose training steps or sampling are timed; repeatable. Default: every tiny one; for sampling, the "
-    "papers'.",
-)
+@click.option("--recipe", "recipes", multiple=True, help="Recipe to measure; repeatable. Default: every tiny one.")
 @click.option(
     "--part",
     "parts",
     multiple=True,
-    type=click.Choice(["scenes", "training", "cache", "sampling"]),
-    help="What is measured; repeatable. Default: everything but sampling.",
+    type=click.Choice(["scenes", "training", "sampling", "evaluation", "cache", "released"]),
+    help="What is measured; repeatable. Default: scenes, training, sampling and cache.",
 )
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["float32", "bf16", "fp16"]),
+    help="Repeatable. Default: the recipe's own; for the part released float32 and bf16.",
+)
+@click.option("--compiled", is_flag=True, help="A second row for each, compiled by torch.compile.")
+@click.option("--batch", "batch_size", type=click.IntRange(min=1), help="Outputs at a time of the part sampling.")
+@click.option("--small", is_flag=True, help="Frozen networks and comparisons of one layer, to try the command.")
 @click.option("--output", type=options.PATH, help="JSON file to write. Default: none.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
-def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None, overwrite: bool) -> None:
-    """Scenes rendered, seconds per training step, samples read and pictures sampled per second, on this machine.
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def speed(
+    recipes: Sequence[str], parts: Sequence[str], precisions: Sequence[str], compiled: bool, batch_size: int | None,
+    small: bool, output: Path | None, overwrite: bool, overrides: Sequence[str],
+) -> None:  # fmt: skip
+    """Scenes rendered, training steps, outputs sampled, items evaluated and samples read per second on this machine.
+
+    \b
+      crossflow benchmark speed --part training --recipe t2i_tiny --compiled
+      crossflow benchmark speed --part sampling --recipe flowtok_xl --batch 64 data.image_size=256
+
+    Rows are measured on the product's own calls: steps of a Trainer, calls of a Pipeline, an evaluation. Recipes with
+    frozen networks get random ones of the public sizes, so nothing is downloaded. A row has the parts of the time,
+    memory, utilisation (the share of the speed of a large matrix product), and what bounds it.
 
     The part `cache` reads a feature cache and, side by side, files as the released CrossFlow scripts write them (one
     pickle per sample): `clip` holds what a 256 px CLIP model needs, `all` everything those scripts put into a file;
     `cold` means read from the disk.
 
-    The part `sampling` times text encoder, source encoder, flow and decoder of the papers' models with random weights,
-    with and without torch.compile: a batch of 64 in bfloat16 on a GPU; on a CPU one picture of two steps.
+    The part `released` alternates training steps and guided sampling with the released manner (two guidance passes,
+    attention written out in float32, activations recomputed, an average in a Python loop, one file per sample) on the
+    same weights, and checks that both compute the same. With --recipe, of these recipes.
     """
     import tempfile
 
@@ -82,16 +99,19 @@ def speed(recipes: Sequence[str], parts: Sequence[str], output: Path | None, ove
     from crossflow.core.files import write_atomically
 
     check_output(output, overwrite=overwrite)
+    choice = run.Choice(
+        tuple(recipes) or tuple(f"{task}_tiny" for task in task_names()),
+        tuple(overrides),
+        tuple(precisions),
+        (False, True) if compiled else (False,),
+        batch_size,
+        small,
+        compared=bool(recipes),
+    )
     with tempfile.TemporaryDirectory(prefix="crossflow-speed-") as folder, progress_bar("measuring") as on_step:
-        results = run.measure(
-            recipes or [f"{task}_tiny" for task in task_names()],
-            Path(folder),
-            parts=parts or run.DEFAULT_PARTS,
-            sampled=recipes or run.RECIPES,
-            progress=on_step,
-        )
+        results = run.measure(choice, Path(folder), parts=parts or run.DEFAULT_PARTS, progress=on_step)
     for row in [row for part in run.PARTS for row in results.get(part, [])]:
-        say("  ".join(f"{name} {value}" for name, value in row.items()))
+        say("  ".join(f"{name} {value}" for name, value in row.items() if name != "longest_operators"))
     if output is not None:
         write_atomically(output, json.dumps(results, indent=1))
         say(f"Wrote {output}.")

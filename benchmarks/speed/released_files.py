@@ -33,6 +33,10 @@ class Content:
     """Also the moments at 512 px and the T5 features, which the released script writes into the same file."""
     keep_padding: bool = False
     """The cache is for a model that attends to the features of padding."""
+    image_size: int = 256
+    """Of the moments."""
+    width: int = CLIP_WIDTH
+    """Of the CLIP features."""
 
 
 CONTENTS = (
@@ -51,10 +55,12 @@ def write_released(folder: Path, count: int, content: Content) -> None:
         rng = np.random.default_rng(number)
         length = int(np.clip(rng.normal(content.tokens, content.deviation), 4, NUM_TOKENS))
         mask = (np.arange(NUM_TOKENS) < length).astype(np.int64)
-        sample: dict[str, Any] = {"image_latent_256": rng.standard_normal((8, 32, 32), dtype=np.float32)}
-        widths = {"clip": CLIP_WIDTH}
+        sizes = [content.image_size, *([512] if content.everything else [])]
+        sample: dict[str, Any] = {
+            f"image_latent_{size}": rng.standard_normal((8, size // 8, size // 8), dtype=np.float32) for size in sizes
+        }
+        widths = {"clip": content.width}
         if content.everything:
-            sample["image_latent_512"] = rng.standard_normal((8, 64, 64), dtype=np.float32)
             widths["t5"] = T5_WIDTH
         for name, width in widths.items():
             sample[f"token_embedding_{name}"] = rng.standard_normal((NUM_TOKENS, width), dtype=np.float32)
@@ -63,10 +69,10 @@ def write_released(folder: Path, count: int, content: Content) -> None:
         np.save(folder / f"{number:06d}.npy", np.array(sample, dtype=object))
 
 
-def read_released(files: Sequence[Path]) -> Batch:
+def read_released(files: Sequence[Path], image_size: int = 256) -> Batch:
     """A batch as the release reads it: every file unpickled, the arrays of one resolution and encoder stacked."""
     samples = [_unpickled(file) for file in files]
-    names = ("image_latent_256", "token_embedding_clip", "token_mask_clip", "token_clip")
+    names = (f"image_latent_{image_size}", "token_embedding_clip", "token_mask_clip", "token_clip")
     moments, features, mask, _ = (torch.stack([torch.from_numpy(sample[name]) for sample in samples]) for name in names)
     mean, log_var = moments.chunk(2, dim=1)
     return Posterior(mean, log_var), features, mask.bool()
