@@ -11,14 +11,17 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
     """(line number from 1, object) for each non-blank line; for a bad line, (number, reason)."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                yield number, f"line {number} of {path.name} is not JSON: {error}"
-                continue
-            yield number, value if isinstance(value, dict) else f"line {number} of {path.name} is not a JSON object"
+            if line.strip():
+                yield number, json_line(line, number, path.name)
+
+
+def json_line(line: bytes, number: int, name: str) -> dict | str:
+    """The object of line `number`, counted from 1, of the file `name`; for a bad line, the reason."""
+    try:
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        return f"line {number} of {name} is not JSON: {error}"
+    return value if isinstance(value, dict) else f"line {number} of {name} is not a JSON object"
 
 
 def json_file(path: Path) -> object:

@@ -5,7 +5,8 @@ The names come from annotations written by others, so each is checked before its
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -78,9 +79,9 @@ def image_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def fullest_folder(candidates: Sequence[Path], names: Sequence[str]) -> Path:
+def fullest_folder(candidates: Sequence[Path], names: Iterable[str]) -> Path:
     """The candidate that holds most of the first 20 names, the first one on a tie: the folder of a list's images."""
-    first = [name for name in names if name and "\0" not in name and not leaves(name)][:20]
+    first = list(islice((name for name in names if name and "\0" not in name and not leaves(name)), 20))
     present = [folder for folder in candidates if folder.is_dir()] or list(candidates[:1])
     return max(present, key=lambda folder: sum(os.path.isfile(folder / name) for name in first))
 

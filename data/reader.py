@@ -9,17 +9,17 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, overload
+from typing import ClassVar
 
 import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.data.files import existing, inside
 from crossflow.data.item import BadItem, Item, Record
+from crossflow.data.records import ListedRecords, Records, unique
 from crossflow.data.spec import Options, parse_options, split_location
-from crossflow.data.splits import choose
 
 NUM_DIGESTED = 256  # items whose content enters a fingerprint
 EDGE_BYTES = 65536  # read from either end of such a file
@@ -100,35 +100,12 @@ class Reader(ABC):
         return ""
 
 
-class LazyIds(Sequence[str]):
-    """Ids that are built when they are read, because large data sets have millions of them.
-
-    A subclass defines `__len__` and `id_at`.
-    """
-
-    @abstractmethod
-    def id_at(self, index: int) -> str:
-        """The id of item `index`, which is in range."""
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self.id_at(place) for place in range(*index.indices(len(self)))]
-        return self.id_at(index)
-
-    def __iter__(self) -> Iterator[str]:
-        return (self.id_at(index) for index in range(len(self)))
-
-
 @dataclass(frozen=True)
 class Listing:
     """The records of a split. File names are relative to `root`; files must lie in an `allowed` folder (the root)."""
 
     root: Path
-    records: list[Record]
+    records: list[Record] | Records
     allowed: tuple[Path, ...] = ()
 
 
@@ -153,18 +130,15 @@ class FileReader(Reader):
             listing = self.listing(path, split)
         except OSError as error:
             raise UserError(f"{self.spec!r} cannot be read: {error}.") from error
-        if not listing.records:
+        if not len(listing.records):
             raise UserError(f"{self.spec!r} has no items in split {split!r}. Expected {self.layout}.")
         self.root = listing.root
         self.allowed = tuple(folder.resolve() for folder in listing.allowed or (listing.root,))
-        self._set_records(_limited(_unique(listing.records), limit, seed))
-        good = [record for record in self.records if not record.problem]
-        present = {
-            "image": any(record.image for record in good),
-            "captions": any(record.captions for record in good),
-            "depth": any(record.depth for record in good),
-        }
-        self.fields = frozenset(name for name, is_there in present.items() if is_there)
+        records = listing.records
+        if not isinstance(records, Records):
+            records = ListedRecords(unique(records))
+        self._set_records(records if limit is None or limit >= len(records) else records.limited(limit, seed))
+        self.fields = self.records.fields
 
     @abstractmethod
     def listing(self, path: Path, split: str) -> Listing:
@@ -173,9 +147,8 @@ class FileReader(Reader):
         Raises UserError for another layout.
         """
 
-    def _set_records(self, records: list[Record]) -> None:
-        self.records = records
-        self.ids = [record.id for record in records]
+    def _set_records(self, records: Records) -> None:
+        self.records, self.ids = records, records.ids
 
     def __getitem__(self, index: int) -> Item:
         """Item `index`, decoded. Raises BadItem with the reason when it is unusable."""
@@ -236,38 +209,47 @@ class FileReader(Reader):
     @property
     def problems(self) -> dict[str, str]:
         """Items that the listing found to be bad: id -> reason."""
-        return {record.id: record.problem for record in self.records if record.problem}
+        return self.records.problems
 
     def with_required(self, fields: Collection[str]) -> "FileReader":
         """The same data, in which an item without one of `fields` is bad."""
         assert self.fields.issuperset(fields)
-        messages = {"captions": "has no caption", "depth": "has no depth"}
         reader = copy.copy(self)
-        records = []
-        for record in self.records:
-            missing = [text for name, text in messages.items() if name in fields and not getattr(record, name)]
-            records.append(replace(record, problem=record.problem or " and ".join(missing)))
-        reader._set_records(records)
+        reader._set_records(self.records.requiring(fields))
         return reader
 
     def fingerprint(self) -> str:
-        """All names, captions and sizes; of 256 items, spread evenly, also 64 KiB of either end of the files."""
-        digest = hashlib.blake2b(digest_size=16)
+        """All names, captions and sizes; of 256 items, spread evenly, also 64 KiB of either end of the files.
+
+        That of indexed data is kept; it is computed again when the index or one of the 256 items has changed.
+        """
         options = {
             name: value
             for name, value in self.option.items()
             if value != self.options[name].default and not self.options[name].is_place
         }
-        if options:
-            digest.update(json.dumps(options, sort_keys=True).encode())
         stride = -(-len(self.records) // NUM_DIGESTED)
-        for number, record in enumerate(self.records):
-            row = [record.id, record.image, record.captions, record.depth, "bad" if record.problem else ""]
-            digest.update(json.dumps(row).encode())
-            for name in (record.image, record.depth):
-                if name and not record.problem:
-                    digest.update(self._file_digest(name, with_content=number % stride == 0))
-        return digest.hexdigest()
+        samples = [self._record_digest(self.records[number], True) for number in range(0, len(self.records), stride)]
+        start = json.dumps(options, sort_keys=True).encode() if options else b""
+        now = hashlib.blake2b(b"".join([start, *samples]), digest_size=16).hexdigest()
+
+        def compute() -> str:
+            digest = hashlib.blake2b(start, digest_size=16)
+            for number, record in enumerate(self.records):
+                in_full = number % stride == 0
+                digest.update(samples[number // stride] if in_full else self._record_digest(record, False))
+            return digest.hexdigest()
+
+        return self.records.keep(f"fingerprint-{now}", compute)
+
+    def _record_digest(self, record: Record, with_content: bool) -> bytes:
+        row = [record.id, record.image, record.captions, record.depth, "bad" if record.problem else ""]
+        digests = [
+            self._file_digest(name, with_content)
+            for name in (record.image, record.depth)
+            if name and not record.problem
+        ]
+        return json.dumps(row).encode() + b"".join(digests)
 
     def _file_digest(self, name: str, with_content: bool) -> bytes:
         try:
@@ -281,27 +263,6 @@ class FileReader(Reader):
                 return b"%d:" % size + hashlib.blake2b(head + file.read()).digest()
         except (ValueError, OSError):
             return b"unreadable"
-
-
-def _unique(records: list[Record]) -> list[Record]:
-    """Records whose id occurred before get an id of their own and are bad."""
-    counts: dict[str, int] = {}
-    result = []
-    for record in records:
-        counts[record.id] = count = counts.get(record.id, 0) + 1
-        if count > 1:
-            record = replace(
-                record, id=f"{record.id}#{count}", problem=record.problem or f"the id {record.id!r} occurred before"
-            )
-        result.append(record)
-    return result
-
-
-def _limited(records: list[Record], limit: int | None, seed: int) -> list[Record]:
-    """`limit` records in their order, spread over all."""
-    if limit is None or limit >= len(records):
-        return records
-    return [records[index] for index in choose([record.id for record in records], limit, seed)]
 
 
 def _size(array: np.ndarray) -> str:

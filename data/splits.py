@@ -4,9 +4,12 @@ Every division depends on the names alone, so adding items moves no other item f
 """
 
 import hashlib
+import heapq
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from crossflow.core.errors import UserError
 
@@ -69,46 +72,57 @@ def select_split(ids: Sequence[str], split: str, available: Collection[str]) -> 
 
 def validation_ids(ids: Iterable[str]) -> set[str]:
     """The ids, 2 % and at least one, that are held out of training for validation; none of a single id."""
-    ranks = {id: _rank(f"validation\x1f{id}") for id in ids}
-    if len(ranks) < 2:
+    shares = {id: rank(f"validation\x1f{id}") / 2**64 for id in ids}
+    if len(shares) < 2:
         return set()
-    return {id for id, rank in ranks.items() if rank < VAL_SHARE} or {min(ranks, key=lambda id: (ranks[id], id))}
+    return {id for id, share in shares.items() if share < VAL_SHARE} or {min(shares, key=lambda id: (shares[id], id))}
 
 
 # -- data without splits
 
 
-def hashed_split(names: Iterable[str]) -> dict[str, str]:
-    """name -> split: 90 % train, 5 % val, 5 % test.
+def hashed_split(ranks: np.ndarray, name_of: Callable[[int], str]) -> np.ndarray:
+    """The positions in SPLIT_WORDS, uint8 (N,), of N names with the `rank`s uint64 (N,): 90 % train, 5 % val, 5 % test.
 
-    From three names on, val and test have at least one each: the names with the highest hashes.
+    From three names on, val and test have at least one each: the names with the highest ranks, and among equal ranks
+    the last `name_of(index)`.
     """
-    ranks = {name: _rank(name) for name in names}
-    splits = {name: "train" if rank < 0.90 else "val" if rank < 0.95 else "test" for name, rank in ranks.items()}
+    shares = _share(ranks)
+    splits = np.searchsorted([0.90, 0.95], shares, side="right").astype(np.uint8)
     if len(splits) >= 3:
-        *_, second, last = sorted(ranks, key=lambda name: (ranks[name], name))
-        splits[last] = "test"
-        if "val" not in splits.values():
-            splits[second] = "val"
+        highest = np.flatnonzero(shares >= np.partition(shares, -2)[-2]).tolist()
+        *_, second, last = sorted(highest, key=lambda index: (shares[index], name_of(index)))
+        splits[last] = 2
+        if not (splits == 1).any():
+            splits[second] = 1
     return splits
+
+
+def expect_hashed(spec: str, counts: Mapping[str, int], split: str) -> None:
+    """Raises UserError when a hash leaves no item for `split`, and warns of sets so small that shares mean little.
+
+    counts: number of items by split.
+    """
+    total = sum(counts.values())
+    listed = ", ".join(f"{count} {word}" for word, count in counts.items())
+    if split != "all" and total and not counts[split]:
+        raise UserError(
+            f"{spec!r} comes without splits, and a hash of the names divides its {total} items into {listed}: "
+            f"none for {split!r}. Add items, define the splits, or write '{spec}@all' to use all items."
+        )
+    if split != "all" and total < 100:
+        logger.warning("%s comes without splits; a hash of the names divides it into %s.", spec, listed)
 
 
 def split_by_hash(spec: str, names: Iterable[str], split: str) -> set[str]:
     """The names in `split` of data that come without splits. Raises UserError when it is empty."""
-    names = list(names)
+    unique = list(dict.fromkeys(names))
     if split == "all":
-        return set(names)
-    splits = hashed_split(names)
-    counts = {word: list(splits.values()).count(word) for word in SPLIT_WORDS}
-    listed = ", ".join(f"{count} {word}" for word, count in counts.items())
-    if names and not counts[split]:
-        raise UserError(
-            f"{spec!r} comes without splits, and a hash of the names divides its {len(names)} items into {listed}: "
-            f"none for {split!r}. Add items, define the splits, or write '{spec}@all' to use all items."
-        )
-    if len(names) < 100:
-        logger.warning("%s comes without splits; a hash of the names divides it into %s.", spec, listed)
-    return {name for name, where in splits.items() if where == split}
+        return set(unique)
+    splits = hashed_split(np.fromiter(map(rank, unique), np.uint64, len(unique)), unique.__getitem__)
+    counts = np.bincount(splits, minlength=len(SPLIT_WORDS)).tolist()
+    expect_hashed(spec, dict(zip(SPLIT_WORDS, counts, strict=True)), split)
+    return {unique[index] for index in np.flatnonzero(splits == list(SPLIT_WORDS).index(split)).tolist()}
 
 
 def choose(ids: Sequence[str], limit: int, seed: int) -> list[int]:
@@ -117,15 +131,19 @@ def choose(ids: Sequence[str], limit: int, seed: int) -> list[int]:
     They are chosen by a hash of (seed, id), so that a few frames of a video data set come from many scenes.
     """
 
-    def rank(index: int) -> bytes:
+    def digest(index: int) -> bytes:
         return _digest(f"{seed}\x1f{ids[index]}")
 
-    return sorted(sorted(range(len(ids)), key=rank)[:limit])
+    return sorted(heapq.nsmallest(limit, range(len(ids)), key=digest))
 
 
-def _rank(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(_digest(name)) / 2**64
+def rank(name: str) -> int:
+    """A number in [0, 2^64) that depends on the name alone."""
+    return int.from_bytes(_digest(name))
+
+
+def _share(ranks: np.ndarray) -> np.ndarray:
+    return ranks.astype(np.float64) / 2**64
 
 
 def _digest(text: str) -> bytes:

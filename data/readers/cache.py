@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from crossflow.core.errors import UserError
 from crossflow.data.files import existing
 from crossflow.data.item import Item
-from crossflow.data.reader import LazyIds, Reader
+from crossflow.data.reader import Reader
+from crossflow.data.records import LazyIds
 from crossflow.data.splits import choose
 
 if TYPE_CHECKING:

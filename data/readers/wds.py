@@ -22,8 +22,9 @@ from crossflow.core.files import user_cache
 from crossflow.data.annotations import clean_captions
 from crossflow.data.files import IMAGE_SUFFIXES, existing, save_array
 from crossflow.data.item import BadItem, Item
-from crossflow.data.reader import LazyIds, Reader
+from crossflow.data.reader import Reader
 from crossflow.data.readers.jsonl import CAPTION_KEYS
+from crossflow.data.records import LazyIds
 from crossflow.data.spec import Option, Options, parse_options, split_location
 from crossflow.data.splits import choose, split_by_hash, split_word
 
