@@ -4,8 +4,10 @@ adapter, the configuration of a recipe, the model of a run.
 Names are known without importing a task or torch, so that `crossflow --help` answers at once.
 """
 
+import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -94,6 +96,11 @@ def _imported(task: str, module: str, attribute: str = "Adapter") -> type:
 
 
 def _entry_points() -> Iterable[metadata.EntryPoint]:
+    return _entry_points_on(tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=1)  # reading what all installed packages declare takes most of the time of load_config
+def _entry_points_on(path: tuple[str, ...]) -> Iterable[metadata.EntryPoint]:
     return metadata.entry_points(group=ENTRY_POINTS)
 
 

@@ -27,9 +27,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with the most slow tests first, so that no worker begins a long one when the others are done."""
-    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -num_slow[item.path])
+    """Modules with a test marked slow(first=True) and those with the most slow tests first, so that no worker begins a
+    long one when the others are done.
+    """
+    marks = [(item.path, mark) for item in items if (mark := item.get_closest_marker("slow"))]
+    first = {path for path, mark in marks if mark.kwargs.get("first")}
+    num_slow = Counter(path for path, _ in marks)
+    items.sort(key=lambda item: (item.path not in first, -num_slow[item.path]))
 
 
 TINY = [
@@ -83,6 +87,17 @@ def blind_judge():
 
     with mock.patch("crossflow.tasks.t2i.metric.load_recogniser", return_value=nothing):
         yield
+
+
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR reads its paraphrases for eight seconds; where its number does not matter, it is left out with a note."""
+    from crossflow.tasks.caption import metric
+
+    def absent(part: str, *files: str) -> Path:
+        raise metric.JavaUnavailable("the tests do without")
+
+    monkeypatch.setattr(metric, "_require_java", absent)
 
 
 @pytest.fixture(scope="session")

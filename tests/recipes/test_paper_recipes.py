@@ -76,7 +76,7 @@ def workspace(paper_data: Path, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: Path(output(block[0])).name)
 def test_the_commands_of_the_page_train_resume_sample_and_score(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, block: list[list[str]]
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, no_java: None, block: list[list[str]]
 ):
     monkeypatch.chdir(workspace)
     train, resume, sample, *evaluations = block

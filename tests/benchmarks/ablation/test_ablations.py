@@ -313,7 +313,7 @@ def tiny(settings: list[str]) -> tuple[str, ...]:
     ("name", "task"),
     [*((name, "t2i") for name in GROUPS), *(("encoder", task) for task in task_names() if task != "t2i")],
 )
-def test_every_group_runs(name: str, task: str, tmp_path: Path, tiny_settings, blind_judge) -> None:
+def test_every_group_runs(name: str, task: str, tmp_path: Path, tiny_settings, blind_judge, no_java) -> None:
     """In this process, so that the judge can be replaced; two steps, one seed."""
     study = plan(name, tmp_path, task=task, steps=4, seeds=(0,), num_items=6, overrides=tiny(tiny_settings(task)))
 

@@ -178,21 +178,25 @@ def test_cache_key_follows_training_and_world(monkeypatch):
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_recogniser()
+    """Trained in a fifth of the time of the judge that scores rest on: right in 98 % of counts and relations and 95 %
+    of shapes, where that is right in 99 % of all three, as `crossflow evaluate` reports beside the scores of a
+    text-to-image run (judge_count, judge_relation, judge_shape).
+    """
+    return load_recogniser(Training(num_scenes=4000, steps=500, batch_size=64, lr=5e-3, width=16))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 @pytest.mark.parametrize("size", [32, 64])
 def test_judge_is_right_on_renders_it_has_not_seen(judge, size):
     scenes = [make_scene(scene_seed("test", index)) for index in range(1000)]
     measured = accuracy(judge, scenes, size)
-    for name in ("count", "shape", "colour", "relation"):
-        assert measured[name] >= 0.97, (name, measured)
+    for name, expected in {"count": 0.96, "shape": 0.93, "colour": 0.97, "relation": 0.95}.items():
+        assert measured[name] >= expected, (name, measured)
         assert measured[name] == pytest.approx(judge.report[name], abs=0.02)
     assert json.loads(json.dumps(judge.report)) == judge.report
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_real_pictures_of_what_prompts_ask_score_nearly_one(judge):
     """Renders chosen to fulfil a prompt of each kind are judged right; judged by other prompts most are wrong."""
     from crossflow.data.scenes import geneval_prompts
@@ -212,6 +216,6 @@ def test_real_pictures_of_what_prompts_ask_score_nearly_one(judge):
             if fits:
                 metric.add(f"{kind}/{number}", render([scenes[fits[number % len(fits)]]], 32)[0][0], prompt)
     values = metric.compute()
-    assert values["overall"] > 0.95, values
+    assert values["overall"] > 0.93, values
     assert values["shuffled_overall"] < 0.5
-    assert values["judge_shape"] >= 0.97
+    assert values["judge_shape"] == judge.report["shape"]
