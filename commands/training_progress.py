@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 # Entries of a training line that the progress line shows in another form, or not at all.
-_NOT_A_LOSS = {"kind", "step", "epoch", "lr", "grad_norm", "seconds_per_step", "samples_per_second", "skipped_steps"}
+_NOT_A_LOSS = {
+    *("kind", "step", "epoch", "lr", "grad_norm", "unconditional", "skipped_steps"),
+    *("seconds_per_step", "samples_per_second", "data_seconds"),
+}
 
 
 class RichProgress:

@@ -47,6 +47,8 @@ class StepResult:
     """(len(names),) losses by name, averaged over the parts."""
     norm: Tensor
     """Norm of the gradient before clipping, a scalar."""
+    unconditional: Tensor
+    """Share of the samples that were unconditional, a scalar."""
     skipped: bool
     """Whether the gradient overflowed at the current fp16 scale, so that the weights were not updated."""
 
@@ -110,7 +112,11 @@ class Learner:
         if not skipped:
             with self.phase("ema"):
                 self.ema.update()
-        return StepResult(self.losses.names, total, norm, skipped)
+        return StepResult(self.losses.names, total, norm, self._share_of_unconditional(batches), skipped)
+
+    def _share_of_unconditional(self, batches: Sequence[Batch]) -> Tensor:
+        flags = [batch.unconditional for batch in batches if batch.unconditional is not None]
+        return torch.cat(flags).float().mean() if flags else torch.zeros((), device=self.device)
 
     def _clip(self) -> Tensor:
         """Clips the gradient and returns its norm before clipping, a scalar."""

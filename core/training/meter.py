@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,26 @@ from torch import Tensor
 from crossflow.core import distributed
 
 
+@dataclass(frozen=True)
+class Interval:
+    """The steps since the last log."""
+
+    means: dict[str, float]
+    """Losses, `grad_norm` and `unconditional` (share of unconditional samples), averaged over steps and ranks."""
+    num_steps: int
+    """Steps in the time below; fewer than in the means when the run was resumed meanwhile."""
+    seconds: float
+    waiting: float
+    """Seconds of these in which the process waited for its data."""
+
+
 class Meter:
-    """Sums of the losses and of the gradient norm since the last log, on the device, and the elapsed time."""
+    """Sums of the losses, the gradient norm and the share of unconditional samples since the last log, on the device,
+    and the elapsed time.
+    """
+
+    EXTRA = ("grad_norm", "unconditional")
+    """The sums beside those of the losses."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -22,33 +41,44 @@ class Meter:
         self._num_steps = 0  # in the sums
         self._num_timed = 0  # since the clock started
         self._start = time.monotonic()
+        self._waiting = 0.0
 
-    def add(self, names: tuple[str, ...], losses: Tensor, norm: Tensor) -> None:
-        """Adds the losses (P,), called `names`, and the gradient norm (scalar) of a step."""
+    def add(self, names: tuple[str, ...], losses: Tensor, norm: Tensor, unconditional: Tensor) -> None:
+        """Adds a step: its losses (P,), called `names`, its gradient norm and its share of unconditional samples (both
+        scalars).
+        """
         self.names, self.latest, self.norm = names, losses, norm
-        values = torch.cat([losses, norm.view(1).to(losses)])
+        values = torch.cat([losses, norm.view(1).to(losses), unconditional.view(1).to(losses)])
         self._sums = values if self._sums is None else self._sums + values
         self._num_steps += 1
         self._num_timed += 1
 
-    def take(self) -> tuple[dict[str, float], float, int]:
-        """(means over steps and ranks by name, seconds, number of steps in that time); starts the next interval."""
-        means = self._means()
-        seconds, num_timed = time.monotonic() - self._start, self._num_timed
+    def take(self) -> Interval:
+        """The interval that ends here; starts the next one."""
+        interval = Interval(self._means(), self._num_timed, time.monotonic() - self._start, self._waiting)
         self._sums, self._num_steps = None, 0
         self.restart_clock()
-        return means, seconds, num_timed
+        return interval
 
     def _means(self) -> dict[str, float]:
         assert self._sums is not None
         values = (
             distributed.mean_over_ranks(self._sums).cpu().double() / self._num_steps
         )  # not every device has float64
-        return dict(zip([*self.names, "grad_norm"], values.tolist(), strict=True))
+        return dict(zip([*self.names, *self.EXTRA], values.tolist(), strict=True))
 
     def restart_clock(self) -> None:
         """Restarts the time measurement."""
-        self._start, self._num_timed = time.monotonic(), 0
+        self._start, self._num_timed, self._waiting = time.monotonic(), 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Context in which the process waits for its data."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting += time.monotonic() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -67,7 +97,9 @@ class Meter:
     def load_state(self, content: Mapping[str, Any]) -> None:
         """Continues the interval that `state` returned."""
         self.names = tuple(content["names"])
-        self._sums = None if content["sums"] is None else torch.tensor(content["sums"], device=self.device)
+        if content["sums"] is not None:
+            missing = len(self.names) + len(self.EXTRA) - len(content["sums"])  # of a run that recorded fewer numbers
+            self._sums = torch.tensor([*content["sums"], *[float("nan")] * missing], device=self.device)
         self._num_steps = content["num_steps"]
 
 

@@ -245,7 +245,7 @@ class Trainer:
         positions = Positions(start, stop, config.batch_size, config.accumulate, self.rank, self.world_size)
         loaded = iter(loader(self.data, positions, config.num_workers, pin=self.device.type == "cuda"))
         for _ in range(len(positions)):
-            with self.learner.phase("data"):
+            with self.learner.phase("data"), self._meter.waiting():
                 record = next(loaded)
             yield record
 
@@ -255,7 +255,7 @@ class Trainer:
         self._skipped += result.skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
         self.step += 1
-        self._meter.add(result.names, result.losses, result.norm)
+        self._meter.add(result.names, result.losses, result.norm, result.unconditional)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the optimizer step after `step` completed ones."""
@@ -303,13 +303,14 @@ class Trainer:
         )
 
     def _log(self) -> None:
-        numbers, seconds, num_steps = self._meter.take()
+        interval = self._meter.take()
         line = {
-            **numbers,
+            **interval.means,
             "lr": self.learning_rate_at(self.step - 1),
             "epoch": self.step * self.config.batch_size / self.num_examples,
-            "seconds_per_step": seconds / num_steps,
-            "samples_per_second": self.config.batch_size * num_steps / max(seconds, 1e-9),
+            "seconds_per_step": interval.seconds / interval.num_steps,
+            "samples_per_second": self.config.batch_size * interval.num_steps / max(interval.seconds, 1e-9),
+            "data_seconds": interval.waiting / interval.num_steps,
         }
         if self.accelerator.scaler is not None:
             line["skipped_steps"] = self._skipped

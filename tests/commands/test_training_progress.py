@@ -10,7 +10,7 @@ from crossflow.core.progress import duration
 
 LINE = {
     "kind": "train", "step": 20, "loss": 0.51234, "flow": 0.5, "grad_norm": 2.0, "lr": 1e-4, "epoch": 0.2,
-    "seconds_per_step": 0.5, "samples_per_second": 8.0,
+    "seconds_per_step": 0.5, "samples_per_second": 8.0, "data_seconds": 0.1, "unconditional": 0.125,
 }  # fmt: skip
 
 

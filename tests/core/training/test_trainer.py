@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from crossflow.core.errors import UserError
 from crossflow.core.training import checkpoint as state
 from crossflow.core.training import prepare
+from crossflow.core.training.meter import Meter
 from crossflow.core.training.optim import learning_rate
 from crossflow.core.training.prepare import compile_blocks
 
@@ -30,7 +32,7 @@ def test_a_run_writes_its_files_and_metrics(tiny: ModuleType, tmp_path: Path) ->
     train, val = tiny.lines(tmp_path), tiny.lines(tmp_path, "val")
     assert [line["step"] for line in train] == [3, 6, 9, 12]
     assert [line["step"] for line in val] == [6, 12]
-    assert set(train[0]) == {"kind", "step", "loss", "flow", "size", "grad_norm", "lr", "epoch"}
+    assert set(train[0]) == {"kind", "step", "loss", "flow", "size", "grad_norm", "unconditional", "lr", "epoch"}
     assert result.losses["flow"] == train[-1]["flow"]
     assert result.scores == {"score": val[-1]["score"]}
     assert train[-1]["loss"] < train[0]["loss"]
@@ -329,6 +331,32 @@ def test_a_step_passes_through_its_phases_in_order(tiny: ModuleType, tmp_path: P
     parts = ["forward", "backward"] * 2
     assert passed == [*["data", "encode"] * 2, "forward", *parts, "optimizer", "ema"]
     assert not (tmp_path / "run").exists()
+
+
+def test_waiting_for_data_is_logged_beside_the_step_time(tiny: ModuleType, tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, data=tiny.Data(seconds=0.005), steps=3).run()
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert 0.02 <= line["data_seconds"] < line["seconds_per_step"]  # four examples of 5 ms each
+
+
+def test_the_share_of_unconditional_samples_is_logged(tiny: ModuleType, tmp_path: Path) -> None:
+    class Drawing(tiny.Objective):  # type: ignore[misc,name-defined]
+        def draw(self, batches, noises):
+            return [replace(batch, unconditional=torch.arange(len(batch)) < 1) for batch in batches]
+
+    tiny.trainer(tmp_path / "drawn", Drawing(), steps=3, accumulate=2).run()
+    tiny.trainer(tmp_path / "none", steps=3).run()
+    assert tiny.lines(tmp_path / "drawn")[0]["unconditional"] == 0.5  # one of the two samples of each part
+    assert tiny.lines(tmp_path / "none")[0]["unconditional"] == 0
+
+
+def test_an_interval_of_a_run_that_recorded_fewer_numbers_is_continued() -> None:
+    meter = Meter(torch.device("cpu"))
+    meter.load_state({"names": ["loss"], "sums": [1.0, 2.0], "num_steps": 1})
+    meter.add(("loss",), torch.tensor([3.0]), torch.tensor(4.0), torch.tensor(0.1))
+    means = meter.take().means
+    assert (means["loss"], means["grad_norm"]) == (2.0, 3.0)
+    assert math.isnan(means["unconditional"])
 
 
 def test_nothing_is_printed(tiny: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
