@@ -76,8 +76,10 @@ class Merged:
         owners = np.searchsorted(self.starts, places, side="right") - 1
         for owner in np.unique(owners).tolist():
             slots = np.flatnonzero(owners == owner)
-            taken = self.parts[owner].take(places[slots] - self.starts[owner])
-            columns = {name: column.to_pylist() for name, column in zip(taken.column_names, taken.columns, strict=True)}
+            chosen = self.parts[owner].take(places[slots] - self.starts[owner])
+            columns = {
+                name: column.to_pylist() for name, column in zip(chosen.column_names, chosen.columns, strict=True)
+            }
             for number, slot in enumerate(slots.tolist()):
                 lines[slot] = {name: values[number] for name, values in columns.items()}
         return lines
