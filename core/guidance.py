@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crossflow.core.batch import Condition
 from crossflow.core.distributed import gather, rank, world_size
-from crossflow.core.model import CrossFlow, as_flags
+from crossflow.core.model import CrossFlow, as_flags, as_times
 from crossflow.core.paths import expand
 from crossflow.core.solvers import Velocity
 
 TIME_TOLERANCE = 1e-6
-"""Tolerance of comparisons of times: those of a grid, such as 0.7, are rounded to float32."""
+"""Tolerance of comparisons of times: those of a grid are sums of rounded step lengths."""
 
 
 def draw_unconditional(uniforms: Sequence[Tensor], drop: float) -> list[Tensor]:
@@ -41,24 +42,42 @@ def rotate_targets(targets: Sequence[Tensor], unconditional: Sequence[Tensor]) -
     >>> rotate_targets([torch.tensor([10, 11, 12, 13])], [flags])[0].tolist()
     [13, 11, 10, 12]
     """
-    everywhere = _whole(unconditional)
-    if not everywhere.any():
-        return list(targets)
-    drawn = everywhere.nonzero().squeeze(1)
-    takes_from = torch.arange(len(everywhere), device=everywhere.device)
-    takes_from[drawn] = drawn.roll(1)
-    whole, rotated = _whole(targets), []
+    # Each unconditional sample takes the target of the one before it, so a part needs a single target from elsewhere:
+    # the last unconditional one of the nearest part before it, cyclically, that has any.
+    ends = [_last(flags) for flags in unconditional]
+    occupied = _in_order([end >= 0 for end in ends])
+    offered = _in_order([target.index_select(0, end.clamp(min=0)) for target, end in zip(targets, ends, strict=True)])
+    before = _previous(occupied)
+    sources = torch.where(before < 0, _last(occupied), before).clamp(min=0)
+    rotated = []
     for part, (target, flags) in enumerate(zip(targets, unconditional, strict=True)):
-        first = (part * world_size() + rank()) * len(target)
-        other = whole[takes_from[first : first + len(target)]]
+        number, inside = part * world_size() + rank(), _previous(flags)
+        from_outside = offered.index_select(0, sources[number : number + 1])
+        other = target.detach().index_select(0, inside.clamp(min=0))
+        other = torch.where(expand(inside < 0, target), from_outside, other)
         rotated.append(torch.where(expand(flags, target), other, target))
     return rotated
 
 
-def _whole(parts: Sequence[Tensor]) -> Tensor:
-    """The parts (B, ...) of all processes as one batch, ordered by part and then by rank; without gradients."""
-    by_rank = gather(torch.stack(list(parts))).unflatten(0, (world_size(), len(parts)))
-    return by_rank.transpose(0, 1).flatten(0, 2)
+def _positions(flags: Tensor) -> Tensor:
+    """Each flag's own index where it is set, -1 elsewhere: (N,) bool -> (N,) int64."""
+    return torch.where(flags, torch.arange(len(flags), device=flags.device), -1)
+
+
+def _last(flags: Tensor) -> Tensor:
+    """The index of the last flag that is set, -1 without any: (N,) bool -> (1,) int64."""
+    return _positions(flags).amax(0, keepdim=True)
+
+
+def _previous(flags: Tensor) -> Tensor:
+    """For each place the index of the nearest flag before it that is set, -1 without any: (N,) bool -> (N,) int64."""
+    return F.pad(_positions(flags).cummax(0).values[:-1], (1, 0), value=-1)
+
+
+def _in_order(parts: Sequence[Tensor]) -> Tensor:
+    """One row (1, ...) of each part on all processes, ordered by part and then by rank; without gradients."""
+    by_rank = gather(torch.cat(list(parts))).unflatten(0, (world_size(), len(parts)))
+    return by_rank.transpose(0, 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -110,21 +129,19 @@ def _doubled(condition: Condition | None) -> Condition | None:
     return Condition(**twice)
 
 
-def _within(t: Tensor | float, interval: tuple[float, float]) -> bool:
+def _within(t: float, interval: tuple[float, float]) -> bool:
     """Whether interval[0] <= t <= interval[1]."""
-    if interval[0] <= 0 and interval[1] >= 1:
-        return True  # avoids copying t from the device
-    return interval[0] - TIME_TOLERANCE <= float(t) <= interval[1] + TIME_TOLERANCE
+    return interval[0] - TIME_TOLERANCE <= t <= interval[1] + TIME_TOLERANCE
 
 
-def _before(t: Tensor | float, end: float) -> bool:
-    """Whether t < end; end = k / N excludes the step at k / N, whose float32 time may lie below it."""
-    return float(t) < end - TIME_TOLERANCE
+def _before(t: float, end: float) -> bool:
+    """Whether t < end; end = k / N excludes the step at k / N, whose rounded time may lie below it."""
+    return t < end - TIME_TOLERANCE
 
 
 def plain(model: CrossFlow, condition: Condition | None = None) -> Velocity:
     """The conditional velocity."""
-    return lambda z, t: model.velocity(z, t.expand(len(z)), as_flags(False, z), condition)
+    return lambda z, t: model.velocity(z, as_times(t, z), as_flags(False, z), condition)
 
 
 def indicator_guidance(
@@ -133,13 +150,13 @@ def indicator_guidance(
     """v_uncond + scale (v_cond - v_uncond) inside the interval, both from one batched forward of 2B samples."""
     if scale == 1:
         return plain(model, condition)
-    doubled = _doubled(condition)
+    doubled, conditional = _doubled(condition), plain(model, condition)
 
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
+    def velocity(z: Tensor, t: float) -> Tensor:
         if not _within(t, interval):
-            return model.velocity(z, t.expand(len(z)), as_flags(False, z), condition)
-        flags = torch.cat([as_flags(False, z), as_flags(True, z)])
-        both = model.velocity(torch.cat([z, z]), t.expand(2 * len(z)), flags, doubled)
+            return conditional(z, t)
+        twice, flags = torch.cat([z, z]), torch.cat([as_flags(False, z), as_flags(True, z)])
+        both = model.velocity(twice, as_times(t, twice), flags, doubled)
         v_cond, v_uncond = both.chunk(2)
         return v_uncond + scale * (v_cond - v_uncond)
 
@@ -160,12 +177,13 @@ def autoguidance(
     if scale == 1:
         return plain(model, condition)
 
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
-        times, flags = t.expand(len(z)), as_flags(False, z)
-        v = model.velocity(z, times, flags, condition)
+    strong, poor = plain(model, condition), plain(weak, weak_condition)
+
+    def velocity(z: Tensor, t: float) -> Tensor:
+        v = strong(z, t)
         if not _within(t, interval):
             return v
-        v_weak = weak.velocity(z, times, flags, weak_condition)
+        v_weak = poor(z, t)
         return v_weak + scale * (v - v_weak)
 
     return velocity

@@ -115,7 +115,8 @@ def sigmoid_contrastive_loss(z0: Tensor, target: Tensor, log_temperature: Tensor
     a, b = _normalised(z0), _normalised(target)
     all_b = gather_with_grad(b)
     here = torch.arange(len(a), device=a.device) + rank() * len(a)
-    sign = 2 * F.one_hot(here, len(all_b)).float() - 1
+    # F.one_hot would read the largest index back from the device.
+    sign = torch.where(here[:, None] == torch.arange(len(all_b), device=a.device), 1.0, -1.0)
     logits = _logits(a, all_b, log_temperature) + bias
     return -F.logsigmoid(sign * logits).sum(1).mean()
 

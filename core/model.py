@@ -74,6 +74,11 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def as_times(t: float, like: Tensor) -> Tensor:
+    """(B,) float32, all `t`, on the device of `like` (B, ...)."""
+    return torch.full((len(like),), t, dtype=torch.float32, device=like.device)
+
+
 def as_flags(value: bool, like: Tensor) -> Tensor:
     """(B,) bool, all `value`, on the device of `like` (B, ...)."""
     return torch.full((len(like),), value, dtype=torch.bool, device=like.device)

@@ -14,8 +14,8 @@ from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.progress import Progress
 from crossflow.core.registry import Registry
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(z (B, *latent), t scalar tensor in [0, 1]) -> dz/dt (B, *latent)."""
+Velocity = Callable[[Tensor, float], Tensor]
+"""(z (B, *latent), t in [0, 1]) -> dz/dt (B, *latent). A Python number, so that nobody reads the time from a device."""
 
 END = 1 - 1e-5
 """Time at which the released samplers stop, just before t = 1."""
@@ -67,29 +67,27 @@ class Memory:
     length: float = 0.0
 
 
-Slope = Callable[[Tensor, float], Tensor]
-"""The velocity with its time as a Python number, as the steps below call it."""
-Step = Callable[[Slope, Tensor, float, float, Memory], Tensor]
+Step = Callable[[Velocity, Tensor, float, float, Memory], Tensor]
 """(slope, z (B, *latent), t, step length h, memory) -> z at t + h."""
 
 
-def euler_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+def euler_step(slope: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
     """z + h v(z, t)."""
     return z + h * slope(z, t)
 
 
-def midpoint_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+def midpoint_step(slope: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
     """z + h v(z + h/2 v(z, t), t + h/2)."""
     return z + h * slope(z + h / 2 * slope(z, t), t + h / 2)
 
 
-def heun_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+def heun_step(slope: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
     """z + h/2 (v(z, t) + v(z + h v(z, t), t + h))."""
     v = slope(z, t)
     return z + h / 2 * (v + slope(z + h * v, t + h))
 
 
-def rk4_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+def rk4_step(slope: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
     """z + h/6 (k1 + 2 k2 + 2 k3 + k4)."""
     k1 = slope(z, t)
     k2 = slope(z + h / 2 * k1, t + h / 2)
@@ -98,7 +96,7 @@ def rk4_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Ten
     return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-def ab2_step(slope: Slope, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+def ab2_step(slope: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
     """z + h (v + r/2 (v - v_previous)), r = h / previous h; the first step is a midpoint step."""
     v = slope(z, t)
     previous, ratio = memory.velocity, h / memory.length if memory.length else 0.0
@@ -171,7 +169,7 @@ def solve(
     Solution(z=tensor([[1., 1.]]), evaluations=(8,), trajectory=[])
 
     Args:
-        velocity: (z (B, *latent), t scalar tensor) -> (B, *latent).
+        velocity: (z (B, *latent), t float) -> (B, *latent).
         z: (B, *latent) at the start. B = 1 for an adaptive solver: an error norm over several items would make the
             result of an item depend on its neighbours.
         solver: a name in `SOLVERS`.
@@ -193,7 +191,7 @@ def solve(
         nonlocal evaluations
         t = min(max(t, 0.0), 1.0)
         evaluations += evaluations_at(t)
-        return velocity(state, torch.tensor(t, device=state.device, dtype=torch.float32))
+        return velocity(state, t)
 
     if scheme.step is None:
         assert len(z) == 1, f"{solver} integrates one item at a time, got {len(z)}"
@@ -225,7 +223,7 @@ def _checked(solver: str, steps: int, time_grid: str, reverse: bool) -> Solver:
     return scheme
 
 
-def _dopri5(slope: Slope, z: Tensor, num_parts: int, reverse: bool, tolerance: float) -> list[Tensor]:
+def _dopri5(slope: Velocity, z: Tensor, num_parts: int, reverse: bool, tolerance: float) -> list[Tensor]:
     """The states at num_parts + 1 evenly spaced times, both ends included."""
     from torchdiffeq import odeint
 

@@ -18,7 +18,7 @@ from crossflow.core.noise import Noise
 from crossflow.core.training import checkpoint
 from crossflow.core.training.ema import EMA
 from crossflow.core.training.optim import build_optimizer
-from crossflow.core.training.prepare import checkpoint_activations, compile_blocks
+from crossflow.core.training.prepare import checkpoint_activations, compile_blocks, keep_freed_memory
 from crossflow.core.training.stream import MicroBatch
 
 
@@ -64,6 +64,8 @@ class Learner:
         self.model: nn.Module = objective.model  # type: ignore[assignment]
         self._draw: Callable[..., list[Batch]] = objective.draw  # type: ignore[assignment]
         self.device: torch.device = accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.checkpointing:
             checkpoint_activations(self.model)
         if config.compile:

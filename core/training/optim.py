@@ -2,13 +2,18 @@
 
 import math
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Leaf names of learned tables, queries and single tokens, which are embeddings without being an nn.Embedding.
 _EMBEDDING_NAME = re.compile(r"(^|_)(pos|positions?|embeds?|embeddings?|tokens?|quer(y|ies)|context)(_|\d|$)")
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Values orthogonalised at a time: beyond this a larger batch gains nothing and its copies take memory.
+_MUON_BATCH = 2**26
 
 
 def learning_rate(
@@ -71,16 +76,45 @@ def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
     }
 
 
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrices, roughly: (n, r, c) with r <= c -> the same in bfloat16, singular values near 1.
+
+    Five steps of the quintic Newton-Schulz iteration X <- a X + (b A + c A^2) X, A = X X^T, whose coefficients bring
+    the singular values to 0.7 ... 1.2 (Jordan et al. 2024). All n matrices share each product; bfloat16 suffices, since
+    its errors of 1 % are far below that spread.
+    """
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1, where it converges
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def fuses(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether torch has a fused AdamW, one pass over weights, gradients and state, for these parameters."""
+    return all(parameter.device.type in _FUSED_DEVICES for parameter in parameters)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the matrices in `hidden` and AdamW for all else, as one optimizer.
 
-    A matrix moves by its orthogonalised momentum, scaled to the size of an AdamW update (Liu et al. 2025, section 2.2),
-    so that both share the learning rate and the weight decay of a recipe.
-    groups: as `decay_groups` gives them; betas: AdamW's.
+    A matrix moves by its orthogonalised Nesterov momentum, scaled to the size of an AdamW update (Liu et al. 2025,
+    section 2.2), so that both share the learning rate and the weight decay of a recipe. Matrices of one shape, or its
+    transpose, are orthogonalised together.
+    groups: as `decay_groups` gives them; betas, fused: AdamW's; momentum: that of the matrices.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], hidden: set[nn.Parameter], *, lr: float, betas: tuple[float, float]
+        self,
+        groups: list[dict[str, Any]],
+        hidden: set[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        fused: bool = False,
+        momentum: float = 0.95,
     ) -> None:
         matrices, rest = [], []
         for group in groups:
@@ -88,32 +122,64 @@ class Muon(torch.optim.Optimizer):
             outside = [parameter for parameter in group["params"] if parameter not in hidden]
             matrices += [group | {"params": inside}] if inside else []
             rest += [group | {"params": outside}] if outside else []
-        self.parts: list[torch.optim.Optimizer] = []
-        if matrices:
-            self.parts.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw"))
-        if rest:
-            self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=betas, foreach=True))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.momentum, self.num_matrix_groups = momentum, len(matrices)
+        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=fused, foreach=not fused) if rest else None
+        super().__init__([*matrices, *(self.adamw.param_groups if self.adamw else [])], {"lr": lr})
         self._share()
 
     def _share(self) -> None:
-        """Makes both parts use this optimizer's groups and state, which are the ones saved and loaded."""
-        groups = iter(self.param_groups)
-        for part in self.parts:
-            part.param_groups = [next(groups) for _ in part.param_groups]
-            part.state = self.state
+        """Makes AdamW use this optimizer's groups and state, which are the ones saved and loaded."""
+        if self.adamw is not None:
+            self.adamw.param_groups, self.adamw.state = self.param_groups[self.num_matrix_groups :], self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As for any optimizer; both parts use the loaded groups and state."""
+        """As for any optimizer; AdamW uses the loaded groups and state."""
         super().load_state_dict(state_dict)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of both parts with the current gradients."""
+        """One step of all parameters with the current gradients."""
         assert closure is None, "closures are not supported"
-        for part in self.parts:
-            part.step()
+        for group in self.param_groups[: self.num_matrix_groups]:
+            self._step_matrices(group)
+        if self.adamw is not None:
+            self.adamw.step()
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        moving = [matrix for matrix in group["params"] if matrix.grad is not None]
+        if not moving:
+            return
+        gradients = [matrix.grad for matrix in moving]
+        for matrix in moving:
+            if "momentum_buffer" not in self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        averages = [self.state[matrix]["momentum_buffer"] for matrix in moving]
+        torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
+        updates = torch._foreach_lerp(gradients, averages, self.momentum)
+        torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
+        for numbers in _batches(moving):
+            wide = torch.stack([_wide(updates[number]) for number in numbers])
+            scale = 0.2 * max(wide.shape[1:]) ** 0.5
+            moves = orthogonalised(wide).to(updates[0].dtype).unbind()
+            for number, move in zip(numbers, moves, strict=True):
+                move = move if moving[number].shape == move.shape else move.mT
+                moving[number].add_(move, alpha=-group["lr"] * scale)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose if that has the longer rows."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+
+
+def _batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The numbers of matrices of one shape or its transpose, at most _MUON_BATCH values together."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for number, matrix in enumerate(matrices):
+        by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(number)
+    for shape, numbers in by_shape.items():
+        size = max(1, _MUON_BATCH // math.prod(shape))
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def build_optimizer(
@@ -131,8 +197,8 @@ def build_optimizer(
     """
     groups = decay_groups(module, weight_decay)
     assert groups, "the objective has no trainable parameter"
+    fused = not scaled and fuses(parameter for group in groups for parameter in group["params"])
     if name == "muon":
-        return Muon(groups, hidden_matrices(module), lr=lr, betas=betas)
+        return Muon(groups, hidden_matrices(module), lr=lr, betas=betas, fused=fused)
     assert name == "adamw", name
-    fused = groups[0]["params"][0].is_cuda and not scaled
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused, foreach=not fused)

@@ -19,7 +19,7 @@ from crossflow.core.model import CrossFlow, as_flags
 from crossflow.core.source import SourceEncoder
 
 LATENT = (2, 4, 4)
-T = torch.tensor(0.4)
+T = 0.4
 
 
 @pytest.fixture
@@ -65,6 +65,19 @@ def test_the_rotation_does_not_depend_on_the_parts() -> None:
         assert torch.equal(torch.cat(rotate_targets(target.chunk(num), flags)), whole)
 
 
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
+def test_each_unconditional_sample_takes_the_target_of_the_one_before_it(num_parts: int, share: float) -> None:
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        target = torch.randn(16, 2, 3, generator=generator)
+        flags = torch.rand(16, generator=generator) < share
+        expected = target.clone()
+        expected[flags] = target[flags].roll(1, 0)
+        rotated = rotate_targets(target.chunk(num_parts), flags.chunk(num_parts))
+        assert torch.equal(torch.cat(rotated), expected)
+
+
 def test_no_unconditional_sample_takes_its_own_target() -> None:
     for seed in range(20):
         unconditional = torch.rand(9, generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -86,7 +99,7 @@ def test_unrotated_targets_keep_their_gradients() -> None:
 @torch.no_grad()
 def test_guidance_in_one_batch_equals_two_passes(make: Callable[..., CrossFlow]) -> None:
     model = make()
-    t = T.expand(3)
+    t = torch.full((3,), T)
     cond = model.velocity(z(), t, as_flags(False, z()))
     uncond = model.velocity(z(), t, as_flags(True, z()))
     assert (cond - uncond).abs().max() > 1e-3
@@ -99,7 +112,7 @@ def test_guidance_in_one_batch_equals_two_passes(make: Callable[..., CrossFlow])
 def test_guidance_of_a_baseline_drops_its_condition(make: Callable[..., CrossFlow]) -> None:
     model = make(context_dim=6, grid_channels=1)
     condition = Condition(torch.randn(3, 5, 6), torch.rand(3, 5) < 0.7, torch.randn(3, 1, 4, 4))
-    t = T.expand(3)
+    t = torch.full((3,), T)
     cond = model.velocity(z(), t, as_flags(False, z()), condition)
     uncond = model.velocity(z(), t, as_flags(True, z()), condition)
     assert torch.allclose(indicator_guidance(model, 2.0, condition)(z(), T), 2 * cond - uncond, atol=1e-5)
@@ -124,8 +137,7 @@ def test_guidance_acts_inside_its_interval_ends_included(make: Callable[..., Cro
         velocity = autoguidance(model, weak, 4.0, interval=(0.1, 0.7))
         everywhere = autoguidance(model, weak, 4.0)
     for time, guided in ((0.05, False), (0.1, True), (0.4, True), (0.7, True), (0.72, False)):
-        t = torch.tensor(time)  # float32(0.7) < 0.7
-        assert torch.equal(velocity(z(), t), (everywhere if guided else plain(model))(z(), t)), time
+        assert torch.equal(velocity(z(), time), (everywhere if guided else plain(model))(z(), time)), time
 
 
 @torch.no_grad()
@@ -151,7 +163,7 @@ def test_without_guidance_the_weak_model_is_not_evaluated(make: Callable[..., Cr
 @pytest.mark.parametrize("zeroed", [1, 3])
 def test_zero_init_zeroes_just_the_first_steps(steps: int, zeroed: int) -> None:
     velocity = zero_init(lambda z, t: torch.ones_like(z), zeroed / steps)
-    values = [velocity(torch.zeros(1), torch.tensor(i / steps)).item() for i in range(steps)]
+    values = [velocity(torch.zeros(1), i / steps).item() for i in range(steps)]
     assert values == [0.0] * zeroed + [1.0] * (steps - zeroed)
 
 

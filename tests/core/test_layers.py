@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from crossflow.core.layers import (
     Attention,
+    FeedForward,
     TimestepEmbedding,
     TransformerLayer,
     patchify,
@@ -134,3 +136,38 @@ def test_transformer_layer_reads_context_only_where_allowed() -> None:
 def test_width_must_be_a_multiple_of_heads() -> None:
     with pytest.raises(AssertionError, match="not a multiple"):
         Attention(10, 3)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("num_keys", [7, 600])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_under_bf16_is_that_of_float32_within_its_rounding(num_keys: int, masked: bool, grad: bool) -> None:
+    attention = Attention(32, 2, context_dim=8)
+    x, context = torch.randn(3, 5, 32), torch.randn(3, num_keys, 8)
+    mask = torch.rand(3, num_keys) < 0.6 if masked else None
+    if mask is not None:
+        mask[:, 0] = True
+    outputs = []
+    for half in (False, True):
+        attention.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.set_grad_enabled(grad):
+            y = attention(x, context, mask).float()
+            if grad:
+                y.square().mean().backward()
+        outputs.append([y.detach(), *(p.grad.clone() for p in attention.parameters() if p.grad is not None)])
+    for exact, rounded in zip(*outputs, strict=True):
+        assert (rounded - exact).norm() < 0.03 * exact.norm()
+    assert len(outputs[0]) == (7 if grad else 1)
+
+
+def test_the_exact_gelu_stands_for_the_tanh_form_only_in_a_half_type_on_the_cpu() -> None:
+    x = torch.linspace(-6, 6, 2001)
+    layer = FeedForward(1, 1)
+    for map_ in (layer.up, layer.down):
+        torch.nn.init.ones_(map_.weight)
+        torch.nn.init.zeros_(map_.bias)
+    assert torch.equal(layer(x[:, None])[:, 0], F.gelu(x, approximate="tanh"))
+    half = layer.bfloat16()(x.bfloat16()[:, None])[:, 0].float()
+    rounded = F.gelu(x.bfloat16().float(), approximate="tanh")
+    assert (half - rounded).abs().max() < 4e-3 * 6
+    assert ((half - rounded).abs() < 5e-4 + 4e-3 * rounded.abs()).all()

@@ -133,8 +133,8 @@ def test_zero_steps_are_a_user_error(make: Callable[..., CrossFlow], z0: torch.T
 def test_guidance_interval_applies_to_autoguidance(make: Callable[..., CrossFlow], z0: torch.Tensor) -> None:
     model, weak = make(), make(1)
     velocity = Guidance(3.0, (0.5, 1.0)).velocity(model, weak=weak)
-    assert torch.equal(velocity(z0, torch.tensor(0.2)), plain(model)(z0, torch.tensor(0.2)))
-    assert not torch.allclose(velocity(z0, torch.tensor(0.7)), plain(model)(z0, torch.tensor(0.7)))
+    assert torch.equal(velocity(z0, 0.2), plain(model)(z0, 0.2))
+    assert not torch.allclose(velocity(z0, 0.7), plain(model)(z0, 0.7))
 
 
 @pytest.mark.parametrize("kind", ["lerp", "slerp"])

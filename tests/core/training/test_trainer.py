@@ -18,7 +18,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.training import checkpoint as state
 from crossflow.core.training import prepare
 from crossflow.core.training.meter import Meter
-from crossflow.core.training.optim import learning_rate
+from crossflow.core.training.optim import build_optimizer, learning_rate
 from crossflow.core.training.prepare import compile_blocks
 
 
@@ -220,6 +220,8 @@ def test_a_step_skipped_by_the_gradient_scaler_is_not_an_error(tiny: ModuleType,
     trainer = tiny.trainer(tmp_path, log_every=12)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # overflows until it was halved a few times
     trainer.accelerator.scaler = scaler
+    learner, settings = trainer.learner, {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.03}
+    learner.optimizer = build_optimizer(learner.objective, scaled=True, **settings)
     trainer.learner.stepper = AcceleratedOptimizer(trainer.learner.optimizer, device_placement=False, scaler=scaler)
     trainer.accelerator._optimizers = [trainer.learner.stepper]
     trainer.run()

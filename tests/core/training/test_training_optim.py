@@ -1,5 +1,6 @@
 """The schedule's values, and which parameters weight decay acts on."""
 
+import copy
 import itertools
 import math
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from crossflow.core.training.optim import build_optimizer, decay_groups, learning_rate
+from crossflow.core.training import optim
+from crossflow.core.training.optim import build_optimizer, decay_groups, learning_rate, orthogonalised
 
 
 def test_warm_up_is_linear_and_reaches_the_rate_with_its_last_step() -> None:
@@ -129,3 +131,58 @@ def test_muon_resumes_bit_for_bit() -> None:
     _steps(second, halved, range(3, 6))
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, halved.get_parameter(name)), name
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one_whatever_their_scale() -> None:
+    matrices = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalised(matrices * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]).float())
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    assert torch.equal(orthogonalised(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
+
+
+@pytest.mark.parametrize("largest_batch", [2**26, 1])
+def test_matrices_move_as_by_the_muon_of_torch_one_at_a_time(
+    largest_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "_MUON_BATCH", largest_batch)
+    torch.manual_seed(0)
+    shapes = [(8, 24), (24, 8), (8, 24), (8, 8), (16, 8), (8, 8)]
+    blocks = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
+    twin = [nn.Parameter(block.weight.detach().clone()) for block in blocks]
+    batched = build_optimizer(blocks, name="muon", lr=0.02, betas=(0.9, 0.99), weight_decay=0.1)
+    reference = torch.optim.Muon(twin, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for block, parameter in zip(blocks, twin, strict=True):
+            block.weight.grad = torch.randn_like(parameter)
+            parameter.grad = block.weight.grad.clone()
+        batched.step()
+        reference.step()
+    for block, parameter, start in zip(blocks, twin, shapes, strict=True):
+        moved = 4 * 0.02 * 0.2 * max(start) ** 0.5  # the length of a singular direction's way
+        assert (block.weight - parameter).abs().max() < 0.02 * moved, start
+
+
+def test_adamw_makes_one_fused_pass_where_torch_has_it_except_under_loss_scaling() -> None:
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    fused, scaled = build_optimizer(Zoo(), **settings), build_optimizer(Zoo(), scaled=True, **settings)
+    assert [group["fused"] for group in fused.param_groups] == [True, True]
+    assert not any(group["fused"] for group in scaled.param_groups)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_state_of_an_unfused_optimizer_continues_in_a_fused_one(name: str) -> None:
+    settings = {"name": name, "lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    torch.manual_seed(0)
+    zoo, twin = Zoo(), Zoo()
+    twin.load_state_dict(zoo.state_dict())
+    before = build_optimizer(zoo, scaled=True, **settings)
+    _steps(before, zoo, range(3))
+    twin.load_state_dict(zoo.state_dict())
+    after = build_optimizer(twin, **settings)
+    slots = copy.deepcopy(before.state_dict()["state"])
+    after.load_state_dict({"state": slots, "param_groups": after.state_dict()["param_groups"]})
+    _steps(before, zoo, range(3, 5))
+    _steps(after, twin, range(3, 5))
+    for parameter, other in zip(zoo.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-6)
