@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from crossflow.commands import options
-from crossflow.commands.console import is_first_process, join_processes
+from crossflow.commands.console import is_first_process, join_processes, say
 from crossflow.core.errors import UserError
 from crossflow.core.output import check_output
 
@@ -28,6 +29,10 @@ class Model:
     checkpoint: str
     weights: str | None
     device: str | None
+    precision: str | None
+    batch: int | None
+    compile: bool
+    offload: bool
     replaced: Sequence[str]
     """Settings of the run that --set replaces, as KEY=VALUE."""
     seed: int
@@ -45,10 +50,16 @@ class Model:
         """The loaded model. Raises UserError for settings that do not exist or are out of range."""
         from crossflow.engine.sample import load
 
-        pipe = load(self.checkpoint, weights=self.weights, device=self.device, overrides=self.replaced)
+        where: dict[str, Any] = {
+            "device": self.device,
+            "precision": self.precision,
+            "compile": self.compile,
+            "offload": self.offload,
+        }
+        pipe = load(self.checkpoint, weights=self.weights, overrides=self.replaced, batch_size=self.batch, **where)
         pipe.sample_settings(**self.settings)
         if self.guide_with is not None:
-            pipe.guide_with(load(self.guide_with, device=self.device, overrides=self.replaced))
+            pipe.guide_with(load(self.guide_with, overrides=self.replaced, **where))
         return pipe
 
     @functools.cached_property
@@ -80,7 +91,7 @@ OWN_OPTION = ("solver", "steps", "guidance")
 OPTIONS = (
     click.option("--checkpoint", required=True, help="Run directory, or hub id (owner/name)."),
     click.option("--weights", type=click.Choice(["ema", "model"]), help="Default: the averaged ones (ema)."),
-    options.device,
+    *options.COMPUTING,
     click.option(
         "--seed",
         default=0,
@@ -102,6 +113,17 @@ OPTIONS = (
 )
 
 
+def _say_peak_memory() -> None:
+    """Prints the peak memory of a GPU, if one was used."""
+    if "torch" not in sys.modules:
+        return
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peaks = [torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count())]
+        say(f"Peak memory on the GPU: {max(peaks) / 2**30:.2f} GiB.")
+
+
 def uses_model(default_output: str, *, shared: bool = False) -> Callable[[Command], Command]:
     """Gives a command the options of a trained model and its output, and calls it with a `Model` in front.
 
@@ -121,6 +143,7 @@ def uses_model(default_output: str, *, shared: bool = False) -> Callable[[Comman
                     return
                 check_output(model.output, overwrite=model.overwrite)
             function(model, **values)
+            _say_peak_memory()
 
         decorated: Command = run
         output = options.output_folder(default_output)

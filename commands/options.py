@@ -32,7 +32,19 @@ PATH = click.Path(path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ANY_SPLIT = click.Choice(["train", "val", "test", "all"])
 
-device = click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
+device = click.option("--device", help="cpu, cuda, cuda:1, mps, ... Default: a GPU if there is one.")
+COMPUTING = (
+    device,
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "bf16", "fp16"]),
+        help="Of matrix products. Default: bf16 on GPUs, and for large models on CPUs with AMX; else float32.",
+    ),
+    click.option("--batch", type=click.IntRange(1), help="Items computed together. Default: the recipe's."),
+    click.option("--compile/--no-compile", default=False, help="Compile the model; pays for many items. Default: no."),
+    click.option("--offload", is_flag=True, help="Keep frozen networks on the CPU while they are not used."),
+)
+"""Where and how a trained model computes."""
 overwrite = click.option("--overwrite", is_flag=True, help="Replace earlier results in --output; other files are kept.")
 settings = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 

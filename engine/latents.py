@@ -61,7 +61,7 @@ def encode(pipe: Pipeline, value: object, *, seed: int = 0, mode: bool = False, 
 
 
 def _encode(pipe: Pipeline, pieces: Pieces, seed: int, mode: bool, id: str) -> Encoded:
-    source = pipe.task.source(pieces.values)
+    source = pipe.source(pieces.values)
     return Encoded(pieces, source, pipe.latents(source, pieces.names(id), seed, mode))
 
 
@@ -113,7 +113,7 @@ def _outputs(
         parts = torch.cat(group).split(settings.batch_size)
         z1 = [pipe.generate(Source(features=part), part, settings, next(steps)) for part in parts]
         guides = torch.cat(list(features[len(outputs) : len(outputs) + len(group)]))
-        decoded = pipe.task.decode(torch.cat(z1).float().cpu(), guides)
+        decoded = pipe.decode(torch.cat(z1), guides)
         outputs += [pieces.join(decoded[i : i + num_pieces]) for i in range(0, len(decoded), num_pieces)]
     next(steps, None)  # reports the end of the last integration
     return outputs
@@ -242,7 +242,7 @@ def invert(
     """
     chosen = pipe.sample_settings(solver=solver, steps=steps)
     pieces = pipe.task.target(value)
-    z1 = torch.stack(list(pieces.values))
+    z1 = torch.stack(list(pieces.values)).float()
     start, features = Source(z1), None
     if source is not None and pipe.task.decodes_features:
         features = encode(pipe, source, seed=seed).source.features.expand(len(z1), -1, -1)
@@ -254,13 +254,13 @@ def invert(
         part = start[first : first + chosen.batch_size].to(pipe.device)
         options: dict[str, Any] = {"condition": part.condition, "solver": solver, "steps": steps}
         z0.append(sampling.invert(pipe.model, part.features, on_step=next(step), **options))
-        again.append(sampling.generate(pipe.model, z0[-1], on_step=next(step), **options).float().cpu())
+        again.append(sampling.generate(pipe.model, z0[-1], on_step=next(step), **options).float())
     next(step, None)  # reports the end of the last integration
     whole = torch.cat(again)
     error = (whole - z1).square().mean().sqrt().item()
     outputs = []
-    for latents in (z1.float().cpu(), whole):
-        decoded = pipe.task.decode(latents, features)
+    for latents in (z1, whole):
+        decoded = pipe.decode(latents, features)
         outputs.append(pieces.join(decoded))
     return Inversion(
         torch.cat(z0).cpu(), Outputs(tuple(outputs), pipe.task.pictures, seed, output_type=output_type), error

@@ -18,8 +18,10 @@ from crossflow.core.errors import UserError
 from crossflow.core.guidance import Guidance
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import item_noise
+from crossflow.core.precision import autocast, check_precision, default_precision
 from crossflow.core.progress import Progress
 from crossflow.core.settings import build
+from crossflow.core.solvers import SOLVERS
 from crossflow.core.weights import kind_of_weights
 from crossflow.data.dataset import Examples
 from crossflow.engine.folder import PROVENANCE
@@ -36,6 +38,10 @@ def load(
     *,
     weights: str | None = None,
     device: str | None = None,
+    precision: str | None = None,
+    batch_size: int | None = None,
+    compile: bool = False,
+    offload: bool = False,
     overrides: Sequence[str] = (),
     revision: str | None = None,
 ) -> "Pipeline":
@@ -43,7 +49,11 @@ def load(
 
     Args:
         weights: "ema" (averaged; the default where the run has them) or "model" (of the last step).
-        device: where the model runs, such as "cuda:1"; a GPU by default, if there is one.
+        device: where everything runs, such as "cuda:1"; a GPU by default, if there is one.
+        precision: float32, bf16 or fp16; by default see `core.precision.default_precision`.
+        batch_size: pictures, captions or tiles computed together; by default the recipe's sample.batch_size.
+        compile: compile the blocks of the model by torch.compile, which takes seconds to minutes at the first call.
+        offload: keep the frozen text encoder and autoencoder on the CPU while they are not used.
         overrides: settings of the run to replace, as key=value: a new place of a frozen network (text.encoder,
             codec.source), for example.
         revision: branch, tag or commit of a hub repository; its main branch by default.
@@ -53,8 +63,10 @@ def load(
     """
     folder = run_folder(source, revision)
     kind = kind_of_weights(folder, weights)
-    task, model = load_model(folder, weights=kind, overrides=overrides)
-    return Pipeline(task, model, folder=folder, weights=kind, device=device)
+    batch = () if batch_size is None else (f"sample.batch_size={batch_size}",)
+    task, model = load_model(folder, weights=kind, overrides=[*overrides, *batch])
+    pipe = Pipeline(task, model, folder=folder, weights=kind, device=device, precision=precision, offload=offload)
+    return pipe.compile() if compile else pipe
 
 
 class Pipeline:
@@ -65,7 +77,8 @@ class Pipeline:
         pictures = pipe(["a red cube", "a blue sphere"], num=4, steps=20, guidance=2.0).images
         pipe.save("runs/copy")
 
-    `weights` names the loaded weights (ema | model), `folder` their run directory.
+    `weights` names the loaded weights (ema | model), `folder` their run directory. Everything from features to decoded
+    outputs is computed on `device`, with matrix products in `precision`; what leaves it are finished outputs.
     """
 
     def __init__(
@@ -76,6 +89,8 @@ class Pipeline:
         folder: Path | None = None,
         weights: str = "model",
         device: str | None = None,
+        precision: str | None = None,
+        offload: bool = False,
     ) -> None:
         self.task = task
         self.model = model
@@ -86,6 +101,9 @@ class Pipeline:
         self.guided_by: str | None = None
         """The run that `weak` came from."""
         self.device = find_device(device)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.precision = check_precision(precision or default_precision(self.device, num_parameters), self.device)
+        self.task.to(self.device, offload=offload)
         self.model.to(self.device).eval()
 
     def __repr__(self) -> str:
@@ -93,7 +111,7 @@ class Pipeline:
         settings, guide = self.settings, f" by {self.guided_by}" if self.guided_by is not None else ""
         return (
             f"Pipeline({self.task.name}, {self.folder or 'not saved'}, {self.weights} weights, "
-            f"{millions:.2f}M parameters, {self.device}; {settings.solver}, {settings.steps} steps, "
+            f"{millions:.2f}M parameters, {self.device}, {self.precision}; {settings.solver}, {settings.steps} steps, "
             f"guidance {settings.guidance:g}{guide})"
         )
 
@@ -107,11 +125,20 @@ class Pipeline:
         return build(SampleConfig, {**self.settings.model_dump(), **overrides})
 
     def to(self, device: str | torch.device) -> "Pipeline":
-        """Moves the model to a device (`cpu`, `cuda:1`, ...); returns self. Raises UserError if it is unavailable."""
+        """Moves everything to a device (`cpu`, `cuda:1`, ...); returns self. Raises UserError if it is unavailable."""
         self.device = find_device(str(device))
+        check_precision(self.precision, self.device)
+        self.task.to(self.device)
         self.model.to(self.device)
         if self.weak is not None:
             self.weak.to(self.device)
+        return self
+
+    def compile(self) -> "Pipeline":
+        """Compiles the blocks of the model at their first use; returns self."""
+        from crossflow.core.training.prepare import compile_blocks
+
+        compile_blocks(self.model)
         return self
 
     def __call__(
@@ -156,7 +183,7 @@ class Pipeline:
             part = slice(start, start + chosen.batch_size)
             outputs, z1 = self._sample(repeated[part], names[part], seed, chosen, on_step)
             raw += outputs
-            latents += map(torch.stack, z1) if return_latents else ()
+            latents += [torch.stack(pieces).cpu() for pieces in z1] if return_latents else ()
         return Outputs(
             tuple(raw), self.task.pictures, seed, tuple(names), output_type, tuple(latents) if return_latents else None
         )
@@ -201,26 +228,42 @@ class Pipeline:
         decoded: dict[tuple[int, int], Any] = {}
         latents: dict[tuple[int, int], Tensor] = {}
         for places in _batches(pieces, settings.batch_size):
-            source = self.task.source([pieces[i].values[k] for i, k in places])
+            source = self.source([pieces[i].values[k] for i, k in places])
             z0 = self.latents(source, [names[i][k] for i, k in places], seed, settings.mode)
-            z1 = self.generate(source, z0, settings, on_step).float().cpu()
+            z1 = self.generate(source, z0, settings, on_step)
             latents |= zip(places, z1, strict=True)
-            decoded |= zip(places, self.task.decode(z1, source.features), strict=True)
+            decoded |= zip(places, self.decode(z1, source.features), strict=True)
         numbers = [range(len(part.values)) for part in pieces]
         outputs = [part.join([decoded[i, k] for k in numbers[i]]) for i, part in enumerate(pieces)]
         return outputs, [[latents[i, k] for k in numbers[i]] for i in range(len(pieces))]
 
     @torch.no_grad()
+    def source(self, values: Sequence[Any]) -> Source:
+        """Pieces of inputs, all of one shape, as the model reads them."""
+        with autocast(self.device, self.precision):
+            return self.task.source(values).to(self.device)
+
+    @torch.no_grad()
+    def decode(self, z1: Tensor, features: Tensor | None = None) -> list[Any]:
+        """The outputs of latents z1 (B, *latent), on the host. features (B, ...): those of their sources, where
+        known.
+        """
+        with autocast(self.device, self.precision):
+            return self.task.decode(z1.float(), features)
+
+    @torch.no_grad()
     def latents(self, source: Source, ids: Sequence[str], seed: int = 0, mode: bool = False) -> Tensor:
         """z0 (B, *latent): a sample of the source posterior with the noise of (seed, id), or its mean."""
         source = source.to(self.device)
-        posterior = self.model.source_encoder(source.features, source.mask)
+        with autocast(self.device, self.precision):
+            posterior = self.model.source_encoder(source.features, source.mask)
         if self.model.source_encoder.kind == "gaussian":
             shape = self._gaussian_shape(source)
-            return item_noise(seed, ids, shape).to(self.device)
+            return item_noise(seed, ids, shape).to(self.device, non_blocking=True)
         if mode or posterior.log_var is None:
             return posterior.mode()
-        return posterior.sample(noise=item_noise(seed, ids, posterior.mean.shape[1:]).to(self.device))
+        noise = item_noise(seed, ids, posterior.mean.shape[1:])
+        return posterior.sample(noise=noise.to(self.device, non_blocking=True))
 
     def _gaussian_shape(self, source: Source) -> tuple[int, ...]:
         shape = self.task.latent_shape
@@ -238,17 +281,21 @@ class Pipeline:
                 "has guidance.drop = 0. Use guidance 1, guide with a weaker run, or train with guidance.drop=0.1."
             )
         condition = source.condition.to(self.device) if source.condition is not None else None
-        z1 = sampling.flow(
-            self.model,
-            z0.to(self.device),
-            Guidance(settings.guidance, settings.guidance_interval, settings.zero_init / max(settings.steps, 1)),
-            condition=condition,
-            weak=self.weak,
-            solver=settings.solver,
-            steps=settings.steps,
-            time_grid=settings.time_grid,
-            on_step=on_step,
-        ).z
+        guidance = Guidance(settings.guidance, settings.guidance_interval, settings.zero_init / max(settings.steps, 1))
+        precision = "float32" if SOLVERS.get(settings.solver).adaptive else self.precision
+        # Around the whole integration, so that weights are converted once and not at every step.
+        with autocast(self.device, precision):
+            z1 = sampling.flow(
+                self.model,
+                z0.to(self.device).float(),
+                guidance,
+                condition=condition,
+                weak=self.weak,
+                solver=settings.solver,
+                steps=settings.steps,
+                time_grid=settings.time_grid,
+                on_step=on_step,
+            ).z
         if z1.isnan().any():
             raise UserError(
                 f"The sampled latents contain NaNs (guidance = {settings.guidance:g}, {settings.solver}, "

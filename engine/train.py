@@ -20,6 +20,7 @@ from crossflow.core.files import write_atomically
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import keyed_generator
 from crossflow.core.objective import Objective
+from crossflow.core.precision import autocast
 from crossflow.core.progress import Silent, TrainingProgress
 from crossflow.core.settings import dump, flat
 from crossflow.core.solvers import SOLVERS
@@ -100,8 +101,11 @@ class TrainingSet:
         return self.task.collate(examples)
 
     def batch(self, record: Record) -> Batch:
-        """The training batch of a record; see `Task.prepare`."""
-        return self.task.prepare(record)
+        """The training batch of a record, its frozen networks on a GPU in the run's precision; see `Task.prepare`."""
+        precision = self.task.config.train.precision
+        on_cpu = self.task.device.type == "cpu"  # where results keep their bits, and decoding takes the time
+        with autocast(self.task.device, "float32" if on_cpu or precision == "no" else precision):
+            return self.task.prepare(record)
 
     @property
     def ahead(self) -> bool:
@@ -325,9 +329,9 @@ class Run:
         return examples
 
     def _pipeline(self) -> Pipeline:
-        return Pipeline(
-            self.task, self.model, folder=self.folder, weights="ema", device=str(next(self.model.parameters()).device)
-        )
+        """The model as it is, in float32, so that the scores of a run do not depend on where it was trained."""
+        device = str(next(self.model.parameters()).device)
+        return Pipeline(self.task, self.model, folder=self.folder, weights="ema", device=device, precision="float32")
 
     def _validate(self, step: int) -> dict[str, float]:
         """The flow loss on held-out items, with their own sources and with those of other items."""

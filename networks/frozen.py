@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,28 @@ from crossflow.core.errors import UserError
 logger = logging.getLogger(__name__)
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+class Frozen(nn.Module):
+    """Base of modules around a `network` that is used as it is: it always stays in evaluation mode."""
+
+    network: Any
+
+    def train(self, mode: bool = True) -> Self:
+        """Keeps evaluation mode."""
+        return super().train(False)
+
+    def offload(self, device: torch.device) -> None:
+        """Keeps the weights on the CPU; those of a layer are on `device` only while it computes there.
+
+        Layer by layer, so that a text encoder larger than the device's memory can be used.
+        """
+        from accelerate import cpu_offload
+
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            setattr(self, name, buffer.to(device))
+        if isinstance(self.__dict__.get("_modules", {}).get("network"), nn.Module):
+            cpu_offload(self.network, device)
 
 
 def freeze(network: Network) -> Network:

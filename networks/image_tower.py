@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crossflow.core.config import Section
 from crossflow.core.errors import UserError
-from crossflow.networks.frozen import expect_checksum, freeze, load_frozen, load_public, weights_checksum
+from crossflow.networks.frozen import Frozen, expect_checksum, freeze, load_frozen, load_public, weights_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class TowerSettings(Section):
         return self.source is not None or self.width is not None
 
 
-class ImageTower(nn.Module):
+class ImageTower(Frozen):
     """Pictures (B, 3, H, W) float32 in [-1, 1] -> embeddings (B, width) float32, without gradient.
 
     network: normalised pictures (B, 3, size, size) -> (B, width); statistics: mean and standard deviation per channel
@@ -95,10 +95,6 @@ class ImageTower(nn.Module):
         logger.info("image tower %s: weights sha256 %s", source, tower.checksum)
         return tower
 
-    def train(self, mode: bool = True) -> Self:
-        """Keeps evaluation mode: the tower is frozen."""
-        return super().train(False)
-
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1], resized to the tower's size -> (B, width) float32."""
@@ -107,8 +103,7 @@ class ImageTower(nn.Module):
             size = (self.size, self.size)
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         mean, std = (values.to(pixels.device) for values in self.statistics)
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.network((pixels - mean) / std).float()
+        return self.network((pixels - mean) / std).float()
 
 
 class _Pooled(nn.Module):

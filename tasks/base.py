@@ -39,6 +39,7 @@ from crossflow.data.readers import open_reader, require, resolve_spec, with_opti
 from crossflow.data.tiles import fit_shorter_side, resize_image
 from crossflow.networks.codecs.pixel import PixelCodec
 from crossflow.networks.codecs.registry import load_codec
+from crossflow.networks.frozen import Frozen
 from crossflow.networks.trunks import Reconstructor
 
 C = TypeVar("C", bound=Config)
@@ -264,11 +265,17 @@ class Task(ABC, Generic[C, P]):
         """Whether `batch` reads weights that training changes, so that it must not run ahead of the step."""
         return False
 
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the networks to the device where batches, sources and outputs are computed; returns self."""
+    def to(self, device: torch.device | str, *, offload: bool = False) -> Self:
+        """Moves the networks to the device where batches, sources and outputs are computed; returns self.
+
+        offload: frozen networks stay on the CPU and visit the device while they compute.
+        """
         self.device = torch.device(device)
         for network in self.networks:
-            network.to(self.device)
+            if offload and isinstance(network, Frozen):
+                network.offload(self.device)
+            else:
+                network.to(self.device)
         return self
 
     # -- how a task begins

@@ -24,6 +24,7 @@ ENTRY_POINTS: set[str] = {
     "benchmarks/evaluation/evaluate.py:open",
     "engine/cache.py:builder",
     "engine/sample.py:__call__",
+    "engine/sample.py:load",
     "engine/latents.py:arithmetic",
     "engine/latents.py:interpolate",
     "engine/latents.py:invert",

@@ -57,15 +57,18 @@ def identity(
         "sample": sampling.model_dump(mode="json"),
         "evaluations": count_evaluations(**sampling.model_dump(include=SAMPLING_COST)),
         "seed": seed,
-        **arithmetic(pipe.model),
+        **arithmetic(pipe.model, pipe.precision),
     }
 
 
-def arithmetic(model: nn.Module) -> dict[str, Any]:
-    """The precision of the weights, and whether a GPU multiplies float32 matrices in TF32."""
+def arithmetic(model: nn.Module, precision: str) -> dict[str, Any]:
+    """The precision of matrix products and, if it is another, of the weights; and whether a GPU multiplies float32
+    matrices in TF32.
+    """
     types = sorted({str(weight.dtype).removeprefix("torch.") for weight in model.parameters()})
+    weights = "" if types == ["float32"] else f", weights in {' and '.join(types)}"
     tf32 = {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
-    return {"precision": " and ".join(types), "tf32": tf32}
+    return {"precision": f"{precision}{weights}", "tf32": tf32}
 
 
 def checksums(pipe: Pipeline) -> dict[str, str]:

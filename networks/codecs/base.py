@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_json
 from crossflow.core.source import Posterior
+from crossflow.networks.frozen import Frozen
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,12 @@ Record = dict[str, Any]
 """The content of codec.json."""
 
 
-class Codec(nn.Module):
+class Codec(Frozen):
     """Base of all codecs: scaling, chunks and saving. A codec is frozen and stays in evaluation mode.
 
     channels: of the latent; factor: by how much height and width shrink; scale, shift: z = (raw - shift) * scale;
-    chunk: maximum number of images that pass through its network at once.
+    chunk: maximum number of images that pass through its network at once. The network computes in float32, or in the
+    half type of the autocast around the call; its inputs and outputs are float32.
 
     A subclass sets `kind` and implements `_encode`, `_decode` (raw latents) and `options`; its constructor takes those
     options. Add it to the table in registry.py.
@@ -133,10 +135,9 @@ class Codec(nn.Module):
         This is what a feature cache stores, since it does not depend on the scale.
         """
         self.latent_shape((x.shape[-2], x.shape[-1]))
-        with torch.autocast(x.device.type, enabled=False):
-            parts = [self._encode(part) for part in x.float().split(self.chunk)]
-        means = torch.cat([part.mean for part in parts])
-        log_vars = [part.log_var for part in parts if part.log_var is not None]
+        parts = [self._encode(part) for part in x.float().split(self.chunk)]
+        means = torch.cat([part.mean.float() for part in parts])
+        log_vars = [part.log_var.float() for part in parts if part.log_var is not None]
         return Posterior(means, torch.cat(log_vars) if log_vars else None)
 
     def scaled(self, raw: Posterior) -> Posterior:
@@ -160,15 +161,10 @@ class Codec(nn.Module):
             raise UserError(f"The {self.kind} codec decodes with text features, got none: pass text_features.")
         if text_features is not None and not self.reads_text:
             raise UserError(f"The {self.kind} codec decodes without text features: leave text_features out.")
-        with torch.autocast(z.device.type, enabled=False):
-            parts = [(z.float() / self.scale + self.shift).split(self.chunk)]
-            if text_features is not None:
-                parts.append(text_features.to(z.device).float().split(self.chunk))
-            return torch.cat([self._decode(*part).float() for part in zip(*parts, strict=True)])
-
-    def train(self, mode: bool = True) -> Self:
-        """Keeps evaluation mode: a codec is frozen."""
-        return super().train(False)
+        parts = [(z.float() / self.scale + self.shift).split(self.chunk)]
+        if text_features is not None:
+            parts.append(text_features.to(z.device).float().split(self.chunk))
+        return torch.cat([self._decode(*part).float() for part in zip(*parts, strict=True)])
 
     def save(self, folder: str | Path, embed: bool = False) -> Path:
         """Writes the codec to `folder`, which is created if necessary, and returns the folder's path.

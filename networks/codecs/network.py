@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from torch import nn
 
@@ -24,7 +24,6 @@ class NetworkCodec(Codec):
     always when they came from memory.
     """
 
-    network: Any  # AutoencoderKL, AutoencoderTiny or FlowTiTok, which share no base class but nn.Module
     sources: ClassVar[str]
     """What `source` may be, in words, for the message when it is missing."""
 

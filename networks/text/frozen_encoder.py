@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.networks.frozen import expect_checksum, freeze, load_frozen, load_public, weights_checksum
+from crossflow.networks.frozen import Frozen, expect_checksum, freeze, load_frozen, load_public, weights_checksum
 from crossflow.networks.text.cleaning import clean_text
 from crossflow.networks.text.tokenizer import tokenize
 
@@ -75,7 +75,7 @@ class TextEncoderSettings:
             raise UserError(f"A prompt template must contain {{prompt}} where the text goes, got {self.template!r}.")
 
 
-class FrozenTextEncoder(nn.Module):
+class FrozenTextEncoder(Frozen):
     """A frozen text encoder with its tokenizer. Load one by `FrozenTextEncoder.load`.
 
         encoder = FrozenTextEncoder.load(TextEncoderSettings("openai/clip-vit-large-patch14"))
@@ -103,7 +103,7 @@ class FrozenTextEncoder(nn.Module):
                 f"The hidden states of this text encoder are 0 (embeddings) to {num_layers}; got layer "
                 f"{settings.layer}."
             )
-        self.network: nn.Module = freeze(network)
+        self.network = freeze(network)
         self.tokenizer = _padding_tokenizer(tokenizer)
         self.checksum = weights_checksum(network)
         self.settings = replace(
@@ -163,10 +163,6 @@ class FrozenTextEncoder(nn.Module):
     def pooled(self, texts: Sequence[str]) -> Tensor:
         """One vector per text (B, D) float32; see `encode`."""
         return self.encode(*self._placed(texts))[1]
-
-    def train(self, mode: bool = True) -> Self:
-        """Keeps evaluation mode: the encoder is frozen."""
-        return super().train(False)
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts, cleaned and put into the template -> ids (B, N) int64 and mask (B, N) bool, True = token."""

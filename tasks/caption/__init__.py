@@ -212,11 +212,11 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         """Whether the text autoencoder, which makes the targets, is trained with the flow."""
         return self.config.caption.joint
 
-    def to(self, device: torch.device | str) -> Self:
-        """Also moves the t2i run, whose source encoder reads the captions."""
+    def to(self, device: torch.device | str, *, offload: bool = False) -> Self:
+        """Also says to the t2i run, whose source encoder reads the captions, where it computes."""
         if self.parts.origin is not None:
-            self.parts.origin.to(device)
-        return super().to(device)
+            self.parts.origin.task.device = torch.device(device)
+        return super().to(device, offload=offload)
 
     def extractor(self, options: Options) -> Extractor:
         """Of the pictures alone: captions are read by a text autoencoder that is trained."""

@@ -151,7 +151,8 @@ class TextAutoencoder(nn.Module):
         """
         was_training = self.training
         self.eval()
-        parts = [self.posterior(*part) for part in zip(ids.split(chunk), mask.split(chunk), strict=True)]
+        with torch.autocast(ids.device.type, enabled=False):
+            parts = [self.posterior(*part) for part in zip(ids.split(chunk), mask.split(chunk), strict=True)]
         self.train(was_training)
         return Posterior(
             torch.cat([part.mean for part in parts]),
@@ -161,7 +162,8 @@ class TextAutoencoder(nn.Module):
     @torch.no_grad()
     def decode(self, z: Tensor, chunk: int = 256) -> list[str]:
         """Latents (B, *latent) -> texts: the likeliest token at every position, up to the first `<eos>` or padding."""
-        ids = torch.cat([self.logits(part).argmax(-1) for part in z.to(self.shift).split(chunk)])
+        with torch.autocast(z.device.type, enabled=False):  # rounded logits would turn near ties into other words
+            ids = torch.cat([self.logits(part).argmax(-1) for part in z.to(self.shift).split(chunk)])
         return self._texts(ids)
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from crossflow.core.backbones import build_backbone
@@ -278,8 +279,12 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
 
     def source(self, values: Sequence[str]) -> Source:
         """Prompts as features (B, N, ...) with their mask."""
-        ids, mask = (tensor.to(self.device) for tensor in self.text.tokens(values))
-        return self._as_source(self.text.read(ids, mask)[0], mask)
+        texts = list(dict.fromkeys(values))  # several pictures of a prompt need its features once
+        ids, mask = (tensor.to(self.device) for tensor in self.text.tokens(texts))
+        source = self._as_source(self.text.read(ids, mask)[0], mask)
+        if len(texts) == len(values):
+            return source
+        return source[torch.tensor([texts.index(value) for value in values]).to(self.device)]
 
     def _as_source(self, features: Tensor, mask: Tensor) -> Source:
         condition = Condition(tokens=features, mask=mask) if self.config.source.kind == "gaussian" else None

@@ -20,6 +20,9 @@ class Doubling:
     def __init__(self) -> None:
         self.batches: list[list[tuple[int, ...]]] = []
 
+    def to(self, device: torch.device, *, offload: bool) -> "Doubling":
+        return self
+
     def pieces(self, value: list[np.ndarray]) -> Pieces:
         return Pieces(value, lambda outputs: list(outputs), numbered=True)
 

@@ -156,10 +156,10 @@ def test_precision_and_tf32_are_recorded_as_they_are(allowed: bool) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).to(torch.bfloat16))
     try:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-        recorded = arithmetic(model)
+        recorded = arithmetic(model, "bf16")
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    assert recorded["precision"] == "bfloat16 and float32"
+    assert recorded["precision"] == "bf16, weights in bfloat16 and float32"
     assert recorded["tf32"]["matmul"] is allowed
 
 
