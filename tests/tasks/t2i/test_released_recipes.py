@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +125,15 @@ def test_impossible_combinations_are_told(tmp_path: Path, tiny_settings, overrid
     settings = merge(read("t2i_tiny"), parse_overrides([*tiny_settings("t2i"), *overrides]))
     with pytest.raises(UserError, match=message):
         Run.open(build(task_class("t2i").Config, settings), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_offloaded_networks_give_the_same_picture_and_leave_the_device(networks, blind_judge, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = "t2i_256_clip_dimr"
+    assert main(["train", "--config", recipe, "--output", str(run), *small(networks, recipe)]) == 0
+    pipes = [load(run, device="cpu", offload=offload) for offload in (False, True)]
+    there, away = (pipe("a red cube", output_type="np")[0] for pipe in pipes)
+    assert np.array_equal(there, away)
+    for network in pipes[1].task.networks:
+        assert all(weight.is_meta for weight in network.network.parameters())
