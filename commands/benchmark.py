@@ -1,6 +1,10 @@
-"""``crossflow benchmark quality|speed``: results beside the papers' tables; times on this machine."""
+"""``crossflow benchmark quality|speed|agreement``: results beside the papers' tables; times on this machine, and
+whether its device computes what its CPU does.
+"""
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,13 +12,14 @@ import click
 
 from crossflow.commands import options
 from crossflow.commands.console import progress_bar, say, warn
+from crossflow.core.errors import UserError
 from crossflow.core.output import check_output, output_folder
 from crossflow.tasks import task_names
 
 
 @click.group("benchmark")
 def command() -> None:
-    """Measure and compare: quality beside the papers' numbers, speed on this machine."""
+    """Measure and compare: quality beside the papers' numbers, speed and correctness on this machine."""
 
 
 @command.command()
@@ -68,8 +73,8 @@ def quality(places: Sequence[Path], output: Path | None, overwrite: bool, more: 
 @click.option("--compiled", is_flag=True, help="A second row for each, compiled by torch.compile.")
 @click.option("--batch", "batch_size", type=click.IntRange(min=1), help="Outputs at a time of the part sampling.")
 @click.option("--small", is_flag=True, help="Frozen networks and comparisons of one layer, to try the command.")
-@click.option("--output", type=options.PATH, help="JSON file to write. Default: none.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@click.option("--output", type=options.PATH, help="JSON file to write, with a page (.md) beside it. Default: none.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def speed(
     recipes: Sequence[str], parts: Sequence[str], precisions: Sequence[str], compiled: bool, batch_size: int | None,
@@ -96,6 +101,7 @@ def speed(
     import tempfile
 
     from crossflow.benchmarks.speed import run
+    from crossflow.benchmarks.speed.page import page
     from crossflow.core.files import write_atomically
 
     check_output(output, overwrite=overwrite)
@@ -114,4 +120,49 @@ def speed(
         say("  ".join(f"{name} {value}" for name, value in row.items() if name != "longest_operators"))
     if output is not None:
         write_atomically(output, json.dumps(results, indent=1))
+        write_atomically(output.with_suffix(".md"), page(results, shlex.join(["crossflow", *sys.argv[1:]])))
+        say(f"Wrote {output} and {output.with_suffix('.md')}.")
+
+
+@command.command()
+@click.argument("runs", nargs=-1, type=options.PATH, metavar="[RUN]...")
+@click.option("--recipe", "recipes", multiple=True, help="Recipe to train a few steps of. Default: every tiny one.")
+@click.option("--output", type=options.PATH, help="JSON file to write. Default: none.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+def agreement(runs: Sequence[Path], recipes: Sequence[str], output: Path | None, overwrite: bool) -> None:
+    """Whether this machine's device computes what its CPU computes; fails if it does not.
+
+    \b
+      crossflow benchmark agreement runs/t2i runs/depth
+      crossflow benchmark agreement --recipe depth_tiny
+
+    Samples from runs on both, compares losses and gradients of recipes in float32 and bf16, and resumes a training.
+    """
+    import tempfile
+    from dataclasses import asdict
+
+    from crossflow.benchmarks.agreement import agreement as compare
+    from crossflow.core.files import write_atomically
+    from crossflow.engine.provenance import environment
+
+    check_output(output, overwrite=overwrite)
+    with tempfile.TemporaryDirectory(prefix="crossflow-agreement-") as folder:
+        checks = compare(
+            runs,
+            recipes or [f"{task}_tiny" for task in task_names()],
+            Path(folder),
+            on_check=lambda check: say(
+                f"{'agrees' if check.passes else 'DIFFERS'}  {check.subject}  {check.what}  "
+                f"{check.difference:.2g} (limit {check.limit:g})"
+            ),
+        )
+    if output is not None:
+        rows = [{**asdict(check), "passes": check.passes} for check in checks]
+        write_atomically(output, json.dumps({"checks": rows, **environment()}, indent=1))
         say(f"Wrote {output}.")
+    failures = [f"{check.what} of {check.subject}" for check in checks if not check.passes]
+    if failures:
+        raise UserError(
+            f"The device differs from the CPU in {', '.join(failures)}. Results of this machine cannot be trusted: "
+            "check the driver and the version of torch, and report the difference."
+        )

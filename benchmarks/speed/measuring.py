@@ -25,6 +25,7 @@ PRODUCT_ROUNDS = 7
 WAITING, IDLE, PRODUCTS = 0.3, 0.3, 0.5
 """Shares of a row's time from which it is called bound by data, by launches, by matrix products; see `Shares.bound`."""
 # Operators whose time counts as matrix products: dense and batched products, convolutions, attention kernels.
+OPERATORS = ("aten::", "mkldnn::", "onednn::")
 PRODUCT_WORDS = ("mm", "conv", "attention", "linear_pointwise")
 
 
@@ -157,11 +158,12 @@ def profiled(action: Callable[[], object], device: torch.device) -> tuple[Shares
         wall = 1e6 * (time.perf_counter() - start)
     busy: dict[str, float] = {}
     for event in trace.key_averages():
-        # Operators alone: kernels have rows of their own, whose time their operators have too, and so have ranges.
-        if "::" in event.key and event.device_type == torch.autograd.DeviceType.CPU:
+        # Kernels have rows of their own beside those of their operators; those of compiled code have no other.
+        if event.key.startswith(OPERATORS) and event.device_type == torch.autograd.DeviceType.CPU:
             busy[event.key] = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        elif on_gpu and event.key.startswith("triton"):
-            busy[event.key] = max(busy.get(event.key, 0.0), event.self_device_time_total)
+        elif event.key.startswith("triton") if on_gpu else "Compiled" in event.key:
+            seconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            busy[event.key] = max(busy.get(event.key, 0.0), seconds)
     total = sum(busy.values())
     products = sum(value for name, value in busy.items() if any(word in name for word in PRODUCT_WORDS))
     longest = sorted(busy.items(), key=lambda item: -item[1])[:10]

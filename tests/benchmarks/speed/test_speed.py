@@ -10,6 +10,7 @@ from crossflow.benchmarks.speed import reading, released_files
 from crossflow.benchmarks.speed.comparison import SMALL_SIZES, agreement, comparison
 from crossflow.benchmarks.speed.evaluation import evaluation_speed
 from crossflow.benchmarks.speed.measuring import Shares, profiled
+from crossflow.benchmarks.speed.page import page
 from crossflow.benchmarks.speed.released_step import rotated
 from crossflow.benchmarks.speed.rendering import render_scenes, rendering_speed
 from crossflow.benchmarks.speed.sampling import PARTS, sampling_speed
@@ -111,11 +112,25 @@ def test_what_bounds_a_row_is_said_in_words(shares: Shares, words: str) -> None:
     assert shares.bound().startswith(words)
 
 
+@pytest.mark.slow
 def test_the_time_of_matrix_products_is_told_from_that_of_sums() -> None:
     a = torch.randn(256, 256)
     products, _ = profiled(lambda: [a @ a for _ in range(20)], a.device)
     sums, _ = profiled(lambda: [a + a for _ in range(20)], a.device)
     assert products.products > 0.8 > 0.2 > sums.products
+
+
+def test_the_page_has_a_table_for_each_part_with_units() -> None:
+    row = {
+        "recipe": "depth_tiny",
+        "seconds_per_step": 0.5,
+        "peak_bytes": 2 * 10**9,
+        "longest_operators": [("aten::mm", 0.6)],
+    }
+    lines = page({"training": [row], "versions": {"torch": "2"}}, "crossflow benchmark speed").splitlines()
+    assert "| recipe | seconds per step | peak GB |" in lines
+    assert "| depth_tiny | 0.5 | 2 |" in lines
+    assert "- depth_tiny: aten::mm 60%" in lines
 
 
 def test_unconditional_targets_are_exchanged_as_in_the_release() -> None:
