@@ -1,9 +1,12 @@
 """The weights of a model in a run directory: their files, and strict loading."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.files import read_tensors
@@ -25,13 +28,48 @@ def load_weights(build: Callable[[], CrossFlow], path: Path) -> CrossFlow:
 
     Raises UserError unless the file holds exactly the model's tensors.
     """
-    with torch.device("meta"):
+    with uninitialized():
         model = build()
     _assign(model, path)
-    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        model = build()  # it has tables that are computed instead of saved
-        _assign(model, path)
     return model
+
+
+@contextmanager
+def uninitialized() -> Iterator[None]:
+    """Context in which the parameters of new networks are not initialised, since they are replaced afterwards.
+
+    Their memory is reserved but never touched. (The device `meta` would take none, but needs seconds to import torch's
+    compiler, and leaves no tables that are computed rather than saved.)
+
+    >>> with uninitialized():
+    ...     layer = nn.Linear(3, 4)
+    """
+    with _NoInitialization():
+        yield
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` does to parameters; buffers are filled."""
+
+    # Both, since some functions of torch.nn.init hide the method that they call.
+    _FILLS = frozenset(
+        [getattr(nn.init, f"{name}_") for name in ("normal", "uniform", "constant", "kaiming_uniform")]
+        + [getattr(Tensor, f"{name}_") for name in ("normal", "uniform", "fill", "zero")]
+    )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _assign(model: CrossFlow, path: Path) -> None:

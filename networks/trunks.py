@@ -102,7 +102,7 @@ class PatchTrunk(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(width, self.heads) for _ in depth)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 2 * out_channels * patch**2)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         # Channels of the head are (p_h, p_w, [mean | log_var], C') with C' fastest, see `patchify`.
         self.head.weight.data.reshape(patch**2, 2, out_channels, width)[:, 0] *= settings.mean_std / 0.02

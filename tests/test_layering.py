@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from crossflow.tasks import task_names
 
@@ -327,3 +328,22 @@ def test_help_imports_no_slow_library(arguments: list[str]):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_sampling_a_small_run_imports_torch_and_little_else(task: str, tmp_path: Path):
+    # Each of these takes from a quarter of a second to several seconds, for a picture that takes a third of one.
+    slow = HEAVY | {"torch._dynamo", "torch._inductor", "sympy", "accelerate", "huggingface_hub"}
+    slow -= {"matplotlib"} if task == "depth" else set()  # the colours of a depth map
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    inputs = ["--prompt", "a red cube"] if task == "t2i" else ["--input", str(tmp_path / "photo.png")]
+    run = ROOT / "tests" / "golden" / "runs" / task
+    arguments = ["sample", "--checkpoint", str(run), *inputs, "--output", str(tmp_path / "outputs")]
+    script = (
+        f"import sys\nfrom crossflow.cli import main\nassert main({arguments!r}) == 0\n"
+        f"print('imported:', *sorted({slow!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["imported:"]

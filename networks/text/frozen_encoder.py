@@ -16,7 +16,7 @@ from torch import Tensor
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.networks.frozen import Frozen, expect_checksum, freeze, load_frozen, load_public, weights_checksum
 from crossflow.networks.text.cleaning import clean_text
-from crossflow.networks.text.tokenizer import tokenize
+from crossflow.networks.text.tokenizer import encodable, report_cut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -171,7 +171,17 @@ class FrozenTextEncoder(Frozen):
         template = self.settings.template
         if template is not None:
             texts = [template.replace("{prompt}", text) for text in texts]
-        ids, mask = tokenize(self.tokenizer, texts, self.settings.max_length)
+        length = self.settings.max_length
+        rows = self.tokenizer(
+            [encodable(text) for text in texts],
+            truncation=True,
+            padding="max_length",
+            max_length=length,
+            return_attention_mask=True,
+        )
+        report_cut(self.tokenizer, sum(bool(row.overflowing) for row in rows.encodings or ()), len(texts), length)
+        ids = torch.tensor(rows["input_ids"], dtype=torch.int64).reshape(len(texts), length)
+        mask = torch.tensor(rows["attention_mask"], dtype=torch.bool).reshape(len(texts), length)
         pad_id = self.settings.pad_id
         return ids if pad_id is None else torch.where(mask, ids, pad_id), mask
 

@@ -1,4 +1,4 @@
-"""A tokenizer made from the captions themselves, in transformers format, that encodes every string.
+"""A tokenizer made from the captions themselves that encodes every string; its files are in transformers' format.
 
 Text is composed (NFC), lower-cased, split at white space and punctuation. Known words are one token each, or the
 pieces of a byte-pair encoding when there are more words than the vocabulary holds; everything else is spelled in UTF-8
@@ -9,7 +9,7 @@ exist but are never produced. B batch, N tokens.
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakSet
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from crossflow.core.errors import UserError
+from crossflow.core.files import write_atomically
 from crossflow.networks.frozen import load_public
 
 if TYPE_CHECKING:
-    from tokenizers import normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,60 @@ SPACE = "▁"  # marks the space before a word, so that decoding restores it
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(BYTE_TOKENS) + 1
 
 # Tokenizers that have cut a text already: only the first cut is a warning.
-_warned: "WeakSet[PreTrainedTokenizerBase]" = WeakSet()
+_warned: "WeakSet[object]" = WeakSet()
+
+
+class CaptionTokenizer:
+    """Texts <-> ids by a `tokenizers.Tokenizer`, without the seconds that transformers takes to import.
+
+        tokenizer = build_tokenizer(captions)
+        tokenizer.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(folder)  # the same ids, and so has load_tokenizer(folder)
+
+    max_length: tokens per text where no other number is asked for.
+    """
+
+    def __init__(self, backend: "Tokenizer", max_length: int) -> None:
+        self.backend, self.max_length = backend, max_length
+        backend.encode_special_tokens = True  # "<eos>" in a prompt is text, not the end
+        self.pad_token_id, self.bos_token_id, self.eos_token_id, self.unk_token_id = map(self._id, SPECIAL_TOKENS)
+
+    def _id(self, token: str) -> int:
+        number: int | None = self.backend.token_to_id(token)
+        if number is None:
+            raise UserError(f"The tokenizer has no token {token}, so it was not made by crossflow. Build it again.")
+        return number
+
+    def __reduce__(self) -> tuple[Callable[[str, int], "CaptionTokenizer"], tuple[str, int]]:
+        return _from_json, (self.backend.to_str(), self.max_length)  # pickled, the backend would forget a setting
+
+    def __len__(self) -> int:
+        return int(self.backend.get_vocab_size())
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id."""
+        vocabulary: dict[str, int] = self.backend.get_vocab()
+        return vocabulary
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json."""
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        pad, bos, eos, unk = SPECIAL_TOKENS
+        config = {
+            "backend": "tokenizers",
+            "bos_token": bos,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": eos,
+            "model_max_length": self.max_length,
+            "pad_token": pad,
+            "padding_side": "right",
+            "split_special_tokens": True,
+            "tokenizer_class": "TokenizersBackend",
+            "unk_token": unk,
+        }
+        write_atomically(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_atomically(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def build_tokenizer(
@@ -40,8 +93,8 @@ def build_tokenizer(
     vocab_size: int = 4096,
     max_length: int = 77,
     kind: Literal["auto", "word", "bpe"] = "auto",
-) -> "PreTrainedTokenizerFast":
-    """A transformers `PreTrainedTokenizerFast` for these captions; the same captions give the same tokenizer.
+) -> CaptionTokenizer:
+    """A tokenizer for these captions; the same captions give the same tokenizer.
 
     vocab_size: maximum number of tokens, 261 of which are bytes and special tokens; max_length: tokens per text,
     `<eos>` included; kind: one token per word (the rarest are spelled), byte-pair pieces, or `auto`: words if all fit,
@@ -67,7 +120,7 @@ def build_tokenizer(
     normalizer, splitter = _normalizer(), _splitter()
     counts: Counter[str] = Counter()
     for caption in captions:
-        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(_encodable(caption))))
+        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(encodable(caption))))
     counts.pop(SPACE, None)
     room = vocab_size - SMALLEST_VOCABULARY
     if kind == "word" or (kind == "auto" and len(counts) <= room):
@@ -76,62 +129,71 @@ def build_tokenizer(
     return _assemble(*_learn_pieces(counts, room), max_length)
 
 
-def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
+def load_tokenizer(folder: str | Path) -> CaptionTokenizer:
     """The tokenizer saved in `folder`. Raises UserError when its files are missing or damaged."""
-    from transformers import PreTrainedTokenizerFast
-
-    files = "tokenizer.json and tokenizer_config.json"
-    return load_public(PreTrainedTokenizerFast.from_pretrained, str(Path(folder).resolve()), files=files)
+    return load_public(_read, str(Path(folder).resolve()), files="tokenizer.json and tokenizer_config.json")
 
 
-def tokenize(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int | None = None
-) -> tuple[Tensor, Tensor]:
+def _read(folder: str) -> CaptionTokenizer:
+    content, config = (Path(folder, name).read_text("utf-8") for name in ("tokenizer.json", "tokenizer_config.json"))
+    return _from_json(content, int(json.loads(config)["model_max_length"]))
+
+
+def _from_json(content: str, max_length: int) -> CaptionTokenizer:
+    from tokenizers import Tokenizer
+
+    return CaptionTokenizer(Tokenizer.from_str(content), max_length)
+
+
+def tokenize(tokenizer: CaptionTokenizer, texts: Sequence[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
     """Texts -> ids (B, N) int64 and mask (B, N) bool, True = token; N = max_length (default: the tokenizer's own).
 
     A longer text loses its end, which is logged. Every string is accepted, including the empty one.
     """
-    length = max_length or tokenizer.model_max_length
-    rows = tokenizer(
-        [_encodable(text) for text in texts],
-        truncation=True,
-        padding="max_length",
-        max_length=length,
-        return_attention_mask=True,
-    )
-    num_cut = sum(bool(row.overflowing) for row in rows.encodings or ())
+    length = max_length or tokenizer.max_length
+    tokenizer.backend.enable_truncation(length)
+    tokenizer.backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=SPECIAL_TOKENS[0])
+    rows = tokenizer.backend.encode_batch([encodable(text) for text in texts])
+    report_cut(tokenizer, sum(bool(row.overflowing) for row in rows), len(texts), length)
+    ids = torch.tensor([row.ids for row in rows], dtype=torch.int64).reshape(len(texts), length)
+    return ids, torch.tensor([row.attention_mask for row in rows], dtype=torch.bool).reshape(len(texts), length)
+
+
+def report_cut(tokenizer: object, num_cut: int, num_texts: int, length: int) -> None:
+    """Logs that a tokenizer has cut texts at `length` tokens: as a warning the first time."""
     if num_cut:
         level = logging.INFO if tokenizer in _warned else logging.WARNING
         logger.log(
-            level, "%d of %d texts are longer than %d tokens; their ends are cut off.", num_cut, len(texts), length
+            level, "%d of %d texts are longer than %d tokens; their ends are cut off.", num_cut, num_texts, length
         )
         _warned.add(tokenizer)
-    ids = torch.tensor(rows["input_ids"], dtype=torch.int64).reshape(len(texts), length)
-    return ids, torch.tensor(rows["attention_mask"], dtype=torch.bool).reshape(len(texts), length)
 
 
-def unknown_words(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[str]:
+def unknown_words(tokenizer: CaptionTokenizer, text: str) -> list[str]:
     """The words of a text that the tokenizer spells in bytes because its captions never had them, in order.
 
     >>> unknown_words(build_tokenizer(["a red cube"]), "a red zebra")
     ['zebra']
     """
-    words = _splitter().pre_tokenize_str(_normalizer().normalize_str(_encodable(text)))
-    spelled = [word for word, _ in words if any(token in BYTE_TOKENS for token in tokenizer.tokenize(word))]
+    words = _splitter().pre_tokenize_str(_normalizer().normalize_str(encodable(text)))
+    tokens = (tokenizer.backend.encode(word, add_special_tokens=False).tokens for word, _ in words)
+    spelled = [
+        word for (word, _), parts in zip(words, tokens, strict=True) if any(part in BYTE_TOKENS for part in parts)
+    ]
     return list(dict.fromkeys(word.strip(SPACE) for word in spelled if word.strip(SPACE)))
 
 
-def detokenize(tokenizer: "PreTrainedTokenizerBase", ids: Tensor) -> list[str]:
+def detokenize(tokenizer: CaptionTokenizer, ids: Tensor) -> list[str]:
     """Ids (B, N) -> texts up to the first `<eos>`, without special tokens and bytes that are not valid UTF-8."""
     texts = []
     for row in ids.tolist():
         end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-        text = tokenizer.decode(row[:end], skip_special_tokens=True).replace("�", "")
+        text = tokenizer.backend.decode(row[:end], skip_special_tokens=True).replace("�", "")
         texts.append(" ".join(text.split()))
     return texts
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """`text` with lone surrogates, which UTF-8 cannot encode, replaced by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -174,11 +236,10 @@ def _learn_pieces(counts: Counter[str], room: int) -> tuple[list[str], list[tupl
     return [piece for piece in pieces if piece != SPACE], [(left, right) for left, right in model["merges"]]
 
 
-def _assemble(pieces: list[str], merges: list[tuple[str, str]], max_length: int) -> "PreTrainedTokenizerFast":
+def _assemble(pieces: list[str], merges: list[tuple[str, str]], max_length: int) -> CaptionTokenizer:
     from tokenizers import Tokenizer, decoders, models, processors
-    from transformers import PreTrainedTokenizerFast
 
-    pad, bos, eos, unk = SPECIAL_TOKENS
+    _, _, eos, unk = SPECIAL_TOKENS
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *BYTE_TOKENS, SPACE, *pieces))}
     # With ignore_merges a word in the vocabulary is one token; merges apply to the other words.
     model = models.BPE(vocab=vocabulary, merges=merges, unk_token=unk, byte_fallback=True, ignore_merges=True)
@@ -192,14 +253,4 @@ def _assemble(pieces: list[str], merges: list[tuple[str, str]], max_length: int)
         single=f"$A {eos}", pair=f"$A {eos} $B:1 {eos}:1", special_tokens=[(eos, vocabulary[eos])]
     )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unk,
-        model_max_length=max_length,
-        padding_side="right",
-        split_special_tokens=True,  # "<eos>" in a prompt is text, not the end
-        clean_up_tokenization_spaces=False,
-    )
+    return CaptionTokenizer(tokenizer, max_length)

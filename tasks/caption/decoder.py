@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,8 @@ from crossflow.core.errors import UserError
 from crossflow.core.files import read_tensors, write_json, write_tensors
 from crossflow.core.noise import keyed_generator
 from crossflow.core.source import LOG_VAR_RANGE, Posterior
-from crossflow.networks.text.tokenizer import detokenize, load_tokenizer, tokenize
+from crossflow.networks.text.tokenizer import CaptionTokenizer, detokenize, load_tokenizer, tokenize
 from crossflow.tasks.caption.layouts import TextAutoencoderConfig, build_layout
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +77,7 @@ class TextAutoencoder(nn.Module):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerFast",
+        tokenizer: CaptionTokenizer,
         latent_shape: tuple[int, ...],
         config: TextAutoencoderConfig | None = None,
     ) -> None:

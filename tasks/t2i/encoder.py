@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,12 +23,9 @@ from crossflow.core.layers import patchify
 from crossflow.core.noise import keyed_generator
 from crossflow.networks.alignment import token_head
 from crossflow.networks.text.frozen_encoder import FrozenTextEncoder, TextEncoderSettings
-from crossflow.networks.text.tokenizer import build_tokenizer, load_tokenizer, tokenize
+from crossflow.networks.text.tokenizer import CaptionTokenizer, build_tokenizer, load_tokenizer, tokenize
 from crossflow.networks.text.trunk import QueryHead, TextTransformer, TextTrunk, smallest_patch
 from crossflow.networks.text.variational import TextVariationalSizes, TextVariationalTrunk
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 FROZEN_FILE = "text_encoder.json"
 TOKENIZER = "tokenizer"
@@ -93,7 +90,7 @@ class TextSide:
     def __init__(
         self,
         settings: TextSettings,
-        tokenizer: "PreTrainedTokenizerFast | None" = None,
+        tokenizer: CaptionTokenizer | None = None,
         frozen: FrozenTextEncoder | None = None,
     ) -> None:
         assert tokenizer is None or frozen is None
@@ -141,6 +138,7 @@ class TextSide:
         """Texts -> ids (B, N) and mask (B, N) bool, on the CPU."""
         if self.frozen is not None:
             return self.frozen.tokens(texts)
+        assert self.tokenizer is not None, "there is a tokenizer or a frozen encoder"
         return tokenize(self.tokenizer, texts, self.settings.max_length)
 
     def read(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:

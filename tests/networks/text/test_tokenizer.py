@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import random
 import subprocess
 import sys
@@ -101,11 +102,38 @@ def test_save_and_load_give_the_same_tokens(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     texts = [*CAPTIONS, *STRANGE]
     ids, mask = tokenize(tokenizer, texts)
-    for loaded in (load_tokenizer(tmp_path / "tokenizer"), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")):
-        again, again_mask = tokenize(loaded, texts)
-        assert torch.equal(ids, again)
-        assert torch.equal(mask, again_mask)
+    for again in (load_tokenizer(tmp_path / "tokenizer"), pickle.loads(pickle.dumps(tokenizer))):
+        for tensor, expected in zip(tokenize(again, texts), (ids, mask), strict=True):
+            assert torch.equal(tensor, expected)
+    public = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert len(public) == len(tokenizer)
+    valid = [text.encode("utf-8", "replace").decode() for text in texts]
+    rows = public(valid, truncation=True, padding="max_length", return_attention_mask=True)
+    assert rows["input_ids"] == ids.tolist()
+    assert rows["attention_mask"] == mask.int().tolist()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_files_are_those_that_transformers_writes(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenize(tokenizer, CAPTIONS)  # leaves no trace in the files
+    tokenizer.save_pretrained(tmp_path / "ours")
+    AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        written, expected = (json.loads((tmp_path / folder / name).read_text()) for folder in ("ours", "theirs"))
+        # Transformers adds that it loaded the tokenizer from a local folder.
+        assert written.items() <= expected.items()
+        assert expected.keys() - written.keys() <= {"is_local", "local_files_only"}
+
+
+def test_a_tokenizer_of_another_make_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, "<unk>")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 8}')
+    with pytest.raises(UserError, match="<pad>"):
         load_tokenizer(tmp_path)
 
 
