@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.files import read_tensors
+from crossflow.core.precision import autocast
 from crossflow.core.training.stream import MicroBatch
 from crossflow.core.training.trainer import Trainer
 from crossflow.core.weights import WEIGHTS
@@ -20,12 +21,10 @@ from crossflow.engine.train import Run
 from crossflow.tasks import load_config, task_class
 
 NUM_INPUTS = 4
-SAME_NETWORK = 1e-2
-"""Limit between two devices in float32: kernels add in another order, and convolutions on NVIDIA GPUs round inputs
-to TF32 (1e-3) by torch's default; a flow of many steps amplifies the differences.
+LIMITS = {"float32": 1e-2, "bf16": 0.1}
+"""Limits between the CPU in float32 and the device by precision. In float32 kernels add in another order, convolutions
+on NVIDIA GPUs round inputs to TF32 (1e-3) by torch's default, and a flow of many steps amplifies the differences.
 """
-HALF_PRECISION = 0.1
-"""Limit between half precision and float32."""
 RESUMED = 1e-3
 """Limit between a resumed and an uninterrupted training of four steps; 0 on a CPU, whose kernels are deterministic."""
 SHORT = (
@@ -81,9 +80,10 @@ def difference(values: Tensor, expected: Tensor) -> float:
 
 def sampling_checks(run: Path) -> Iterator[Check]:
     """The latents that a run samples on the device, beside those of the CPU in float32."""
-    reference = load(run, device="cpu")
-    expected = _latents(reference)
-    yield Check(str(run), "sampling in float32", difference(_latents(load(run)), expected), SAME_NETWORK)
+    expected = _latents(load(run, device="cpu", precision="float32"))
+    for precision, limit in LIMITS.items():
+        latents = _latents(load(run, precision=precision))
+        yield Check(str(run), f"sampling in {precision}", difference(latents, expected), limit)
 
 
 def _latents(pipe: Pipeline) -> Tensor:
@@ -103,11 +103,11 @@ def training_checks(recipe: str, folder: Path) -> Iterator[Check]:
     objective = trainer.learner.objective
     reference = copy.deepcopy(objective).cpu()
     expected = _loss_and_gradient(reference, micro_batch, torch.device("cpu"))
-    for name, dtype, limit in (("float32", None, SAME_NETWORK), ("bf16", torch.bfloat16, HALF_PRECISION)):
-        with torch.autocast(trainer.device.type, dtype, enabled=dtype is not None):
+    for precision, limit in LIMITS.items():
+        with autocast(trainer.device, precision):
             values = _loss_and_gradient(objective, micro_batch, trainer.device)
         for what, value, reference_value in zip(("loss", "gradient"), values, expected, strict=True):
-            yield Check(recipe, f"{what} in {name}", difference(value, reference_value), limit)
+            yield Check(recipe, f"{what} in {precision}", difference(value, reference_value), limit)
 
 
 def open_run(recipe: str, folder: Path, *, steps: int, resume: str | None = None) -> Run:

@@ -18,7 +18,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-DTYPES = {"no": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from crossflow.core.precision import DTYPES
+
 PRODUCT_SIDE = {"cpu": 1536, "cuda": 8192}
 """Side of the square matrices whose product measures the ceiling."""
 PRODUCT_ROUNDS = 7

@@ -5,29 +5,23 @@ a Python loop over them, and guidance makes two passes through the network.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossflow.benchmarks.speed.measuring import DTYPES
 from crossflow.benchmarks.speed.released_files import read_released
 from crossflow.benchmarks.speed.released_networks import ReleasedModel
+from crossflow.benchmarks.speed.training import precision_name
 from crossflow.core.batch import Batch
 from crossflow.core.config import Config
 from crossflow.core.noise import Noise
+from crossflow.core.precision import autocast
 from crossflow.core.training.optim import decay_groups
 
 LAST_TIME = 1 - 1e-5
 SIGMA_MIN = 1e-5
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision as accelerate switches it on; nothing for float32."""
-    dtype = DTYPES[precision]
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 class ReleasedTraining:
@@ -77,7 +71,7 @@ class ReleasedTraining:
     def loss(self, batch: Batch, noise: Noise) -> Tensor:
         """L_FM + lambda L_KL of a batch whose unconditional samples have not been drawn."""
         assert batch.mask is not None
-        with autocast(self.device, self.config.train.precision):
+        with autocast(self.device, precision_name(self.config.train.precision)):
             mean, log_var = self.model.moments(batch.features, batch.mask)
             z0 = mean + (log_var / 2).exp() * noise.source
             unconditional, z1 = rotated(batch.target, noise.drop < self.config.guidance.drop)

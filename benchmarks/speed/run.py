@@ -20,8 +20,6 @@ from crossflow.engine.provenance import environment
 PARTS = ("scenes", "training", "sampling", "evaluation", "cache", "released")
 DEFAULT_PARTS = ("scenes", "training", "sampling", "cache")
 """Evaluation may first train a judge, and the comparison with the released manner takes minutes."""
-TRAINER_PRECISION = {"float32": "no"}
-"""Names of precisions in `train.precision`, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,11 @@ class Choice:
     @property
     def cases(self) -> list[Case]:
         """Every recipe in every precision, uncompiled and compiled."""
-        precisions: list[str | None] = [TRAINER_PRECISION.get(name, name) for name in self.precisions]
         return [
             Case(recipe, self.overrides, precision, compiled, self.small)
-            for recipe, precision, compiled in itertools.product(self.recipes, precisions or [None], self.compiled)
+            for recipe, precision, compiled in itertools.product(
+                self.recipes, self.precisions or (None,), self.compiled
+            )
         ]
 
     @property
@@ -68,7 +67,7 @@ def measure(
 
     folder: for temporary files; progress(done, total): called after each row.
     """
-    compared = [TRAINER_PRECISION.get(name, name) for name in choice.precisions or ("float32", "bf16")]
+    compared = choice.precisions or ("float32", "bf16")
     num_rows = {
         "scenes": len(SCENE_SIZES) * len(PROCESSES),
         "cache": NUM_ROWS,

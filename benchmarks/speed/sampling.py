@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from crossflow.benchmarks.speed.measuring import (
     Clock,
     ceiling,
@@ -53,12 +51,14 @@ def sampling_speed(
 
 
 def opened(case: Case, folder: Path) -> tuple[Run, Pipeline]:
-    """A run of the case with its initial weights, and its pipeline as `crossflow.load` makes it."""
+    """A run of the case with its initial weights, and its pipeline as `crossflow.load` makes it; a precision of None is
+    the device's own.
+    """
     # The encoder loss and its image tower belong to training.
     overrides = (*case.overrides, "loss.encoder=none")
     run = replace(case, overrides=overrides, precision=None, compiled=False).open(folder, cached=False)
     Pipeline(run.task, run.model, folder=run.folder, device="cpu").save(run.folder)
-    return run, load(run.folder)
+    return run, load(run.folder, precision=case.precision, compile=case.compiled)
 
 
 def _row(case: Case, run: Run, pipe: Pipeline, batch_size: int | None) -> dict[str, Any]:
@@ -79,14 +79,14 @@ def _row(case: Case, run: Run, pipe: Pipeline, batch_size: int | None) -> dict[s
     shares, longest = profiled(sample, device)
     with counted() as counter:
         sample()
-    operations, limit = counter.get_total_flops(), ceiling(device, "float32")
+    operations, limit = counter.get_total_flops(), ceiling(device, pipe.precision)
     evaluations = count_evaluations(**{**pipe.settings.model_dump(exclude={"mode", "batch_size"}), "steps": steps})
     return {
         "recipe": case.recipe,
         **({"settings": " ".join(case.overrides)} if case.overrides else {}),
         "device": device_name(device),
-        "precision": "float32",
-        "compiled": False,
+        "precision": pipe.precision,
+        "compiled": case.compiled,
         "batch_size": count,
         "steps": steps,
         "guidance": pipe.settings.guidance,
@@ -107,14 +107,12 @@ def _row(case: Case, run: Run, pipe: Pipeline, batch_size: int | None) -> dict[s
 def _parts(pipe: Pipeline, sample: Callable[[], None]) -> dict[str, float]:
     """Seconds of each part of one call, the device waited for after each."""
     clock = Clock(pipe.device)
-    watched = ((pipe.task, "source", "encode"), (pipe, "latents", "source"), (pipe, "generate", "flow"),
-               (pipe.task, "decode", "decode"))  # fmt: skip
-    for owner, method, part in watched:
-        setattr(owner, method, clock.around(part, getattr(owner, method)))
+    watched = {"source": "encode", "latents": "source", "generate": "flow", "decode": "decode"}
+    for method, part in watched.items():
+        setattr(pipe, method, clock.around(part, getattr(pipe, method)))
     try:
-        with torch.no_grad():
-            sample()
+        sample()
     finally:
-        for owner, method, _ in watched:
-            delattr(owner, method)  # the method of the class shows again
+        for method in watched:
+            delattr(pipe, method)  # the method of the class shows again
     return clock.take()

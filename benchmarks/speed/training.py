@@ -41,12 +41,14 @@ class Case:
     recipe: str
     overrides: tuple[str, ...] = ()
     precision: str | None = None
+    """float32, bf16 or fp16."""
     compiled: bool = False
     small: bool = False
 
     def open(self, folder: Path, *, cached: bool = True) -> Run:
         """A run of this case in `folder`, with random frozen networks and, if `cached`, random cached features."""
-        settings = [*self.overrides, *([f"train.precision={self.precision}"] if self.precision else [])]
+        precision = "no" if self.precision == "float32" else self.precision
+        settings = [*self.overrides, *([f"train.precision={precision}"] if precision else [])]
         settings += ["train.compile=true"] if self.compiled else []
         return Run.open(offline_config(self.recipe, settings, folder, cached=cached, small=self.small), folder / "run")
 
@@ -75,12 +77,13 @@ def _row(case: Case, run: Run, steps: int) -> dict[str, Any]:
     shares, longest = profiled(lambda: next(trial), device)
     shares = Shares(shares.products, shares.idle, phases.get("data", 0.0) / max(sum(phases.values()), 1e-9))
     operations = FORWARDS * forward_operations(trainer, trial)
-    limit = ceiling(device, config.train.precision)
+    precision = precision_name(config.train.precision)
+    limit = ceiling(device, precision)
     return {
         "recipe": case.recipe,
         **({"settings": " ".join(case.overrides)} if case.overrides else {}),
         "device": device_name(device),
-        "precision": precision_name(config.train.precision),
+        "precision": precision,
         "compiled": config.train.compile,
         "batch_size": config.train.batch_size,
         "parameters": sum(parameter.numel() for parameter in run.objective.parameters()),
@@ -136,5 +139,5 @@ def device_name(device: torch.device) -> str:
 
 
 def precision_name(precision: str) -> str:
-    """`float32` for the trainer's `no`."""
+    """The name outside the trainer, which calls float32 `no`."""
     return "float32" if precision == "no" else precision
