@@ -285,8 +285,11 @@ def _place_all(rng: random.Random, camera: Camera, kinds: list[tuple[str, str]])
             depth = y * cos + camera.height * sin
             room = HALF_VIEW * depth - half_width  # metres from the middle within which the picture holds the solid
             x = _uniform(rng, -room, room)
+            turn = _uniform(rng, 0.35, 1.22)
+            if any(_touch(kind[0], half_width, x, y, other) for other in placed):
+                continue  # _fit would say so too, after projecting the solid
             # A cube shows two sides, turned by 20 to 70 degrees from the line of sight, to differ from a cylinder.
-            angle = round(_uniform(rng, 0.35, 1.22) - math.atan2(x, y), 4)
+            angle = round(turn - math.atan2(x, y), 4)
             fitted = _fit(place(camera, kind, size, material, x, y, angle), placed)
             if fitted:
                 placed = fitted
@@ -303,8 +306,7 @@ def _fit(solid: Solid, placed: list[Solid]) -> list[Solid]:
         return []
     together = [*placed, solid]
     for other in placed:
-        apart = math.hypot(solid.x - other.x, solid.y - other.y)
-        if apart < _footprint(solid) + _footprint(other) + 0.08 or not _relations(solid, other):
+        if _touch(solid.shape, solid.half_width, solid.x, solid.y, other) or not _relations(solid, other):
             return []
         near, far = (solid, other) if solid.y < other.y else (other, solid)
         hidden = _area(_intersection(near.box, far.box))
@@ -319,8 +321,10 @@ def _fit(solid: Solid, placed: list[Solid]) -> list[Solid]:
     return together
 
 
-def _footprint(solid: Solid) -> float:
-    return _FOOTPRINT[solid.shape] * solid.half_width
+def _touch(shape: str, half_width: float, x: float, y: float, other: Solid) -> bool:
+    """Whether a solid at (x, y) would stand nearer to another than 8 cm from footprint to footprint."""
+    reach = _FOOTPRINT[shape] * half_width + _FOOTPRINT[other.shape] * other.half_width
+    return math.hypot(x - other.x, y - other.y) < reach + 0.08
 
 
 def _area(box: Box) -> float:

@@ -117,16 +117,25 @@ def build_tokenizer(
         raise UserError(f"The kind of a tokenizer must be auto, word or bpe, got {kind!r}.")
     if max_length < 2:
         raise UserError(f"max_length must be at least 2, for a word and <eos>, got {max_length}.")
-    normalizer, splitter = _normalizer(), _splitter()
-    counts: Counter[str] = Counter()
-    for caption in captions:
-        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(encodable(caption))))
-    counts.pop(SPACE, None)
+    counts = _count_words(captions)
     room = vocab_size - SMALLEST_VOCABULARY
     if kind == "word" or (kind == "auto" and len(counts) <= room):
         words = sorted(counts, key=lambda word: (-counts[word], word))[:room]
         return _assemble(words, [], max_length)
     return _assemble(*_learn_pieces(counts, room), max_length)
+
+
+def _count_words(captions: Iterable[str]) -> Counter[str]:
+    """How often each word of the normalised captions occurs, with the mark of the space before it."""
+    normalizer, splitter = _normalizer(), _splitter()
+    # No step of the normalisation looks across a space, so each piece between spaces is normalised once.
+    pieces = Counter(piece for caption in captions for piece in caption.split(" "))
+    counts: Counter[str] = Counter()
+    for piece, number in pieces.items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(encodable(piece))):
+            counts[word] += number
+    counts.pop(SPACE, None)
+    return counts
 
 
 def load_tokenizer(folder: str | Path) -> CaptionTokenizer:
