@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.core.noise import key, order
+from crossflow.core.noise import Order, key
 from crossflow.core.progress import Progress
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
@@ -89,6 +89,10 @@ class Examples(Generic[T]):
         loaded, generators = self._load(keys), _ItemGenerator(self.seed)
         return [self._example(epoch, index, loaded, generators) for epoch, index in keys]
 
+    def order(self, seed: int, epoch: int) -> Order:
+        """The order of the indices in an epoch."""
+        return self.reader.order(seed, epoch)
+
     def first(self, count: int) -> list[T]:
         """The examples of epoch 0 at the first `count` indices, loaded together."""
         return self.__getitems__(list(range(min(count, len(self)))))
@@ -159,7 +163,7 @@ class Examples(Generic[T]):
         room = self.reader.batch_hint - len(missing)
         if room <= 0 or self._used_bytes >= self._budget():
             return []
-        sequence = order(self.seed, epoch, len(self))
+        sequence = self.order(self.seed, epoch)
         known = {*self._cached, *self._unreadable, *missing}
         ahead: list[int] = []
         for start in range(sequence.place_of(index) + 1, len(self), AHEAD):

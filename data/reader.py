@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from crossflow.core.errors import UserError
+from crossflow.core.noise import Order, order
 from crossflow.data.files import existing, inside
 from crossflow.data.item import BadItem, Item, Record
 from crossflow.data.records import ListedRecords, Records, unique
@@ -71,6 +72,10 @@ class Reader(ABC):
     def load(self, indices: Sequence[int]) -> list[Item | BadItem]:
         """Several items at once; bad ones are returned, not raised."""
         return [self._item_or_reason(index) for index in indices]
+
+    def order(self, seed: int, epoch: int) -> Order:
+        """The order in which training reads the items in an epoch."""
+        return order(seed, epoch, len(self))
 
     def _item_or_reason(self, index: int) -> Item | BadItem:
         try:

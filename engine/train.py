@@ -18,7 +18,7 @@ from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
 from crossflow.core.model import CrossFlow
-from crossflow.core.noise import keyed_generator
+from crossflow.core.noise import Order, keyed_generator
 from crossflow.core.objective import Objective
 from crossflow.core.precision import autocast
 from crossflow.core.progress import Silent, TrainingProgress
@@ -95,6 +95,10 @@ class TrainingSet:
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Example]:
         return self.examples.__getitems__(places)
+
+    def order(self, seed: int, epoch: int) -> Order:
+        """The order of the examples in an epoch."""
+        return self.examples.order(seed, epoch)
 
     def collate(self, examples: Sequence[Example]) -> Record:
         """The record of some examples; see `Task.collate`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crossflow.core.batch import Batch, Record, map_tensors
-from crossflow.core.noise import Noise, keyed_generator, order, training_noise
+from crossflow.core.noise import Noise, Order, keyed_generator, order, training_noise
 from crossflow.core.training.signals import ignore_in_worker
 
 
@@ -84,8 +84,13 @@ class MicroBatches(Dataset[Loaded]):
         indices = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            indices[chosen] = order(self.seed, epoch, len(self.data))[places[chosen]]
+            indices[chosen] = self._order(epoch)[places[chosen]]
         return list(zip(epochs.tolist(), indices.tolist(), strict=True))
+
+    def _order(self, epoch: int) -> Order:
+        # Data that lie far away implement this method, so that the examples of some steps lie together.
+        own = getattr(self.data, "order", None)
+        return own(self.seed, epoch) if own else order(self.seed, epoch, len(self.data))
 
     def example_at(self, position: int) -> tuple[int, int]:
         """(epoch, index) of a global position."""
