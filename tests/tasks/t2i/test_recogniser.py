@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from crossflow.cli import main
 from crossflow.data.scenes import OPPOSITE, PROMPT_KINDS, RELATIONS, make_scene, render, scene_seed
 from crossflow.tasks.t2i import recogniser as module
 from crossflow.tasks.t2i.metric import T2IMetric
@@ -219,3 +220,19 @@ def test_real_pictures_of_what_prompts_ask_score_nearly_one(judge):
     assert values["overall"] > 0.93, values
     assert values["shuffled_overall"] < 0.5
     assert values["judge_shape"] == judge.report["shape"]
+
+
+@pytest.mark.slow
+def test_the_judge_is_loaded_when_the_trained_run_is_scored(tmp_path, tiny_settings, monkeypatch):
+    run = tmp_path / "run"
+    steps = []
+
+    def load_recogniser():
+        steps.extend(path.name for path in (run / "checkpoints").iterdir())
+        return lambda images: [()] * len(images)
+
+    monkeypatch.setattr("crossflow.tasks.t2i.metric.load_recogniser", load_recogniser)
+    settings = [*tiny_settings("t2i"), "train.eval_every=1", "train.sample_every=1"]
+    assert main(["train", "--task", "t2i", "--output", str(run), *settings]) == 0
+    assert steps == ["step_00000002"]
+    assert list((run / "samples").glob("step_*.png"))
