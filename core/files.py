@@ -204,6 +204,20 @@ def link_or_copy(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, which disappears at once; a crash meanwhile leaves a temporary one. It may be missing."""
+    if folder.is_dir():
+        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name[:40]}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether the file or folder is the remains of an interrupted write, or in the course of being written."""
+    return path.name.startswith(TEMPORARY)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Removes the temporary files of interrupted writes in `folder`; no other process may be writing there."""
     for path in folder.glob(f"{TEMPORARY}*"):

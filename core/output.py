@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from crossflow.core.errors import UserError
-from crossflow.core.files import write_atomically
+from crossflow.core.files import is_temporary, write_atomically
+from crossflow.core.lock import LOCK
 
 RECORD = ".crossflow.json"
 
@@ -26,7 +27,7 @@ def check_output(requested: Path | None, *, overwrite: bool = False) -> None:
         return
     if requested.is_file():
         raise UserError(f"{requested} exists. Give another --output, or --overwrite to replace it.")
-    if any(requested.iterdir()):
+    if not _is_empty(requested):
         raise UserError(
             f"The folder {requested} is not empty. Give another --output, or --overwrite to replace the results in it; "
             "files that crossflow did not write there are kept."
@@ -63,7 +64,7 @@ def claim(
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:  # a process started at the same time may have created it
-            if folder.is_dir() and not any(folder.iterdir()):
+            if folder.is_dir() and _is_empty(folder):
                 return folder
         number += 1
 
@@ -93,6 +94,11 @@ def record(folder: Path, names: set[str]) -> None:
 def output_files(folder: Path) -> set[str]:
     """Paths, relative to the folder, of all files in and below it, except the record."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {RECORD}
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder contains nothing but what a killed process left."""
+    return all(path.name == LOCK or is_temporary(path) for path in folder.iterdir())
 
 
 def _recorded(folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ from crossflow.core.batch import Batch, Record
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
+from crossflow.core.lock import FolderLock
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import Order, keyed_generator
 from crossflow.core.objective import Objective
@@ -209,6 +210,8 @@ class Run:
     resume: str | None = None
     before: Snapshot | None = None
     """What the folder held before a new run was prepared in it."""
+    lock: FolderLock | None = None
+    """The lock of the folder, held by the main process until `train` ends."""
 
     @property
     def model(self) -> CrossFlow:
@@ -227,7 +230,8 @@ class Run:
     ) -> "Run":
         """Prepares a new run in `folder`, or reads back the one to `resume`.
 
-        A run that fails before it has trained anything leaves the folder as it was.
+        The folder is locked until `train` ends. A run that fails before it has trained anything leaves the folder as it
+        was.
 
         Args:
             resume: None for a new run; "auto" for the newest intact checkpoint of `folder`, if there is one; or the
@@ -236,13 +240,15 @@ class Run:
             progress: receives notes and numbers on the main process.
 
         Raises:
-            UserError: invalid settings or data, a folder that holds a run, or a resumed run with other settings.
+            UserError: invalid settings or data, a folder that holds a run or is in use by another process, or a resumed
+                run with other settings.
         """
         distributed.device()  # joins the processes of a launcher
         SOLVERS.get(config.sample.solver)  # an unknown name fails here rather than after hours of training
         run, progress = RunFolder(folder), progress if progress is not None and distributed.is_main() else Silent()
+        before, lock = run.snapshot(), FolderLock(folder)
+        distributed.on_main(lock.acquire)
         resumes = resume is not None and bool(run.checkpoints)
-        before = run.snapshot()
         try:
             kind = task_class(config.task)
             # Relative paths of a resumed run refer to the directory where it was started.
@@ -257,8 +263,9 @@ class Run:
         except BaseException:
             if distributed.is_main():
                 before.restore()
+                lock.release()
             raise
-        return cls(config, folder, task, data, objective, progress, resume, before)
+        return cls(config, folder, task, data, objective, progress, resume, before, lock)
 
     # -- training
 
@@ -277,13 +284,25 @@ class Run:
 
     def dry_run(self) -> DryRun:
         """Parameters, memory, time and disk that the run takes."""
-        return self.trainer().dry_run(resume=self.resume)
+        try:
+            return self.trainer().dry_run(resume=self.resume)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     def train(self) -> Outcome:
         """Trains, then scores the averaged weights on the validation split beside the trivial baseline.
 
         Raises UserError for data that cannot be scored, losses that are not finite, or a full disk.
         """
+        try:
+            return self._train()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _train(self) -> Outcome:
+        """As `train`, with the folder locked."""
         try:
             self._open_validation()
             trainer = self.trainer()

@@ -4,7 +4,6 @@ A job that crashes, runs out of memory or is killed does not stop the others. It
 ablation continues where it was when it is started again.
 """
 
-import fcntl
 import json
 import subprocess
 import sys
@@ -20,11 +19,12 @@ from crossflow.benchmarks.ablation.plan import Budget, Job, Plan
 from crossflow.core import launcher
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
+from crossflow.core.lock import FolderLock
 from crossflow.core.progress import duration
 from crossflow.engine.train import dry_run
 from crossflow.tasks import load_config, task_class
 
-PLAN, FAILURES, LOCK = "ablation.json", "failures.json", ".lock"
+PLAN, FAILURES = "ablation.json", "failures.json"
 EXTENDABLE = ("seeds", "only")
 """Entries of a folder's plan that may differ when the ablation is started again."""
 Say = Callable[[str], None]
@@ -174,17 +174,9 @@ def _last_line(log: Path) -> str:
 @contextmanager
 def _locked(plan: Plan) -> Iterator[int]:
     """Keeps two processes out of one folder, and one folder from two plans; yields the descriptor of the lock."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    _keep_plan(plan)
-    with (plan.folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"A job of this ablation is still running in {plan.folder} (perhaps a run whose parent was killed). "
-                "Wait for it or end it, then start again."
-            ) from error
-        yield file.fileno()
+    with FolderLock(plan.folder) as lock:
+        _keep_plan(plan)
+        yield lock.fileno()
 
 
 def _keep_plan(plan: Plan) -> None:

@@ -25,6 +25,7 @@ from crossflow.core import distributed
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.files import write_atomically
+from crossflow.core.lock import FolderLock
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.output import claim, output_files, record
 from crossflow.core.progress import Progress
@@ -152,8 +153,18 @@ class Evaluation:
     def run(self, folder: Path, real: Statistics | None = None, progress: Progress | None = None) -> Report | None:
         """Scores the unfinished cases and writes the files; None on all processes but the first.
 
-        real: statistics of the real pictures, for a protocol with a distance (see `real_pictures`).
+        real: statistics of the real pictures, for a protocol with a distance (see `real_pictures`). Raises UserError if
+        another process is writing to `folder`.
         """
+        lock = FolderLock(folder)
+        distributed.on_main(lock.acquire)
+        try:
+            return self._run(folder, real, progress)
+        finally:
+            lock.release()
+
+    def _run(self, folder: Path, real: Statistics | None, progress: Progress | None) -> Report | None:
+        """As `run`, with the folder locked."""
         before = output_files(folder)
         trivial, notes = self._trivial()
         ledger = self._score(folder / UNFINISHED, trivial, real is not None, progress)
@@ -170,7 +181,7 @@ class Evaluation:
         """
 
         def interrupted(place: Path) -> bool:
-            return not (place / "metrics.json").exists() and Ledger.holds(place / UNFINISHED, self._unchanging())
+            return Ledger.holds(place / UNFINISHED, self._unchanging())
 
         named = default or self.default_folder()
         return distributed.on_main(lambda: claim(named, folder, overwrite=overwrite, resumable=interrupted))

@@ -6,7 +6,6 @@ another one are removed.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from crossflow.core.files import DamagedFile, read_metadata, read_tensors, write_atomically, write_tensors
+from crossflow.core.files import (
+    DamagedFile,
+    read_metadata,
+    read_tensors,
+    remove_folder,
+    replacing_folder,
+    write_atomically,
+    write_tensors,
+)
 from crossflow.data.cases import Tile
 
 Row = dict[str, Any]
@@ -45,8 +52,9 @@ class Ledger:
         self.folder = folder
         if folder.is_dir() and not self.holds(folder, identity):
             self.remove()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "identity", _key(identity))
+        if not folder.is_dir():
+            with replacing_folder(folder) as temporary:
+                write_atomically(temporary / "identity", _key(identity))
 
     @staticmethod
     def holds(folder: Path, identity: Mapping[str, Any]) -> bool:
@@ -86,8 +94,8 @@ class Ledger:
         return {number for part in self.parts() for number in part.numbers}
 
     def remove(self) -> None:
-        """Removes the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the folder; a crash meanwhile leaves no partial ledger under its name."""
+        remove_folder(self.folder)
 
 
 def _key(identity: Mapping[str, Any]) -> str:

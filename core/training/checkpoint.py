@@ -22,6 +22,7 @@ from crossflow.core.files import (
     TEMPORARY,
     is_full,
     link_or_copy,
+    remove_folder,
     remove_temporaries,
     size_in_words,
     sync_folder,
@@ -124,9 +125,9 @@ def write_checkpoint(
     remove_temporaries(root)
     for path in checkpoints(root):
         if path.name > final.name:
-            _remove(path)
+            remove_folder(path)
     for path in checkpoints(root)[keep:]:
-        _remove(path)
+        remove_folder(path)
     return final
 
 
@@ -256,13 +257,6 @@ def load_optimizer(
             raise UserError(f"The checkpoint's optimizer has a state for {name}, which this model does not train.")
         slots.setdefault(number[name], {})[slot] = value
     optimizer.load_state_dict({"state": slots, "param_groups": present["param_groups"]})
-
-
-def _remove(path: Path) -> None:
-    """Removes a checkpoint; a crash meanwhile leaves no partial checkpoint under its name."""
-    doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _json(content: Mapping[str, Any]) -> str:
