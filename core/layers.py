@@ -37,18 +37,22 @@ class Attention(nn.Module):
 
         rotary: positions of the N tokens; self-attention only, without `mask`.
         """
-        if context is None:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-        else:
-            q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, N, D/heads)
         allowed = None if mask is None else mask[:, None, None, :]
         if rotary is not None:
             assert context is None, "rotary positions are for self-attention only"
             assert mask is None, "rotary positions are for grids, which have no padding"
-            q, k, allowed = rotary.turn(q), rotary.turn(k), rotary.near
+            turned, v = self._heads(self.qkv(x), 3).split([2 * self.heads, self.heads], dim=1)
+            (q, k), allowed = rotary.turn(turned).chunk(2, dim=1), rotary.near
+        elif context is None:
+            q, k, v = self._heads(self.qkv(x), 3).chunk(3, dim=1)
+        else:
+            q, (k, v) = self._heads(self.q(x), 1), self._heads(self.kv(context), 2).chunk(2, dim=1)
         attended = _attend(q, k, v, allowed)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, num_parts: int) -> Tensor:
+        """(B, N, parts D) -> (B, parts heads, N, D / heads)."""
+        return x.unflatten(-1, (num_parts * self.heads, -1)).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:

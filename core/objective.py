@@ -74,6 +74,11 @@ class Objective(nn.Module):
         if self.encoder_loss == "reconstruction" and reconstructor is None:
             raise UserError("loss.encoder = reconstruction needs a decoder, which this task lacks; use none.")
 
+    @property
+    def leaves_parameters_out(self) -> bool:
+        """Whether some trainable parameters get no gradient: without a flow loss, those of the backbone."""
+        return self.settings.flow_weight == 0
+
     def encoder_term(self, batch: Batch, z0: Tensor) -> Tensor | None:
         """L_Enc of the sampled z0 (B, *latent) against `batch.alignment`; None without an encoder loss."""
         if self.encoder_loss == "none":

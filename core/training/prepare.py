@@ -3,7 +3,9 @@
 import ctypes
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
     """Compiles, in place, every block of the innermost module lists (or the whole model without any); returns how many.
 
     Blocks of one kind share their code, so this takes a fraction of the time of compiling the whole; and a module
@@ -50,8 +52,11 @@ def checkpoint_activations(model: nn.Module) -> None:
         module.set_checkpointing(True)  # type: ignore[operator]
 
 
-def build_accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
-    """The accelerator of this process, which joins those of a launcher. Raises UserError for unsupported settings."""
+def build_accelerator(config: TrainConfig, run_dir: Path, find_unused: bool = False) -> Accelerator:
+    """The accelerator of this process, which joins those of a launcher. Raises UserError for unsupported settings.
+
+    find_unused: look in every step for parameters that get no gradient, which data-parallel training has to know.
+    """
     distributed.device()
     initialised = AcceleratorState._shared_state
     if initialised and initialised.get("_mixed_precision") not in (None, config.precision):
@@ -66,8 +71,7 @@ def build_accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
-        # An ablation may leave out a loss and with it the parameters that only this loss reaches.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
     )
     if accelerator.distributed_type not in _SUPPORTED:
         raise UserError(

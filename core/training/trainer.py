@@ -93,7 +93,8 @@ class Trainer:
 
     config: the `train` section. objective: module with the generator as `.model`; `objective(batch, noise)` returns
     scalar losses by name, among them "loss", and `objective.draw(batches, noises)` prepares all parts of a step
-    together. data: see `TrainingData`. run_dir: the folder of metrics.jsonl, checkpoints/ and the weights.
+    together; `objective.leaves_parameters_out` says whether some parameters get no gradient. data: see `TrainingData`.
+    run_dir: the folder of metrics.jsonl, checkpoints/ and the weights.
     latent_shape: of a sample of z0, for the noise. settings: the configuration that trackers record.
 
     A step is the same however it is divided into accumulated parts and processes: the same noise, the same
@@ -118,7 +119,8 @@ class Trainer:
         self.config, self.seed, self.settings = config, seed, dict(settings or {})
         self.run_dir = Path(run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
-        self.accelerator = build_accelerator(config, self.run_dir)  # joins the processes of a launcher
+        # It joins the processes of a launcher.
+        self.accelerator = build_accelerator(config, self.run_dir, objective.leaves_parameters_out)  # type: ignore[arg-type]
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.callbacks = callbacks or Callbacks()
         observer = self.callbacks.progress

@@ -70,6 +70,7 @@ class Objective(nn.Module):
             self.model.backbone[2].p = 0.0
         self.head = nn.Linear(3, 3)
         self.contrastive = contrastive
+        self.leaves_parameters_out = True  # those called `unused`
 
     def draw(self, batches: Sequence[Batch], noises: Sequence[Noise]) -> list[Batch]:
         return list(batches)
