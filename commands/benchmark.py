@@ -60,7 +60,7 @@ def quality(places: Sequence[Path], output: Path | None, overwrite: bool, more: 
     "--part",
     "parts",
     multiple=True,
-    type=click.Choice(["scenes", "training", "sampling", "evaluation", "cache", "released"]),
+    type=click.Choice(["scenes", "training", "sampling", "evaluation", "cache", "opening", "released"]),
     help="What is measured; repeatable. Default: scenes, training, sampling and cache.",
 )
 @click.option(
@@ -93,6 +93,9 @@ def speed(
     The part `cache` reads a feature cache and, side by side, files as the released CrossFlow scripts write them (one
     pickle per sample): `clip` holds what a 256 px CLIP model needs, `all` everything those scripts put into a file;
     `cold` means read from the disk.
+
+    The part `opening` opens lists of one and ten million pictures whose index exists, and measures the memory of a
+    loader worker over 10,000 batches; building the indices takes some minutes.
 
     The part `released` alternates training steps and guided sampling with the released manner (two guidance passes,
     attention written out in float32, activations recomputed, an average in a Python loop, one file per sample) on the

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CACHE_BYTES = 2**30
+HOPELESS = 8  # times the memory for items: data of this size are read again in each epoch
 AHEAD = 1024  # places of an order that are computed together
 NUM_LISTED = 10  # bad items named in messages
 
@@ -36,8 +37,8 @@ class Examples(Generic[T]):
     (4, (16, 16, 3))
 
     A bad item is replaced by the next good one, the same one in every process. Decoded items stay in memory while they
-    fit, so a small set is decoded once. Examples can be pickled and used by the workers of a DataLoader, which request
-    a whole batch at a time.
+    fit, so a small set is decoded once; of a set more than eight times as large none stays. Examples can be pickled and
+    used by the workers of a DataLoader, which request a whole batch at a time.
 
     Args:
         reader: the items, as returned by `require`.
@@ -178,6 +179,10 @@ class Examples(Generic[T]):
             return
         size = sum(array.nbytes for array in (item.image, item.depth) if array is not None)
         size += 1000 + 2 * sum(map(len, item.captions))
+        # Of data that are far larger, few items would be read from memory; those that are rendered together are kept
+        # until they are used.
+        if self.reader.batch_hint == 1 and size * len(self) > HOPELESS * self._budget():
+            return
         if self._used_bytes + size <= self._budget():
             self._cached[index] = item
             self._used_bytes += size

@@ -8,6 +8,7 @@ TITLES = {
     "training": "Training steps",
     "sampling": "Sampling",
     "evaluation": "Evaluation",
+    "opening": "Large data: opening, order, memory",
     "cache": "Reading of features beside one pickled file per sample",
     "released": "Beside the released manner",
 }

@@ -1,5 +1,5 @@
-"""How fast this machine renders scenes, trains, samples from and evaluates recipes, reads cached features, and how this
-compares with the released manner.
+"""How fast this machine renders scenes, trains, samples from and evaluates recipes, reads cached features and opens
+large data, and how this compares with the released manner.
 """
 
 import itertools
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crossflow.benchmarks.speed import opening
 from crossflow.benchmarks.speed.comparison import SIZES, SMALL_SIZES, comparison
 from crossflow.benchmarks.speed.evaluation import evaluation_speed
 from crossflow.benchmarks.speed.reading import NUM_ROWS, reading_speed
@@ -17,9 +18,9 @@ from crossflow.benchmarks.speed.sampling import sampling_speed
 from crossflow.benchmarks.speed.training import Case, training_speed
 from crossflow.engine.provenance import environment
 
-PARTS = ("scenes", "training", "sampling", "evaluation", "cache", "released")
+PARTS = ("scenes", "training", "sampling", "evaluation", "cache", "opening", "released")
 DEFAULT_PARTS = ("scenes", "training", "sampling", "cache")
-"""Evaluation may first train a judge, and the comparison with the released manner takes minutes."""
+"""Evaluation may first train a judge; opening large lists and the comparison with the released manner take minutes."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def measure(
     num_rows = {
         "scenes": len(SCENE_SIZES) * len(PROCESSES),
         "cache": NUM_ROWS,
+        "opening": opening.NUM_ROWS,
         "released": len(choice.sizes) * len(compared),
     }
     counter, total = itertools.count(1), sum(num_rows.get(part, len(choice.cases)) for part in parts)
@@ -84,6 +86,7 @@ def measure(
         "sampling": lambda: sampling_speed(choice.cases, choice.batch_size, on_row=on_row),
         "evaluation": lambda: evaluation_speed(choice.cases, on_row=on_row),
         "cache": lambda: reading_speed(folder / "reading", on_row=on_row),
+        "opening": lambda: opening.opening_speed(folder / "opening", on_row=on_row),
         "released": lambda: comparison(choice.sizes, compared, on_row=on_row),
     }
     return {**{part: measures[part]() for part in PARTS if part in parts}, **environment()}

@@ -281,3 +281,14 @@ def test_the_reset_generator_equals_a_new_one_keyed_by_epoch_and_index():
         assert reset.integers(5) == own.integers(5)
         assert reset.integers(2**62) == own.integers(2**62)
         assert np.array_equal(reset.standard_normal(3), own.standard_normal(3))
+
+
+def test_items_of_data_that_are_far_larger_than_the_memory_are_not_kept(tmp_path):
+    for place in range(40):
+        Image.new("RGB", (8, 8), (place, 0, 0)).save(tmp_path / f"{place}.png")
+    reader = open_reader(f"folder:{tmp_path}@all", "train")
+    size = 1000 + 8 * 8 * 3
+    for cache_bytes, kept in ((40 * size, 40), (20 * size, 20), (6 * size, 6), (4 * size, 0)):
+        examples = Examples(reader, name, seed=0, cache_bytes=cache_bytes)
+        examples.__getitems__(range(40))
+        assert len(examples._cached) == kept

@@ -1,0 +1,21 @@
+"""The benchmark of large data measures openings, orders and workers; on sizes at which this takes seconds."""
+
+from pathlib import Path
+
+import pytest
+
+from crossflow.benchmarks.speed.opening import opening_speed
+from crossflow.data.index import items
+
+
+@pytest.mark.slow
+def test_large_data_open_at_once_and_workers_keep_their_memory(tmp_path: Path) -> None:
+    calls: list[int] = []
+    size = items.LARGEST_IN_MEMORY // 70  # a line has some bytes more
+    opened, ordered, worker = opening_speed(tmp_path, (size,), batches=500, on_row=lambda: calls.append(1))
+    assert len(calls) == 3
+    assert opened["items"] == size
+    assert opened["seconds"] < 0.2 < opened["seconds_to_index"]
+    assert opened["private_megabytes"] < 10
+    assert ordered["seconds"] < 1e-3
+    assert worker["private_megabytes"] < worker["private_megabytes_after_a_tenth"] + 3
