@@ -4,7 +4,8 @@ W ranks; every rank holds the same number of samples B, in rank order: global sa
 """
 
 import atexit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar, cast
 
@@ -18,6 +19,7 @@ from crossflow.core.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
+S = TypeVar("S")
 
 
 def is_distributed() -> bool:
@@ -144,17 +146,42 @@ def shared(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     Every rank must exhaust the iterator. An error of `work` is raised unchanged on its own rank, and on the others as a
     UserError if it is a UserError or OSError, otherwise as a RuntimeError. Results must be picklable.
     """
-    for first in range(0, len(parts), world_size()):
-        group = parts[first : first + world_size()]
-        results: list[R] = []
-        problem: Exception | None = None
-        if rank() < len(group):
-            try:
-                results.append(work(group[rank()]))
-            except Exception as error:
-                problem = error
+    for group in _groups(parts):
+        results, problem = _attempt(work, group[rank() : rank() + 1])
         _raise_everywhere(problem)
         yield from zip(group, _on_first(results), strict=False)
+
+
+def shared_in_stages(parts: Sequence[T], work: Callable[[T], R], finish: Callable[[R], S]) -> Iterator[tuple[T, S]]:
+    """As `shared`, in two stages: `finish` makes the result of what `work` returns, in a thread beside the work on the
+    next part, so that a device need not wait for the host. At most one result is being finished at a time.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        waiting: tuple[Sequence[T], list[Future[S]]] = (), []
+        for group in [*_groups(parts), ()]:
+            values, problem = _attempt(work, group[rank() : rank() + 1])
+            results, late = _attempt(Future.result, waiting[1])
+            _raise_everywhere(late)
+            yield from zip(waiting[0], _on_first(results), strict=False)
+            _raise_everywhere(problem)
+            waiting = group, [beside.submit(finish, value) for value in values]
+
+
+def _groups(parts: Sequence[T]) -> Iterator[Sequence[T]]:
+    """The parts, one per rank at a time."""
+    for first in range(0, len(parts), world_size()):
+        yield parts[first : first + world_size()]
+
+
+def _attempt(action: Callable[[T], R], values: Iterable[T]) -> tuple[list[R], Exception | None]:
+    """The results of `action` on the values, and the error that ended it."""
+    results: list[R] = []
+    try:
+        for value in values:
+            results.append(action(value))
+    except Exception as error:
+        return results, error
+    return results, None
 
 
 def _raise_everywhere(problem: Exception | None) -> None:

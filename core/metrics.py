@@ -8,7 +8,7 @@ import math
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from crossflow.core.errors import UserError
@@ -51,21 +51,33 @@ class TaskMetric(ABC, Generic[Output, Truth]):
     def score(self, output: Output, truth: Truth) -> Row:
         """The numbers of one item, without its id."""
 
+    def score_all(self, outputs: Sequence[Output], truths: Sequence[Truth]) -> Iterator[Row]:
+        """The rows of several items. A metric whose judge is a network overrides it to judge them in one batch."""
+        return map(self.score, outputs, truths)
+
     def add(self, id: str, output: Output, truth: Truth) -> Row:
-        """Score an item and keep its row.
+        """Score an item and keep its row; see `add_all`."""
+        (row,) = self.add_all([id], [output], [truth])
+        return row
+
+    def add_all(self, ids: Sequence[str], outputs: Sequence[Output], truths: Sequence[Truth]) -> list[Row]:
+        """Score items together and keep their rows.
 
         Raises:
-            ValueError: the id has already been scored, or output and truth do not match; the message names the item.
+            ValueError: an id has already been scored, or output and truth do not match; the message names the item.
         """
-        if id in self._ids:
-            raise ValueError(f"item {id!r} has already been scored")
-        try:
-            row = {"id": id, **self.score(output, truth)}
-        except ValueError as error:
-            raise ValueError(f"item {id!r}: {error}") from error
-        self.rows.append(row)
-        self._ids.add(id)
-        return row
+        scored, added = iter(self.score_all(outputs, truths)), []
+        for id in ids:
+            if id in self._ids:
+                raise ValueError(f"item {id!r} has already been scored")
+            try:
+                row = {"id": id, **next(scored)}
+            except ValueError as error:
+                raise ValueError(f"item {id!r}: {error}") from error
+            self.rows.append(row)
+            self._ids.add(id)
+            added.append(row)
+        return added
 
     def extend(self, rows: Iterable[Row]) -> None:
         """Append rows of other processes; rows of scored ids are skipped, because padded batches repeat items."""

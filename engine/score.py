@@ -41,10 +41,10 @@ def score(pipe: Pipeline, scoring: Scoring, cases: Sequence[Case], *, seed: int 
     metric = scoring.metric()
     pages: list[list[Tile]] = []
     for part in batches(cases, pipe.settings.batch_size):
-        for case, output in zip(part, _outputs(pipe, part, seed), strict=True):
-            metric.add(case.id, output, case.truth)
-            if len(pages) < num_tiles:
-                pages.append(scoring.tiles(case, output))
+        outputs = _outputs(pipe, part, seed)
+        metric.add_all([case.id for case in part], outputs, [case.truth for case in part])
+        shown = zip(part[: num_tiles - len(pages)], outputs, strict=False)
+        pages += [scoring.tiles(case, output) for case, output in shown]
     values = metric.compute()
     return Scores(values, metric.intervals(), metric.rows, pages, metric.notes)
 

@@ -264,10 +264,11 @@ class Evaluation:
         todo = [number for number in range(total) if number not in finished]
         metric = self.plan.scoring.metric(thorough=True)
 
-        def score(numbers: Sequence[int]) -> Part:
-            return self._batch(numbers, metric, trivial, with_features)
+        def judge(sampled: _Sampled) -> Part:
+            return self._judged(sampled, metric, trivial, with_features)
 
-        for numbers, part in distributed.shared(list(batches(todo, self.sampling.batch_size)), score):
+        parts = list(batches(todo, self.sampling.batch_size))
+        for numbers, part in distributed.shared_in_stages(parts, self._sampled, judge):
             assert ledger is not None
             ledger.add(part)
             done += len(numbers)
@@ -275,21 +276,28 @@ class Evaluation:
                 progress(done, total)
         return ledger
 
-    def _batch(self, numbers: Sequence[int], metric: TaskMetric, trivial: Trivial | None, with_features: bool) -> Part:
-        """Samples and scores the cases with these numbers."""
-        cases, scoring = self.plan.cases, self.plan.scoring
+    def _sampled(self, numbers: Sequence[int]) -> "_Sampled":
+        """The outputs for the cases with these numbers."""
+        cases = self.plan.cases
         before = dict(cases.bad)
-        batch = cases.at(numbers)
-        part = Part(list(numbers), {}, bad={id: why for id, why in cases.bad.items() if id not in before})
-        if not batch:
+        batch = dict(cases.at(numbers))
+        bad = {id: why for id, why in cases.bad.items() if id not in before}
+        ids, inputs = [case.id for case in batch.values()], [case.input for case in batch.values()]
+        outputs = self.pipe.outputs(inputs, ids, self.seed, self.sampling) if batch else []
+        return _Sampled(list(numbers), batch, outputs, bad)
+
+    def _judged(self, sampled: "_Sampled", metric: TaskMetric, trivial: Trivial | None, with_features: bool) -> Part:
+        """The part of some outputs: rows of them and of the trivial ones, tiles and features."""
+        scoring, outputs, cases = self.plan.scoring, sampled.outputs, list(sampled.cases.values())
+        part = Part(sampled.numbers, {}, bad=sampled.bad)
+        if not cases:
             return part
-        inputs, ids = [case.input for _, case in batch], [case.id for _, case in batch]
-        outputs = self.pipe.outputs(inputs, ids, self.seed, self.sampling)
-        baseline = scoring.metric()
-        for (number, case), output in zip(batch, outputs, strict=True):
-            part.rows[number] = metric.add(case.id, output, case.truth)
-            if trivial is not None:
-                part.trivial[number] = baseline.add(case.id, trivial(case), case.truth)
+        ids, truths = [case.id for case in cases], [case.truth for case in cases]
+        part.rows = dict(zip(sampled.cases, metric.add_all(ids, outputs, truths), strict=True))
+        if trivial is not None:
+            rows = scoring.metric().add_all(ids, [trivial(case) for case in cases], truths)
+            part.trivial = dict(zip(sampled.cases, rows, strict=True))
+        for (number, case), output in zip(sampled.cases.items(), outputs, strict=True):
             if number < NUM_TILES:
                 part.pages[number] = scoring.tiles(case, output)
         if with_features:
@@ -374,6 +382,16 @@ class Evaluation:
         metric = self.plan.scoring.metric()
         metric.replace(rows)
         return metric.compute()
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """A batch before it is judged; cases: the usable ones by number; bad: why others, by id, are not."""
+
+    numbers: list[int]
+    cases: dict[int, Case]
+    outputs: list[Any]
+    bad: dict[str, str]
 
 
 def _write(report: Report, title: str) -> None:

@@ -4,6 +4,7 @@ A detector whose weights did not load answers with nothing, and every score woul
 must find a cat, a person and a cup in three photographs that scikit-image brings along.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,20 +63,30 @@ class Detector:
             )
 
     @torch.no_grad()
-    def __call__(self, picture: np.ndarray) -> list[DetectedObject]:
-        inputs = self.processor(images=[picture], return_tensors="pt", input_data_format="channels_last")
+    def __call__(self, pictures: Sequence[np.ndarray]) -> list[list[DetectedObject]]:
+        """The objects in each picture; neighbours of one shape pass through the network together."""
+        objects: list[list[DetectedObject]] = []
+        for _, group in itertools.groupby(pictures, key=np.shape):
+            objects += self._objects(list(group))
+        return objects
+
+    def _objects(self, pictures: list[np.ndarray]) -> list[list[DetectedObject]]:
+        inputs = self.processor(images=pictures, return_tensors="pt", input_data_format="channels_last")
         outputs = self.model(**inputs.to(self.device))
-        names, sizes = self.labels, [picture.shape[:2]]
-        if not self.has_masks:
-            (detections,) = self.processor.post_process_object_detection(outputs, threshold=LOWEST, target_sizes=sizes)
-            rows = zip(
-                detections["labels"].tolist(), detections["scores"].tolist(), detections["boxes"].tolist(), strict=True
+        names, sizes = self.labels, [picture.shape[:2] for picture in pictures]
+        if self.has_masks:
+            segmentations = self.processor.post_process_instance_segmentation(
+                outputs, threshold=LOWEST, target_sizes=sizes, return_binary_maps=True
             )
-            return [DetectedObject(names[label], score, tuple(box)) for label, score, box in rows]
-        (detections,) = self.processor.post_process_instance_segmentation(
-            outputs, threshold=LOWEST, target_sizes=sizes, return_binary_maps=True
-        )
-        return _with_masks(detections, names)
+            return [_with_masks(segmentation, names) for segmentation in segmentations]
+        detections = self.processor.post_process_object_detection(outputs, threshold=LOWEST, target_sizes=sizes)
+        return [_with_boxes(detection, names) for detection in detections]
+
+
+def _with_boxes(detection: Mapping[str, Any], names: dict[int, str]) -> list[DetectedObject]:
+    """Objects of a post-processed detection."""
+    columns = (detection[name].tolist() for name in ("labels", "scores", "boxes"))
+    return [DetectedObject(names[label], score, tuple(box)) for label, score, box in zip(*columns, strict=True)]
 
 
 def _with_masks(segmentation: Mapping[str, Any], names: dict[int, str]) -> list[DetectedObject]:
@@ -97,7 +108,8 @@ def expect_sight(source: str, detect: Detect) -> None:
 
     answers, right = [], 0
     for picture, name in KNOWN.items():
-        names = {item.name for item in detect(np.ascontiguousarray(getattr(data, picture)())) if item.score > MIN_SCORE}
+        (objects,) = detect([np.ascontiguousarray(getattr(data, picture)())])
+        names = {item.name for item in objects if item.score > MIN_SCORE}
         right += name in names
         answers.append(f"{name}: {', '.join(sorted(names)) or 'nothing'}")
     if right < 2:
@@ -119,9 +131,13 @@ class ColourNamer:
         expect_colours(self)
 
     def __call__(self, picture: np.ndarray, objects: Sequence[DetectedObject]) -> list[str]:
-        return [self._colour(cut_out(picture, item), item.name) for item in objects]
+        """The colours of objects; neighbours of one name pass through the network together."""
+        colours: list[str] = []
+        for name, group in itertools.groupby(objects, key=lambda item: item.name):
+            colours += self._colours([cut_out(picture, item) for item in group], name)
+        return colours
 
-    def _colour(self, patch: np.ndarray, name: str) -> str:
+    def _colours(self, patches: Sequence[np.ndarray], name: str) -> list[str]:
         phrases = [
             phrase
             for colour in COLOURS
@@ -131,7 +147,7 @@ class ColourNamer:
                 f"a photo of a {colour} object",
             )
         ]
-        return COLOURS[int(self.clip.similarities([patch], phrases, per=3)[0].argmax())]
+        return [COLOURS[int(row.argmax())] for row in self.clip.similarities(patches, phrases, per=3)]
 
 
 def cut_out(picture: np.ndarray, item: DetectedObject) -> np.ndarray:

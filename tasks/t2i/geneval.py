@@ -5,8 +5,9 @@ another entry) and what must not (`exclude`). A detector finds objects, a colour
 (left, top, right, bottom) in pixels.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ class DetectedObject:
     mask: np.ndarray | None = None
 
 
-Detect = Callable[[np.ndarray], list[DetectedObject]]
+Detect = Callable[[Sequence[np.ndarray]], list[list[DetectedObject]]]
+"""Pictures uint8 (H, W, 3) -> the objects in each."""
 NameColours = Callable[[np.ndarray, Sequence[DetectedObject]], list[str]]
 
 
@@ -153,7 +155,7 @@ class GenEvalMetric(TaskMetric[np.ndarray, Mapping[str, Any]]):
     Rows keep the verdict, its reason and what was found, so that each can be read and judged again.
 
     Args:
-        detect: picture uint8 (H, W, 3) -> objects.
+        detect: pictures uint8 (H, W, 3) -> the objects in each.
         name_colours: (picture, objects) -> a colour of COLOURS for each.
     """
 
@@ -165,18 +167,24 @@ class GenEvalMetric(TaskMetric[np.ndarray, Mapping[str, Any]]):
 
     def score(self, output: np.ndarray, truth: Mapping[str, Any]) -> Row:
         """The row of one picture uint8 (H, W, 3): the verdict, its reason, and the objects."""
-        if output.ndim != 3 or output.shape[2] != 3 or output.dtype != np.uint8:
-            raise ValueError(f"a picture must be uint8 (H, W, 3), got {output.dtype} {output.shape}")
-        objects = self.detect(output)
-        correct, reason = judge(truth, objects, lambda group: self.name_colours(output, group))
-        kept = (item for item in objects if item.score > MIN_SCORE)
-        return {
-            "prompt": truth["prompt"],
-            "tag": truth["tag"],
-            "correct": int(correct),
-            "reason": reason,
-            "found": [[item.name, round(item.score, 4), [round(side, 1) for side in item.box]] for item in kept],
-        }
+        (row,) = self.score_all([output], [truth])
+        return row
+
+    def score_all(self, outputs: Sequence[np.ndarray], truths: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+        """The rows of pictures, in which the detector looks for objects together."""
+        for output in outputs:
+            if output.ndim != 3 or output.shape[2] != 3 or output.dtype != np.uint8:
+                raise ValueError(f"a picture must be uint8 (H, W, 3), got {output.dtype} {output.shape}")
+        for output, truth, objects in zip(outputs, truths, self.detect(outputs), strict=True):
+            correct, reason = judge(truth, objects, functools.partial(self.name_colours, output))
+            kept = (item for item in objects if item.score > MIN_SCORE)
+            yield {
+                "prompt": truth["prompt"],
+                "tag": truth["tag"],
+                "correct": int(correct),
+                "reason": reason,
+                "found": [[item.name, round(item.score, 4), [round(side, 1) for side in item.box]] for item in kept],
+            }
 
     def compute(self) -> dict[str, float]:
         """The share of right pictures of each kind, and their mean. Raises UserError without any."""

@@ -8,10 +8,11 @@ CLIP score = 100 max(0, cos(image embedding, text embedding)) (Hessel et al., EM
 """
 
 import dataclasses
+import itertools
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -74,24 +75,30 @@ class T2IMetric(TaskMetric[np.ndarray, Prompt | str]):
 
     def score(self, output: np.ndarray, truth: Prompt | str) -> Row:
         """The row of one picture, without its id."""
-        if output.ndim != 3 or output.shape[2] != 3 or output.dtype != np.uint8:
-            raise ValueError(f"a picture must be uint8 (H, W, 3), got {output.dtype} {output.shape}")
-        text = truth.text if isinstance(truth, Prompt) else truth
-        row: Row = {"prompt": text}
-        if isinstance(truth, Prompt):
-            if self._judge is None:
-                self._judge = load_recogniser()
-            (solids,) = self._judge(output[None])
-            row |= {
-                "kind": truth.kind,
-                "correct": int(fulfils(truth, solids)),
-                "required": [[r.count, r.shape, r.colour] for r in truth.required],
-                "relation": truth.relation,
-                "found": [list(dataclasses.astuple(solid)) for solid in solids],
-            }
-        if self._clip is not None:
-            row["clip_score"] = self._clip(output, text)
+        (row,) = self.score_all([output], [truth])
         return row
+
+    def score_all(self, outputs: Sequence[np.ndarray], truths: Sequence[Prompt | str]) -> Iterator[Row]:
+        """The rows of pictures, which recogniser and CLIP see in batches."""
+        check_pictures(outputs)
+        texts = [truth.text if isinstance(truth, Prompt) else truth for truth in truths]
+        solids = self._solids([o for o, truth in zip(outputs, truths, strict=True) if isinstance(truth, Prompt)])
+        scores = [] if self._clip is None else self._clip.scores(outputs, texts)
+        for number, (truth, text) in enumerate(zip(truths, texts, strict=True)):
+            row: Row = {"prompt": text}
+            if isinstance(truth, Prompt):
+                row |= _verdict(truth, next(solids))
+            if scores:
+                row["clip_score"] = scores[number]
+            yield row
+
+    def _solids(self, pictures: Sequence[np.ndarray]) -> Iterator[tuple[Detection, ...]]:
+        """The solids of each picture; those of one shape are recognised together."""
+        if pictures and self._judge is None:
+            self._judge = load_recogniser()
+        for _, group in itertools.groupby(pictures, key=np.shape):
+            assert self._judge is not None
+            yield from self._judge(np.stack(list(group)))
 
     def compute(self) -> dict[str, float]:
         """The share of right pictures of every kind, "overall", the same shuffled, CLIP score and the judge's accuracy.
@@ -171,6 +178,23 @@ class T2IMetric(TaskMetric[np.ndarray, Prompt | str]):
             self.notes.append(f"the recogniser that judges is right on held-out renders in: {numbers}")
 
 
+def check_pictures(pictures: Sequence[np.ndarray]) -> None:
+    """Raises ValueError for what is no picture uint8 (H, W, 3)."""
+    for picture in pictures:
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+            raise ValueError(f"a picture must be uint8 (H, W, 3), got {picture.dtype} {picture.shape}")
+
+
+def _verdict(prompt: Prompt, solids: Sequence[Detection]) -> Row:
+    return {
+        "kind": prompt.kind,
+        "correct": int(fulfils(prompt, solids)),
+        "required": [[r.count, r.shape, r.colour] for r in prompt.required],
+        "relation": prompt.relation,
+        "found": [list(dataclasses.astuple(solid)) for solid in solids],
+    }
+
+
 def _prompt_of(row: Row) -> Prompt:
     required = tuple(Requirement(*entry) for entry in row["required"])
     return Prompt(row["kind"], row["prompt"], required, row["relation"])
@@ -197,7 +221,7 @@ def derangement(texts: Sequence[str], seed: str) -> list[int | None]:
 
 
 class ClipScorer:
-    """A frozen CLIP model of transformers: `scorer(picture, text)` is the CLIP score in [0, 100].
+    """A frozen CLIP model of transformers: `scorer.scores(pictures, texts)` are CLIP scores in [0, 100].
 
     Args:
         source: hub id or folder with the model, its tokenizer and its image processor.
@@ -224,11 +248,11 @@ class ClipScorer:
         self.model.to(self.device)
 
     @torch.no_grad()
-    def __call__(self, picture: np.ndarray, text: str) -> float:
-        words, pixels = self._words([text]), self._pixels([picture])
-        output = self.model(**words, pixel_values=pixels)
-        cosine = torch.nn.functional.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
-        return max(0.0, 100 * float(cosine))
+    def scores(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> list[float]:
+        """The CLIP score of each picture with the text at its place."""
+        output = self.model(**self._words(texts), pixel_values=self._pixels(pictures))
+        cosines = torch.nn.functional.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
+        return [max(0.0, 100 * cosine) for cosine in cosines.tolist()]
 
     @torch.no_grad()
     def similarities(self, pictures: Sequence[np.ndarray], texts: Sequence[str], per: int = 1) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Gathering over ranks: the values, the gradients, and nothing at all with one process."""
 
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossflow.core import distributed
-from crossflow.core.distributed import gather, gather_with_grad, max_over_ranks, mean_over_ranks, on_main, shared
+from crossflow.core.distributed import (
+    gather,
+    gather_with_grad,
+    max_over_ranks,
+    mean_over_ranks,
+    on_main,
+    shared,
+    shared_in_stages,
+)
 from crossflow.core.errors import UserError
 
 
@@ -120,6 +129,36 @@ def test_on_main_returns_its_value_or_raises_its_error_on_all_ranks(tmp_path: Pa
 def test_one_process_does_all_parts() -> None:
     assert list(shared([3, 4, 5], lambda part: part * part)) == [(3, 9), (4, 16), (5, 25)]
     assert list(shared([], str)) == []
+
+
+def test_a_second_stage_runs_beside_the_work_on_the_next_part() -> None:
+    began = [threading.Event() for _ in range(3)]
+
+    def work(part: int) -> int:
+        began[part].set()
+        return part
+
+    def finish(part: int) -> int:
+        assert part == 2 or began[part + 1].wait(timeout=10), "the next part has not begun"
+        return part * part
+
+    assert list(shared_in_stages(range(3), work, finish)) == [(0, 0), (1, 1), (2, 4)]
+
+
+def test_finished_parts_arrive_before_an_error_of_either_stage() -> None:
+    def fail_at(place: int) -> Callable[[int], int]:
+        def action(part: int) -> int:
+            if part == place:
+                raise UserError(f"part {part}")
+            return part
+
+        return action
+
+    for stages in ((fail_at(2), int), (int, fail_at(2))):
+        results = shared_in_stages(range(4), *stages)
+        assert [next(results), next(results)] == [(0, 0), (1, 1)]
+        with pytest.raises(UserError, match="part 2"):
+            next(results)
 
 
 @pytest.mark.parametrize("num_parts", [0, 1, 4, 5])

@@ -77,7 +77,9 @@ def test_relations_of_boxes():
 
 
 def test_the_score_is_the_mean_of_the_kinds():
-    metric = GenEvalMetric(lambda picture: [at("cat", 0, 0)], lambda picture, boxes: ["red"] * len(boxes))
+    metric = GenEvalMetric(
+        lambda pictures: [[at("cat", 0, 0)] for _ in pictures], lambda picture, boxes: ["red"] * len(boxes)
+    )
     for number, prompt in enumerate([*[wants("single_object", CAT)] * 3, wants("two_object", CAT, DOG)]):
         metric.add(str(number), PICTURE, prompt)
     values = metric.compute()
@@ -90,7 +92,7 @@ def test_the_score_is_the_mean_of_the_kinds():
 
 
 def test_a_detector_that_sees_nothing_is_noted_beside_the_scores():
-    metric = GenEvalMetric(lambda picture: [], lambda picture, boxes: [])
+    metric = GenEvalMetric(lambda pictures: [[]], lambda picture, boxes: [])
     metric.add("0", PICTURE, wants("single_object", CAT))
     assert metric.compute()["overall"] == 0
     assert "found nothing at all in 1 of 1" in metric.notes[-1]
@@ -98,11 +100,11 @@ def test_a_detector_that_sees_nothing_is_noted_beside_the_scores():
 
 def test_the_self_test_catches_an_all_zero_detector():
     with pytest.raises(UserError, match=r"does not see.*cat: nothing"):
-        expect_sight("blind", lambda picture: [])
+        expect_sight("blind", lambda pictures: [[]])
     with pytest.raises(UserError, match="does not see"):
-        expect_sight("unsure", lambda picture: [at(name, 0, 0, 0.2) for name in ("cat", "person", "cup")])
+        expect_sight("unsure", lambda pictures: [[at(name, 0, 0, 0.2) for name in ("cat", "person", "cup")]])
     shapes = {(300, 451, 3): "cat", (512, 512, 3): "person", (400, 600, 3): "cup"}
-    expect_sight("sees", lambda picture: [at(shapes[picture.shape], 0, 0)])
+    expect_sight("sees", lambda pictures: [[at(shapes[picture.shape], 0, 0)] for picture in pictures])
     with pytest.raises(UserError, match="plain colours"):
         expect_colours(lambda picture, boxes: ["red"])
     centres = {(220, 20, 20): "red", (20, 160, 30): "green", (20, 40, 220): "blue", (250, 230, 20): "yellow"}

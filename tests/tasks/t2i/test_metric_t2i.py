@@ -233,14 +233,17 @@ def test_clip_score_is_the_models_cosine(clip_folder):
         [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711],
     ))  # fmt: skip
     calls = []
+    texts = ["a red cube", "a tall blue cone"]
+    together = score.scores([picture for picture in pictures for _ in texts], texts * len(pictures))
     for picture in pictures:
-        for text in ("a red cube", "a blue cone"):
+        for text in texts:
             pixels = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - mean) / std
             with torch.no_grad():
                 output = model(**tokenizer([text], return_tensors="pt"), pixel_values=pixels[None])
             cosine = float((output.image_embeds * output.text_embeds).sum())
             calls.append(cosine)
-            assert score(picture, text) == pytest.approx(100 * cosine, abs=1e-2)
+            assert score.scores([picture], [text])[0] == pytest.approx(100 * cosine, abs=1e-2)
+            assert together[len(calls) - 1] == pytest.approx(100 * cosine, abs=1e-2), "texts of two lengths, padded"
     assert min(calls) > 0.1
     assert np.ptp(calls) > 0.1
 
@@ -257,3 +260,20 @@ def test_clip_score_is_averaged_and_long_prompts_are_cut(clip_folder):
 def test_clip_that_is_not_there_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="nothing-here"):
         T2IMetric(clip=str(tmp_path / "nothing-here"))
+
+
+def test_pictures_of_one_shape_are_judged_together_with_the_rows_of_one_by_one():
+    cases = scene_cases(6, 0)
+    ids, prompts = [id for id, _ in cases], [goal for _, goal in cases]
+    pictures = [np.zeros((side, side, 3), np.uint8) for side in (8, 8, 8, 16, 16, 8)]
+    alone, shapes = metric_of(cases, [drawn(goal) for goal in prompts]), []
+
+    def judge(images):
+        shapes.append(images.shape[:2])
+        return [drawn(prompts[sum(count for count, _ in shapes[:-1]) + number]) for number in range(len(images))]
+
+    together = T2IMetric(judge=judge)
+    assert together.add_all(ids, pictures, prompts) == alone.rows
+    assert shapes == [(3, 8), (2, 16), (1, 8)]
+    with pytest.raises(ValueError, match=f"item '{ids[0]}' has already been scored"):
+        together.add_all(ids, pictures, prompts)
