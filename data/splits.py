@@ -58,24 +58,24 @@ def published_split(split: str, available: Collection[str]) -> str:
     return "train" if split == "val" and "val" not in available and "train" in available else split
 
 
-def select_split(ids: Sequence[str], split: str, available: Collection[str]) -> list[int]:
+def select_split(ids: Sequence[str], split: str, available: Collection[str]) -> Sequence[int]:
     """The indices of the items of `split`, among the `ids` of `published_split(split, available)`.
 
     Where the data come with a training split and no validation split, 2 % of the training items (at least one), chosen
     by a hash of their ids, are `val` and never `train`. In all other cases every index is returned.
     """
     if "train" not in available or "val" in available or split not in ("train", "val"):
-        return list(range(len(ids)))
-    held_out = validation_ids(ids)
-    return [index for index, id in enumerate(ids) if (id in held_out) == (split == "val")]
+        return range(len(ids))
+    return np.flatnonzero(_held_out(ids) == (split == "val")).tolist()
 
 
-def validation_ids(ids: Iterable[str]) -> set[str]:
-    """The ids, 2 % and at least one, that are held out of training for validation; none of a single id."""
-    shares = {id: rank(f"validation\x1f{id}") / 2**64 for id in ids}
-    if len(shares) < 2:
-        return set()
-    return {id for id, share in shares.items() if share < VAL_SHARE} or {min(shares, key=lambda id: (shares[id], id))}
+def _held_out(ids: Sequence[str]) -> np.ndarray:
+    """bool (N,): which ids, 2 % and at least one, are held out of training for validation; none of a single id."""
+    shares = _share(np.fromiter((rank(f"validation\x1f{id}") for id in ids), np.uint64, len(ids)))
+    held_out = shares < VAL_SHARE
+    if len(shares) > 1 and not held_out.any():
+        held_out[min(np.flatnonzero(shares == shares.min()).tolist(), key=ids.__getitem__)] = True
+    return held_out & (len(shares) > 1)
 
 
 # -- data without splits
@@ -114,15 +114,23 @@ def expect_hashed(spec: str, counts: Mapping[str, int], split: str) -> None:
         logger.warning("%s comes without splits; a hash of the names divides it into %s.", spec, listed)
 
 
-def split_by_hash(spec: str, names: Iterable[str], split: str) -> set[str]:
-    """The names in `split` of data that come without splits. Raises UserError when it is empty."""
-    unique = list(dict.fromkeys(names))
+def hashed_members(spec: str, names: Sequence[str], split: str) -> Sequence[int] | np.ndarray:
+    """The indices, ascending, of unique names in `split` of data that come without splits.
+
+    Raises UserError when there are none.
+    """
     if split == "all":
-        return set(unique)
-    splits = hashed_split(np.fromiter(map(rank, unique), np.uint64, len(unique)), unique.__getitem__)
+        return range(len(names))
+    splits = hashed_split(np.fromiter(map(rank, names), np.uint64, len(names)), names.__getitem__)
     counts = np.bincount(splits, minlength=len(SPLIT_WORDS)).tolist()
     expect_hashed(spec, dict(zip(SPLIT_WORDS, counts, strict=True)), split)
-    return {unique[index] for index in np.flatnonzero(splits == list(SPLIT_WORDS).index(split)).tolist()}
+    return np.flatnonzero(splits == list(SPLIT_WORDS).index(split))
+
+
+def split_by_hash(spec: str, names: Iterable[str], split: str) -> set[str]:
+    """As `hashed_members`: the names in `split`, which may be repeated."""
+    unique = list(dict.fromkeys(names))
+    return {unique[index] for index in hashed_members(spec, unique, split)}
 
 
 def choose(ids: Sequence[str], limit: int, seed: int) -> list[int]:

@@ -8,7 +8,9 @@ import hashlib
 import io
 import json
 import logging
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,8 +22,9 @@ from crossflow.data.files import existing
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
 from crossflow.data.readers.jsonl import CAPTION_KEYS
+from crossflow.data.records import LazyIds
 from crossflow.data.spec import Option, Options, parse_options, split_location
-from crossflow.data.splits import choose, published_split, require_split, select_split, split_by_hash, split_word
+from crossflow.data.splits import choose, hashed_members, published_split, require_split, select_split, split_word
 
 Rows = Any  # a `datasets.Dataset` or a `_Stream`; the library's types are imported late
 
@@ -71,23 +74,19 @@ class HfReader(Reader):
         if not self.hashed:
             require_split(self.spec, published, words)
         names = list(parts) if split == "all" or self.hashed else [words[published]]
-        self.rows: list[tuple[str, int]] = []  # (split, row) of each item
         self.data = {name: self._open_part(name, parts[name]) for name in names}
         self.columns = self._columns(next(iter(self.data.values())))
-        for name, data in self.data.items():
-            self.rows += [(name, row) for row in range(len(data))]
-        ids = self._all_ids()
+        self._starts = [0, *accumulate(len(data) for data in self.data.values())]
+        self.indices: Sequence[int] | np.ndarray = range(self._starts[-1])  # of the items among the rows of all splits
+        self.ids: Sequence[str] = _Ids(self, self._names())
         if self.hashed:
-            members = split_by_hash(self.spec, ids, split)
-            indices = [index for index, id in enumerate(ids) if id in members]
+            self.indices = hashed_members(self.spec, self.ids, split)
         else:
-            indices = select_split(ids, split, words)
-        if limit is not None and limit < len(indices):
-            indices = [indices[place] for place in choose([ids[index] for index in indices], limit, seed)]
-        if not indices:
+            self.indices = select_split(self.ids, split, words)
+        if limit is not None and limit < len(self.indices):
+            self.indices = np.asarray(self.indices)[choose(self.ids, limit, seed)]
+        if not len(self.indices):
             raise UserError(f"{self.spec!r} has no rows in split {split!r}.")
-        self.rows = [self.rows[index] for index in indices]
-        self.ids: Sequence[str] = [ids[index] for index in indices]
         fields = {"image": "image", "caption": "captions", "depth": "depth"}
         self.fields = frozenset(fields[key] for key in self.columns)
 
@@ -164,26 +163,35 @@ class HfReader(Reader):
             )
         return {key: column for key, column in columns.items() if column}
 
-    def _all_ids(self) -> list[str]:
-        several = len(self.data) > 1
+    def _names(self) -> list[str] | None:
+        """The names of all rows, where a column has them."""
         column = self.option["id"]
         if not column:
-            return [f"{name}/{row:08d}" if several else f"{row:08d}" for name, row in self.rows]
-        ids: list[str] = []
-        for name, data in self.data.items():
+            return None
+        names: list[str] = []
+        for data in self.data.values():
             if column not in (data.features or {column: None}):
                 raise UserError(
                     f"{self.spec!r} has no column {column!r} for the names; it has {', '.join(data.features)}."
                 )
-            ids += [f"{name}/{value}" if several else str(value) for value in data[column]]
-        if len(set(ids)) < len(ids):
-            raise UserError(f"{self.spec!r}: column {column!r} gives several rows the same name; names must be unique.")
-        return ids
+            part = [str(value) for value in data[column]]
+            if len(set(part)) < len(part):
+                raise UserError(
+                    f"{self.spec!r}: column {column!r} gives several rows the same name; names must be unique."
+                )
+            names += part
+        return names
+
+    def row(self, index: int) -> tuple[str, int]:
+        """(split, row in it) of item `index`."""
+        place = int(self.indices[index])
+        number = bisect_right(self._starts, place) - 1
+        return list(self.data)[number], place - self._starts[number]
 
     # -- reading
 
     def __getitem__(self, index: int) -> Item:
-        id, (name, row) = self.ids[index], self.rows[index]
+        id, (name, row) = self.ids[index], self.row(index)
         try:
             values = self.data[name][row]
             image, grey = self._image(values)
@@ -204,7 +212,7 @@ class HfReader(Reader):
         column = self.columns.get("caption")
         if column is None:
             return ()
-        name, row = self.rows[index]
+        name, row = self.row(index)
         data = self.data[name]
         values = data[row] if isinstance(data, _Stream) else data.select_columns([column])[row]
         try:
@@ -246,7 +254,7 @@ class HfReader(Reader):
         settings = {key: self.option[key] for key in ("config", "units")} | self.columns
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
         digest.update(json.dumps(list(self.ids)).encode())
-        for name, row in self.rows[:: -(-len(self.rows) // 256)]:
+        for name, row in map(self.row, range(0, len(self.ids), -(-len(self.ids) // 256))):
             values = self.data[name][row]
             for column in self.columns.values():
                 value = values[column]
@@ -258,6 +266,22 @@ class HfReader(Reader):
         """The file that `save_to_disk` writes."""
         names = ("dataset_dict.json", "state.json") if path.is_dir() else ()
         return next((name for name in names if (path / name).is_file()), "")
+
+
+class _Ids(LazyIds):
+    """The names of a column, or row numbers; after the name of their split if there are several."""
+
+    def __init__(self, reader: HfReader, names: Sequence[str] | None) -> None:
+        self.reader, self.names = reader, names
+
+    def __len__(self) -> int:
+        return len(self.reader.indices)
+
+    def id_at(self, index: int) -> str:
+        """The name of item `index`."""
+        split, row = self.reader.row(index)
+        name = self.names[int(self.reader.indices[index])] if self.names is not None else f"{row:08d}"
+        return f"{split}/{name}" if len(self.reader.data) > 1 else name
 
 
 class _Stream:

@@ -10,6 +10,7 @@ from itertools import accumulate
 
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
+from crossflow.data.records import LazyIds
 from crossflow.data.splits import choose
 
 SEPARATOR = " + "
@@ -28,9 +29,10 @@ class JoinedReader(Reader):
         self.fields = frozenset.intersection(*(reader.fields for reader in readers))
         self.batch_hint = max(reader.batch_hint for reader in readers)
         self._starts = [0, *accumulate(len(reader) for reader in readers)]
-        ids = [self._name(number, id) for number, reader in enumerate(readers) for id in reader.ids]
-        self._places = range(len(ids)) if limit is None or limit >= len(ids) else choose(ids, limit, seed)
-        self.ids = [ids[place] for place in self._places]
+        self._places: Sequence[int] = range(self._starts[-1])
+        self.ids = _Ids(self)
+        if limit is not None and limit < len(self.ids):
+            self._places = choose(self.ids, limit, seed)
 
     def _name(self, number: int, id: str) -> str:
         return f"{self.readers[number].spec.partition(':')[0]}-{number + 1}/{id}"
@@ -86,3 +88,18 @@ class JoinedReader(Reader):
         if len(self.ids) < self._starts[-1]:
             digest.update("\n".join(self.ids).encode())
         return digest.hexdigest()
+
+
+class _Ids(LazyIds):
+    """The ids of all data sets, with the names of their data sets."""
+
+    def __init__(self, reader: JoinedReader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader._places)
+
+    def id_at(self, index: int) -> str:
+        """FORMAT-NUMBER/ID."""
+        number, inner = self.reader._locate(index)
+        return self.reader._name(number, self.reader.readers[number].ids[inner])
