@@ -58,15 +58,15 @@ else
   part machine 10 nvidia-smi
   part agreement 60 "$python" -m crossflow benchmark agreement "${runs[@]}" --recipe depth_tiny --recipe t2i_tiny \
     --output "$out/agreement.json" --overwrite
-  speed training_dimr 90 --part training --recipe t2i_256_clip_dimr --compiled \
+  speed training_dimr 85 --part training --recipe t2i_256_clip_dimr --compile yes \
     train.batch_size=24 train.checkpointing=false train.num_workers=8
-  speed training_dit 70 --part training --recipe t2i_256_clip_dimr --compiled \
+  speed training_dit 65 --part training --recipe t2i_256_clip_dimr --compile yes \
     train.batch_size=64 train.checkpointing=false train.num_workers=8 "${dit[@]}"
-  speed sampling_flowtok 75 --part sampling --compiled --recipe flowtok_xl --batch 64 data.image_size=256
-  speed sampling_dimr 85 --part sampling --compiled --recipe t2i_256_clip_dimr --batch 16
-  speed released_dimr 80 --part released --recipe t2i_256_clip_dimr --precision bf16 \
+  speed sampling_flowtok 75 --part sampling --compile yes --recipe flowtok_xl --batch 64 data.image_size=256
+  speed sampling_dimr 105 --part sampling --compile yes --recipe t2i_256_clip_dimr --batch 16
+  speed released_dimr 75 --part released --recipe t2i_256_clip_dimr --precision bf16 \
     train.batch_size=16 train.checkpointing=false train.compile=true train.num_workers=8
-  speed released_dit 70 --part released --recipe t2i_256_clip_dimr --precision bf16 \
+  speed released_dit 60 --part released --recipe t2i_256_clip_dimr --precision bf16 \
     train.batch_size=32 train.checkpointing=false train.compile=true train.num_workers=8 "${dit[@]}"
 fi
 

@@ -70,20 +70,26 @@ def quality(places: Sequence[Path], output: Path | None, overwrite: bool, more: 
     type=click.Choice(["float32", "bf16", "fp16"]),
     help="Repeatable. Default: the recipe's own; for the part released float32 and bf16.",
 )
-@click.option("--compiled", is_flag=True, help="A second row for each, compiled by torch.compile.")
+@click.option(
+    "--compile",
+    "compiled",
+    multiple=True,
+    type=click.Choice(["no", "yes"]),
+    help="Whether torch.compile compiles the blocks; repeatable. Default: no.",
+)
 @click.option("--batch", "batch_size", type=click.IntRange(min=1), help="Outputs at a time of the part sampling.")
 @click.option("--small", is_flag=True, help="Frozen networks and comparisons of one layer, to try the command.")
 @click.option("--output", type=options.PATH, help="JSON file to write, with a page (.md) beside it. Default: none.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def speed(
-    recipes: Sequence[str], parts: Sequence[str], precisions: Sequence[str], compiled: bool, batch_size: int | None,
+    recipes: Sequence[str], parts: Sequence[str], precisions: Sequence[str], compiled: Sequence[str], batch_size: int | None,
     small: bool, output: Path | None, overwrite: bool, overrides: Sequence[str],
 ) -> None:  # fmt: skip
     """Scenes rendered, training steps, outputs sampled, items evaluated and samples read per second on this machine.
 
     \b
-      crossflow benchmark speed --part training --recipe t2i_tiny --compiled
+      crossflow benchmark speed --part training --recipe t2i_tiny --compile no --compile yes
       crossflow benchmark speed --part sampling --recipe flowtok_xl --batch 64 data.image_size=256
 
     Rows are measured on the product's own calls: steps of a Trainer, calls of a Pipeline, an evaluation. Recipes with
@@ -112,7 +118,7 @@ def speed(
         tuple(recipes) or tuple(f"{task}_tiny" for task in task_names()),
         tuple(overrides),
         tuple(precisions),
-        (False, True) if compiled else (False,),
+        tuple(value == "yes" for value in compiled) or (False,),
         batch_size,
         small,
         compared=bool(recipes),

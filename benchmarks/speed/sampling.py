@@ -27,7 +27,7 @@ from crossflow.engine.sample import Pipeline, load
 from crossflow.engine.train import Run
 
 PARTS = ("encode", "source", "flow", "decode")
-ROUNDS = 3
+ROUNDS, PART_ROUNDS = 3, 1
 ON_CPU_STEPS = 2
 """A CPU takes minutes for the papers' models with all their steps; two show the same shares."""
 SMALL_MODEL = 2 * 10**7
@@ -75,7 +75,7 @@ def _row(case: Case, run: Run, pipe: Pipeline, batch_size: int | None) -> dict[s
     reset_peak(device)
     warm_up = seconds_of(sample, device)
     seconds = statistics.median(seconds_of(sample, device) for _ in range(ROUNDS))
-    parts = medians([_parts(pipe, sample) for _ in range(ROUNDS)])
+    parts = medians([_parts(pipe, sample) for _ in range(PART_ROUNDS)])
     shares, longest = profiled(sample, device)
     with counted() as counter:
         sample()
