@@ -83,8 +83,8 @@ def quality(places: Sequence[Path], output: Path | None, overwrite: bool, more: 
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def speed(
-    recipes: Sequence[str], parts: Sequence[str], precisions: Sequence[str], compiled: Sequence[str], batch_size: int | None,
-    small: bool, output: Path | None, overwrite: bool, overrides: Sequence[str],
+    recipes: Sequence[str], parts: Sequence[str], precisions: Sequence[str], compiled: Sequence[str],
+    batch_size: int | None, small: bool, output: Path | None, overwrite: bool, overrides: Sequence[str],
 ) -> None:  # fmt: skip
     """Scenes rendered, training steps, outputs sampled, items evaluated and samples read per second on this machine.
 
