@@ -146,6 +146,23 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate="none" if exact else approximate)
 
 
+class DepthwiseConv(nn.Conv2d):
+    """A convolution of each channel by itself with an odd `kernel`, padded to keep the size: (B, C, H, W) -> the same.
+
+    On the CPU it is computed in float32 also under autocast: the backward pass of a half type takes twice as long.
+    """
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__(width, width, kernel, padding=kernel // 2, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W), fastest in channels-last order -> (B, C, H, W)."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class TransformerLayer(nn.Module):
     """Pre-norm layer of the small trunks: self-attention, optional cross-attention, feed-forward."""
 

@@ -17,6 +17,7 @@ from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.layers import (
     Attention,
+    DepthwiseConv,
     FeedForward,
     Rotary,
     TimestepEmbedding,
@@ -63,7 +64,7 @@ class DiTBlock(nn.Module):
         self.attn = Attention(width, heads)
         self.cross = Attention(width, heads, context_dim) if context_dim is not None else None
         self.cross_norm = nn.LayerNorm(width, eps=1e-6) if context_dim is not None else None
-        self.conv = nn.Conv2d(width, width, conv, padding=conv // 2, groups=width) if conv else None
+        self.conv = DepthwiseConv(width, conv) if conv else None
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = FeedForward(width, 4 * width)
         self.dropout = nn.Dropout(dropout)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from crossflow.core.layers import (
     Attention,
+    DepthwiseConv,
     FeedForward,
     TimestepEmbedding,
     TransformerLayer,
@@ -171,3 +172,13 @@ def test_the_exact_gelu_stands_for_the_tanh_form_only_in_a_half_type_on_the_cpu(
     rounded = F.gelu(x.bfloat16().float(), approximate="tanh")
     assert (half - rounded).abs().max() < 4e-3 * 6
     assert ((half - rounded).abs() < 5e-4 + 4e-3 * rounded.abs()).all()
+
+
+def test_a_depthwise_convolution_on_the_cpu_is_exact_under_autocast() -> None:
+    conv = DepthwiseConv(6, 3)
+    x = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last)
+    expected = F.conv2d(x, conv.weight, conv.bias, padding=1, groups=6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv(x), expected)
+        assert conv(x.bfloat16()).dtype == torch.float32
+    assert conv.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
