@@ -154,6 +154,7 @@ def on_device(
         yield from map(make, loaded)
         return
     stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # the networks may still be on their way to the device
     pending: tuple[MicroBatch, torch.cuda.Event] | None = None
     for item in loaded:
         with torch.cuda.stream(stream):
@@ -167,7 +168,7 @@ def on_device(
 
 def _claimed(micro_batch: MicroBatch, ready: torch.cuda.Event) -> MicroBatch:
     """A micro-batch of another stream for use in the present one, which waits for it on the device."""
-    current = torch.cuda.current_stream()
+    current = torch.cuda.current_stream(micro_batch.noise.time.device)
     current.wait_event(ready)
 
     def keep(tensor: Tensor) -> Tensor:

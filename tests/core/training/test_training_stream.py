@@ -1,11 +1,14 @@
 """The order of the data follows from the position alone."""
 
+from contextlib import nullcontext
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crossflow.core.training.stream import MicroBatches, Positions, loader
+from crossflow.core.training.stream import MicroBatches, Positions, loader, on_device
 
 
 def test_each_epoch_visits_every_example_once_in_a_new_order(tiny: ModuleType) -> None:
@@ -53,3 +56,30 @@ def test_workers_do_not_change_the_batches(tiny: ModuleType, num_workers: int) -
         assert torch.equal(got.noise.source, want.noise.source)
         assert torch.equal(got.noise.time, want.noise.time)
     assert torch.equal(torch.get_rng_state(), state), "beginning to load draws from the global generator"
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_gpu_makes_the_next_batch_before_the_present_one_is_trained_on(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """The order of what the host asks for, with fake tensors and streams that only note their use."""
+    data, events = tiny.Data(num=8), []
+    side, main = MagicMock(), MagicMock()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(stream))
+    loaded = [MicroBatches(data, 1, (3,))[item] for item in Positions(0, 3, 2, 1, 0, 1)]
+
+    def batch(record: dict) -> object:
+        events.append("made")
+        return data.batch(record)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for _ in on_device(loaded, batch, torch.device("cuda"), ahead=ahead):
+            events.append("trained")
+    assert events == (["made", "made", "trained", "made", "trained", "trained"] if ahead else ["made", "trained"] * 3)
+    assert side.wait_stream.call_count == ahead
+    assert main.wait_event.call_count == 3 * ahead
+    assert set(kept) == ({main} if ahead else set())
