@@ -18,6 +18,7 @@ import numpy as np
 from crossflow.core.errors import UserError
 from crossflow.core.noise import Order, order
 from crossflow.data.files import existing, inside
+from crossflow.data.index.store import Messages
 from crossflow.data.item import BadItem, Item, Record
 from crossflow.data.records import ListedRecords, Records, unique
 from crossflow.data.spec import Options, parse_options, split_location
@@ -240,7 +241,9 @@ class FileReader(Reader):
 
         def compute() -> str:
             digest = hashlib.blake2b(start, digest_size=16)
+            progress = Messages(self.spec, "computing the fingerprint of its files")
             for number, record in enumerate(self.records):
+                progress(number, len(self.records))
                 in_full = number % stride == 0
                 digest.update(samples[number // stride] if in_full else self._record_digest(record, False))
             return digest.hexdigest()

@@ -83,7 +83,7 @@ class Index:
 
     def _build(self, parse: Parse) -> Any:
         folder = self.store.folder
-        progress = Messages(self.spec, "reading its lines into an index")
+        progress = Messages(self.spec, "reading its lines into an index (only once)")
         parts = [part for part in read_parts(self.file, folder, parse, progress) if part.num_rows]
         merged = Merged(parts, self.file.name)
         if folder is None:

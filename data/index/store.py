@@ -130,4 +130,4 @@ class Messages:
     def __call__(self, done: int, total: int) -> None:
         if time.monotonic() - self._last > SECONDS:
             self._last = time.monotonic()
-            logger.warning("%s: %s, %.0f %% done (only once).", self.spec, self.what, 100 * done / total)
+            logger.warning("%s: %s, %.0f %% done.", self.spec, self.what, 100 * done / total)

@@ -102,7 +102,7 @@ class Samples:
 
     def _build(self) -> None:
         sizes, damaged = [], {}
-        progress = Messages(self.spec, "indexing its shards")
+        progress = Messages(self.spec, "indexing its shards (only once)")
         for number in range(len(self.shards)):
             self.shards.ahead(range(number, min(number + AHEAD, len(self.shards))))
             index, damage = self._index(number)

@@ -186,8 +186,9 @@ def test_the_fingerprint_is_kept_until_a_picture_changes(tmp_path, monkeypatch):
 def test_progress_is_reported(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("crossflow.data.index.store.SECONDS", 0)
     with caplog.at_level(logging.WARNING):
-        open_reader(f"jsonl:{pictures(tmp_path)}", "train")
-    assert "reading its lines into an index, 7 % done (only once)" in caplog.text
+        open_reader(f"jsonl:{pictures(tmp_path)}", "all").fingerprint()
+    assert "reading its lines into an index (only once), 7 % done." in caplog.text
+    assert "computing the fingerprint of its files, 50 % done." in caplog.text
 
 
 @pytest.mark.slow
