@@ -11,17 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.core.noise import Order, order
 from crossflow.data.files import existing, inside
 from crossflow.data.index.store import Messages
 from crossflow.data.item import BadItem, Item, Record
 from crossflow.data.records import ListedRecords, Records, unique
 from crossflow.data.spec import Options, parse_options, split_location
+
+if TYPE_CHECKING:
+    from crossflow.core.noise import Order
 
 NUM_DIGESTED = 256  # items whose content enters a fingerprint
 EDGE_BYTES = 65536  # read from either end of such a file
@@ -74,8 +76,10 @@ class Reader(ABC):
         """Several items at once; bad ones are returned, not raised."""
         return [self._item_or_reason(index) for index in indices]
 
-    def order(self, seed: int, epoch: int) -> Order:
+    def order(self, seed: int, epoch: int) -> "Order":
         """The order in which training reads the items in an epoch."""
+        from crossflow.core.noise import order  # imports torch, which listing data should not
+
         return order(seed, epoch, len(self))
 
     def _item_or_reason(self, index: int) -> Item | BadItem:

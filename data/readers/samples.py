@@ -4,16 +4,18 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from crossflow.core.files import replacing
-from crossflow.core.noise import KeyedOrder
 from crossflow.data.index.store import Messages, Store, building, folder_of
 from crossflow.data.readers.shards import RemoteShards, Shards
 from crossflow.data.readers.tar_index import PARTS, shard_index
 from crossflow.data.splits import SPLIT_WORDS, hashed_split, rank, split_word
+
+if TYPE_CHECKING:
+    from crossflow.core.noise import KeyedOrder
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +199,8 @@ class ShardOrder:
     """
 
     def __init__(self, bounds: np.ndarray, seed: int, epoch: int, width: int) -> None:
+        from crossflow.core.noise import KeyedOrder  # imports torch, which listing data should not
+
         self.seed, self.epoch, self.width = seed, epoch, width
         sizes = np.diff(bounds)
         self.shards = KeyedOrder(len(sizes), "shards", seed, epoch)[np.arange(len(sizes))]
@@ -216,8 +220,10 @@ class ShardOrder:
         positions = np.searchsorted(self.ends, shuffled, side="right")
         return self.firsts[positions] + shuffled - np.concatenate([[0], self.ends])[positions]
 
-    def _inside(self, group: int) -> KeyedOrder:
+    def _inside(self, group: int) -> "KeyedOrder":
         """The order of the samples of a group."""
+        from crossflow.core.noise import KeyedOrder
+
         return KeyedOrder(int(self.groups[group + 1] - self.groups[group]), "samples", self.seed, self.epoch, group)
 
     def place_of(self, index: int) -> int:

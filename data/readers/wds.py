@@ -9,12 +9,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from crossflow.core.errors import UserError
-from crossflow.core.noise import Order
 from crossflow.data.annotations import clean_captions
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
@@ -25,6 +24,9 @@ from crossflow.data.readers.tar_index import PARTS
 from crossflow.data.records import LazyIds
 from crossflow.data.spec import Option, Options, parse_options, split_location
 from crossflow.data.splits import choose, expect_hashed
+
+if TYPE_CHECKING:
+    from crossflow.core.noise import Order
 
 LARGEST = 2**28  # bytes of one sample's file
 
@@ -96,7 +98,7 @@ class WdsReader(Reader):
         """uint8 (items,); see `Samples`."""
         return self.samples.flags if self.selection == "all" else self.samples.flags[self.places]
 
-    def order(self, seed: int, epoch: int) -> Order:
+    def order(self, seed: int, epoch: int) -> "Order":
         """The order of an epoch; that of remote shards keeps few of them in use at a time."""
         if not isinstance(self.shards, RemoteShards):
             return super().order(seed, epoch)
