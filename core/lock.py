@@ -145,4 +145,9 @@ def _refusal(folder: Path, path: Path) -> str:
 def _watch_forks() -> None:
     """A forked process shares its parent's open files: a loader worker that outlives its parent would keep the lock."""
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: [lock._close() for lock in list(_held)])
+        os.register_at_fork(after_in_child=_close_all)
+
+
+def _close_all() -> None:
+    for lock in list(_held):
+        lock._close()
