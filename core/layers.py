@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 _FEW_KEYS = 512
 """Up to this number, whose products fit the caches, attention on the CPU is trained without torch's kernel."""
@@ -227,8 +228,10 @@ def _sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tenso
 def _table(make: Callable[..., Tensor], sizes: tuple[int, ...], device: torch.device | None) -> Tensor:
     """make(*sizes, device), by default on the default device; a copy that the caller may modify."""
     device = device or torch.get_default_device()
-    # The compiler warns about caches, so it traces the function itself.
-    return make(*sizes, device) if torch.compiler.is_compiling() else _cached(make, sizes, device).clone()
+    # The compiler warns about caches, so it traces the function itself; a fake tensor must not outlive its mode.
+    if torch.compiler.is_compiling() or detect_fake_mode() is not None:
+        return make(*sizes, device)
+    return _cached(make, sizes, device).clone()
 
 
 # Every evaluation of a network needs its table, which is computed on the CPU.

@@ -114,7 +114,13 @@ def test_a_new_folder_reaches_the_wheel(tmp_path: Path):
         (tree / package / "__init__.py").touch()
     (tree / "tasks/new/encoder.py").touch()
     (tree / "configs/new").mkdir()
-    for data in ("configs/new.yaml", "configs/new/recipe.yaml", "tasks/new/words.yaml", "benchmarks/new.yaml"):
+    for data in (
+        "configs/new.yaml",
+        "configs/new/recipe.yaml",
+        "configs/references/new.json",
+        "tasks/new/words.yaml",
+        "benchmarks/new.yaml",
+    ):
         (tree / data).touch()
     (tree / "tests/new").mkdir()
     (tree / "tests/new/__init__.py").touch()
@@ -126,6 +132,7 @@ def test_a_new_folder_reaches_the_wheel(tmp_path: Path):
         "crossflow/noun/__init__.py",
         "crossflow/configs/new.yaml",
         "crossflow/configs/new/recipe.yaml",
+        "crossflow/configs/references/new.json",
         "crossflow/tasks/new/words.yaml",
         "crossflow/benchmarks/new.yaml",
     }

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from crossflow.core.layers import (
     Attention,
@@ -182,3 +183,11 @@ def test_a_depthwise_convolution_on_the_cpu_is_exact_under_autocast() -> None:
         assert torch.equal(conv(x), expected)
         assert conv(x.bfloat16()).dtype == torch.float32
     assert conv.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_table_made_of_fake_tensors_is_not_kept() -> None:
+    with FakeTensorMode():
+        assert isinstance(sincos_2d(3, 5, 8), FakeTensor)
+    table = sincos_2d(3, 5, 8)
+    assert not isinstance(table, FakeTensor)
+    assert torch.isfinite(table).all()

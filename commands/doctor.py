@@ -1,0 +1,116 @@
+"""``crossflow doctor``: whether the machine, a planned training, or runs are in order."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from crossflow.commands import options
+from crossflow.commands.console import count, print_table, say
+from crossflow.core.errors import UserError
+from crossflow.core.output import check_output
+
+if TYPE_CHECKING:
+    from crossflow.engine.health.finding import Finding
+
+
+@click.command("doctor")
+@click.argument("words", nargs=-1, metavar="[RUN]... | [KEY=VALUE]...")
+@click.option("--task", type=options.TaskName(), help="Plan a training of this task.")
+@click.option("--config", "recipe", help="Plan a training of this recipe or YAML file.")
+@click.option("--data", help="Training data of the plan.")
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="Devices that share a batch.")
+@click.option("--no-measuring", is_flag=True, help="Read what a run has logged alone; its weights are not loaded.")
+@click.option("--save-reference", type=options.PATH, help="Write the band of these runs of a recipe to RECIPE.json.")
+@click.option("--strict", is_flag=True, help="Exit with status 2 when anything is wrong.")
+def command(
+    words: Sequence[str], task: str | None, recipe: str | None, data: str | None, processes: int,
+    no_measuring: bool, save_reference: Path | None, strict: bool,
+) -> None:  # fmt: skip
+    """Say what is wrong with this machine, with a training that is planned, or with runs, and what to do about it.
+
+    \b
+      crossflow doctor                                      Python, devices, memory, Java, packages, disks
+      crossflow doctor --task t2i --data coco:~/flickr8k    data, memory and checkpoints before the first step
+      crossflow doctor --config t2i_small train.batch_size=256 --processes 4
+      crossflow doctor runs/t2i_tiny                        losses, gradients, posteriors, data, scores of a run
+
+    A run is compared with the shipped band of its recipe, if there is one, and its weights with a few validation items.
+    """
+    if data is not None and task is None and recipe is None:
+        raise UserError("--data belongs to a training that is planned: add --task or --config.")
+    if save_reference is not None:
+        _save_reference(save_reference, [Path(word) for word in words])
+        return
+    if task is not None or recipe is not None:
+        settings = ([f"data.train={data}"] if data is not None else []) + list(words)
+        findings = _examine_plan(recipe or f"{task}_tiny", settings, task, processes)
+    elif words:
+        findings = [finding for word in words for finding in _examine_run(Path(word), measure=not no_measuring)]
+    else:
+        findings = _examine_machine()
+    if strict and findings:
+        raise UserError(f"{count(len(findings), 'finding')}, and --strict allows none.")
+
+
+def _examine_machine() -> "list[Finding]":
+    from crossflow.engine.health.machine import examine_machine, facts
+
+    return _report(facts(), examine_machine(), "The machine is in order.")
+
+
+def _examine_plan(source: str, settings: Sequence[str], task: str | None, processes: int) -> "list[Finding]":
+    from crossflow.core.files import size_in_words
+    from crossflow.engine.health.machine import devices, free_bytes
+    from crossflow.engine.health.plan import examine_plan, plan
+    from crossflow.tasks import load_config, task_class
+
+    config = load_config(source, settings, task)
+    quick = load_config(source, [*settings, *task_class(config.task).quick], task)
+    device, free = devices()[0], free_bytes(Path("runs"))
+    size = plan(quick, num_processes=processes, report=say)
+    facts = {
+        "training data": "unavailable" if size.num_train is None else f"{size.num_train} items, {config.data.train}",
+        "validation data": "unavailable" if size.num_val is None else f"{size.num_val} items",
+        "parameters": ", ".join(f"{name} {number / 1e6:.2f}M" for name, number in size.parameters.items()),
+        "memory": ", ".join(f"{name} {size_in_words(number)}" for name, number in size.memory.items()),
+        "peak": f"{size_in_words(size.peak)} of {device}",
+        "checkpoint": "unknown" if size.checkpoint is None else size_in_words(size.checkpoint),
+        "disk": f"{size_in_words(size.disk_bytes)} of {size_in_words(free)} free",
+    }
+    return _report(facts, examine_plan(size, device, free), "Nothing stands in the way of this training.")
+
+
+def _examine_run(folder: Path, *, measure: bool) -> "list[Finding]":
+    from crossflow.engine.health.checks import CHECKS, examine
+    from crossflow.engine.health.evidence import gather
+    from crossflow.engine.health.summary import describe
+
+    evidence = gather(folder, measure=measure)
+    say(str(folder))
+    return _report(describe(evidence), examine(evidence), f"Nothing is wrong: {len(CHECKS)} checks passed.")
+
+
+def _report(facts: Mapping[str, str], findings: "list[Finding]", praise: str) -> "list[Finding]":
+    print_table(facts.items())
+    for finding in findings:
+        say(str(finding))
+    if not findings:
+        say(praise)
+    return findings
+
+
+def _save_reference(path: Path, runs: Sequence[Path]) -> None:
+    from crossflow.core.files import write_atomically
+    from crossflow.engine.health.evidence import gather
+    from crossflow.engine.health.reference import measure_reference
+
+    if not runs:
+        raise UserError("--save-reference needs the runs that it is measured from.")
+    check_output(path)
+    measured = [gather(run, references=()).measured for run in runs]
+    posteriors = [None if each is None else each.posterior for each in measured]
+    reference = measure_reference(path.stem, runs, posteriors)
+    write_atomically(path, reference.model_dump_json(indent=None) + "\n")
+    say(f"Wrote {path}: the band of {count(len(runs), 'run')} of {reference.steps} steps.")
