@@ -216,6 +216,18 @@ class TrainConfig(Section):
     """Run directory whose averaged weights initialise a new run, where names and shapes agree."""
     max_minutes: float | None = Field(None, gt=0)
     """Stop with a checkpoint after this many minutes."""
+    max_bad_steps: int = Field(1, ge=1)
+    """Stop at this many steps in a row whose loss or gradient is not finite. Such a step changes no weights."""
+    grace_seconds: float = Field(30, gt=0)
+    """Time from SIGTERM to the final checkpoint. In one process a validation is then given up at once, and a step after
+    half of it; several processes complete theirs.
+    """
+    timeout_minutes: float = Field(30, gt=0)
+    """How long a process waits for the others before it takes them for dead."""
+    auto_micro_batch: bool = False
+    """Halve the samples of a forward pass when memory runs out, and make the same step again (one process). A
+    contrastive loss takes its negatives from fewer samples then.
+    """
 
 
 class SampleConfig(Section):

@@ -4,8 +4,10 @@ W ranks; every rank holds the same number of samples B, in rank order: global sa
 """
 
 import atexit
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from functools import cache
 from typing import TypeVar, cast
 
@@ -20,6 +22,8 @@ from crossflow.core.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S")
+# The texts of gloo, which raises RuntimeErrors.
+_LOST = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe|Timed out waiting|Socket Timeout|gloo")
 
 
 def is_distributed() -> bool:
@@ -59,6 +63,22 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files and shows progress."""
     return rank() == 0
+
+
+def limit_waiting(minutes: float) -> None:
+    """Sets how long a process waits for the others before it ends with an error."""
+    if is_distributed():
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        _set_pg_timeout(timedelta(minutes=minutes), dist.group.WORLD)
+
+
+def lost_process(error: BaseException) -> str:
+    """The reason, in the words of the library, if an error means that another process ended or hangs; else ""."""
+    text = " ".join(str(error).split())
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(text)):
+        return text.rpartition("] ")[2].strip()[:200] or type(error).__name__
+    return ""
 
 
 def barrier() -> None:
@@ -149,7 +169,7 @@ def shared(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     for group in _groups(parts):
         results, problem = _attempt(work, group[rank() : rank() + 1])
         _raise_everywhere(problem)
-        yield from zip(group, _on_first(results), strict=False)
+        yield from zip(group, on_first(results), strict=False)
 
 
 def shared_in_stages(parts: Sequence[T], work: Callable[[T], R], finish: Callable[[R], S]) -> Iterator[tuple[T, S]]:
@@ -162,7 +182,7 @@ def shared_in_stages(parts: Sequence[T], work: Callable[[T], R], finish: Callabl
             values, problem = _attempt(work, group[rank() : rank() + 1])
             results, late = _attempt(Future.result, waiting[1])
             _raise_everywhere(late)
-            yield from zip(waiting[0], _on_first(results), strict=False)
+            yield from zip(waiting[0], on_first(results), strict=False)
             _raise_everywhere(problem)
             waiting = group, [beside.submit(finish, value) for value in values]
 
@@ -198,7 +218,7 @@ def _raise_everywhere(problem: Exception | None) -> None:
             raise UserError(text) if for_user else RuntimeError(f"process {number} raised {name}: {text}")
 
 
-def _on_first(results: list[R]) -> list[R]:
+def on_first(results: list[R]) -> list[R]:
     """The results of all ranks in rank order on rank 0; elsewhere none."""
     if not is_distributed():
         return results

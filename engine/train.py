@@ -55,6 +55,10 @@ FREE_TO_CHANGE = {
         "num_workers",
         "trackers",
         "max_minutes",
+        "max_bad_steps",
+        "grace_seconds",
+        "timeout_minutes",
+        "auto_micro_batch",
     )
 } | {"data.train", "data.val"}
 """Settings that may change when a run is resumed: its length, its outputs, and the place of its data, whose content is
@@ -244,6 +248,7 @@ class Run:
                 run with other settings.
         """
         distributed.device()  # joins the processes of a launcher
+        distributed.limit_waiting(config.train.timeout_minutes)
         SOLVERS.get(config.sample.solver)  # an unknown name fails here rather than after hours of training
         run, progress = RunFolder(folder), progress if progress is not None and distributed.is_main() else Silent()
         before, lock = run.snapshot(), FolderLock(folder)

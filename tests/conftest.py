@@ -58,17 +58,27 @@ TINY_TASK = {
 }
 
 
-@pytest.fixture(scope="session")
-def forked() -> ModuleType:
-    """The module forked.py: programs in processes of their own that need not import torch first."""
-    path = Path(__file__).with_name("forked.py")
-    spec = importlib.util.spec_from_file_location("crossflow_tests_forked", path)
+def _module(path: Path, name: str) -> ModuleType:
+    """A module of the tests, which are no package."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def forked() -> ModuleType:
+    """The module forked.py: programs in processes of their own that need not import torch first."""
+    return _module(Path(__file__).with_name("forked.py"), "crossflow_tests_forked")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The module tiny_run.py: a training run of a second."""
+    return _module(Path(__file__).parent / "core" / "training" / "tiny_run.py", "crossflow_tests_tiny_run")
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +97,12 @@ def blind_judge():
 
     with mock.patch("crossflow.tasks.t2i.metric.load_recogniser", return_value=nothing):
         yield
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips flushing to disk, which takes most of the time of a tiny run; no test simulates a loss of power."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

@@ -53,21 +53,25 @@ def measure(learner: Learner, steps: Iterator[None], num_steps: int, remaining_s
             torch.cuda.synchronize(learner.device)
         seconds.append(time.monotonic() - start)
     tensors = learner.tensors()
-    memory = {
-        "weights": sum(parameter.nbytes for parameter in learner.objective.parameters()),
-        "gradients": sum(parameter.nbytes for parameter in learner.parameters),
-        "optimizer": num_bytes(tensors["optimizer"]),
-        "ema": sum(shadow.nbytes for shadow in learner.ema.shadows),
-    }
     return DryRun(
         parameters=_parameters(learner),
-        memory=memory,
+        memory=memory(learner),
         peak_memory=torch.cuda.max_memory_allocated(learner.device) if on_gpu else None,
         seconds_per_step=sum(seconds[WARM_UP:]) / num_steps,
         remaining_steps=remaining_steps,
         checkpoint_bytes=sum(map(num_bytes, tensors.values())),
         keep=learner.config.keep,
     )
+
+
+def memory(learner: Learner) -> dict[str, int]:
+    """Bytes on each device for weights, gradients, optimizer and ema."""
+    return {
+        "weights": sum(parameter.nbytes for parameter in learner.objective.parameters()),
+        "gradients": sum(parameter.nbytes for parameter in learner.parameters),
+        "optimizer": num_bytes(learner.tensors()["optimizer"]),
+        "ema": sum(shadow.nbytes for shadow in learner.ema.shadows),
+    }
 
 
 def _parameters(learner: Learner) -> dict[str, int]:

@@ -17,7 +17,8 @@ from crossflow.core.errors import UserError
 from crossflow.core.noise import Noise
 from crossflow.core.training import checkpoint
 from crossflow.core.training.ema import EMA
-from crossflow.core.training.optim import build_optimizer
+from crossflow.core.training.failures import NoMemory, is_out_of_memory
+from crossflow.core.training.optim import build_optimizer, skip_if
 from crossflow.core.training.prepare import checkpoint_activations, compile_blocks, keep_freed_memory
 from crossflow.core.training.stream import MicroBatch
 
@@ -49,7 +50,11 @@ class StepResult:
     """Norm of the gradient before clipping, a scalar."""
     unconditional: Tensor
     """Share of the samples that were unconditional, a scalar."""
-    skipped: bool
+    is_bad: Tensor
+    """(len(names) + 1,) bool: which losses, and whether the gradient norm, are not finite, in which case the weights
+    were not updated. With fp16 the norm is never bad: it may overflow.
+    """
+    overflowed: bool
     """Whether the gradient overflowed at the current fp16 scale, so that the weights were not updated."""
 
 
@@ -88,11 +93,44 @@ class Learner:
         """Surrounds each part of a step (data, encode, forward, backward, optimizer, ema), by default as a range in the
         traces of torch.profiler; measurements put a clock here.
         """
+        self.interruptible: Callable[[], AbstractContextManager[object]] = nullcontext
+        """Surrounds the part of a step that may be given up, since it changes neither weights nor averages."""
 
     def step(self, micro_batches: Sequence[MicroBatch], rate: float) -> StepResult:
         """Makes one step with this process's parts of the batch at the learning rate `rate`."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        with self.interruptible():
+            total, unconditional = self._gradients(micro_batches)
+        with self.phase("optimizer"):
+            norm = self._clip()
+            is_bad = ~torch.cat([total, norm.view(1).to(total)]).isfinite()
+            self._update(is_bad)
+            overflowed = bool(self.stepper.step_was_skipped)
+            self.stepper.zero_grad(set_to_none=True)
+        if not overflowed:
+            with self.phase("ema"):
+                self.ema.update()  # of a skipped step: counts the unchanged weights once more
+        return StepResult(self.losses.names, total, norm, unconditional, is_bad, overflowed)
+
+    def _gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Computes the gradients; returns the losses by name and the share of unconditional samples.
+
+        Raises NoMemory, and leaves no gradients then.
+        """
+        try:
+            return self._differentiate(micro_batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error)
+        # Here and not above: a handled error keeps the activations in its traceback alive.
+        self.stepper.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise NoMemory(reason)
+
+    def _differentiate(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
         noises = [micro_batch.noise for micro_batch in micro_batches]
         with self.phase("forward"):
             batches = self._draw([micro_batch.batch for micro_batch in micro_batches], noises)
@@ -104,17 +142,19 @@ class Learner:
                 with self.phase("forward"):
                     loss, values = self.wrapped(batch, noise)
                 with self.phase("backward"):
-                    self.accelerator.backward(loss / num)
+                    # A loss that is not finite makes the gradient so, which all processes see without a message.
+                    divisor = torch.where(values.isfinite().all(), float(num), float("nan"))
+                    self.accelerator.backward(loss / divisor)
             total = total + values / num
-        with self.phase("optimizer"):
-            norm = self._clip()
+        return total, self._share_of_unconditional(batches)
+
+    def _update(self, is_bad: Tensor) -> None:
+        """Makes the optimizer's step unless the gradient is bad, see `StepResult`, without reading it if possible."""
+        if self.accelerator.scaler is not None:  # which skips such steps itself
+            is_bad[-1].zero_()
             self.stepper.step()
-            skipped = bool(self.stepper.step_was_skipped)
-            self.stepper.zero_grad(set_to_none=True)
-        if not skipped:
-            with self.phase("ema"):
-                self.ema.update()
-        return StepResult(self.losses.names, total, norm, self._share_of_unconditional(batches), skipped)
+        elif skip_if(self.optimizer, is_bad[-1].float()) or not bool(is_bad[-1]):
+            self.stepper.step()
 
     def _share_of_unconditional(self, batches: Sequence[Batch]) -> Tensor:
         flags = [batch.unconditional for batch in batches if batch.unconditional is not None]

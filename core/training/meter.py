@@ -17,7 +17,9 @@ class Interval:
     """The steps since the last log."""
 
     means: dict[str, float]
-    """Losses, `grad_norm` and `unconditional` (share of unconditional samples), averaged over steps and ranks."""
+    """Losses, `grad_norm` and `unconditional` (share of unconditional samples), averaged over ranks and steps, but
+    for bad ones.
+    """
     num_steps: int
     """Steps in the time below; fewer than in the means when the run was resumed meanwhile."""
     seconds: float
@@ -36,35 +38,37 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.names: tuple[str, ...] = ()
-        self.latest = self.norm = torch.zeros(0, device=device)
         self._sums: Tensor | None = None
-        self._num_steps = 0  # in the sums
+        self._num_steps = 0  # in the sums, and the steps left out
+        self._left_out = torch.zeros((), device=device)  # number of bad steps
         self._num_timed = 0  # since the clock started
         self._start = time.monotonic()
         self._waiting = 0.0
 
-    def add(self, names: tuple[str, ...], losses: Tensor, norm: Tensor, unconditional: Tensor) -> None:
-        """Adds a step: its losses (P,), called `names`, its gradient norm and its share of unconditional samples (both
-        scalars).
+    def add(self, names: tuple[str, ...], losses: Tensor, norm: Tensor, unconditional: Tensor, is_bad: Tensor) -> None:
+        """Adds a step: its losses (P,), called `names`, its gradient norm and its share of unconditional samples.
+
+        is_bad: whether to leave the step out of the means. All but the losses are scalars.
         """
-        self.names, self.latest, self.norm = names, losses, norm
+        self.names = names
         values = torch.cat([losses, norm.view(1).to(losses), unconditional.view(1).to(losses)])
+        values = torch.where(is_bad, 0, values)
         self._sums = values if self._sums is None else self._sums + values
+        self._left_out = self._left_out + is_bad
         self._num_steps += 1
         self._num_timed += 1
 
     def take(self) -> Interval:
         """The interval that ends here; starts the next one."""
         interval = Interval(self._means(), self._num_timed, time.monotonic() - self._start, self._waiting)
-        self._sums, self._num_steps = None, 0
+        self._sums, self._num_steps, self._left_out = None, 0, torch.zeros_like(self._left_out)
         self.restart_clock()
         return interval
 
     def _means(self) -> dict[str, float]:
         assert self._sums is not None
-        values = (
-            distributed.mean_over_ranks(self._sums).cpu().double() / self._num_steps
-        )  # not every device has float64
+        sums = distributed.mean_over_ranks(self._sums).cpu().double()  # not every device has float64
+        values = sums / (self._num_steps - self._left_out.item())
         return dict(zip([*self.names, *self.EXTRA], values.tolist(), strict=True))
 
     def restart_clock(self) -> None:
@@ -92,7 +96,8 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """The current interval in JSON types; the same on every rank."""
         sums = None if self._sums is None else distributed.mean_over_ranks(self._sums).tolist()
-        return {"names": list(self.names), "sums": sums, "num_steps": self._num_steps}
+        left_out = int(self._left_out.item())
+        return {"names": list(self.names), "sums": sums, "num_steps": self._num_steps, "left_out": left_out}
 
     def load_state(self, content: Mapping[str, Any]) -> None:
         """Continues the interval that `state` returned."""
@@ -101,6 +106,7 @@ class Meter:
             missing = len(self.names) + len(self.EXTRA) - len(content["sums"])  # of a run that recorded fewer numbers
             self._sums = torch.tensor([*content["sums"], *[float("nan")] * missing], device=self.device)
         self._num_steps = content["num_steps"]
+        self._left_out.fill_(content.get("left_out", 0))
 
 
 class Flags:

@@ -124,6 +124,7 @@ class Muon(torch.optim.Optimizer):
             rest += [group | {"params": outside}] if outside else []
         self.momentum, self.num_matrix_groups = momentum, len(matrices)
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=fused, foreach=not fused) if rest else None
+        self.found_inf: Tensor | None = None
         super().__init__([*matrices, *(self.adamw.param_groups if self.adamw else [])], {"lr": lr})
         self._share()
 
@@ -139,7 +140,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of all parameters with the current gradients."""
+        """One step of all parameters with the current gradients; see `skip_if`."""
         assert closure is None, "closures are not supported"
         for group in self.param_groups[: self.num_matrix_groups]:
             self._step_matrices(group)
@@ -155,14 +156,20 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         averages = [self.state[matrix]["momentum_buffer"] for matrix in moving]
+        keep = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:  # every operation on a skipped step then changes nothing
+            skip = self.found_inf > 0
+            gradients = [torch.where(skip, *pair) for pair in zip(averages, gradients, strict=True)]
+            keep = torch.where(skip, 1.0, keep)
         torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
         updates = torch._foreach_lerp(gradients, averages, self.momentum)
-        torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(moving, keep)
         for numbers in _batches(moving):
             wide = torch.stack([_wide(updates[number]) for number in numbers])
             scale = 0.2 * max(wide.shape[1:]) ** 0.5
-            moves = orthogonalised(wide).to(updates[0].dtype).unbind()
-            for number, move in zip(numbers, moves, strict=True):
+            moves = orthogonalised(wide).to(updates[0].dtype)
+            moves = moves if self.found_inf is None else moves * (1 - self.found_inf)
+            for number, move in zip(numbers, moves.unbind(), strict=True):
                 move = move if moving[number].shape == move.shape else move.mT
                 moving[number].add_(move, alpha=-group["lr"] * scale)
 
@@ -180,6 +187,20 @@ def _batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
     for shape, numbers in by_shape.items():
         size = max(1, _MUON_BATCH // math.prod(shape))
         yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def skip_if(optimizer: torch.optim.Optimizer, skip: Tensor) -> bool:
+    """Makes the next step of a fused AdamW, or of Muon with one, change nothing if `skip`, a scalar, is 1 instead of 0.
+
+    The device decides, so that the host need not wait for it. Returns False for other optimizers.
+    """
+    adamw = optimizer.adamw if isinstance(optimizer, Muon) else optimizer
+    if adamw is not None and not adamw.defaults["fused"]:
+        return False
+    for part in (optimizer, adamw):
+        if part is not None:
+            part.found_inf = skip  # type: ignore[attr-defined]  # the name that torch's fused kernels look for
+    return True
 
 
 def build_optimizer(

@@ -7,16 +7,17 @@ A batch is made in two places: loader workers decode and augment into a record o
 the record into a `Batch` on the training device, on a GPU beside the step before.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from crossflow.core.batch import Batch, Record, map_tensors
+from crossflow.core.errors import UserError
 from crossflow.core.noise import Noise, Order, keyed_generator, order, training_noise
 from crossflow.core.training.signals import ignore_in_worker
 
@@ -60,17 +61,55 @@ class MicroBatch:
     batch: Batch
     noise: Noise
 
+    def __len__(self) -> int:
+        return len(self.batch)
 
-class MicroBatches(Dataset[Loaded]):
-    """(step, positions) -> the micro-batch of these global positions, with its keyed noise."""
+    def halves(self) -> "list[MicroBatch]":
+        """The first and the second half of the samples, of which there must be an even number."""
+        middle = len(self) // 2
+        assert len(self) == 2 * middle, "an odd number of samples has no halves"
+        parts = []
+        for rows in (slice(0, middle), slice(middle, None)):
+            noise = Noise(self.noise.source[rows], self.noise.time[rows], self.noise.drop[rows])
+            parts.append(MicroBatch(replace(self.batch[rows], ids=self.batch.ids[rows]), noise))
+        return parts
+
+
+class WorkerDied(Exception):
+    """A loader worker has ended before its time; exit_code: -N after signal N."""
+
+    def __init__(self, pid: int, exit_code: int) -> None:
+        super().__init__(f"loader worker {pid} ended with exit code {exit_code}")
+        self.pid, self.exit_code = pid, exit_code
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The message of a UserError in a loader worker. It travels as a value, since torch puts a traceback into texts."""
+
+    message: str
+
+
+class MicroBatches(Dataset[Loaded | Refused]):
+    """(step, positions) -> the micro-batch of these global positions, with its keyed noise.
+
+    In a loader worker a UserError of the data becomes a `Refused`.
+    """
 
     def __init__(self, data: TrainingData, seed: int, latent_shape: Sequence[int]) -> None:
         self.data = data
         self.seed = seed
         self.latent_shape = tuple(latent_shape)
 
-    def __getitem__(self, key: tuple[int, Sequence[int]]) -> Loaded:
-        step, positions = key
+    def __getitem__(self, key: tuple[int, Sequence[int]]) -> Loaded | Refused:
+        try:
+            return self._load(*key)
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return Refused(str(error))
+
+    def _load(self, step: int, positions: Sequence[int]) -> Loaded:
         places = self.examples_at(positions)
         # Data sets that load several items faster together implement this method, as for torch's loaders.
         together = getattr(self.data, "__getitems__", None)
@@ -120,11 +159,11 @@ class Positions(Sampler[tuple[int, Sequence[int]]]):
                 yield step, range(first, first + size)
 
 
-def _unchanged(loaded: Loaded) -> Loaded:
+def _unchanged(loaded: Loaded | Refused) -> Loaded | Refused:
     return loaded
 
 
-def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: bool) -> DataLoader[Loaded]:
+def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: bool) -> DataLoader[Loaded | Refused]:
     """Micro-batches in the order of `positions`, prefetched by `num_workers` processes (0: made on request)."""
     return DataLoader(
         dataset,
@@ -139,10 +178,34 @@ def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: b
     )
 
 
+def loaded(dataset: MicroBatches, positions: Positions, num_workers: int, pin: bool) -> Generator[Loaded]:
+    """The micro-batches of `loader` one by one; its workers end with the iterator.
+
+    Raises UserError as the data do, and WorkerDied.
+    """
+    iterator = iter(loader(dataset, positions, num_workers, pin))
+    workers = list(getattr(iterator, "_workers", ()))
+    try:
+        for item in iterator:
+            if isinstance(item, Refused):
+                raise UserError(item.message)
+            yield item
+    except RuntimeError as error:
+        dead = [(worker.pid, worker.exitcode) for worker in workers if worker.exitcode is not None]
+        if not dead:
+            raise
+        raise WorkerDied(*dead[0]) from error
+    finally:
+        del iterator  # which asks the workers to end
+        for worker in workers:
+            if worker.is_alive():  # in the middle of an item; they ignore SIGTERM, and this process would wait for them
+                worker.kill()
+
+
 def on_device(
-    loaded: Iterable[Loaded], batch: Callable[[Record], Batch], device: torch.device, *, ahead: bool
-) -> Iterator[MicroBatch]:
-    """The micro-batches of loaded records on `device`, in order; batch: as `TrainingData.batch`.
+    items: Iterable[Loaded], batch: Callable[[Record], Batch], device: torch.device, *, ahead: bool
+) -> Generator[MicroBatch]:
+    """The micro-batches of loaded items on `device`, in order; batch: as `TrainingData.batch`.
 
     ahead: on a GPU, make each in a second stream while the previous one is trained on.
     """
@@ -151,12 +214,12 @@ def on_device(
         return MicroBatch(batch(item.record), item.noise.to(device, non_blocking=True))
 
     if device.type != "cuda" or not ahead:
-        yield from map(make, loaded)
+        yield from map(make, items)
         return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # the networks may still be on their way to the device
     pending: tuple[MicroBatch, torch.cuda.Event] | None = None
-    for item in loaded:
+    for item in items:
         with torch.cuda.stream(stream):
             following = make(item), stream.record_event()
         if pending is not None:

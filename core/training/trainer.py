@@ -11,13 +11,12 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from crossflow.core import distributed
@@ -29,8 +28,10 @@ from crossflow.core.noise import key
 from crossflow.core.progress import Silent, TrainingProgress
 from crossflow.core.settings import flat
 from crossflow.core.training import checkpoint as state
-from crossflow.core.training.dry_run import WARM_UP, DryRun, measure
-from crossflow.core.training.learner import Learner
+from crossflow.core.training.bad_steps import BadSteps
+from crossflow.core.training.dry_run import WARM_UP, DryRun, measure, memory
+from crossflow.core.training.failures import NoMemory, explained, memory_in_words
+from crossflow.core.training.learner import Learner, StepResult
 from crossflow.core.training.meter import Flags, Meter
 from crossflow.core.training.optim import learning_rate
 from crossflow.core.training.prepare import (
@@ -38,15 +39,23 @@ from crossflow.core.training.prepare import (
     check_sizes,
     seed_everything,
 )
-from crossflow.core.training.signals import StopRequest
-from crossflow.core.training.stream import Loaded, MicroBatch, MicroBatches, Positions, TrainingData, loader, on_device
+from crossflow.core.training.signals import Abandoned, StopRequest
+from crossflow.core.training.stream import (
+    Loaded,
+    MicroBatch,
+    MicroBatches,
+    Positions,
+    TrainingData,
+    loaded,
+    on_device,
+)
 from crossflow.core.training.tracking import MetricsFile, check_trackers
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model", "ema", "objective")
 # After this many fp16 overflows in a row, each of which halves the scale, the scale is not the cause.
-_MAX_SKIPPED = 50
+_MAX_OVERFLOWS = 50
 
 
 @dataclass(frozen=True)
@@ -129,13 +138,17 @@ class Trainer:
         self.data = MicroBatches(data, seed, latent_shape)
         self.num_examples = len(data)
         self.learner = Learner(config, objective, self.accelerator)
+        self.learner.interruptible = lambda: self._abandoning(config.grace_seconds / 2)
         self.device = self.learner.device
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl")
 
         self.step = 0  # completed optimizer steps
         self._meter = Meter(self.device)
         self._flags = Flags(self.device)
-        self._skipped = self._skipped_in_a_row = 0
+        self._overflows = self._overflows_in_a_row = 0
+        self._bad_steps = BadSteps(self.run_dir)
+        self._halvings = 0  # of the samples in a forward pass, see config.auto_micro_batch
+        self._stop = StopRequest()
         self._last: dict[str, dict[str, float]] = {}  # the last numbers of each kind
         self._evaluated: frozenset[str] = frozenset()  # evaluations already made at the step resumed from
         self._used = False
@@ -145,8 +158,8 @@ class Trainer:
         """Trains to `config.steps`, or until a signal or `max_minutes` ends it with a checkpoint.
 
         resume: None for a new run, "auto" for the newest intact checkpoint of the run directory (if any), or the folder
-        of a checkpoint or run. Raises UserError when a requested checkpoint is missing or corrupt, a loss or gradient
-        is not finite, or the disk is full.
+        of a checkpoint or run. Raises UserError when a requested checkpoint is missing or corrupt, losses or gradients
+        are not finite, disk or memory is full, or a loader worker or another process of the training has ended.
         """
         assert not self._used, "a trainer can be used only once"
         self._used = True
@@ -157,10 +170,10 @@ class Trainer:
             self.accelerator.init_trackers("crossflow", config=_for_trackers(self.settings))
         self.learner.objective.train()
         reason = ""
-        with StopRequest() as stop, _quiet_unused_parameters():
+        with self._stop, _quiet_unused_parameters(), explained(self.config, self._memory, self._kept):
             try:
                 self.progress.begin(self.step, self.config.steps)
-                reason = self._loop(stop, start)
+                reason = self._loop(start)
             finally:
                 self.progress.end()
                 for tracker in self.accelerator.trackers:
@@ -181,19 +194,33 @@ class Trainer:
             self.step - first_step,
         )
 
-    def _loop(self, stop: StopRequest, start: float) -> str:
-        """Makes steps until the end, or until a reason to stop; returns the reason ("" at the end).
+    def _loop(self, start: float) -> str:
+        """Makes steps until the end, or until a reason to stop; returns the reason ("" at the end). The last is saved.
 
-        The last step is saved. The order at one step is log, save, validate, sample: interrupting a slow validation
-        loses no training, and a resumed run repeats it first.
+        A validation or step that is given up is repeated by the resumed run.
         """
         config = self.config
         deadline = math.inf if config.max_minutes is None else start + 60 * config.max_minutes
-        self._evaluate(done=self._evaluated)
-        steps = self._steps(self.step, config.steps)
-        self._meter.restart_clock()
+        try:
+            self._evaluate(done=self._evaluated)
+            self._meter.restart_clock()
+            with closing(self._steps(self.step, config.steps)) as steps:
+                return self._until(deadline, steps)
+        except Abandoned:
+            self.progress.note(f"Stopping after step {self.step} ({self._stop.received}).")
+            if self._checkpoint is None or self._checkpoint != state.step_folder(self.checkpoints, self.step):
+                self.save()
+            return self._stop.received
+
+    def _until(self, deadline: float, steps: Iterator[list[MicroBatch]]) -> str:
+        """As `_loop`. The order at one step is log, save, validate, sample: interrupting a slow validation loses no
+        training.
+        """
+        config, stop = self.config, self._stop
         while self.step < config.steps:
-            self._train_step(next(steps))
+            with self._abandoning(config.grace_seconds / 2):
+                parts = next(steps)
+            self._train_step(parts)
             self.progress.advance(self.step)
             request = "max_minutes" if time.monotonic() > deadline else stop.received
             periods = (config.log_every, config.save_every, config.eval_every, config.sample_every)
@@ -221,15 +248,19 @@ class Trainer:
             return
         if self.callbacks.validate is not None and self._is_due(self.config.eval_every) and "val" not in done:
             self.progress.note(f"Validating after step {self.step}.")
-            with self._evaluating():
+            with self._evaluating(), self._abandoning(0):
                 scores = self.callbacks.validate(self.step)
             self._record("val", {name: float(value) for name, value in scores.items()})
         if self.callbacks.sample is not None and self._is_due(self.config.sample_every) and "sample" not in done:
-            with self._evaluating():
+            with self._evaluating(), self._abandoning(0):
                 self.callbacks.sample(self.step)
             self._record("sample", {})
 
-    def _steps(self, start: int, stop: int) -> Iterator[list[MicroBatch]]:
+    def _abandoning(self, patience: float) -> AbstractContextManager[None]:
+        """Context of work that is given up after a stop request, unless other processes take part in it."""
+        return self._stop.abandoning(patience) if self.world_size == 1 else nullcontext()
+
+    def _steps(self, start: int, stop: int) -> Generator[list[MicroBatch]]:
         """This process's parts of each step from `start` up to `stop`, on its device."""
         data, accumulate = self.data.data, self.config.accumulate
 
@@ -237,27 +268,47 @@ class Trainer:
             with self.learner.phase("encode"):
                 return data.batch(record)
 
-        micro_batches = on_device(self._loaded(start, stop), batch, self.device, ahead=data.ahead)
-        while parts := list(itertools.islice(micro_batches, accumulate)):
-            yield parts
+        items = self._loaded(start, stop)
+        micro_batches = on_device(items, batch, self.device, ahead=data.ahead)
+        with closing(items), closing(micro_batches):
+            while parts := list(itertools.islice(micro_batches, accumulate)):
+                yield parts
 
-    def _loaded(self, start: int, stop: int) -> Iterator[Loaded]:
+    def _loaded(self, start: int, stop: int) -> Generator[Loaded]:
         """What the loader makes of this process's parts."""
         config = self.config
         positions = Positions(start, stop, config.batch_size, config.accumulate, self.rank, self.world_size)
-        loaded = iter(loader(self.data, positions, config.num_workers, pin=self.device.type == "cuda"))
-        for _ in range(len(positions)):
-            with self.learner.phase("data"), self._meter.waiting():
-                record = next(loaded)
-            yield record
+        with closing(loaded(self.data, positions, config.num_workers, pin=self.device.type == "cuda")) as items:
+            for _ in range(len(positions)):
+                with self.learner.phase("data"), self._meter.waiting():
+                    item = next(items)
+                yield item
 
     def _train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        seed_everything(key("step", self.seed, self.step, self.rank), self.device)
-        result = self.learner.step(micro_batches, self.learning_rate_at(self.step))
-        self._skipped += result.skipped
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
+        result = self._learn(micro_batches)
+        self._overflows += result.overflowed
+        self._overflows_in_a_row = self._overflows_in_a_row + 1 if result.overflowed else 0
         self.step += 1
-        self._meter.add(result.names, result.losses, result.norm, result.unconditional)
+        self._meter.add(result.names, result.losses, result.norm, result.unconditional, result.is_bad.any())
+        self._bad_steps.remember(self.step, result, (id for part in micro_batches for id in part.batch.ids))
+
+    def _learn(self, parts: Sequence[MicroBatch]) -> StepResult:
+        """Makes the optimizer step, with halved parts after the memory has run out."""
+        rate = self.learning_rate_at(self.step)
+        for _ in range(self._halvings):
+            parts = [half for part in parts for half in part.halves()]
+        while True:
+            seed_everything(key("step", self.seed, self.step, self.rank), self.device)
+            try:
+                return self.learner.step(parts, rate)
+            except NoMemory:
+                if not self.config.auto_micro_batch or self.world_size > 1 or len(parts[0]) % 2:
+                    raise
+            parts = [half for part in parts for half in part.halves()]
+            self._halvings += 1
+            self.progress.note(
+                f"Out of memory at step {self.step + 1}: continuing with {len(parts[0])} samples at a time."
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the optimizer step after `step` completed ones."""
@@ -272,37 +323,46 @@ class Trainer:
         )
 
     def _check(self, request: str, now: bool) -> str:
-        """Raises UserError for a loss or gradient that is not finite; returns the reason to stop, the same
-        on all ranks, or "".
+        """Raises UserError for too many bad steps; returns the reason to stop, the same on all ranks, or "".
 
         now: check this step; otherwise, on a GPU, the previous one, so that the host does not wait.
         """
         reasons = ("", "SIGTERM", "SIGINT", "max_minutes")
-        scaled = self.accelerator.scaler is not None
         names = [*self._meter.names, "gradient norm"]
-        values = torch.cat(
-            [self._meter.latest, torch.zeros(1, device=self.device) if scaled else self._meter.norm.view(1)]
-        )
-        rows = self._flags.post(self.step, reasons.index(request), ~torch.isfinite(values), now)
-        for step, (reason, *bad) in rows:
-            if any(bad):
-                self._not_finite(step, [name for name, is_bad in zip(names, bad, strict=True) if is_bad])
+        for step, (reason, *flags) in self._flags.post(self.step, reasons.index(request), self._bad_steps.latest, now):
+            bad = self._bad_steps.judge(step, [name for name, flag in zip(names, flags, strict=True) if flag])
+            if bad is not None:
+                if self._bad_steps.in_a_row >= self.config.max_bad_steps:
+                    self._give_up(step, bad.describe())
+                self.progress.note(f"Step {step} is left out: {bad.describe()}.")
             if reason:
                 return reasons[int(reason)]
-        if self._skipped_in_a_row > _MAX_SKIPPED:
-            self._not_finite(self.step, [f"gradient of the last {_MAX_SKIPPED} steps, at every scale"])
+        if self._overflows_in_a_row > _MAX_OVERFLOWS:
+            scales = f"not finite (NaN or infinity): gradient of the last {_MAX_OVERFLOWS} steps, at every scale"
+            self._give_up(self.step, scales)
         return ""
 
-    def _not_finite(self, step: int, names: list[str]) -> None:
-        parts = [name for name in names if name not in ("loss", "gradient norm")] or names
-        good = state.checkpoints(self.checkpoints)
-        kept = f"The last checkpoint is {good[0]}." if good else "No checkpoint has been written yet."
+    def _give_up(self, step: int, problem: str) -> None:
         precision = " use train.precision bf16 or no," if self.config.precision == "fp16" else ""
+        in_a_row = self._bad_steps.in_a_row
         raise UserError(
-            f"Training stopped at step {step}: not finite (NaN or infinity): {', '.join(parts)}. {kept} Try a "
-            f"smaller train.lr (now {self.config.lr:g}) or a longer train.warmup_steps,{precision} a smaller "
-            "train.grad_clip, and look for values that are not finite in the data."
+            f"Training stopped at step {step}: {problem}{f' ({in_a_row} steps in a row)' if in_a_row > 1 else ''}. "
+            f"{self._kept()} Try a smaller train.lr (now {self.config.lr:g}) or a longer train.warmup_steps,"
+            f"{precision} a smaller train.grad_clip, and look for values that are not finite in the data. "
+            f"train.max_bad_steps=N leaves out such steps, and stops at N in a row (now {self.config.max_bad_steps})."
         )
+
+    def _kept(self) -> str:
+        """What an interrupted training can continue from, a sentence."""
+        good = state.checkpoints(self.checkpoints)
+        if not good:
+            return "No checkpoint has been written yet."
+        return f"The last checkpoint is {good[0]}; --resume auto continues from there."
+
+    def _memory(self) -> str:
+        """What the memory is used for, a sentence."""
+        size = self.config.batch_size // (self.world_size * self.config.accumulate) >> self._halvings
+        return memory_in_words(self.device, memory(self.learner), size)
 
     def _log(self) -> None:
         interval = self._meter.take()
@@ -314,8 +374,8 @@ class Trainer:
             "samples_per_second": self.config.batch_size * interval.num_steps / max(interval.seconds, 1e-9),
             "data_seconds": interval.waiting / interval.num_steps,
         }
-        if self.accelerator.scaler is not None:
-            line["skipped_steps"] = self._skipped
+        if self.accelerator.scaler is not None or self._bad_steps.total:
+            line["skipped_steps"] = self._overflows + self._bad_steps.total
         self._record("train", line)
 
     def _record(self, kind: str, numbers: dict[str, float]) -> None:
@@ -347,11 +407,21 @@ class Trainer:
             "batch_size": self.config.batch_size,
             "num_examples": self.num_examples,
             "world_size": self.world_size,
-            "skipped": [self._skipped, self._skipped_in_a_row],
+            "skipped": [self._overflows, self._overflows_in_a_row],
+            "bad_steps": self._bad_steps.state(),
+            "halvings": self._halvings,
             "interval": pending,
         }
-        path = state.write_checkpoint(self.checkpoints, self.step, self.learner.tensors(), content, self.config.keep)
-        state.publish(path, WEIGHTS, self.run_dir)
+        try:
+            path = state.write_checkpoint(
+                self.checkpoints, self.step, self.learner.tensors(), content, self.config.keep
+            )
+            state.publish(path, WEIGHTS, self.run_dir)
+        except OSError as error:
+            raise UserError(
+                f"The checkpoint of step {self.step} cannot be written to {self.run_dir} ({error.strerror or error}). "
+                f"Earlier ones are untouched. {self._kept()}"
+            ) from error
         self.progress.note(f"Saved {path}.")
         if self.callbacks.on_save is not None:
             self.callbacks.on_save(self.step)
@@ -367,7 +437,9 @@ class Trainer:
         self.step = content["step"]
         self._last = {kind: _numbers(line) for kind, line in lines.items()}
         self._evaluated = frozenset(kind for kind, line in lines.items() if line["step"] == self.step)
-        self._skipped, self._skipped_in_a_row = content["skipped"]
+        self._overflows, self._overflows_in_a_row = content["skipped"]
+        self._bad_steps.load_state(content.get("bad_steps", (0, 0)))
+        self._halvings = content.get("halvings", 0)
         self._meter.load_state(content["interval"])
         self._checkpoint = path
         present = {"seed": self.seed, "batch_size": self.config.batch_size, "num_examples": self.num_examples}
@@ -389,7 +461,9 @@ class Trainer:
         path = state.find_checkpoint(self.checkpoints, resume)
         remove_temporaries(self.checkpoints)
         remove_temporaries(self.run_dir)
-        lines = self.metrics.truncate(0 if path is None else int(state.read_state(path)["step"]))
+        step = 0 if path is None else int(state.read_state(path)["step"])
+        lines = self.metrics.truncate(step)
+        self._bad_steps.file.truncate(step)
         self.metrics.path.touch()  # marks the folder as a run directory
         if path is not None and path.parent == self.checkpoints:
             state.publish(path, WEIGHTS, self.run_dir)  # the run may have been interrupted before this

@@ -10,6 +10,8 @@ from crossflow.core.lock import FolderLock
 from crossflow.engine.train import Run, train
 from crossflow.tasks import load_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tiny_settings):

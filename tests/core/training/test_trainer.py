@@ -355,7 +355,7 @@ def test_the_share_of_unconditional_samples_is_logged(tiny: ModuleType, tmp_path
 def test_an_interval_of_a_run_that_recorded_fewer_numbers_is_continued() -> None:
     meter = Meter(torch.device("cpu"))
     meter.load_state({"names": ["loss"], "sums": [1.0, 2.0], "num_steps": 1})
-    meter.add(("loss",), torch.tensor([3.0]), torch.tensor(4.0), torch.tensor(0.1))
+    meter.add(("loss",), torch.tensor([3.0]), torch.tensor(4.0), torch.tensor(0.1), torch.tensor(False))
     means = meter.take().means
     assert (means["loss"], means["grad_norm"]) == (2.0, 3.0)
     assert math.isnan(means["unconditional"])
