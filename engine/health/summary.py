@@ -69,14 +69,17 @@ def _measured(measured: Measured) -> dict[str, str]:
             f"flow {losses['flow']:.4g}, with other inputs {losses['flow_shuffled']:.4g} ({measured.num_items} items)"
         )
     numbers = measured.posterior
-    if numbers is not None:
-        facts["posterior mean"] = (
-            f"{numbers.size:.3g} in size, at most {numbers.largest:.3g}; items lie {numbers.spread:.3g} apart in "
-            f"{numbers.active:.0%} of {measured.latent_size} values"
-        )
-    if numbers is not None and numbers.deviation is not None:
+    if numbers is None:
+        return facts
+    facts["posterior mean"] = (
+        f"{numbers.size:.3g} in size, at most {numbers.largest:.3g}; items lie {numbers.spread:.3g} apart in "
+        f"{numbers.active:.0%} of {measured.latent_size} values"
+    )
+    if numbers.deviation is not None:
         facts["posterior deviation"] = f"{numbers.deviation:.3g}, at most {numbers.largest_deviation:.3g}"
         facts["KL per value"] = f"{numbers.kl:.3g} nats, at most {numbers.largest_kl:.3g}"
+    for name, (low, middle, high) in numbers.by_value.items():
+        facts[f"{name} by value"] = f"{low:.3g}, {middle:.3g}, {high:.3g} at 5, 50, 95 % of the values"
     return facts
 
 

@@ -26,6 +26,9 @@ def test_means_and_spread_of_known_posteriors() -> None:
     assert numbers.spread == pytest.approx(1.5)
     assert numbers.deviation == pytest.approx(2.0)
     assert numbers.active == 0.5  # the second value is the same for all items
+    assert numbers.by_value["mean"] == pytest.approx((0, 0, 1))
+    assert numbers.by_value["spread"] == pytest.approx((0, 0, 3))
+    assert set(numbers.by_value) == {"mean", "spread", "deviation", "kl"}
 
 
 def test_a_point_has_no_deviation_and_no_kl() -> None:
