@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from crossflow.core import distributed
 from crossflow.core.config import GuidanceConfig, LossConfig
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import training_noise
@@ -89,29 +90,43 @@ def held_out_loss(task: Task, model: CrossFlow, examples: Examples, *, batch_siz
     """Flow-matching loss on held-out items, each at one keyed time and noise: {"flow", "flow_shuffled"}.
 
     `flow_shuffled` gives each target the source of another item: the difference shows how much the source matters.
+    The batches are divided among all processes, each of which must call this; every one gets the same numbers, to the
+    same bits with any number of processes.
     """
-    config = task.config
-    plain = config.model_copy(
+    plain = task.config.model_copy(
         update={"loss": LossConfig(encoder="none", kl_weight=0.0), "guidance": GuidanceConfig(drop=0.0)}
     )
     objective = Objective(model, plain)
-    device = next(model.parameters()).device
+
+    def losses(places: Sequence[int]) -> dict[str, float]:
+        return _flow_losses(objective, task, examples, places)
+
     was_training = model.training
     model.eval()
-    sums, count = {"flow": 0.0, "flow_shuffled": 0.0}, 0
-    for start in range(0, len(examples), batch_size):
-        places = range(start, min(start + batch_size, len(examples)))
-        batch = task.prepare(task.collate(examples.__getitems__(list(places))))
-        noise = training_noise(config.seed, 0, list(places), batch.target.shape[1:]).to(device)
-        other = torch.arange(len(places), device=device).roll(1)
-        shuffled = replace(
-            batch,
-            features=batch.features[other],
-            mask=None if batch.mask is None else batch.mask[other],
-            condition=None if batch.condition is None else batch.condition[other],
-        )
-        for name, inputs in (("flow", batch), ("flow_shuffled", shuffled)):
-            sums[name] += objective(inputs, noise)["flow"].item() * len(places)
-        count += len(places)
+    parts = list(distributed.shared(list(batches(range(len(examples)), batch_size)), losses))
     model.train(was_training)
-    return {name: total / count for name, total in sums.items()}
+
+    def means() -> dict[str, float]:
+        names = ("flow", "flow_shuffled")
+        return {name: sum(loss[name] * len(places) for places, loss in parts) / len(examples) for name in names}
+
+    return distributed.on_main(means)
+
+
+def _flow_losses(objective: Objective, task: Task, examples: Examples, places: Sequence[int]) -> dict[str, float]:
+    """The losses of `held_out_loss` of the examples at `places`."""
+    device = next(objective.model.parameters()).device
+    batch = task.prepare(task.collate(examples.__getitems__(list(places))))
+    # Without unconditional samples, which would be drawn among the batches of all processes.
+    batch = replace(batch, unconditional=torch.zeros(len(batch), dtype=torch.bool, device=device))
+    noise = training_noise(task.config.seed, 0, places, batch.target.shape[1:]).to(device)
+    other = torch.arange(len(places), device=device).roll(1)
+    shuffled = replace(
+        batch,
+        features=batch.features[other],
+        mask=None if batch.mask is None else batch.mask[other],
+        condition=None if batch.condition is None else batch.condition[other],
+    )
+    return {
+        name: objective(inputs, noise)["flow"].item() for name, inputs in (("flow", batch), ("flow_shuffled", shuffled))
+    }
