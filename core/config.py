@@ -200,7 +200,13 @@ class TrainConfig(Section):
     compile: bool = False
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: each process holds a part of every weight, average and optimizer state, and of each checkpoint; without
+    effect in a single process.
+    """
     save_every: int = Field(1000, ge=1)
+    background_saves: bool = False
+    """Write checkpoints while training continues, from a copy in host memory. Those at the end are waited for."""
     keep: int = Field(2, ge=1)
     """Number of checkpoints kept."""
     eval_every: int = Field(1000, ge=0)

@@ -21,6 +21,7 @@ from crossflow.core.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from safetensors import safe_open
     from torch import Tensor
 
 TEMPORARY = ".tmp-"
@@ -155,6 +156,17 @@ def read_tensors(path: Path, advice: str = "Create it again, or use another copy
 
     with _reading(path, advice):
         return load_file(path)
+
+
+def open_tensors(path: Path, advice: str = "Create it again, or use another copy.") -> safe_open:
+    """An open safetensors file, whose tensors are read whole or by rows (`get_tensor`, `get_slice`) while it is held.
+
+    Raises as `read_tensors`.
+    """
+    from safetensors import safe_open
+
+    with _reading(path, advice):
+        return safe_open(path, framework="pt")
 
 
 def read_metadata(path: Path, advice: str = "Create it again, or use another copy.") -> dict[str, str]:

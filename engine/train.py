@@ -59,6 +59,8 @@ FREE_TO_CHANGE = {
         "grace_seconds",
         "timeout_minutes",
         "auto_micro_batch",
+        "sharding",
+        "background_saves",
     )
 } | {"data.train", "data.val"}
 """Settings that may change when a run is resumed: its length, its outputs, and the place of its data, whose content is
@@ -316,10 +318,10 @@ class Run:
             if self.before is not None and distributed.is_main():
                 self.before.restore()
             raise
-        if result.status == "stopped" or not distributed.is_main():
+        if result.status == "stopped":
             return Outcome(self.folder, result)
-        with trainer.learner.ema.applied():
-            return self._score(result)
+        with trainer.learner.averaged():
+            return self._score(result) if distributed.is_main() else Outcome(self.folder, result)
 
     def _open_validation(self) -> None:
         """Opens the data before training, so that data without scores fail at once rather than after hours."""

@@ -1,6 +1,7 @@
 """Checkpoints: everything a run needs to continue. A crash while writing leaves the previous checkpoint usable.
 
-`checkpoints/step_00001000/` holds `*.safetensors` (model, ema, objective, optimizer), `state.json` (the rest) and
+`checkpoints/step_00001000/` holds `*.safetensors` (model, ema, objective, optimizer; sharded ones: see shards.py),
+`state.json` (the rest) and
 `checkpoint.json` (size and SHA-256 of each file, written last). It is written under a temporary name, flushed to disk
 and renamed. Nothing in it is a pickle.
 """
@@ -9,8 +10,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,6 @@ from crossflow.core.files import (
     write_atomically,
     write_tensors,
 )
-from crossflow.core.files import read_tensors as read_file
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,11 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, from its folder's name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def checkpoints(root: Path) -> list[Path]:
     """The finished checkpoints under `root`, newest first."""
     by_step = {int(path.name[5:]): path for path in root.glob("step_*") if path.is_dir() and path.name[5:].isdigit()}
@@ -86,21 +93,59 @@ def write_checkpoint(
 ) -> Path:
     """Writes the checkpoint of `step` and removes all but the newest `keep`; returns its folder.
 
-    tensors: by file name without ending (a file without tensors is not written); state: JSON. Checkpoints of later
-    steps belong to an abandoned continuation and are removed. Raises NoSpace.
+    tensors: by file name without ending (a file without tensors is not written); state: JSON. Raises NoSpace.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    needed = sum(map(num_bytes, tensors.values())) + _MARGIN
-    if (free := shutil.disk_usage(root).free) < needed:
-        raise NoSpace(root, step, needed, free)
-    final = step_folder(root, step)
-    temporary = root / f"{TEMPORARY}{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+    draft = Draft.begin(root, step, sum(map(num_bytes, tensors.values())))
+    with draft.removed_on_error():
         for name, values in tensors.items():
             if values:
-                write_tensors(temporary / f"{name}.safetensors", values)
+                write_tensors(draft.folder / f"{name}.safetensors", values)
+        return draft.complete(state, keep)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The checkpoint of `step` while it is written: `folder` takes the files of its tensors."""
+
+    root: Path
+    step: int
+    needed: int
+    """Bytes."""
+
+    @classmethod
+    def begin(cls, root: Path, step: int, num_bytes: int) -> "Draft":
+        """An empty folder for tensors of `num_bytes`. Raises NoSpace."""
+        root.mkdir(parents=True, exist_ok=True)
+        draft = cls(root, step, num_bytes + _MARGIN)
+        if (free := shutil.disk_usage(root).free) < draft.needed:
+            raise NoSpace(root, step, draft.needed, free)
+        shutil.rmtree(draft.folder, ignore_errors=True)
+        with draft.removed_on_error():
+            draft.folder.mkdir()
+        return draft
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder."""
+        return self.root / f"{TEMPORARY}{step_folder(self.root, self.step).name}"
+
+    @contextmanager
+    def removed_on_error(self) -> Iterator[None]:
+        """Context that removes the folder on an error; a full disk becomes a NoSpace."""
+        try:
+            yield
+        except BaseException as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if is_full(error):
+                raise NoSpace(self.root, self.step, self.needed, shutil.disk_usage(self.root).free) from error
+            raise
+
+    def complete(self, state: Mapping[str, Any], keep: int) -> Path:
+        """Adds `state` and the checksums, gives the folder its name, and removes all but the newest `keep` checkpoints.
+
+        Checkpoints of later steps belong to an abandoned continuation and are removed as well.
+        """
+        root, temporary, final = self.root, self.folder, step_folder(self.root, self.step)
         write_atomically(temporary / STATE, _json(state))
         files: dict[str, dict[str, Any]] = {
             path.name: {"bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
@@ -109,26 +154,18 @@ def write_checkpoint(
             digests = pool.map(lambda name: _sha256(temporary / name), files)
             for name, digest in zip(files, digests, strict=True):
                 files[name]["sha256"] = digest
-        write_atomically(temporary / MANIFEST, _json({"format": FORMAT, "step": step, "files": files}))
+        write_atomically(temporary / MANIFEST, _json({"format": FORMAT, "step": self.step, "files": files}))
         sync_folder(temporary)
-        if final.exists():  # written by a continuation that was abandoned
-            abandoned = root / f"{TEMPORARY}old-{final.name}"
-            shutil.rmtree(abandoned, ignore_errors=True)
-            final.rename(abandoned)
+        remove_folder(final)  # written by a continuation that was abandoned
         temporary.rename(final)
         sync_folder(root)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if is_full(error):
-            raise NoSpace(root, step, needed, shutil.disk_usage(root).free) from error
-        raise
-    remove_temporaries(root)
-    for path in checkpoints(root):
-        if path.name > final.name:
+        remove_temporaries(root)
+        for path in checkpoints(root):
+            if path.name > final.name:
+                remove_folder(path)
+        for path in checkpoints(root)[keep:]:
             remove_folder(path)
-    for path in checkpoints(root)[keep:]:
-        remove_folder(path)
-    return final
+        return final
 
 
 def publish(checkpoint: Path, names: tuple[str, ...], folder: Path) -> None:
@@ -225,12 +262,6 @@ def read_state(path: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     return state
-
-
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of file `name` (without ending) of a checkpoint, on the CPU; none without such a file."""
-    file = path / f"{name}.safetensors"
-    return read_file(file, "Resume from another checkpoint.") if file.exists() else {}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

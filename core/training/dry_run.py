@@ -8,6 +8,7 @@ import torch
 
 from crossflow.core.training.checkpoint import num_bytes
 from crossflow.core.training.learner import Learner
+from crossflow.core.training.sharding import local
 
 WARM_UP = 2
 """Number of steps before the timed ones."""
@@ -67,9 +68,9 @@ def measure(learner: Learner, steps: Iterator[None], num_steps: int, remaining_s
 def memory(learner: Learner) -> dict[str, int]:
     """Bytes on each device for weights, gradients, optimizer and ema."""
     return {
-        "weights": sum(parameter.nbytes for parameter in learner.objective.parameters()),
-        "gradients": sum(parameter.nbytes for parameter in learner.parameters),
-        "optimizer": num_bytes(learner.tensors()["optimizer"]),
+        "weights": sum(local(parameter).nbytes for parameter in learner.objective.parameters()),
+        "gradients": sum(local(parameter).nbytes for parameter in learner.parameters),
+        "optimizer": sum(local(value).nbytes for value in learner.tensors()["optimizer"].values()),
         "ema": sum(shadow.nbytes for shadow in learner.ema.shadows),
     }
 

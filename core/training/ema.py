@@ -9,9 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from crossflow.core.training.sharding import is_divided, like, local
+
 
 class EMA:
     """The average of all parameters of `model` in float32; buffers are those of the model.
+
+    Sharded parameters have averages of their local rows.
 
     decay in [0, 1); num_updates is the n above.
     """
@@ -21,7 +25,7 @@ class EMA:
         self.decay = decay
         self.num_updates = 0
         self.parameters = list(model.parameters())
-        self.shadows = [parameter.detach().float().clone() for parameter in self.parameters]
+        self.shadows = [local(parameter).float().clone() for parameter in self.parameters]
         self._applied = False
 
     def decay_at(self, num_updates: int) -> float:
@@ -32,7 +36,7 @@ class EMA:
     def update(self) -> None:
         """Moves the average towards the current weights."""
         assert not self._applied, "the model holds the averaged weights"
-        weights = [parameter.detach().float() for parameter in self.parameters]
+        weights = [local(parameter).float() for parameter in self.parameters]
         torch._foreach_lerp_(self.shadows, weights, 1 - self.decay_at(self.num_updates))
         self.num_updates += 1
 
@@ -41,20 +45,21 @@ class EMA:
         """Context in which `model` (default: the averaged model itself) has the averaged weights."""
         assert model is None or model is self.model, "an average belongs to one model"
         assert not self._applied, "the averaged weights are already applied"
-        weights = [parameter.data for parameter in self.parameters]
-        for parameter, shadow in zip(self.parameters, self.shadows, strict=True):
-            parameter.data = shadow.to(parameter.dtype)  # float32 weights: the shadow itself, no copy
+        weights = [_exchange(*pair) for pair in zip(self.parameters, self.shadows, strict=True)]
         self._applied = True
         try:
             yield
         finally:
             for parameter, weight in zip(self.parameters, weights, strict=True):
-                parameter.data = weight
+                _exchange(parameter, weight)
             self._applied = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """`model.state_dict()` with the averages in place of the parameters, so it loads into the model itself."""
-        average = {id(parameter): shadow for parameter, shadow in zip(self.parameters, self.shadows, strict=True)}
+        average = {
+            id(parameter): like(parameter, shadow)
+            for parameter, shadow in zip(self.parameters, self.shadows, strict=True)
+        }
         state = dict(self.model.state_dict())
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             state[name] = average[id(parameter)]
@@ -64,5 +69,17 @@ class EMA:
     def load_state_dict(self, state: Mapping[str, Tensor], num_updates: int) -> None:
         """The inverse of `state_dict`, with the number of updates made."""
         for (name, _), shadow in zip(self.model.named_parameters(), self.shadows, strict=True):
-            shadow.copy_(state[name])
+            shadow.copy_(local(state[name]))
         self.num_updates = num_updates
+
+
+def _exchange(parameter: Tensor, values: Tensor) -> Tensor:
+    """Gives the parameter other values of its local rows; returns those before."""
+    if is_divided(parameter):  # its memory is registered with FSDP
+        rows = local(parameter)
+        before = rows.clone()
+        rows.copy_(values)
+        return before
+    before = parameter.data
+    parameter.data = values.to(parameter.dtype)  # float32 weights: the shadow itself, no copy
+    return before

@@ -11,15 +11,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from crossflow.core import distributed
 from crossflow.core.batch import Batch
 from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
 from crossflow.core.noise import Noise
-from crossflow.core.training import checkpoint
+from crossflow.core.training import checkpoint, sharding
 from crossflow.core.training.ema import EMA
 from crossflow.core.training.failures import NoMemory, is_out_of_memory
 from crossflow.core.training.optim import build_optimizer, skip_if
-from crossflow.core.training.prepare import checkpoint_activations, compile_blocks, keep_freed_memory
+from crossflow.core.training.prepare import blocks, checkpoint_activations, compile_blocks, keep_freed_memory
+from crossflow.core.training.shards import Stored
 from crossflow.core.training.stream import MicroBatch
 
 
@@ -77,6 +79,9 @@ class Learner:
             compile_blocks(self.model)
         objective.to(self.device)
         self.losses = _Losses(objective)
+        self.is_sharded = config.sharding == "fsdp" and distributed.world_size() > 1
+        if self.is_sharded:
+            sharding.shard(self.losses, blocks(self.model))  # replaces the parameters that follow
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
         self.optimizer = build_optimizer(
@@ -87,7 +92,9 @@ class Learner:
             weight_decay=config.weight_decay,
             scaled=accelerator.scaler is not None,
         )
-        self.wrapped, self.stepper = accelerator.prepare(self.losses, self.optimizer)
+        # Sharded weights exchange gradients by themselves; what is left for accelerate is the precision.
+        self.wrapped = accelerator.prepare_model(self.losses, evaluation_mode=self.is_sharded)
+        self.stepper = accelerator.prepare_optimizer(self.optimizer)
         self.ema = EMA(self.model, config.ema)
         self.phase: Callable[[str], AbstractContextManager[object]] = record_function
         """Surrounds each part of a step (data, encode, forward, backward, optimizer, ema), by default as a range in the
@@ -137,8 +144,9 @@ class Learner:
         num = len(batches)
         total = torch.zeros((), device=self.device)
         for number, (batch, noise) in enumerate(zip(batches, noises, strict=True), start=1):
-            # Gradients are exchanged once per step, with the last part.
-            with nullcontext() if number == num else self.accelerator.no_sync(self.wrapped):
+            # Gradients are exchanged once per step, with the last part; sharded ones with each, to save their memory.
+            exchanges = number == num or self.is_sharded
+            with nullcontext() if exchanges else self.accelerator.no_sync(self.wrapped):
                 with self.phase("forward"):
                     loss, values = self.wrapped(batch, noise)
                 with self.phase("backward"):
@@ -146,6 +154,8 @@ class Learner:
                     divisor = torch.where(values.isfinite().all(), float(num), float("nan"))
                     self.accelerator.backward(loss / divisor)
             total = total + values / num
+        if self.is_sharded:
+            sharding.average_gradients(self.parameters)
         return total, self._share_of_unconditional(batches)
 
     def _update(self, is_bad: Tensor) -> None:
@@ -153,7 +163,7 @@ class Learner:
         if self.accelerator.scaler is not None:  # which skips such steps itself
             is_bad[-1].zero_()
             self.stepper.step()
-        elif skip_if(self.optimizer, is_bad[-1].float()) or not bool(is_bad[-1]):
+        elif (not self.is_sharded and skip_if(self.optimizer, is_bad[-1].float())) or not bool(is_bad[-1]):
             self.stepper.step()
 
     def _share_of_unconditional(self, batches: Sequence[Batch]) -> Tensor:
@@ -164,6 +174,11 @@ class Learner:
         """Clips the gradient and returns its norm before clipping, a scalar."""
         self.accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self.is_sharded:
+            norm = sharding.total_norm(gradients)
+            if self.config.grad_clip > 0:
+                sharding.clip(gradients, self.config.grad_clip, norm)
+            return norm
         norm = nn.utils.get_total_norm(gradients)
         if self.config.grad_clip > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
@@ -175,11 +190,17 @@ class Learner:
         modes = [(module, module.training) for module in self.objective.modules()]
         self.objective.eval()
         try:
-            with self.ema.applied(self.model), torch.no_grad():
+            with self.averaged(), torch.no_grad():
                 yield
         finally:
             for module, mode in modes:
                 module.training = mode
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the model has its averaged weights, and has them whole. Every process must enter it."""
+        with self.ema.applied(self.model), sharding.assembled(self.losses) if self.is_sharded else nullcontext():
+            yield
 
     def release(self) -> None:
         """Releases the process group, whose threads must end before the process does."""
@@ -206,7 +227,8 @@ class Learner:
 
         Raises UserError for a checkpoint of another model.
         """
-        model, learned = checkpoint.read_tensors(path, "model"), checkpoint.read_tensors(path, "objective")
+        present = self.tensors()
+        model, learned = (Stored(path, part).tensors(present[part]) for part in ("model", "objective"))
         try:
             self.objective.load_state_dict({**{f"model.{name}": value for name, value in model.items()}, **learned})
         except RuntimeError as error:
@@ -215,7 +237,10 @@ class Learner:
                 f"The checkpoint {path} is of another model than the configuration describes: "
                 f"{reason if len(reason) <= 400 else f'{reason[:400]} ...'}"
             ) from error
-        self.ema.load_state_dict(checkpoint.read_tensors(path, "ema"), state["ema_updates"])
-        checkpoint.load_optimizer(self.optimizer, self.names, checkpoint.read_tensors(path, "optimizer"))
+        self.ema.load_state_dict(Stored(path, "ema").tensors(present["ema"]), state["ema_updates"])
+        optimizer = Stored(path, "optimizer")
+        by_name = {name: parameter for parameter, name in self.names.items()}
+        slots = {slot: by_name[name] for slot in optimizer.names if (name := slot.split("/", 1)[1]) in by_name}
+        checkpoint.load_optimizer(self.optimizer, self.names, optimizer.tensors(slots))
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossflow.core.training.sharding import apart, like, local, own_rows, whole
+
 # Leaf names of learned tables, queries and single tokens, which are embeddings without being an nn.Embedding.
 _EMBEDDING_NAME = re.compile(r"(^|_)(pos|positions?|embeds?|embeddings?|tokens?|quer(y|ies)|context)(_|\d|$)")
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -102,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
     A matrix moves by its orthogonalised Nesterov momentum, scaled to the size of an AdamW update (Liu et al. 2025,
     section 2.2), so that both share the learning rate and the weight decay of a recipe. Matrices of one shape, or its
-    transpose, are orthogonalised together.
+    transpose, are orthogonalised together; sharded ones are gathered for it, by every process.
     groups: as `decay_groups` gives them; betas, fused: AdamW's; momentum: that of the matrices.
     """
 
@@ -151,11 +153,11 @@ class Muon(torch.optim.Optimizer):
         moving = [matrix for matrix in group["params"] if matrix.grad is not None]
         if not moving:
             return
-        gradients = [matrix.grad for matrix in moving]
+        gradients = [local(matrix.grad) for matrix in moving]
         for matrix in moving:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        averages = [self.state[matrix]["momentum_buffer"] for matrix in moving]
+        averages = [local(self.state[matrix]["momentum_buffer"]) for matrix in moving]
         keep = 1 - group["lr"] * group["weight_decay"]
         if self.found_inf is not None:  # every operation on a skipped step then changes nothing
             skip = self.found_inf > 0
@@ -163,15 +165,21 @@ class Muon(torch.optim.Optimizer):
             keep = torch.where(skip, 1.0, keep)
         torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
         updates = torch._foreach_lerp(gradients, averages, self.momentum)
-        torch._foreach_mul_(moving, keep)
+        weights = [local(matrix) for matrix in moving]
+        torch._foreach_mul_(weights, keep)
         for numbers in _batches(moving):
-            wide = torch.stack([_wide(updates[number]) for number in numbers])
+            wide = torch.stack([_wide(_whole_update(moving[number], updates[number])) for number in numbers])
             scale = 0.2 * max(wide.shape[1:]) ** 0.5
             moves = orthogonalised(wide).to(updates[0].dtype)
             moves = moves if self.found_inf is None else moves * (1 - self.found_inf)
             for number, move in zip(numbers, moves.unbind(), strict=True):
                 move = move if moving[number].shape == move.shape else move.mT
-                moving[number].add_(move, alpha=-group["lr"] * scale)
+                weights[number].add_(move[own_rows(moving[number])], alpha=-group["lr"] * scale)
+
+
+def _whole_update(matrix: Tensor, update: Tensor) -> Tensor:
+    """All rows of the update of a sharded matrix, gathered in the type in which it is orthogonalised anyway."""
+    return whole(like(matrix, update.bfloat16())) if matrix.shape != update.shape else update
 
 
 def _wide(matrix: Tensor) -> Tensor:
@@ -216,7 +224,7 @@ def build_optimizer(
 
     scaled: gradients are scaled (fp16); the fused kernel would then hide skipped steps, so the foreach form is used.
     """
-    groups = decay_groups(module, weight_decay)
+    groups = apart(decay_groups(module, weight_decay))
     assert groups, "the objective has no trainable parameter"
     fused = not scaled and fuses(parameter for group in groups for parameter in group["params"])
     if name == "muon":

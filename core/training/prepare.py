@@ -29,16 +29,21 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     Blocks of one kind share their code, so this takes a fraction of the time of compiling the whole; and a module
     compiled in place keeps the names in its state dict.
     """
-    blocks = [
+    compiled = blocks(model) or [model]
+    for block in compiled:
+        block.compile(backend=backend)
+    return len(compiled)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The members of the innermost module lists of `model`."""
+    return [
         child
         for module in model.modules()
         if isinstance(module, nn.ModuleList)
         for child in module
         if not any(isinstance(inner, nn.ModuleList) for inner in child.modules())
     ]
-    for block in blocks or [model]:
-        block.compile(backend=backend)
-    return len(blocks or [model])
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -108,6 +113,22 @@ def check_sizes(config: TrainConfig, num_examples: int, world_size: int) -> None
             f"train.batch_size = {config.batch_size} is the whole batch, over {world_size} process(es) and "
             f"train.accumulate = {config.accumulate} part(s), and must be a multiple of their product {parts}; for "
             f"example {nearest}."
+        )
+
+
+def check_sharding(config: TrainConfig, reads_trained_weights: bool) -> None:
+    """Raises UserError for a training that cannot be sharded.
+
+    reads_trained_weights: whether preparing a batch takes weights that are trained, which no process has as a whole.
+    """
+    if config.sharding == "none":
+        return
+    if config.precision == "fp16":
+        raise UserError("train.sharding = fsdp does not scale gradients, which fp16 needs. Use train.precision bf16.")
+    if reads_trained_weights:
+        raise UserError(
+            "train.sharding = fsdp divides the weights among the processes, and this training prepares its batches "
+            "with weights that it trains (a jointly trained decoder). Use train.sharding none."
         )
 
 

@@ -36,9 +36,12 @@ from crossflow.core.training.meter import Flags, Meter
 from crossflow.core.training.optim import learning_rate
 from crossflow.core.training.prepare import (
     build_accelerator,
+    check_sharding,
     check_sizes,
     seed_everything,
 )
+from crossflow.core.training.saving import WEIGHTS, Saver
+from crossflow.core.training.shards import consolidate
 from crossflow.core.training.signals import Abandoned, StopRequest
 from crossflow.core.training.stream import (
     Loaded,
@@ -53,7 +56,6 @@ from crossflow.core.training.tracking import MetricsFile, check_trackers
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("model", "ema", "objective")
 # After this many fp16 overflows in a row, each of which halves the scale, the scale is not the cause.
 _MAX_OVERFLOWS = 50
 
@@ -135,6 +137,7 @@ class Trainer:
         observer = self.callbacks.progress
         self.progress: TrainingProgress = observer if observer is not None and self.rank == 0 else Silent()
         check_sizes(config, len(data), self.world_size)
+        check_sharding(config, reads_trained_weights=not data.ahead)
         self.data = MicroBatches(data, seed, latent_shape)
         self.num_examples = len(data)
         self.learner = Learner(config, objective, self.accelerator)
@@ -152,6 +155,7 @@ class Trainer:
         self._last: dict[str, dict[str, float]] = {}  # the last numbers of each kind
         self._evaluated: frozenset[str] = frozenset()  # evaluations already made at the step resumed from
         self._used = False
+        self._saver = Saver(self.learner, self.run_dir, keep=config.keep, background=config.background_saves)
         self._checkpoint: Path | None = None
 
     def run(self, resume: str | Path | None = None) -> TrainResult:
@@ -174,15 +178,19 @@ class Trainer:
             try:
                 self.progress.begin(self.step, self.config.steps)
                 reason = self._loop(start)
+                if self._checkpoint is None or self._checkpoint.parent.resolve() != self.checkpoints.resolve():
+                    self.save()  # no steps were left, so none has been written here
+                if self.learner.is_sharded and not reason:
+                    distributed.on_main(self._consolidate)
             finally:
                 self.progress.end()
+                self._saver.wait()
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
                 if self.world_size > 1:
                     self.learner.release()
         checkpoint = self._checkpoint
-        if checkpoint is None or checkpoint.parent.resolve() != self.checkpoints.resolve():
-            checkpoint = self.save()  # no steps were left, so none has been written here
+        assert checkpoint is not None
         return TrainResult(
             "stopped" if reason else "finished",
             self.step,
@@ -208,6 +216,7 @@ class Trainer:
                 return self._until(deadline, steps)
         except Abandoned:
             self.progress.note(f"Stopping after step {self.step} ({self._stop.received}).")
+            self._finish_saving()
             if self._checkpoint is None or self._checkpoint != state.step_folder(self.checkpoints, self.step):
                 self.save()
             return self._stop.received
@@ -234,7 +243,7 @@ class Trainer:
                     self.save()
                     return reason
                 if self._is_due(config.save_every):
-                    self.save()
+                    self.save(wait=not config.background_saves or self.step == config.steps)
                 self._evaluate()
         return ""
 
@@ -393,14 +402,37 @@ class Trainer:
         with self.learner.evaluating():
             yield
 
-    def save(self) -> Path:
-        """Writes the checkpoint of the current step and the run's weights. Raises UserError on a full disk."""
-        pending = self._meter.state()
-        self._checkpoint = distributed.on_main(lambda: self._write(pending))
-        return self._checkpoint
+    def save(self, wait: bool = True) -> None:
+        """Writes the checkpoint of the current step and the run's weights. Raises UserError on a full disk.
 
-    def _write(self, pending: dict[str, Any]) -> Path:
-        content = {
+        wait: until they are written; otherwise the end of the training, or the next save, waits.
+        """
+        content = self._content()
+        try:
+            self._finish_saving()
+            self._saver.start(self.step, content)
+            if wait:
+                self._finish_saving()
+        except OSError as error:
+            raise UserError(
+                f"The checkpoint of step {self.step} cannot be written to {self.run_dir} ({error.strerror or error}). "
+                f"Earlier ones are untouched. {self._kept()}"
+            ) from error
+
+    def _finish_saving(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one."""
+        path = self._saver.finish()
+        if path is None:
+            return
+        self._checkpoint = path
+        self.progress.note(f"Saved {path}.")
+        on_save = self.callbacks.on_save
+        if on_save is not None:
+            distributed.on_main(lambda: on_save(state.step_of(path)))
+
+    def _content(self) -> dict[str, Any]:
+        """The state of a checkpoint beside its tensors."""
+        return {
             **self.learner.state(),
             "step": self.step,
             "seed": self.seed,
@@ -410,22 +442,13 @@ class Trainer:
             "skipped": [self._overflows, self._overflows_in_a_row],
             "bad_steps": self._bad_steps.state(),
             "halvings": self._halvings,
-            "interval": pending,
+            "interval": self._meter.state(),
         }
-        try:
-            path = state.write_checkpoint(
-                self.checkpoints, self.step, self.learner.tensors(), content, self.config.keep
-            )
-            state.publish(path, WEIGHTS, self.run_dir)
-        except OSError as error:
-            raise UserError(
-                f"The checkpoint of step {self.step} cannot be written to {self.run_dir} ({error.strerror or error}). "
-                f"Earlier ones are untouched. {self._kept()}"
-            ) from error
-        self.progress.note(f"Saved {path}.")
-        if self.callbacks.on_save is not None:
-            self.callbacks.on_save(self.step)
-        return path
+
+    def _consolidate(self) -> None:
+        """Writes the whole weights of the last checkpoint to the run directory."""
+        assert self._checkpoint is not None
+        consolidate(self._checkpoint, WEIGHTS, self.run_dir)
 
     def _restore(self, resume: str | Path | None) -> None:
         """Restores the state of the checkpoint to resume from, if any."""

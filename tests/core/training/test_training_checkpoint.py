@@ -18,6 +18,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.files import read_tensors, remove_temporaries
 from crossflow.core.training import checkpoint as state
 from crossflow.core.training.checkpoint import CorruptCheckpoint, NoSpace
+from crossflow.core.training.shards import Stored
 
 
 def tensors(value: float) -> dict[str, dict[str, Tensor]]:
@@ -37,8 +38,8 @@ def test_checkpoints_are_read_back(tmp_path: Path) -> None:
     state.verify(path)
     assert path.name == "step_00000007"
     assert state.read_state(path) == {"step": 7}
-    assert torch.equal(state.read_tensors(path, "model")["weight"], torch.full((3, 2), 7.0))
-    assert state.read_tensors(path, "objective") == {}
+    assert torch.equal(Stored(path, "model").tensors({})["weight"], torch.full((3, 2), 7.0))
+    assert Stored(path, "objective").tensors({}) == {}
 
 
 def test_files_are_json_and_safetensors_only(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_files_are_json_and_safetensors_only(tmp_path: Path) -> None:
 def test_tied_weights_are_written_under_both_names(tmp_path: Path) -> None:
     weight = torch.arange(4.0)
     path = state.write_checkpoint(tmp_path, 1, {"model": {"a": weight, "b": weight}}, {}, 1)
-    read = state.read_tensors(path, "model")
+    read = Stored(path, "model").tensors({})
     assert torch.equal(read["a"], weight)
     assert torch.equal(read["b"], weight)
 
@@ -175,7 +176,7 @@ def test_a_kill_at_any_instant_leaves_an_intact_checkpoint(tmp_path: Path) -> No
         newest = state.find_checkpoint(root, "auto")
         assert newest is not None
         step = state.read_state(newest)["step"]
-        assert torch.equal(state.read_tensors(newest, "model")["weight"], torch.full((3, 2), float(step)))
+        assert torch.equal(Stored(newest, "model").tensors({})["weight"], torch.full((3, 2), float(step)))
         assert list(root.glob("[.]*")) == []
         outcomes.append(step)
         if status == 0:
@@ -284,8 +285,8 @@ def test_optimizer_state_survives_the_round_trip(tmp_path: Path) -> None:
     saved = {"optimizer": state.optimizer_tensors(optimizer, names), "model": first.state_dict()}
     path = state.write_checkpoint(tmp_path, 3, saved, {}, 1)
     second, other, other_names = training()
-    second.load_state_dict(state.read_tensors(path, "model"))
-    state.load_optimizer(other, other_names, state.read_tensors(path, "optimizer"))
+    second.load_state_dict(Stored(path, "model").tensors({}))
+    state.load_optimizer(other, other_names, Stored(path, "optimizer").tensors({}))
     step(first, optimizer)
     step(second, other)
     assert torch.equal(first.weight, second.weight)

@@ -52,9 +52,10 @@ class Data:
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, num_blocks: int = 0) -> None:
         super().__init__()
         self.backbone = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Dropout(0.1), nn.Linear(8, 3))
+        self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(num_blocks))
         self.source_encoder = nn.Linear(4, 3)
         self.unused = nn.Parameter(torch.ones(2, 2))
         self.register_buffer("table", torch.arange(3.0))
@@ -63,12 +64,13 @@ class Model(nn.Module):
 class Objective(nn.Module):
     """A flow-like loss with noise, and a contrastive one with a learned head over all ranks (when `contrastive`)."""
 
-    def __init__(self, contrastive: bool = False, dropout: bool = True) -> None:
+    def __init__(self, contrastive: bool = False, dropout: bool = True, num_blocks: int = 0) -> None:
         super().__init__()
-        self.model = Model()
+        self.model = Model(num_blocks)
         if not dropout:
             self.model.backbone[2].p = 0.0
         self.head = nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.tensor(1.0)) if contrastive else 1.0
         self.contrastive = contrastive
         self.leaves_parameters_out = True  # those called `unused`
 
@@ -79,11 +81,13 @@ class Objective(nn.Module):
         z0 = self.model.source_encoder(batch.features) + 0.1 * noise.source
         t = noise.time[:, None]
         velocity = self.model.backbone(t * batch.target + (1 - t) * z0)
+        for block in self.model.blocks:
+            velocity = velocity + block(velocity).tanh()
         flow = (velocity - (batch.target - z0)).square().mean()
         parts = {"flow": flow, "size": z0.square().mean() + self.head(z0).square().mean()}
         if self.contrastive:
             here = torch.arange(len(z0)) + rank() * len(z0)
-            logits = z0 @ gather_with_grad(self.head(batch.target)).T
+            logits = self.scale * z0 @ gather_with_grad(self.head(batch.target)).T
             parts["encoder"] = nn.functional.cross_entropy(logits, here)
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
@@ -158,11 +162,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--contrastive", action="store_true")
     parser.add_argument("--no-dropout", action="store_true")
+    parser.add_argument("--blocks", type=int, default=0)
     parser.add_argument("settings", nargs="*")
     options = parser.parse_intermixed_args()
     settings = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.settings)}
     torch.manual_seed(0)
-    objective = Objective(options.contrastive, not options.no_dropout)
+    objective = Objective(options.contrastive, not options.no_dropout, options.blocks)
     try:
         result = trainer(options.run_dir, objective, Data(seconds=options.seconds), **settings).run(options.resume)
     except UserError as error:
