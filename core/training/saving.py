@@ -66,7 +66,9 @@ class Saver:
     def _writing(self, step: int, state: Mapping[str, Any]) -> Callable[[], Path]:
         tensors = self._learner.tensors()
         if self._background:
-            tensors = self._copies().stage(tensors)
+            copies = self._copies().stage(tensors)
+            assert isinstance(copies, dict)  # and not a Future: this stager has copied when it returns
+            tensors = copies
 
         def write() -> Path:
             path = checkpoint.write_checkpoint(self._root, step, tensors, state, self._keep)
