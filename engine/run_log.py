@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crossflow.core.errors import UserError
+from crossflow.core.training.bad_steps import BAD_STEPS
 from crossflow.engine.folder import METRICS
 
 CLOCK = frozenset(("seconds_per_step", "samples_per_second", "data_seconds"))
@@ -53,7 +54,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunLog:
-    """The lines of a metrics.jsonl by kind, in the order of their steps."""
+    """The lines of metrics.jsonl and bad_steps.jsonl by kind (train, val, sample, bad), in the order of their steps."""
 
     lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -65,18 +66,15 @@ class RunLog:
         run has repeated.
         """
         lines: dict[str, dict[int, dict[str, Any]]] = {}
-        path = folder / METRICS
-        # Bytes that are no text stand where a crash has left a line unwritten.
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        for line in map(_parse, texts):
+        for line in map(_parse, (*_texts(folder / METRICS), *_texts(folder / BAD_STEPS))):
             if line is not None:
                 lines.setdefault(line["kind"], {})[line["step"]] = line
         return cls({kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in lines.items()})
 
     @property
     def last_step(self) -> int:
-        """The step of the last line; 0 for an empty log."""
-        return max((line["step"] for lines in self.lines.values() for line in lines), default=0)
+        """The last step that was made and logged; 0 for an empty log."""
+        return max((line["step"] for kind, lines in self.lines.items() if kind != "bad" for line in lines), default=0)
 
     def names(self, kind: str) -> list[str]:
         """The numbers that lines of a kind have, in their order."""
@@ -109,7 +107,7 @@ class RunLog:
 def read_log(folder: Path) -> RunLog:
     """The log of a run directory. Raises UserError when nothing has been logged there."""
     log = RunLog.read(folder)
-    if not log.lines:
+    if not log.last_step:
         raise UserError(
             f"{folder} has no {METRICS} with lines of a training. Give the directory of a run, such as runs/NAME, that "
             "has reached its first report (train.log_every steps)."
@@ -130,6 +128,11 @@ def _interpolate(x: float, places: Sequence[float], values: Sequence[float]) -> 
         if left <= x <= right and right > left:
             return low + (high - low) * (x - left) / (right - left)
     return values[0] if x < places[0] else values[-1]
+
+
+def _texts(path: Path) -> list[str]:
+    """The lines of a file, if it exists; bytes that are no text stand where a crash has left a line unwritten."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def _parse(text: str) -> dict[str, Any] | None:

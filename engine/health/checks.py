@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator
 
 from crossflow.core.files import size_in_words
+from crossflow.core.training.bad_steps import BAD_STEPS
 from crossflow.engine.health.evidence import Evidence
 from crossflow.engine.health.finding import Finding
 from crossflow.engine.run_log import Curve
@@ -28,6 +29,14 @@ def examine(evidence: Evidence) -> list[Finding]:
 
 def finite_numbers(evidence: Evidence) -> Iterator[Finding]:
     """Losses and scores that are NaN or infinite."""
+    if bad := evidence.log.lines.get("bad", []):
+        yield Finding(
+            "bad steps",
+            f"Losses or gradients were NaN or infinite in {len(bad)} step{'s' * (len(bad) > 1)}, the last of them step "
+            f"{bad[-1]['step']} ({', '.join(bad[-1].get('not_finite', []))}).",
+            f"Look at the items that {evidence.run.path / BAD_STEPS} lists, and lower train.lr (now "
+            f"{evidence.config.train.lr:g}) or lengthen train.warmup_steps.",
+        )
     for kind in ("train", "val"):
         for name in evidence.log.names(kind):
             curve = evidence.log.curve(name, kind)
@@ -161,13 +170,14 @@ def gradient_norm(evidence: Evidence) -> Iterator[Finding]:
 
 
 def skipped_steps(evidence: Evidence) -> Iterator[Finding]:
-    """Steps that fp16 has skipped."""
+    """Many steps that were left out of the weights."""
     curve = evidence.log.curve("skipped_steps").without_gaps()
     if curve.values and curve.values[-1] > max(20, 0.02 * curve.steps[-1]):
         yield Finding(
             "skipped steps",
-            f"{curve.values[-1]:.0f} of {curve.steps[-1]} steps were skipped because their gradients overflowed fp16.",
-            "Train with train.precision=bf16.",
+            f"{curve.values[-1]:.0f} of {curve.steps[-1]} steps were skipped, since their losses or gradients "
+            "were not finite.",
+            "With fp16 gradients overflow: train with train.precision=bf16. Otherwise see bad_steps.jsonl.",
         )
 
 
@@ -302,7 +312,9 @@ def data_bound(evidence: Evidence) -> Iterator[Finding]:
     if not waiting.values or len(waiting.values) != len(seconds.values):
         return
     shares = [wait / max(step, 1e-9) for wait, step in zip(waiting.values, seconds.values, strict=True)]
-    if (share := statistics.median(shares)) > 0.5:
+    # A GPU computes while the host waits: only where nothing but waiting is left, the data are what bounds the step.
+    limit = 0.8 if evidence.run.read_manifest().get("gpu") else 0.5
+    if (share := statistics.median(shares)) > limit:
         workers = evidence.config.train.num_workers
         yield Finding(
             "data-bound",

@@ -44,6 +44,13 @@ def test_losses_are_told_from_other_numbers(tmp_path: Path) -> None:
     assert log.losses() == ["loss", "flow", "kl"]
 
 
+def test_bad_steps_are_read_beside_the_log(tmp_path: Path) -> None:
+    (tmp_path / "bad_steps.jsonl").write_text('{"kind": "bad", "step": 9, "not_finite": ["flow"], "processes": []}\n')
+    log = RunLog.read(write(tmp_path, train(5, flow=1.0)))
+    assert log.lines["bad"][0]["not_finite"] == ["flow"]
+    assert log.last_step == 5  # step 9 was not made
+
+
 def test_minutes_add_up_over_intervals(tmp_path: Path) -> None:
     log = RunLog.read(write(tmp_path, train(60, seconds_per_step=1.0), train(90, seconds_per_step=4.0)))
     assert log.minutes([0, 30, 60, 75, 90, 99]) == pytest.approx([0, 0.5, 1, 2, 3, 3])

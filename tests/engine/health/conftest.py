@@ -23,6 +23,12 @@ SMALL = [
 """A run of one to two seconds that learns its task."""
 
 
+@pytest.fixture
+def small() -> list[str]:
+    """Settings of a run of one to two seconds."""
+    return SMALL
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """trained(*overrides, recipe="depth_tiny"): the folder of a run with these settings. Not to be written to."""

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from crossflow.core.errors import UserError
 from crossflow.data.dataset import Examples
 from crossflow.engine.health import evidence as evidence_module
 from crossflow.engine.health.checks import examine
 from crossflow.engine.health.evidence import gather
 from crossflow.engine.health.reference import Reference
+from crossflow.engine.train import train
+from crossflow.tasks import load_config
 
 Trained = Callable[..., Path]
 RECORDED = Path(__file__).parents[2] / "golden" / "health"
@@ -57,6 +60,25 @@ def test_a_learning_rate_of_a_hundred_times(trained: Trained, reference: Referen
     assert "train.lr=0.5 is 100 times that of depth_small_test (0.005)" in messages["learning rate"]
     assert "times the top of the band of depth_small_test" in messages["above the reference"]
     assert "train.lr=0.5 (recipe: 0.005)" in messages["above the reference"]
+
+
+def test_a_training_that_ended_in_nan(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Examples.__getitems__
+
+    def poisoned(self, places):
+        in_second_epoch = isinstance(places[0], tuple) and places[0][0] == 1
+        scale = float("nan") if in_second_epoch else 1.0
+        return [{**example, "source": example["source"] * scale} for example in load(self, places)]
+
+    monkeypatch.setattr(Examples, "__getitems__", poisoned)
+    with pytest.raises(UserError, match="not finite"):
+        train(load_config("depth_tiny", small), tmp_path / "run")
+    message = names(tmp_path / "run")["bad steps"]
+    assert "Losses or gradients were NaN or infinite in 1 step, the last of them step 9" in message
+    assert (
+        f"Look at the items that {tmp_path / 'run' / 'bad_steps.jsonl'} lists, and lower train.lr (now 0.005)"
+        in message
+    )
 
 
 def test_too_few_unconditional_samples(trained: Trained) -> None:
