@@ -63,6 +63,15 @@ class Evidence:
         """The recipe whose bands can be held against the run."""
         return self.recipe if self.recipe is not None and self.recipe.fits(self.config) else None
 
+    def advice_on_differences(self) -> str:
+        """What to suspect when a run falls behind its reference."""
+        assert self.recipe is not None
+        different = self.recipe.differences(self.config)
+        if not different:
+            return "Its settings are those of the recipe: check the data, and whether the code has been changed."
+        listed = ", ".join(f"{name}={value}" for name, value in different.items())
+        return f"The settings that differ from the recipe are the first suspects: {listed}."
+
     @property
     def step(self) -> int:
         """Completed optimizer steps, as far as they are known."""

@@ -40,7 +40,9 @@ def _with_band(evidence: Evidence, name: str) -> str:
     curve = evidence.log.curve(name).without_gaps()
     if not curve.values:
         return ""
-    text = f"{curve.values[0]:.4g} at step {curve.steps[0]}, {curve.values[-1]:.4g} at {curve.steps[-1]}"
+    text = f"{curve.values[0]:.4g} at step {curve.steps[0]}"
+    if len(curve.steps) > 1:
+        text += f", {curve.values[-1]:.4g} at {curve.steps[-1]}"
     band = None if evidence.reference is None else evidence.reference.train.get(name)
     if band is None:
         return text
