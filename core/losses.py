@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossflow.core import pairs
 from crossflow.core.distributed import gather_with_grad, rank
 from crossflow.core.registry import Registry
 
@@ -99,9 +100,13 @@ def clip_contrastive_loss(z0: Tensor, target: Tensor, log_temperature: Tensor) -
     """Symmetric cross-entropy of the similarities of flattened, L2-normalised z0 and target, over all ranks: scalar.
 
     z0, target (B, ...) of the same number of values; logits are similarities times exp(log_temperature). Negatives come
-    from every rank, with gradients (Radford et al. 2021; CrossFlow section 4.2).
+    from every rank, with gradients (Radford et al. 2021; CrossFlow section 4.2); those of many ranks in chunks.
     """
     a, b = _normalised(z0), _normalised(target)
+    if pairs.are_many(a):
+        none = torch.zeros_like(log_temperature)
+        rows = [pairs.sums(*pair, log_temperature, none, "softmax") for pair in ((a, b), (b, a))]
+        return (sum(rows) / 2 - log_temperature.float().exp() * (a * b).sum(1)).mean()
     all_a, all_b = gather_with_grad(a), gather_with_grad(b)
     here = torch.arange(len(a), device=a.device) + rank() * len(a)
     return (
@@ -113,6 +118,10 @@ def clip_contrastive_loss(z0: Tensor, target: Tensor, log_temperature: Tensor) -
 def sigmoid_contrastive_loss(z0: Tensor, target: Tensor, log_temperature: Tensor, bias: Tensor) -> Tensor:
     """The pairwise sigmoid loss (SigLIP, Zhai et al. 2023) over all ranks, averaged per sample: scalar."""
     a, b = _normalised(z0), _normalised(target)
+    if pairs.are_many(a):
+        own = log_temperature.float().exp() * (a * b).sum(1) + bias
+        # -logsigmoid(s) of a matching pair is softplus(s) - s, and of any other pair softplus(s).
+        return (pairs.sums(a, b, log_temperature, bias, "sigmoid") - own).mean()
     all_b = gather_with_grad(b)
     here = torch.arange(len(a), device=a.device) + rank() * len(a)
     # F.one_hot would read the largest index back from the device.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossflow.core import distributed
+from crossflow.core import distributed, losses, pairs
 from crossflow.core.distributed import (
     gather,
     gather_with_grad,
@@ -110,6 +110,45 @@ def test_averaged_gradients_are_those_of_one_process(tmp_path: Path, whole: bool
     for value, gradient in on_ranks(function, tmp_path, world_size):
         assert torch.allclose(value, loss.detach(), atol=1e-6)
         assert torch.allclose(gradient, alone.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "sigmoid"])
+@pytest.mark.parametrize("rows_at_a_time", [1, 2])
+def test_contrastive_losses_in_chunks_have_the_gradients_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows_at_a_time: int
+) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(2, 9, 4)
+
+    def results(rows: slice) -> list[Tensor]:
+        z0, target = (part[rows].clone().requires_grad_() for part in values)
+        log_temperature, bias = torch.tensor(1.5, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+        if name == "clip":
+            loss = losses.clip_contrastive_loss(z0, target, log_temperature) + 0 * bias
+        else:
+            loss = losses.sigmoid_contrastive_loss(z0, target, log_temperature, bias)
+        loss.backward()
+        return [loss.detach(), log_temperature.grad, bias.grad, z0.grad, target.grad]
+
+    whole = results(slice(0, 9))
+    monkeypatch.setattr(pairs, "MAX_VALUES", 3 * 4 * rows_at_a_time)  # below the 36 values of a tensor
+    gathered = 0
+
+    def counting(tensor: Tensor) -> Tensor:
+        nonlocal gathered
+        gathered += 1
+        assert len(tensor) <= rows_at_a_time
+        return gather(tensor)
+
+    monkeypatch.setattr(pairs, "gather", counting)
+
+    def on_rank(rank: int) -> list[Tensor]:
+        own = results(slice(3 * rank, 3 * rank + 3))
+        assert gathered == -(-3 // rows_at_a_time) * (4 if name == "clip" else 2)
+        return [mean_over_ranks(value) for value in own[:3]] + [gather(value) / 3 for value in own[3:]]
+
+    for own in on_ranks(on_rank, tmp_path, 3):
+        assert all(value.allclose(expected, atol=1e-6) for value, expected in zip(own, whole, strict=True))
 
 
 def test_on_main_returns_its_value_or_raises_its_error_on_all_ranks(tmp_path: Path) -> None:
