@@ -183,8 +183,10 @@ class TrainConfig(Section):
     """Samples per optimizer step, over all processes and accumulated parts."""
     accumulate: int = Field(1, ge=1)
     """Number of parts into which a process's share of the batch is divided."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum for matrices, with which small models need far fewer steps."""
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    """muon: orthogonalised momentum for matrices, with which small models need far fewer steps. adamw8bit: AdamW whose
+    averages take two bytes per parameter instead of eight (bitsandbytes).
+    """
     lr: float = Field(1e-4, gt=0)
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: float = Field(0.03, ge=0)
@@ -197,7 +199,8 @@ class TrainConfig(Section):
     ema: float = Field(0.9999, ge=0, lt=1)
     """Decay of the moving average of the weights, approached as (1 + n) / (10 + n) after n updates."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    compile: bool = False
+    compile: bool | None = None
+    """Compile the blocks of the model by torch.compile; none: on a CUDA GPU for which torch can compile."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     sharding: Literal["none", "fsdp"] = "none"
@@ -214,8 +217,10 @@ class TrainConfig(Section):
     sample_every: int = Field(1000, ge=0)
     """Steps between sample grids; 0: only at the end."""
     log_every: int = Field(20, ge=1)
-    num_workers: int = Field(0, ge=0)
-    """Processes that load data beside each training process."""
+    num_workers: int | None = Field(None, ge=0)
+    """Processes that load data beside each training process; none: chosen by the cores, and 0 for rendered scenes,
+    which are made many at once and kept in memory.
+    """
     trackers: tuple[str, ...] = ()
     """tensorboard, wandb; metrics.jsonl is always written."""
     start_from: str | None = None

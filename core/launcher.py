@@ -8,6 +8,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """The number of processes that were started together on this machine, at least 1."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def rank() -> int:
     """The number of this process among all of them, from 0."""
     return int(os.environ.get("RANK", "0"))

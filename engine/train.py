@@ -53,6 +53,7 @@ FREE_TO_CHANGE = {
         "sample_every",
         "log_every",
         "num_workers",
+        "compile",
         "trackers",
         "max_minutes",
         "max_bad_steps",
@@ -63,8 +64,8 @@ FREE_TO_CHANGE = {
         "background_saves",
     )
 } | {"data.train", "data.val"}
-"""Settings that may change when a run is resumed: its length, its outputs, and the place of its data, whose content is
-compared instead.
+"""Settings that may change when a run is resumed: its length, its outputs, how fast it is, and the place of its data,
+whose content is compared instead.
 """
 
 
@@ -117,6 +118,11 @@ class TrainingSet:
         on_cpu = self.task.device.type == "cpu"  # where results keep their bits, and decoding takes the time
         with autocast(self.task.device, "float32" if on_cpu or precision == "no" else precision):
             return self.task.prepare(record)
+
+    @property
+    def in_workers(self) -> bool:
+        """Whether loader workers speed up loading: not where one call makes many items, which are kept in memory."""
+        return self.examples.reader.batch_hint == 1
 
     @property
     def ahead(self) -> bool:

@@ -49,7 +49,7 @@ class Case:
         """A run of this case in `folder`, with random frozen networks and, if `cached`, random cached features."""
         precision = "no" if self.precision == "float32" else self.precision
         settings = [*self.overrides, *([f"train.precision={precision}"] if precision else [])]
-        settings += ["train.compile=true"] if self.compiled else []
+        settings.append(f"train.compile={str(self.compiled).lower()}")
         return Run.open(offline_config(self.recipe, settings, folder, cached=cached, small=self.small), folder / "run")
 
 

@@ -265,12 +265,15 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The optimiser's state as `slot/parameter name` -> tensor (AdamW's slots: step, exp_avg, exp_avg_sq)."""
+    """The optimiser's state as `slot/parameter name` -> tensor (AdamW's slots: step, exp_avg, exp_avg_sq).
+
+    Counts that an optimizer keeps as Python numbers become int64 scalars.
+    """
     return {
-        f"{slot}/{names[parameter]}": value
+        f"{slot}/{names[parameter]}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, (Tensor, int))
     }
 
 
@@ -281,12 +284,13 @@ def load_optimizer(
     present = optimizer.state_dict()
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     number = {name: index for index, name in enumerate(order)}
-    slots: dict[int, dict[str, Tensor]] = {}
+    slots: dict[int, dict[str, Tensor | int]] = {}
     for key, value in tensors.items():
         slot, name = key.split("/", 1)
         if name not in number:
             raise UserError(f"The checkpoint's optimizer has a state for {name}, which this model does not train.")
-        slots.setdefault(number[name], {})[slot] = value
+        is_count = value.ndim == 0 and value.dtype == torch.int64
+        slots.setdefault(number[name], {})[slot] = int(value) if is_count else value
     optimizer.load_state_dict({"state": slots, "param_groups": present["param_groups"]})
 
 

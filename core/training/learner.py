@@ -20,7 +20,13 @@ from crossflow.core.training import checkpoint, sharding
 from crossflow.core.training.ema import EMA
 from crossflow.core.training.failures import NoMemory, is_out_of_memory
 from crossflow.core.training.optim import build_optimizer, skip_if
-from crossflow.core.training.prepare import blocks, checkpoint_activations, compile_blocks, keep_freed_memory
+from crossflow.core.training.prepare import (
+    blocks,
+    checkpoint_activations,
+    compile_blocks,
+    compiles,
+    keep_freed_memory,
+)
 from crossflow.core.training.shards import Stored
 from crossflow.core.training.stream import MicroBatch
 
@@ -75,7 +81,9 @@ class Learner:
             keep_freed_memory()
         if config.checkpointing:
             checkpoint_activations(self.model)
-        if config.compile:
+        self.compiled = compiles(config, self.device)
+        """Whether the first step compiles the blocks of the model."""
+        if self.compiled:
             compile_blocks(self.model)
         objective.to(self.device)
         self.losses = _Losses(objective)

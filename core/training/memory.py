@@ -7,7 +7,7 @@ libraries and fragmentation come on top.
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,20 +114,8 @@ def _rehearse(
     model: nn.Module = objective.model  # type: ignore[assignment]
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
-    optimizer = build_optimizer(
-        objective,
-        name=config.optimizer,
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        scaled=config.precision == "fp16",
-    )
     ema = EMA(model, config.ema)
-    # The first update makes the optimizer's state, with which every later step begins.
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    state = _optimizer_state(config, objective, trained, names)  # made by the first step, and there from then on
     # Data parallelism copies gradients into buckets that live as long as the run.
     buckets = sum(parameter.nbytes for parameter in trained) if num_processes > 1 else 0
     for batch in batches[:2]:  # a second part meets the gradients of the first; further ones add nothing
@@ -135,7 +123,6 @@ def _rehearse(
             loss = objective(batch, noise)["loss"]
         loss.backward()
         del loss
-    state = optimizer_tensors(optimizer, names)
     parts = {
         "weights": sum(tensor.nbytes for tensor in (*objective.parameters(), *objective.buffers())),
         "gradients": sum(parameter.nbytes for parameter in trained),
@@ -157,3 +144,31 @@ def _without_data(module: nn.Module) -> nn.Module:
         is_weight = isinstance(tensor, nn.Parameter)
         fakes[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_weight else fake
     return copy.deepcopy(module, fakes)
+
+
+def _optimizer_state(
+    config: TrainConfig, objective: nn.Module, trained: Sequence[nn.Parameter], names: Mapping[Tensor, str]
+) -> dict[str, Tensor]:
+    """The tensors of the optimizer after its first step."""
+    if config.optimizer == "adamw8bit":  # its kernels do not run on fake tensors
+        return {names[parameter]: _eight_bit_averages(parameter) for parameter in trained}
+    optimizer = build_optimizer(
+        objective,
+        name=config.optimizer,
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        scaled=config.precision == "fp16",
+    )
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer_tensors(optimizer, names)
+
+
+def _eight_bit_averages(parameter: nn.Parameter) -> Tensor:
+    """Memory of both averages: two bytes per value and two float32 per block of 256, or small parameters in float32."""
+    size = parameter.numel()
+    num_bytes = 8 * size if size < 4096 else 2 * size + 8 * -(-size // 256)
+    return torch.empty(num_bytes, dtype=torch.uint8, device=parameter.device)

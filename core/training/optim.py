@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossflow.core.errors import UserError
 from crossflow.core.training.sharding import apart, like, local, own_rows, whole
 
 # Leaf names of learned tables, queries and single tokens, which are embeddings without being an nn.Embedding.
@@ -203,7 +204,7 @@ def skip_if(optimizer: torch.optim.Optimizer, skip: Tensor) -> bool:
     The device decides, so that the host need not wait for it. Returns False for other optimizers.
     """
     adamw = optimizer.adamw if isinstance(optimizer, Muon) else optimizer
-    if adamw is not None and not adamw.defaults["fused"]:
+    if adamw is not None and not adamw.defaults.get("fused"):
         return False
     for part in (optimizer, adamw):
         if part is not None:
@@ -220,14 +221,30 @@ def build_optimizer(
     name: str = "adamw",
     scaled: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer `name`, adamw or muon, over the trainable parameters of `module`, which is already on its device.
+    """The optimizer `name` over the trainable parameters of `module`, which is already on its device.
 
-    scaled: gradients are scaled (fp16); the fused kernel would then hide skipped steps, so the foreach form is used.
+    name: adamw, muon or adamw8bit. scaled: gradients are scaled (fp16); the fused kernel would then hide skipped steps,
+    so the foreach form is used. Raises UserError if the library of adamw8bit is not installed.
     """
     groups = apart(decay_groups(module, weight_decay))
     assert groups, "the objective has no trainable parameter"
     fused = not scaled and fuses(parameter for group in groups for parameter in group["params"])
     if name == "muon":
         return Muon(groups, hidden_matrices(module), lr=lr, betas=betas, fused=fused)
+    if name == "adamw8bit":
+        return _adamw8bit(groups, lr, betas)
     assert name == "adamw", name
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused, foreach=not fused)
+
+
+def _adamw8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """AdamW with averages of 8 bits in blocks (Dettmers et al. 2022); parameters below 4096 values keep float32."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            "train.optimizer = adamw8bit needs bitsandbytes, which is not installed. Install it by pip install "
+            '"crossflow-toolkit[eightbit]", or use train.optimizer=adamw.'
+        ) from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, betas=betas)
+    return optimizer

@@ -1,6 +1,7 @@
 """Preparations before the first step: processes and precision, sizes, memory, compilation, checkpointing."""
 
 import ctypes
+import importlib.util
 import random
 import sys
 from collections.abc import Callable
@@ -44,6 +45,18 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         for child in module
         if not any(isinstance(inner, nn.ModuleList) for inner in child.modules())
     ]
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a training on `device` compiles its blocks: as set, or by default on a CUDA GPU with Triton.
+
+    On the CPU compiling often takes longer than a run saves; without Triton torch cannot compile for a GPU; and sharded
+    weights are gathered within the blocks, which divides what can be compiled.
+    """
+    if config.compile is None:
+        has_compiler = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        return has_compiler and config.sharding == "none"
+    return config.compile
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -123,6 +136,11 @@ def check_sharding(config: TrainConfig, reads_trained_weights: bool) -> None:
     """
     if config.sharding == "none":
         return
+    if config.optimizer == "adamw8bit":
+        raise UserError(
+            "train.sharding = fsdp divides the optimizer's averages itself, and not those of adamw8bit. Use "
+            "train.optimizer adamw or muon, or train.sharding none."
+        )
     if config.precision == "fp16":
         raise UserError("train.sharding = fsdp does not scale gradients, which fp16 needs. Use train.precision bf16.")
     if reads_trained_weights:

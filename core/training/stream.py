@@ -7,6 +7,7 @@ A batch is made in two places: loader workers decode and augment into a record o
 the record into a `Batch` on the training device, on a GPU beside the step before.
 """
 
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from crossflow.core import launcher
 from crossflow.core.batch import Batch, Record, map_tensors
 from crossflow.core.errors import UserError
 from crossflow.core.noise import Noise, Order, keyed_generator, order, training_noise
@@ -36,6 +38,10 @@ class TrainingData(Protocol):
 
     def batch(self, record: Record) -> Batch:
         """A record as a batch on the training device; runs in the training process."""
+
+    @property
+    def in_workers(self) -> bool:
+        """Whether loader workers speed up loading, if their number is not set."""
 
     @property
     def ahead(self) -> bool:
@@ -161,6 +167,21 @@ class Positions(Sampler[tuple[int, Sequence[int]]]):
 
 def _unchanged(loaded: Loaded | Refused) -> Loaded | Refused:
     return loaded
+
+
+def num_loaders(setting: int | None, data: TrainingData, device: torch.device) -> int:
+    """The number of loader workers of this process: `setting`, or by default a number that its cores can feed.
+
+    A GPU leaves the cores to the workers, of which eight feed most steps; on the CPU the step itself uses every core,
+    and more than a quarter of them would slow it down.
+    """
+    if setting is not None:
+        return setting
+    if not data.in_workers:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= launcher.local_world_size()
+    return max(0, min(4, cores // 4) if device.type == "cpu" else min(8, cores - 1))
 
 
 def loader(dataset: MicroBatches, positions: Positions, num_workers: int, pin: bool) -> DataLoader[Loaded | Refused]:

@@ -50,6 +50,7 @@ from crossflow.core.training.stream import (
     Positions,
     TrainingData,
     loaded,
+    num_loaders,
     on_device,
 )
 from crossflow.core.training.tracking import MetricsFile, check_trackers
@@ -143,6 +144,7 @@ class Trainer:
         self.learner = Learner(config, objective, self.accelerator)
         self.learner.interruptible = lambda: self._abandoning(config.grace_seconds / 2)
         self.device = self.learner.device
+        self._compiling = self.learner.compiled  # until the first step, which does it
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl")
 
         self.step = 0  # completed optimizer steps
@@ -287,14 +289,20 @@ class Trainer:
         """What the loader makes of this process's parts."""
         config = self.config
         positions = Positions(start, stop, config.batch_size, config.accumulate, self.rank, self.world_size)
-        with closing(loaded(self.data, positions, config.num_workers, pin=self.device.type == "cuda")) as items:
+        workers = num_loaders(config.num_workers, self.data.data, self.device)
+        with closing(loaded(self.data, positions, workers, pin=self.device.type == "cuda")) as items:
             for _ in range(len(positions)):
                 with self.learner.phase("data"), self._meter.waiting():
                     item = next(items)
                 yield item
 
     def _train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        start = time.monotonic()
         result = self._learn(micro_batches)
+        if self._compiling:
+            self._compiling = False
+            seconds = time.monotonic() - start
+            self.progress.note(f"Compiled the blocks of the model: the first step took {seconds:.0f} s.")
         self._overflows += result.overflowed
         self._overflows_in_a_row = self._overflows_in_a_row + 1 if result.overflowed else 0
         self.step += 1

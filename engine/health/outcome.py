@@ -33,11 +33,12 @@ def data_bound(evidence: Evidence) -> Iterator[Finding]:
     limit = 0.8 if evidence.run.read_manifest().get("gpu") else 0.5
     if (share := statistics.median(shares)) > limit:
         workers = evidence.config.train.num_workers
+        workers_now = "chosen by the cores" if workers is None else workers
         yield Finding(
             "data-bound",
             f"The training waits for its data {share:.0%} of the time.",
-            f"Raise train.num_workers (now {workers}), put the data on a faster disk, or compute features once with "
-            "crossflow cache.",
+            f"Raise train.num_workers (now {workers_now}), put the data on a faster disk, or compute features once "
+            "with crossflow cache.",
             "warning",
         )
 

@@ -26,7 +26,7 @@ FREE = ("train.", "sample.", "seed", "guidance.", "loss.", "data.val", "data.num
 take a run out of the band, that is what is to be reported.
 """
 NOT_COMPARED = (
-    *("seed", "sample.", "train.num_workers", "train.trackers", "train.max_minutes", "train.keep"),
+    *("seed", "sample.", "train.num_workers", "train.compile", "train.trackers", "train.max_minutes", "train.keep"),
     *("train.max_bad_steps", "train.grace_seconds", "train.auto_micro_batch"),
     *("train.save_every", "train.eval_every", "train.sample_every", "train.log_every"),
 )

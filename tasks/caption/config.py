@@ -81,9 +81,4 @@ class CaptionConfig(Config):
                 "A t2i run backwards starts at the image itself: set source.kind=deterministic, "
                 "and leave out caption.joint."
             )
-        if (joint or t2i is not None) and self.train.num_workers > 0:
-            raise ValueError(
-                "Targets come from a network that changes in training (caption.joint) or lies on the device "
-                "(caption.t2i), of which other processes have no copy: set train.num_workers=0."
-            )
         return self

@@ -49,6 +49,7 @@ class Named:
         self.data = data
 
     ahead = True
+    in_workers = True
 
     def __len__(self) -> int:
         return len(self.data)

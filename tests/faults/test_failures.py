@@ -89,7 +89,8 @@ class Dying:
 
     def __init__(self, tiny: ModuleType, act: object, index: int = 3) -> None:
         self.data, self.act, self.index, self.parent = tiny.Data(), act, index, os.getpid()
-        self.ahead, self.collate, self.batch = True, self.data.collate, self.data.batch
+        self.ahead = self.in_workers = True
+        self.collate, self.batch = self.data.collate, self.data.batch
 
     def __len__(self) -> int:
         return len(self.data)

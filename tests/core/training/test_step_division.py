@@ -43,6 +43,7 @@ class Data:
         return torch.randn(35, generator=torch.Generator().manual_seed(key[1]))
 
     ahead = True
+    in_workers = True
 
     def collate(self, examples: list[Tensor]) -> Record:
         return {"rows": torch.stack(examples)}

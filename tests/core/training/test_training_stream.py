@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crossflow.core.training.stream import MicroBatches, Positions, loader, on_device
+from crossflow.core.training.stream import MicroBatches, Positions, loader, num_loaders, on_device
 
 
 def test_each_epoch_visits_every_example_once_in_a_new_order(tiny: ModuleType) -> None:
@@ -42,6 +42,21 @@ def test_ranks_and_parts_share_a_batch_in_order(world_size: int, accumulate: int
     gathered = [number for parts in zip(*ranks, strict=True) for _, positions in parts for number in positions]
     assert gathered == list(range(60, 84))
     assert {step for rank in ranks for step, _ in rank} == {5, 6}
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "on_cpu", "on_gpu"), [(1, 1, 0, 0), (2, 1, 0, 1), (8, 1, 2, 7), (64, 1, 4, 8), (64, 8, 2, 7)]
+)
+def test_workers_are_chosen_by_the_cores_of_a_process(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, on_cpu: int, on_gpu: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    data, cpu, gpu = tiny.Data(), torch.device("cpu"), torch.device("cuda")
+    assert (num_loaders(None, data, cpu), num_loaders(None, data, gpu)) == (on_cpu, on_gpu)
+    assert num_loaders(3, data, cpu) == 3
+    data.in_workers = False
+    assert (num_loaders(None, data, gpu), num_loaders(3, data, gpu)) == (0, 3)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

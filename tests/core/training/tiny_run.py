@@ -43,6 +43,7 @@ class Data:
         return value * float("nan") if index == self.bad else value
 
     ahead = True
+    in_workers = True
 
     def collate(self, examples: list[Tensor]) -> dict[str, Tensor]:
         return {"features": torch.stack(examples)}

@@ -107,7 +107,7 @@ def test_a_loader_that_is_too_slow(trained: Trained, monkeypatch: pytest.MonkeyP
     folder = trained("train.steps=8", "data.num_val=8")
     monkeypatch.undo()
     assert "The training waits for its data" in names(folder)["data-bound"]
-    assert "Raise train.num_workers (now 0)" in names(folder)["data-bound"]
+    assert "Raise train.num_workers (now chosen by the cores)" in names(folder)["data-bound"]
 
 
 def test_a_full_disk(edited: Trained, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,14 @@ def test_recomputed_activations_take_less(tiny_settings) -> None:
     assert again.memory["activations"] < 0.7 * plain.memory["activations"]
 
 
+def test_eight_bit_averages_take_two_bytes_per_parameter(tiny_settings) -> None:
+    settings = ["backbone.width=128"]
+    adamw = plan(load_config("sr_tiny", [*tiny_settings("sr"), *settings, "train.optimizer=adamw"]))
+    eight_bit = plan(load_config("sr_tiny", [*tiny_settings("sr"), *settings, "train.optimizer=adamw8bit"]))
+    assert 0.24 < eight_bit.memory["optimizer"] / adamw.memory["optimizer"] < 0.35  # small parameters stay in float32
+    assert eight_bit.memory["weights"] == adamw.memory["weights"]
+
+
 def test_views_and_results_in_place_are_counted_once() -> None:
     with LiveBytes() as memory:
         first = torch.zeros(1000)
