@@ -95,6 +95,7 @@ def test_recomputed_activations_take_less(tiny_settings) -> None:
     assert again.memory["activations"] < 0.7 * plain.memory["activations"]
 
 
+@pytest.mark.slow
 def test_eight_bit_averages_take_two_bytes_per_parameter(tiny_settings) -> None:
     settings = ["backbone.width=128"]
     adamw = plan(load_config("sr_tiny", [*tiny_settings("sr"), *settings, "train.optimizer=adamw"]))
