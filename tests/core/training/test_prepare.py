@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from crossflow.core.config import TrainConfig
-from crossflow.core.training.prepare import compiles, keep_freed_memory
+from crossflow.core.errors import UserError
+from crossflow.core.training.prepare import check_sharding, compiles, keep_freed_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is a function of Linux's C library")
@@ -28,3 +29,8 @@ def test_only_gpus_that_torch_can_compile_for_compile_by_default(monkeypatch: py
         assert (compiles(TrainConfig(), cpu), compiles(TrainConfig(), gpu)) == (False, expected)
         assert not compiles(TrainConfig(sharding="fsdp"), gpu)
         assert (compiles(TrainConfig(compile=True), cpu), compiles(TrainConfig(compile=False), gpu)) == (True, False)
+
+
+def test_eight_bit_averages_are_not_sharded() -> None:
+    with pytest.raises(UserError, match=r"not those of adamw8bit"):
+        check_sharding(TrainConfig(sharding="fsdp", optimizer="adamw8bit"), reads_trained_weights=False)
