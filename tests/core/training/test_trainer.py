@@ -14,12 +14,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
 from crossflow.core.training import checkpoint as state
 from crossflow.core.training import prepare
 from crossflow.core.training.meter import Meter
 from crossflow.core.training.optim import build_optimizer, learning_rate
-from crossflow.core.training.prepare import compile_blocks
+from crossflow.core.training.prepare import check_sharding, compile_blocks, compiles
 
 
 def test_a_run_writes_its_files_and_metrics(tiny: ModuleType, tmp_path: Path) -> None:
@@ -273,6 +274,20 @@ def test_compile_and_checkpointing_reach_the_backbone(
     assert len(compiled) == 4
     with pytest.raises(UserError, match=r"train\.checkpointing"):
         tiny.trainer(tmp_path / "b", checkpointing=True)
+
+
+def test_only_gpus_that_torch_can_compile_for_compile_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for spec, expected in ((None, False), (object(), True)):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, spec=spec: spec)
+        assert (compiles(TrainConfig(), cpu), compiles(TrainConfig(), gpu)) == (False, expected)
+        assert not compiles(TrainConfig(sharding="fsdp"), gpu)
+        assert (compiles(TrainConfig(compile=True), cpu), compiles(TrainConfig(compile=False), gpu)) == (True, False)
+
+
+def test_eight_bit_averages_are_not_sharded() -> None:
+    with pytest.raises(UserError, match=r"not those of adamw8bit"):
+        check_sharding(TrainConfig(sharding="fsdp", optimizer="adamw8bit"), reads_trained_weights=False)
 
 
 def test_accumulation_set_by_a_launcher_does_not_divide_twice(
