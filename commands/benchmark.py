@@ -175,3 +175,45 @@ def agreement(runs: Sequence[Path], recipes: Sequence[str], output: Path | None,
             f"The device differs from the CPU in {', '.join(failures)}. Results of this machine cannot be trusted: "
             "check the driver and the version of torch, and report the difference."
         )
+
+
+@command.command("plan")
+@click.argument("recipe")
+@click.option("--gpus", default="1,8,64,512", show_default=True, help="Numbers of GPUs, separated by commas.")
+@click.option("--samples-per-second", type=float, required=True, help="Of one GPU (`crossflow benchmark speed`).")
+@click.option("--network", type=float, default=50.0, show_default=True, help="GB/s that each GPU can send.")
+@click.option("--disk", type=float, default=2.0, show_default=True, help="GB/s that all processes together can write.")
+@options.settings
+def plan_command(
+    recipe: str, gpus: str, samples_per_second: float, network: float, disk: float, overrides: Sequence[str]
+) -> None:
+    """A training on many GPUs, on paper: memory, checkpoints, bytes on the wire, samples per second.
+
+    \b
+      crossflow benchmark plan t2i_256_clip_dimr --samples-per-second 120
+      crossflow benchmark plan t2i_tiny --gpus 1,2,4 --samples-per-second 900 --network 10
+
+    Each number of GPUs is planned unsharded and with train.sharding=fsdp.
+    """
+    from crossflow.benchmarks.scaling import Machines, scaling
+    from crossflow.core.files import size_in_words
+    from crossflow.tasks import load_config
+
+    numbers = [int(word) for word in gpus.split(",") if word.strip().isdigit() and int(word) > 0]
+    if len(numbers) != len(gpus.split(",")) or min(samples_per_second, network, disk) <= 0:
+        raise UserError("--gpus takes positive numbers separated by commas, such as 1,8,64; the rates are positive.")
+    config = load_config(recipe, overrides)
+    rows = scaling(config, numbers, Machines(samples_per_second, network * 1e9, disk * 1e9))
+    say(f"{recipe}: batch {config.train.batch_size}, {config.train.accumulate} accumulated part(s). Assumed:")
+    say(f"- one GPU computes {samples_per_second:g} samples/s, sends {network:g} GB/s; checkpoints take {disk:g} GB/s;")
+    say("- float32 weights and gradients, exchanged in rings; each GPU computes as fast as it does alone;")
+    say("- samples/s lie between an exchange that waits for the computation and one that overlaps with it wholly.")
+    if rows[0].activations is None:
+        say("- without data: activations, frozen networks and learned parts of the losses come on top.")
+    for row in rows:
+        activations = "" if row.activations is None else f" + activations {size_in_words(row.activations)}"
+        say(
+            f"{row.gpus:>5} GPUs  {'fsdp' if row.sharded else 'none'}  state {size_in_words(row.state)}{activations}"
+            f"  checkpoint {size_in_words(row.checkpoint)} in {row.checkpoint_seconds:.3g} s"
+            f"  sent per step {size_in_words(row.sent)}  {row.slowest:.4g} to {row.fastest:.4g} samples/s"
+        )
