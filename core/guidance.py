@@ -150,11 +150,11 @@ def indicator_guidance(
     """v_uncond + scale (v_cond - v_uncond) inside the interval, both from one batched forward of 2B samples."""
     if scale == 1:
         return plain(model, condition)
-    doubled, conditional = _doubled(condition), plain(model, condition)
+    doubled = _doubled(condition)
 
     def velocity(z: Tensor, t: float) -> Tensor:
         if not _within(t, interval):
-            return conditional(z, t)
+            return model.velocity(z, as_times(t, z), as_flags(False, z), condition)
         twice, flags = torch.cat([z, z]), torch.cat([as_flags(False, z), as_flags(True, z)])
         both = model.velocity(twice, as_times(t, twice), flags, doubled)
         v_cond, v_uncond = both.chunk(2)
@@ -177,13 +177,12 @@ def autoguidance(
     if scale == 1:
         return plain(model, condition)
 
-    strong, poor = plain(model, condition), plain(weak, weak_condition)
-
     def velocity(z: Tensor, t: float) -> Tensor:
-        v = strong(z, t)
+        times, flags = as_times(t, z), as_flags(False, z)
+        v = model.velocity(z, times, flags, condition)
         if not _within(t, interval):
             return v
-        v_weak = poor(z, t)
+        v_weak = weak.velocity(z, times, flags, weak_condition)
         return v_weak + scale * (v - v_weak)
 
     return velocity

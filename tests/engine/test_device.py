@@ -27,7 +27,7 @@ from crossflow.networks.codecs.flowtitok import FlowTiTokCodec
 from crossflow.networks.codecs.pixel import PixelCodec
 from crossflow.networks.image_tower import SIGLIP_STATISTICS, ImageTower
 from crossflow.networks.text.frozen_encoder import FrozenTextEncoder, TextEncoderSettings
-from crossflow.networks.text.tokenizer import build_tokenizer
+from crossflow.networks.text.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from crossflow.tasks import load_config, task_class, task_names
 from crossflow.tasks.base import Task
 
@@ -97,7 +97,9 @@ def text_encoder(width: int, length: int) -> FrozenTextEncoder:
         sizes |= {"vocab_size": 400, "max_position_embeddings": length}
         special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
         network = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, **special))
-    return FrozenTextEncoder(network, build_tokenizer(CAPTIONS, 400, length), TextEncoderSettings(max_length=length))
+    backend = build_tokenizer(CAPTIONS, 400, length).backend
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=SPECIAL_TOKENS[0])
+    return FrozenTextEncoder(network, tokenizer, TextEncoderSettings(max_length=length))
 
 
 def parts_of(config: Any) -> Any:

@@ -129,7 +129,9 @@ def test_latents_are_returned_on_request(pipe) -> None:
 # -- the pipeline
 
 
-@pytest.mark.parametrize("settings", [{}, {"guidance": 2.0, "zero_init": 1}, {"guidance_interval": (0.0, 0.1)}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"guidance": 2.0, "zero_init": 1}, {"zero_init": 1, "guidance_interval": (0.0, 0.1)}]
+)
 @pytest.mark.parametrize("guided", ["by the indicator", "by a weaker run"])
 def test_at_most_ten_frames_from_prompt_to_network(pipe, monkeypatch, guided: str, settings: dict) -> None:
     run, package = pipe("t2i"), Path(crossflow.__file__).resolve().parent

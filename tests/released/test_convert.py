@@ -70,7 +70,7 @@ def euler_by_hand(model, z, num_steps, scale):
 def test_a_converted_run_makes_the_references_pictures(
     files, configs, encoders, runs, kind, encoder, guidance, prompts, as_read
 ):
-    pipe = load(runs(kind))
+    pipe = load(runs(kind), precision="float32")
     assert (pipe.settings.guidance, pipe.settings.time_grid) == (guidance, "released")
     assert pipe.settings.steps == (20 if kind == "flowtok" else 50)
     pictures = pipe(prompts, ids=["a/0", "b/0"], seed=3, steps=5, output_type="np")

@@ -17,4 +17,4 @@ def test_freed_memory_is_used_again_without_new_pages() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(4 * 2**20)  # 16 MiB, 4096 pages
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 4096
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2 * 4096  # of 10 x 4096
