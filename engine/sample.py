@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crossflow.core import distributed, launcher, sampling
+from crossflow.core.allocator import keep_freed_memory
 from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
@@ -280,6 +281,8 @@ class Pipeline:
                 f"guidance = {settings.guidance:g} needs a model that was also trained without its source; this run "
                 "has guidance.drop = 0. Use guidance 1, guide with a weaker run, or train with guidance.drop=0.1."
             )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         condition = source.condition.to(self.device) if source.condition is not None else None
         guidance = Guidance(settings.guidance, settings.guidance_interval, settings.zero_init / max(settings.steps, 1))
         precision = "float32" if SOLVERS.get(settings.solver).adaptive else self.precision

@@ -25,7 +25,6 @@ from crossflow.core.training.prepare import (
     checkpoint_activations,
     compile_blocks,
     compiles,
-    keep_freed_memory,
 )
 from crossflow.core.training.shards import Stored
 from crossflow.core.training.stream import MicroBatch
@@ -77,8 +76,6 @@ class Learner:
         self.model: nn.Module = objective.model  # type: ignore[assignment]
         self._draw: Callable[..., list[Batch]] = objective.draw  # type: ignore[assignment]
         self.device: torch.device = accelerator.device
-        if self.device.type == "cpu":
-            keep_freed_memory()
         if config.checkpointing:
             checkpoint_activations(self.model)
         self.compiled = compiles(config, self.device)

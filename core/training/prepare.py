@@ -1,9 +1,7 @@
 """Preparations before the first step: processes and precision, sizes, memory, compilation, checkpointing."""
 
-import ctypes
 import importlib.util
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, Projec
 from torch import nn
 
 from crossflow.core import distributed
+from crossflow.core.allocator import keep_freed_memory
 from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
 
-# Parameters of mallopt, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 
@@ -96,23 +93,12 @@ def build_accelerator(config: TrainConfig, run_dir: Path, find_unused: bool = Fa
             f"accelerate is configured for {accelerator.distributed_type.value}, but training is data-parallel only. "
             "Choose multi-GPU or multi-CPU in `accelerate config`, or pass --multi_gpu to `accelerate launch`."
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     assert accelerator.num_processes == distributed.world_size(), (
         "accelerate and torch disagree on the number of processes"
     )
     return accelerator
-
-
-def keep_freed_memory() -> bool:
-    """Makes the C library keep freed memory for this process instead of returning it; whether it could (glibc only).
-
-    Every step on the CPU allocates the same sizes. Returned to the system and mapped again, their pages have to be
-    cleared each time, which takes 10 to 25 % of a step.
-    """
-    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if adjust is None:
-        return False
-    # Setting either ends their automatic adjustment; 32 MiB is the largest threshold that every version accepts.
-    return bool(adjust(_M_TRIM_THRESHOLD, 2**31 - 1)) and bool(adjust(_M_MMAP_THRESHOLD, 2**25))
 
 
 def check_sizes(config: TrainConfig, num_examples: int, world_size: int) -> None:

@@ -52,6 +52,19 @@ def prepared(tiny_settings):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["t2i", "caption"])
+def test_captions_of_any_length_make_batches_of_one_shape(prepared, name: str) -> None:
+    task, examples = prepared(name, [])
+    shapes = []
+    for caption in ("red", "a red cube left of a large blue metal sphere, " * 20):
+        batch = task.prepare(task.collate([{**example, "caption": caption} for example in examples]))
+        assert batch.alignment is not None
+        tensors = (batch.features, batch.target, batch.alignment, *(() if batch.mask is None else (batch.mask,)))
+        shapes.append([tensor.shape for tensor in tensors])
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides"), VARIANTS, ids=lambda value: "+".join(value) if isinstance(value, list) else value
 )

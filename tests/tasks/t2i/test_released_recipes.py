@@ -106,7 +106,10 @@ def test_sampling_needs_no_image_tower(networks, tmp_path: Path) -> None:
     Run.open(build(task_class("t2i").Config, settings), tmp_path / "run")
     config = load_config(tmp_path / "run", ["tower.source=nowhere/at-all"])
     task = task_class("t2i").load(config, tmp_path / "run")
-    assert task.source(["a red cube"]).features.shape == (1, 77, 32)
+    for prompt in ("", "a red cube", "a red cube and " * 40):  # one shape, so that nothing is compiled twice
+        source = task.source([prompt])
+        assert source.mask is not None
+        assert (source.features.shape, source.mask.shape) == ((1, 77, 32), (1, 77))
     with pytest.raises(UserError, match="nowhere/at-all"):
         _ = task.tower
 
