@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,3 +84,10 @@ def test_an_error_ends_all_processes_with_one_paragraph(tiny_run, forked: Module
     assert process.wait() != 0
     assert "Did you mean 'euler'" in process.output()
     assert "cli.py" not in process.output(), "our own traceback"
+
+
+def test_triton_reports_nothing_when_a_command_exits() -> None:
+    pytest.importorskip("triton")
+    script = "import sys, triton\nfrom crossflow.__main__ import run\nsys.argv = ['crossflow', '--version']\nrun()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
