@@ -9,7 +9,7 @@ stay whole on every process. A tensor divided in this way is a DTensor.
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from crossflow.core import distributed
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-    from typing_extensions import TypeIs
 
 
 def shard(root: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -37,7 +36,7 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module]) -> None:
     fully_shard(root, mesh=mesh, ignored_params=scalars)
 
 
-def is_divided(tensor: Tensor) -> "TypeIs[DTensor]":
+def is_divided(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether this process holds some rows of the tensor; without `shard` there are no such tensors."""
     # Loading this module takes longer than loading the rest of a training.
     module = sys.modules.get("torch.distributed.tensor")
