@@ -234,7 +234,9 @@ class TrainConfig(Section):
     half of it; several processes complete theirs.
     """
     timeout_minutes: float = Field(30, gt=0)
-    """How long a process waits for the others before it takes them for dead."""
+    """Limit of the waiting for the gradients of the other processes, where the backend keeps it; the rest has the
+    backend's own.
+    """
     auto_micro_batch: bool = False
     """Halve the samples of a forward pass when memory runs out, and make the same step again (one process). A
     contrastive loss takes its negatives from fewer samples then.

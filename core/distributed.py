@@ -66,7 +66,10 @@ def is_main() -> bool:
 
 
 def limit_waiting(minutes: float) -> None:
-    """Sets how long a process waits for the others before it ends with an error."""
+    """Sets how long a process waits for the sums of all before it ends with an error.
+
+    gloo gathers with the time that it began with.
+    """
     if is_distributed():
         from torch.distributed.distributed_c10d import _set_pg_timeout
 

@@ -24,7 +24,7 @@ from crossflow.benchmarks.evaluation.statistics import Statistics, read_statisti
 from crossflow.core import distributed
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
-from crossflow.core.files import write_atomically
+from crossflow.core.files import remove_temporaries, write_atomically
 from crossflow.core.lock import FolderLock
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.output import claim, output_files, record
@@ -43,6 +43,7 @@ MEMORY = 2**28
 """Bytes of decoded items kept in the cache of the data set."""
 UNFINISHED = ".unfinished"
 """Subfolder of the results with the finished batches of an interrupted evaluation."""
+RESULTS = {"metrics.json", "items.jsonl", "index.html", "pictures.png"}
 Trivial = Callable[[Case], Any]
 """The output that needs no model, such as a bicubic enlargement."""
 
@@ -165,14 +166,14 @@ class Evaluation:
 
     def _run(self, folder: Path, real: Statistics | None, progress: Progress | None) -> Report | None:
         """As `run`, with the folder locked."""
-        before = output_files(folder)
+        remove_temporaries(folder)
         trivial, notes = self._trivial()
         ledger = self._score(folder / UNFINISHED, trivial, real is not None, progress)
         if ledger is None:
             return None
         report = self._report(folder, ledger, real, notes)
+        record(folder, RESULTS & output_files(folder))
         ledger.remove()
-        record(folder, output_files(folder) - before)
         return report
 
     def claim(self, folder: Path | None = None, *, default: Path | None = None, overwrite: bool = False) -> Path:
