@@ -101,7 +101,8 @@ def test_every_module_and_recipe_of_the_tree_is_in_the_wheel(tree: Path, wheel: 
         for noun in ("core", "tasks", "configs", "benchmarks")
         for p in (tree / noun).rglob("*.yaml")
     }
-    expected = {f"crossflow/{p.as_posix()}" for p in modules | recipes | {Path("py.typed")}}
+    references = {p.relative_to(tree) for p in (tree / "configs").rglob("*.json")}
+    expected = {f"crossflow/{p.as_posix()}" for p in modules | recipes | references | {Path("py.typed")}}
     shipped = {name for name in names_in(wheel) if not name.split("/")[0].endswith(".dist-info")}
     assert shipped == expected  # equality: neither tests nor setup.py nor a result of a run is shipped
 
