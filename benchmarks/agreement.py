@@ -116,6 +116,17 @@ def open_run(recipe: str, folder: Path, *, steps: int, resume: str | None = None
     return Run.open(load_config(recipe, [*SHORT, *quick, f"train.steps={steps}"]), folder, resume=resume)
 
 
+def train(recipe: str, folder: Path, *, steps: int, resume: str | None = None) -> torch.device:
+    """Trains to `steps` without scoring; returns the device."""
+    run = open_run(recipe, folder, steps=steps, resume=resume)
+    try:
+        trainer = run.trainer()
+        trainer.run(resume)
+    finally:
+        run.release()
+    return trainer.device
+
+
 def first_batch(trainer: Trainer) -> MicroBatch:
     """The first micro-batch of a trainer, which makes a step with it."""
     batches: list[MicroBatch] = []
@@ -142,11 +153,10 @@ def _loss_and_gradient(objective: nn.Module, micro_batch: MicroBatch, device: to
 
 def resume_check(recipe: str, folder: Path) -> Check:
     """The weights of four steps, beside those of two steps and two more after resuming."""
-    open_run(recipe, folder / "whole", steps=4).trainer().run()
-    open_run(recipe, folder / "resumed", steps=2).trainer().run()
-    trainer = open_run(recipe, folder / "resumed", steps=4, resume="auto").trainer()
-    trainer.run("auto")
+    train(recipe, folder / "whole", steps=4)
+    train(recipe, folder / "resumed", steps=2)
+    device = train(recipe, folder / "resumed", steps=4, resume="auto")
     whole, resumed = (read_tensors(folder / name / WEIGHTS["model"]) for name in ("whole", "resumed"))
     vectors = [torch.cat([tensor.flatten().double() for tensor in tensors.values()]) for tensors in (resumed, whole)]
-    limit = 0.0 if trainer.device.type == "cpu" else RESUMED
+    limit = 0.0 if device.type == "cpu" else RESUMED
     return Check(recipe, "weights after resuming", difference(vectors[0], vectors[1]), limit)

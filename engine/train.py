@@ -300,8 +300,12 @@ class Run:
         try:
             return self.trainer().dry_run(resume=self.resume)
         finally:
-            if self.lock is not None:
-                self.lock.release()
+            self.release()
+
+    def release(self) -> None:
+        """Unlocks the folder, as `train` and `dry_run` do at their end."""
+        if self.lock is not None:
+            self.lock.release()
 
     def train(self) -> Outcome:
         """Trains, then scores the averaged weights on the validation split beside the trivial baseline.
@@ -311,8 +315,7 @@ class Run:
         try:
             return self._train()
         finally:
-            if self.lock is not None:
-                self.lock.release()
+            self.release()
 
     def _train(self) -> Outcome:
         """As `train`, with the folder locked."""

@@ -87,6 +87,7 @@ def test_image_heads_are_not_part_of_the_generator(name):
     assert num_parameters(objective) - num_parameters(model) == pytest.approx(IMAGE_HEADS[name], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason="needs the key lists of the released files")
 @pytest.mark.parametrize("name", FILES)
 def test_a_recipe_is_the_network_of_its_released_file(name):

@@ -73,6 +73,7 @@ def test_a_checkpoint_has_the_planned_size(task: str, tiny_run, tiny_settings) -
     assert row.checkpoint == pytest.approx(written, rel=0.1)
 
 
+@pytest.mark.slow
 def test_sharding_divides_the_state_and_sends_half_as_much_again() -> None:
     config = load_config("t2i_256_clip_dimr", ["data.train=folder:nowhere"])
     alone, whole, shared = scaling(config, [1, 64], Machines(120, 50e9, 2e9))
@@ -85,6 +86,7 @@ def test_sharding_divides_the_state_and_sends_half_as_much_again() -> None:
         scaling(config, [3], MACHINES)
 
 
+@pytest.mark.slow
 def test_the_command_prints_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["benchmark", "plan", "t2i_256_clip_dimr", "--samples-per-second", "120", "--gpus"]
     assert main([*arguments, "1,8"]) == 0

@@ -104,6 +104,7 @@ def test_flowtok_reads_padding_with_token_zero(runs):
     assert (padded[~mask] - other[~mask]).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_flowtoks_pictures_are_decoded_under_their_texts(runs, monkeypatch):
     """The latent tools too: the ends of an interpolation are what sampling gives, between them are both texts."""
     pipe = load(runs("flowtok"))
@@ -265,6 +266,7 @@ def test_a_full_disk_is_reported_before_anything_is_written(files, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_existing_files_are_not_overwritten(files, runs, tmp_path):
     path, config, _ = files("dimr")
     (tmp_path / "full").mkdir()
