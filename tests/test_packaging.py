@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # The build and the installed command must see neither the checkout nor a path set for these tests.
 CLEAN = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
-pytestmark = pytest.mark.skipif(find_spec("pip") is None, reason="builds with pip, which this environment lacks")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("pip") is None, reason="builds with pip, which this environment lacks"),
+]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -107,7 +110,6 @@ def test_every_module_and_recipe_of_the_tree_is_in_the_wheel(tree: Path, wheel: 
     assert shipped == expected  # equality: neither tests nor setup.py nor a result of a run is shipped
 
 
-@pytest.mark.slow
 def test_a_new_folder_reaches_the_wheel(tmp_path: Path):
     tree = copy_of_tree(tmp_path / "tree")
     for package in ("core/new", "tasks/new", "tasks/new/deeper", "noun"):
@@ -140,7 +142,6 @@ def test_a_new_folder_reaches_the_wheel(tmp_path: Path):
     assert not [name for name in names if "tests" in name.split("/")]
 
 
-@pytest.mark.slow
 def test_the_source_archive_builds_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path):
     source = copy_of_tree(tmp_path / "tree")
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"

@@ -100,12 +100,8 @@ def sampled(value):
     return value.flatten()[:: max(1, value.numel() // 300) | 1]
 
 
-SLOW = {"crossflow_dimr_256_t5_small", "crossflow_dit_512_small"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FIXTURES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIXTURES)
 def test_networks_equal_the_reference(name, recipe, recorded, loaded):
     about, model = FIXTURES[name], loaded(name)[0]
     right = {
