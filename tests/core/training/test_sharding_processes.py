@@ -96,5 +96,5 @@ def test_a_lost_shard_is_noticed_and_the_checkpoint_before_is_used(tiny: ModuleT
 
 
 def test_scaled_gradients_are_refused(runs: Runs) -> None:
-    for output in runs.train("many", 2, *SHARDED, 'precision="fp16"', status=1):
-        assert "user error:" in output
+    # A process that is slower to join may only see that the other has ended.
+    assert any("user error:" in output for output in runs.train("many", 2, *SHARDED, 'precision="fp16"', status=1))
