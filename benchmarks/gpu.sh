@@ -3,6 +3,7 @@
 #
 #   benchmarks/gpu.sh OUT          everything is written into the folder OUT
 #   SMALL=1 benchmarks/gpu.sh OUT  every part with tiny networks, to try the script without a GPU
+#   PARTS="agreement released_dimr" benchmarks/gpu.sh OUT  these parts alone
 #
 # Works from a source tree without installing, and downloads nothing: frozen networks have random weights. Each part has
 # a time limit, and one that fails does not end the others; the exit status is the number of failed parts.
@@ -28,6 +29,7 @@ failed=0
 part() {
   local name=$1 limit=$2 start=$SECONDS status=0
   shift 2
+  [[ -z "${PARTS:-}" || " $PARTS " == *" $name "* ]] || return 0
   echo "== $name: $*" >> "$out/log.txt"
   timeout -k 5 "$limit" "$@" >> "$out/log.txt" 2>&1 || status=$?
   local outcome=done
