@@ -166,7 +166,8 @@ class Evaluation:
 
     def _run(self, folder: Path, real: Statistics | None, progress: Progress | None) -> Report | None:
         """As `run`, with the folder locked."""
-        remove_temporaries(folder)
+        # By the first process alone: a slower one would remove what the first has begun to write.
+        distributed.on_main(lambda: remove_temporaries(folder))
         trivial, notes = self._trivial()
         ledger = self._score(folder / UNFINISHED, trivial, real is not None, progress)
         if ledger is None:
