@@ -1,6 +1,6 @@
-"""What ends a training from outside, in words: no memory, a loader worker or another process that died.
+"""Messages for failures from outside: out of memory, or the death of a loader worker or of another process.
 
-The libraries raise plain RuntimeErrors for these, so they are told apart by their texts.
+The libraries raise plain RuntimeErrors for these, which only their messages distinguish.
 """
 
 import os

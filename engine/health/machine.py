@@ -72,7 +72,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _available() -> int | None:
-    """Memory that can be had without swapping, in bytes; None where the system does not say."""
+    """Memory available without swapping, in bytes; None where the system does not say."""
     path = Path("/proc/meminfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

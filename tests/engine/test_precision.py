@@ -1,4 +1,4 @@
-"""A pipeline computes where and how it is told, and its results are those of float32 up to rounding."""
+"""A pipeline computes on the device and in the precision that are set; results are those of float32 up to rounding."""
 
 from pathlib import Path
 
