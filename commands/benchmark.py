@@ -1,5 +1,5 @@
-"""``crossflow benchmark quality|speed|agreement``: results beside the papers' tables; times on this machine, and
-whether its device computes what its CPU does.
+"""``crossflow benchmark quality|speed|learning|agreement|plan``: results beside the papers' tables; times on this
+machine, which recipe learns fastest on it, and whether its device computes what its CPU does.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from crossflow.commands import options
-from crossflow.commands.console import progress_bar, say, warn
+from crossflow.commands.console import progress_bar, say, training_progress, warn
 from crossflow.core.errors import UserError
 from crossflow.core.output import check_output, output_folder
 from crossflow.tasks import task_names
@@ -131,6 +131,46 @@ def speed(
         write_atomically(output, json.dumps(results, indent=1))
         write_atomically(output.with_suffix(".md"), page(results, shlex.join(["crossflow", *sys.argv[1:]])))
         say(f"Wrote {output} and {output.with_suffix('.md')}.")
+
+
+@command.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="[LABEL:]RECIPE... [[LABEL:]KEY=VALUE]...")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Of steps, by the clock of an idle machine.")
+@click.option(
+    "--cpu-minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Instead of --minutes: of steps, in processor time of all threads, on a machine that others use too.",
+)
+@click.option("--points", default=4, show_default=True, type=click.IntRange(1), help="Scores during each training.")
+@click.option("--num", default=240, show_default=True, type=click.IntRange(1), help="Items of each score.")
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Seeds 0, 1, ... of each recipe.")
+@click.option(
+    "--output", type=options.PATH, default=Path("learning"), show_default=True, help="Folder of runs and results."
+)
+def learning(
+    arguments: Sequence[str], minutes: float | None, cpu_minutes: float | None, points: int, num: int, seeds: int,
+    output: Path,
+) -> None:  # fmt: skip
+    """Which recipe learns fastest: trainings of equal time, and their scores against minutes.
+
+    \b
+      crossflow benchmark learning t2i_tiny t2i_small --minutes 5
+      crossflow benchmark learning t2i_tiny adamw:t2i_tiny adamw:train.optimizer=adamw --cpu-minutes 8 --seeds 3
+
+    KEY=VALUE holds for all recipes, LABEL:KEY=VALUE for one; a recipe without a label is its own. Each gets the number
+    of steps that fit into the time at the speed of its first steps, so its schedule ends with the time; preparations
+    (a caption's text autoencoder) and scores are not counted. The page (learning.html, learning.md, learning.png,
+    learning.json) is rewritten after each training. After Ctrl-C the same command continues; further recipes and
+    seeds may be added to it.
+    """
+    if (minutes is None) == (cpu_minutes is None):
+        raise UserError("Give the time of each training, by either --minutes or --cpu-minutes.")
+    from crossflow.benchmarks.learning import Budget, compare, entries
+
+    clock = "minutes" if minutes is not None else "cpu minutes"
+    budget = Budget(minutes or cpu_minutes or 0.0, clock, points, num, tuple(range(seeds)))
+    markdown, html = compare(entries(arguments), budget, output, say, training_progress())
+    say(f"Wrote {html} and {markdown}.")
 
 
 @command.command()

@@ -14,13 +14,21 @@ from crossflow.core.output import check_output
 @click.command("plot")
 @click.argument("runs", nargs=-1, required=True, type=options.PATH, metavar="RUN...")
 @click.option(
-    "--x", type=click.Choice(["steps", "minutes"]), default="steps", show_default=True, help="What runs are drawn over."
+    "--x",
+    type=click.Choice(["steps", "minutes", "cpu minutes"]),
+    default="steps",
+    show_default=True,
+    help="What runs are drawn over; cpu minutes: processor time of all threads.",
 )
 @click.option("--curve", "names", multiple=True, metavar="NAME", help="flow, val/flow, lr, ...; repeatable.")
 @click.option("--output", type=options.PATH, help="The picture. Default: RUN/curves.png of the first run, replaced.")
 @click.option("--overwrite", is_flag=True, help="Replace the file named by --output.")
 def command(
-    runs: Sequence[Path], x: Literal["steps", "minutes"], names: Sequence[str], output: Path | None, overwrite: bool
+    runs: Sequence[Path],
+    x: Literal["steps", "minutes", "cpu minutes"],
+    names: Sequence[str],
+    output: Path | None,
+    overwrite: bool,
 ) -> None:
     """Draw losses, gradient norm, validation and scores of runs over each other, here and as a PNG.
 

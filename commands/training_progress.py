@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # Entries of a training line that the progress line shows in another form, or not at all.
 _NOT_A_LOSS = {
     *("kind", "step", "epoch", "lr", "grad_norm", "unconditional", "skipped_steps"),
-    *("seconds_per_step", "samples_per_second", "data_seconds"),
+    *("seconds_per_step", "cpu_seconds_per_step", "samples_per_second", "data_seconds"),
 }
 
 

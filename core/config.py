@@ -214,6 +214,8 @@ class TrainConfig(Section):
     """Number of checkpoints kept."""
     eval_every: int = Field(1000, ge=0)
     """Steps between validations; 0: only at the end."""
+    eval_scores: bool = False
+    """Also score the outputs for the `data.num_val` items at each validation."""
     sample_every: int = Field(1000, ge=0)
     """Steps between sample grids; 0: only at the end."""
     log_every: int = Field(20, ge=1)

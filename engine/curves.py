@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from crossflow.core.errors import UserError
 from crossflow.core.files import replacing
 from crossflow.engine.folder import RunFolder
-from crossflow.engine.run_log import Curve, RunLog, read_log
+from crossflow.engine.run_log import CLOCK, Curve, RunLog, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Axis = Literal["steps", "minutes"]
+Axis = Literal["steps", "minutes", "cpu minutes"]
+_CLOCKS = {"minutes": "seconds_per_step", "cpu minutes": "cpu_seconds_per_step"}
 MARKS = "•×+o*#@%"
 """The character of each run in a terminal; runs beyond these repeat them."""
 
@@ -47,12 +48,12 @@ def read_panels(folders: Sequence[Path], x: Axis = "steps", names: Sequence[str]
         log = logs[label]
         for name, curve in _curves(log, RunFolder(folder)).items():
             clean = curve.without_gaps()
-            places = clean.steps if x == "steps" else log.minutes(clean.steps)
+            places = clean.steps if x == "steps" else log.minutes(clean.steps, _CLOCKS[x])
             if clean.values:
                 lines.setdefault(name, {})[label] = list(zip(map(float, places), clean.values, strict=True))
     if unknown := [name for name in names if name not in lines]:
         raise UserError(f"No run has logged {', '.join(unknown)}. Logged: {', '.join(lines)}.")
-    hidden = {"lr", "epoch", "seconds_per_step", "samples_per_second", "data_seconds", "unconditional"}
+    hidden = {"lr", "epoch", "unconditional"} | CLOCK
     chosen = names or [name for name in lines if name not in hidden]
     return [Panel(name, lines[name]) for name in chosen]
 

@@ -13,7 +13,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.training.bad_steps import BAD_STEPS
 from crossflow.engine.folder import METRICS
 
-CLOCK = frozenset(("seconds_per_step", "samples_per_second", "data_seconds"))
+CLOCK = frozenset(("seconds_per_step", "cpu_seconds_per_step", "samples_per_second", "data_seconds"))
 NOT_A_LOSS = CLOCK | {"kind", "step", "epoch", "lr", "grad_norm", "unconditional", "skipped_steps"}
 """Numbers of a training line that are no losses."""
 
@@ -93,11 +93,14 @@ class RunLog:
         values = tuple(math.nan if value is None else float(value) for _, value in points)
         return Curve(name, tuple(step for step, _ in points), values)
 
-    def minutes(self, steps: Sequence[int]) -> list[float]:
-        """The minutes of optimizer steps, without validations, that the training had taken at each of `steps`."""
+    def minutes(self, steps: Sequence[int], clock: str = "seconds_per_step") -> list[float]:
+        """The minutes of optimizer steps, without validations, that the training had taken at each of `steps`.
+
+        clock: seconds_per_step, or cpu_seconds_per_step for the processor time of all threads.
+        """
         ends, spent, total, before = [0], [0.0], 0.0, 0
         for line in self.lines.get("train", []):
-            total += (line.get("seconds_per_step") or 0.0) * (line["step"] - before) / 60
+            total += (line.get(clock) or 0.0) * (line["step"] - before) / 60
             before = line["step"]
             ends.append(before)
             spent.append(total)

@@ -50,6 +50,7 @@ FREE_TO_CHANGE = {
         "save_every",
         "keep",
         "eval_every",
+        "eval_scores",
         "sample_every",
         "log_every",
         "num_workers",
@@ -373,8 +374,16 @@ class Run:
         return Pipeline(self.task, self.model, folder=self.folder, weights="ema", device=device, precision="float32")
 
     def _validate(self, step: int) -> dict[str, float]:
-        """The flow loss on held-out items, with their own sources and with those of other items."""
-        return held_out_loss(self.task, self.model, self.validation)
+        """The flow loss on held-out items, with their own sources and with those of other items; with
+        `train.eval_scores` also the scores of their outputs.
+        """
+        losses = held_out_loss(self.task, self.model, self.validation)
+        if not self.config.train.eval_scores:
+            return losses
+        values = distributed.on_main(
+            lambda: score(self._pipeline(), self.scoring, self.cases, seed=self.config.seed, num_tiles=0).values
+        )
+        return losses | values
 
     def _sample(self, step: int) -> None:
         if not distributed.is_main():

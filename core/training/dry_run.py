@@ -25,6 +25,8 @@ class DryRun:
     peak_memory: int | None
     """Peak memory of the measured steps in bytes, including activations (GPU only)."""
     seconds_per_step: float
+    cpu_seconds_per_step: float
+    """Processor time of all threads of this process."""
     remaining_steps: int
     checkpoint_bytes: int
     keep: int
@@ -46,19 +48,21 @@ def measure(learner: Learner, steps: Iterator[None], num_steps: int, remaining_s
     on_gpu = learner.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(learner.device)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(WARM_UP + num_steps):
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), time.process_time()
         next(steps)
         if on_gpu:
             torch.cuda.synchronize(learner.device)
         seconds.append(time.monotonic() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     tensors = learner.tensors()
     return DryRun(
         parameters=_parameters(learner),
         memory=memory(learner),
         peak_memory=torch.cuda.max_memory_allocated(learner.device) if on_gpu else None,
         seconds_per_step=sum(seconds[WARM_UP:]) / num_steps,
+        cpu_seconds_per_step=sum(cpu_seconds[WARM_UP:]) / num_steps,
         remaining_steps=remaining_steps,
         checkpoint_bytes=sum(map(num_bytes, tensors.values())),
         keep=learner.config.keep,

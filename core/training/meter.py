@@ -23,6 +23,8 @@ class Interval:
     num_steps: int
     """Steps in the time below; fewer than in the means when the run was resumed meanwhile."""
     seconds: float
+    cpu_seconds: float
+    """Processor time of all threads of this process in these."""
     waiting: float
     """Seconds of these in which the process waited for its data."""
 
@@ -41,9 +43,7 @@ class Meter:
         self._sums: Tensor | None = None
         self._num_steps = 0  # in the sums, and the steps left out
         self._left_out = torch.zeros((), device=device)  # number of bad steps
-        self._num_timed = 0  # since the clock started
-        self._start = time.monotonic()
-        self._waiting = 0.0
+        self.restart_clock()
 
     def add(self, names: tuple[str, ...], losses: Tensor, norm: Tensor, unconditional: Tensor, is_bad: Tensor) -> None:
         """Adds a step: its losses (P,), called `names`, its gradient norm and its share of unconditional samples.
@@ -60,7 +60,8 @@ class Meter:
 
     def take(self) -> Interval:
         """The interval that ends here; starts the next one."""
-        interval = Interval(self._means(), self._num_timed, time.monotonic() - self._start, self._waiting)
+        seconds, cpu_seconds = time.monotonic() - self._start, time.process_time() - self._cpu_start
+        interval = Interval(self._means(), self._num_timed, seconds, cpu_seconds, self._waiting)
         self._sums, self._num_steps, self._left_out = None, 0, torch.zeros_like(self._left_out)
         self.restart_clock()
         return interval
@@ -73,7 +74,8 @@ class Meter:
 
     def restart_clock(self) -> None:
         """Restarts the time measurement."""
-        self._start, self._num_timed, self._waiting = time.monotonic(), 0, 0.0
+        self._start, self._cpu_start = time.monotonic(), time.process_time()
+        self._num_timed, self._waiting = 0, 0.0  # steps since then, and seconds of waiting for data
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -87,11 +89,12 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Context whose time is not counted."""
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), time.process_time()
         try:
             yield
         finally:
             self._start += time.monotonic() - start
+            self._cpu_start += time.process_time() - cpu_start
 
     def state(self) -> dict[str, Any]:
         """The current interval in JSON types; the same on every rank."""

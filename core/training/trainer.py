@@ -388,6 +388,7 @@ class Trainer:
             "lr": self.learning_rate_at(self.step - 1),
             "epoch": self.step * self.config.batch_size / self.num_examples,
             "seconds_per_step": interval.seconds / interval.num_steps,
+            "cpu_seconds_per_step": interval.cpu_seconds / interval.num_steps,
             "samples_per_second": self.config.batch_size * interval.num_steps / max(interval.seconds, 1e-9),
             "data_seconds": interval.waiting / interval.num_steps,
         }

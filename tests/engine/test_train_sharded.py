@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def lines(run: Path) -> list[dict]:
-    clock = ("seconds_per_step", "samples_per_second", "data_seconds", "kind")
+    clock = ("seconds_per_step", "cpu_seconds_per_step", "samples_per_second", "data_seconds", "kind")
     read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in clock} for line in read]
 

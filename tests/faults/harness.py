@@ -41,7 +41,7 @@ VARIANTS = {
     "depth": ["train.num_workers=1", "train.optimizer=muon"],
     "sr": ["data.image_size=32", "sr.tile=16", "sr.overlap=4", "train.precision=bf16", "train.accumulate=2"],
 }
-CLOCK = {"seconds_per_step", "samples_per_second", "data_seconds"}
+CLOCK = {"seconds_per_step", "cpu_seconds_per_step", "samples_per_second", "data_seconds"}
 SECONDS = 600  # after which a job counts as hanging
 
 

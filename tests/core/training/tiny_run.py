@@ -126,7 +126,7 @@ def trainer(run_dir: Path, objective: nn.Module | None = None, data: Data | None
 def lines(run_dir: Path, kind: str = "train") -> list[dict]:
     """The lines of metrics.jsonl without timings."""
     text = (run_dir / "metrics.jsonl").read_text()
-    clock = ("seconds_per_step", "samples_per_second", "data_seconds")
+    clock = ("seconds_per_step", "cpu_seconds_per_step", "samples_per_second", "data_seconds")
     read = [json.loads(line) for line in text.splitlines()]
     return [{k: v for k, v in line.items() if k not in clock} for line in read if line["kind"] == kind]
 
