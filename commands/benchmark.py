@@ -165,9 +165,9 @@ def learning(
     """
     if (minutes is None) == (cpu_minutes is None):
         raise UserError("Give the time of each training, by either --minutes or --cpu-minutes.")
-    from crossflow.benchmarks.learning import Budget, compare, entries
+    from crossflow.benchmarks.learning import Budget, Clock, compare, entries
 
-    clock = "minutes" if minutes is not None else "cpu minutes"
+    clock: Clock = "minutes" if minutes is not None else "cpu minutes"
     budget = Budget(minutes or cpu_minutes or 0.0, clock, points, num, tuple(range(seeds)))
     markdown, html = compare(entries(arguments), budget, output, say, training_progress())
     say(f"Wrote {html} and {markdown}.")
