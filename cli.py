@@ -15,7 +15,7 @@ from crossflow.core.errors import UserError, unknown_name
 COMMANDS = (
     *("train", "sample", "evaluate", "compare", "statistics"),
     *("interpolate", "arithmetic", "invert", "cache", "convert", "ablate", "benchmark", "data", "list"),
-    *("doctor", "plot", "consolidate"),
+    *("show", "doctor", "plot", "consolidate", "push", "completion"),
 )
 """In the order of `crossflow --help`; ``commands/NAME.py`` holds the click command ``command``."""
 
@@ -52,9 +52,8 @@ def table() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 2 after a user's error, 130 after Ctrl-C.
-
-    argv: the arguments without the program's name; those of the process by default.
+    """Runs a command (by default that of the process) and returns its exit status: 0, 2 after a user's error, 130 after
+    Ctrl-C. argv: the arguments without the program's name.
     """
     import logging
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--protocol", help="Protocol of the evaluations (crossflow list protocols). Default: the task's rules.")
 @click.option("--eval-data", help="Data of the evaluations. Default: the recipe's, or the protocol's.")
 @click.option("--num", type=click.IntRange(1), help="Items of each evaluation. Default: 240, or all of the protocol.")
-@click.option("--split", type=click.Choice(["val", "test", "all"]), help="Default: test, or the protocol's.")
+@click.option("--split", type=options.Choice(["val", "test", "all"]), help="Default: test, or the protocol's.")
 @click.option("--output", type=options.PATH, help="Folder of runs and results. Default: ablations/GROUP.")
 @click.option("--dry-run", is_flag=True, help="List the commands and which of them are done; nothing is run.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE | VARIANT:KEY=VALUE]...")

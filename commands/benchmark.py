@@ -60,21 +60,21 @@ def quality(places: Sequence[Path], output: Path | None, overwrite: bool, more: 
     "--part",
     "parts",
     multiple=True,
-    type=click.Choice(["scenes", "training", "sampling", "evaluation", "cache", "opening", "released"]),
+    type=options.Choice(["scenes", "training", "sampling", "evaluation", "cache", "opening", "released"]),
     help="What is measured; repeatable. Default: scenes, training, sampling and cache.",
 )
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice(["float32", "bf16", "fp16"]),
+    type=options.Choice(["float32", "bf16", "fp16"]),
     help="Repeatable. Default: the recipe's own; for the part released float32 and bf16.",
 )
 @click.option(
     "--compile",
     "compiled",
     multiple=True,
-    type=click.Choice(["no", "yes"]),
+    type=options.Choice(["no", "yes"]),
     help="Whether torch.compile compiles the blocks; repeatable. Default: no.",
 )
 @click.option("--batch", "batch_size", type=click.IntRange(min=1), help="Outputs at a time of the part sampling.")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     "storage",
     default="float16",
     show_default=True,
-    type=click.Choice(["float16", "bfloat16", "float32"]),
+    type=options.Choice(["float16", "bfloat16", "float32"]),
     help="Type that features are stored in.",
 )
 @click.option("--num", type=click.IntRange(1), help="Maximum number of items per split.")

@@ -90,7 +90,7 @@ OWN_OPTION = ("solver", "steps", "guidance")
 
 OPTIONS = (
     click.option("--checkpoint", required=True, help="Run directory, or hub id (owner/name)."),
-    click.option("--weights", type=click.Choice(["ema", "model"]), help="Default: the averaged ones (ema)."),
+    click.option("--weights", type=options.Choice(["ema", "model"]), help="Default: the averaged ones (ema)."),
     *options.COMPUTING,
     click.option(
         "--seed",

@@ -1,10 +1,13 @@
 """What commands print: lines, tables, scores, progress, and the message for an error."""
 
+import json
+import math
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,9 +24,34 @@ MAX_LISTED = 20
 """Longer lists of problems are cut, with a line that says how many follow."""
 
 
+def wants_json() -> bool:
+    """Whether the command that runs was given --json, so that stdout belongs to its result."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.params.get("as_json"))
+
+
 def say(text: str = "") -> None:
-    """Prints a line to stdout."""
-    click.echo(text)
+    """Prints a line to stdout, or to stderr under --json."""
+    click.echo(text, err=wants_json())
+
+
+def print_json(content: object) -> None:
+    """Prints the result of a command as indented JSON to stdout; numbers that JSON does not have become null."""
+    click.echo(json.dumps(_finite(content), ensure_ascii=False, indent=1))
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(name): _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_file(path: Path) -> None:
+    """Shows a picture or page in the desktop's viewer; says so where there is none."""
+    if click.launch(str(path)) != 0:
+        warn(f"note: no program of this desktop shows {path}.")
 
 
 def warn(text: str) -> None:
@@ -66,7 +94,7 @@ def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> No
     table = Table(*header) if header else Table(box=None, show_header=False)
     for row in rows:
         table.add_row(*map(Text, row))  # Text: square brackets are not markup
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 160, stderr=wants_json()).print(table)
 
 
 def show_scores(
@@ -111,7 +139,7 @@ def progress_bar(label: str, after: float = 2.0, every: float = 15.0) -> Iterato
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-    console, is_first = Console(), is_first_process()
+    console, is_first = Console(stderr=wants_json()), is_first_process()
     bar = Bar(console=console, transient=True, disable=not (console.is_terminal and is_first))
     task, last_line = bar.add_task(label, total=None), time.monotonic()
     # A separate timer: the first step of a large model, or a solver that reports no steps, may take long.

@@ -21,7 +21,7 @@ from crossflow.core.output import output_folder
     "--kind",
     default="lerp",
     show_default=True,
-    type=click.Choice(["lerp", "slerp"]),
+    type=options.Choice(["lerp", "slerp"]),
     help="Straight line or great circle.",
 )
 @options.latent_noise

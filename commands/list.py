@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import click
 
-from crossflow.commands.console import print_table
+from crossflow.commands import options
+from crossflow.commands.console import print_json, print_table
 from crossflow.tasks import task_names
 
 Row = tuple[str, ...]
@@ -14,9 +15,15 @@ Rows = Sequence[Row]
 
 
 @click.command("list")
-@click.argument("what", type=click.Choice(["tasks", "configs", "datasets", "protocols", "solvers", "backbones"]))
-def command(what: str) -> None:
-    """Names that options accept: tasks, configs, datasets, protocols, solvers, backbones."""
+@click.argument("what", type=options.Choice(["tasks", "configs", "datasets", "protocols", "solvers", "backbones"]))
+@options.as_json
+def command(what: str, as_json: bool) -> None:
+    """Names that options accept: tasks, configs, datasets, protocols, solvers, backbones.
+
+    \b
+      crossflow list configs
+      crossflow list protocols --json
+    """
     rows: dict[str, Callable[[], Rows]] = {
         "tasks": _tasks,
         "configs": _configs,
@@ -25,7 +32,10 @@ def command(what: str) -> None:
         "solvers": _solvers,
         "backbones": _backbones,
     }
-    print_table(rows[what]())
+    if as_json:
+        print_json([{"name": name, "about": list(about)} for name, *about in rows[what]()])
+    else:
+        print_table(rows[what]())
 
 
 def first_sentence(text: str) -> str:

@@ -28,16 +28,29 @@ class TaskName(click.ParamType):
         return value
 
 
+class Choice(click.Choice[str]):
+    """One of several words; the error for another one suggests near words."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The word itself. Raises UserError with near words for an unknown one."""
+        if value not in self.choices:
+            what = "value" if param is None else param.human_readable_name
+            if isinstance(param, click.Option):
+                what = f"value of {max(param.opts, key=len)}"
+            raise unknown_name(what, value, self.choices)
+        return value
+
+
 PATH = click.Path(path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-ANY_SPLIT = click.Choice(["train", "val", "test", "all"])
+ANY_SPLIT = Choice(["train", "val", "test", "all"])
 
 device = click.option("--device", help="cpu, cuda, cuda:1, mps, ... Default: a GPU if there is one.")
 COMPUTING = (
     device,
     click.option(
         "--precision",
-        type=click.Choice(["float32", "bf16", "fp16"]),
+        type=Choice(["float32", "bf16", "fp16"]),
         help="Of matrix products. Default: bf16 on GPUs, and for large models on CPUs with AMX; else float32.",
     ),
     click.option("--batch", type=click.IntRange(1), help="Items computed together. Default: the recipe's."),
@@ -45,6 +58,10 @@ COMPUTING = (
     click.option("--offload", is_flag=True, help="Keep frozen networks on the CPU while they are not used."),
 )
 """Where and how a trained model computes."""
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print the results as JSON to stdout, and everything else to stderr."
+)
+open_result = click.option("--open", "open_result", is_flag=True, help="Show the result in the desktop's own viewer.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace earlier results in --output; other files are kept.")
 settings = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
@@ -56,7 +73,7 @@ def output_folder(default: str) -> Callable[[Command], Command]:
 
 latent_noise = click.option(
     "--noise",
-    type=click.Choice(["shared", "own"]),
+    type=Choice(["shared", "own"]),
     default="shared",
     show_default=True,
     help="shared: samples take the same noise, so that they differ by their meaning alone; own: each its own.",

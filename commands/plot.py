@@ -15,7 +15,7 @@ from crossflow.core.output import check_output
 @click.argument("runs", nargs=-1, required=True, type=options.PATH, metavar="RUN...")
 @click.option(
     "--x",
-    type=click.Choice(["steps", "minutes", "cpu minutes"]),
+    type=options.Choice(["steps", "minutes", "cpu minutes"]),
     default="steps",
     show_default=True,
     help="What runs are drawn over; cpu minutes: processor time of all threads.",

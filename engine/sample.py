@@ -6,7 +6,7 @@ B batch.
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from crossflow.engine.folder import PROVENANCE
 from crossflow.engine.inputs import item_ids, read_inputs
 from crossflow.engine.outputs import Outputs, check_output_type
 from crossflow.engine.provenance import open_data
-from crossflow.networks.hub import run_folder
+from crossflow.engine.publish import HubMethods
+from crossflow.networks.hub import Access, run_folder
 from crossflow.tasks import load_model, save_model
 from crossflow.tasks.base import Pieces, Task
 
@@ -45,6 +46,7 @@ def load(
     offload: bool = False,
     overrides: Sequence[str] = (),
     revision: str | None = None,
+    **access: Unpack[Access],
 ) -> "Pipeline":
     """The pipeline of a run directory, or of a hub repository that holds one.
 
@@ -57,12 +59,13 @@ def load(
         offload: keep the frozen text encoder and autoencoder on the CPU while they are not used.
         overrides: settings of the run to replace, as key=value: a new place of a frozen network (text.encoder,
             codec.source), for example.
-        revision: branch, tag or commit of a hub repository; its main branch by default.
+        revision: branch, tag or commit of a hub repository; its main branch by default. `owner/name@v1` means the same.
+        access: token, cache_dir and local_files_only, see `networks.hub.Access`.
 
     Raises:
         UserError: missing or damaged files, weights of another model, a repository that is unavailable.
     """
-    folder = run_folder(source, revision)
+    folder = run_folder(source, revision, **access)
     kind = kind_of_weights(folder, weights)
     batch = () if batch_size is None else (f"sample.batch_size={batch_size}",)
     task, model = load_model(folder, weights=kind, overrides=[*overrides, *batch])
@@ -70,7 +73,7 @@ def load(
     return pipe.compile() if compile else pipe
 
 
-class Pipeline:
+class Pipeline(HubMethods):
     """A task with its trained model, ready to use: `crossflow.load` makes one.
 
         pipe = crossflow.load("runs/t2i")
@@ -81,6 +84,9 @@ class Pipeline:
     `weights` names the loaded weights (ema | model), `folder` their run directory. Everything from features to decoded
     outputs is computed on `device`, with matrix products in `precision`; what leaves it are finished outputs.
     """
+
+    from_pretrained = staticmethod(load)
+    """`crossflow.load` by the name that other libraries of the hub use."""
 
     def __init__(
         self,

@@ -245,6 +245,8 @@ class Task(ABC, Generic[C, P]):
     """text | image: what a person gives it."""
     reads_features: ClassVar[bool] = False
     """Whether it has frozen networks and can train on their cached features."""
+    hub_tag: ClassVar[str | None] = None
+    """The hub's name of the kind of model (`pipeline_tag`), such as text-to-image."""
     quick: ClassVar[tuple[str, ...]] = ()
     """Overrides that shorten what comes before the flow, for runs that are only measured."""
 

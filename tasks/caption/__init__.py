@@ -180,6 +180,7 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
     """Captions from pictures of any size, whose centre square is read."""
 
     name = "caption"
+    hub_tag = "image-to-text"
     Config = CaptionConfig
     Parts = CaptionParts
     Scoring = CaptionScoring

@@ -66,6 +66,7 @@ class Adapter(PictureTask[DepthConfig, DepthParts]):
     """Metric depth (H, W) in metres from a picture of any size."""
 
     name = "depth"
+    hub_tag = "depth-estimation"
     Config = DepthConfig
     Parts = DepthParts
     Scoring = DepthScoring

@@ -24,6 +24,7 @@ class Adapter(PixelTask[SrConfig, PixelParts]):
     """Super-resolution by `sr.scale`, in pixel space."""
 
     name = "sr"
+    hub_tag = "image-to-image"
     Config = SrConfig
     Scoring = SrScoring
     needs = frozenset({"image"})

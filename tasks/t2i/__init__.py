@@ -130,6 +130,7 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
     """Pictures uint8 (H, W, 3) from prompts."""
 
     name = "t2i"
+    hub_tag = "text-to-image"
     Config = T2IConfig
     Parts = TextToImageParts
     Scoring = TextToImageScoring
