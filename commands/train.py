@@ -50,10 +50,11 @@ def command(
     from crossflow.engine.train import Run, finished
     from crossflow.tasks import load_config, task_class
 
-    distributed.device()  # joins the processes of a launcher, if there are several
     source = _source(task, recipe, output if resume is not None else None)
     settings = ([f"data.train={data}"] if data is not None else []) + list(overrides)
     config = load_config(source, settings, task)
+    distributed.limit_waiting(config.train.timeout_minutes)
+    distributed.device()  # joins the processes of a launcher, if there are several
     if dry_run:
         quick = load_config(source, [*settings, *task_class(config.task).quick], task)
         _dry_run(quick, names_data=any(setting.startswith("data.train=") for setting in settings))

@@ -232,13 +232,11 @@ class TrainConfig(Section):
     max_bad_steps: int = Field(1, ge=1)
     """Stop at this many steps in a row whose loss or gradient is not finite. Such a step changes no weights."""
     grace_seconds: float = Field(30, gt=0)
-    """Time from SIGTERM to the final checkpoint. In one process a validation is then given up at once, and a step after
-    half of it; several processes complete theirs.
+    """Time from SIGTERM, to any process, to the final checkpoint. A validation and samples are given up, of several
+    processes after the current batch; a single process also gives up a step after half of this time.
     """
     timeout_minutes: float = Field(30, gt=0)
-    """Limit of the waiting for the gradients of the other processes, where the backend keeps it; the rest has the
-    backend's own.
-    """
+    """Limit of the waiting for another process, in anything that they do together."""
     auto_micro_batch: bool = False
     """Halve the samples of a forward pass when memory runs out, and make the same step again (one process). A
     contrastive loss takes its negatives from fewer samples then.

@@ -5,8 +5,11 @@ W ranks; every rank holds the same number of samples B, in rank order: global sa
 
 import atexit
 import re
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar, cast
@@ -24,6 +27,35 @@ R = TypeVar("R")
 S = TypeVar("S")
 # The texts of gloo, which raises RuntimeErrors.
 _LOST = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe|Timed out waiting|Socket Timeout|gloo")
+_REPORTS = 5.0  # seconds within which processes that lost another one learn of each other
+
+_limit = timedelta(minutes=30)  # of the waiting for other processes
+_own_work: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+class LostProcess(UserError):
+    """Another process has ended, or has not answered for as long as `limit_waiting` allows.
+
+    Args:
+        purpose: what this process waited for.
+        silent: ranks of the processes that are lost; empty if that cannot be known.
+        reason: the words of the library.
+    """
+
+    def __init__(self, purpose: str, silent: Sequence[int], reason: str) -> None:
+        numbers = ", ".join(map(str, silent))
+        who = f"process{'es' * (len(silent) > 1)} {numbers}" if silent else "another process"
+        verb = "have" if len(silent) > 1 else "has"
+        super().__init__(
+            f"{who[0].upper()}{who[1:]} {verb} ended, or {verb} not answered for {_limit.total_seconds() / 60:g} "
+            f"minutes, while this one waited for {purpose}, so it ends as well ({reason}). What {who} printed has the "
+            "cause."
+        )
+        self.silent, self.reason = tuple(silent), reason
+
+
+class Abandoned(BaseException):  # as KeyboardInterrupt: nothing that handles errors of its own work stops it
+    """Work was given up because of a stop request, whose name is the text."""
 
 
 def is_distributed() -> bool:
@@ -36,9 +68,15 @@ def device() -> torch.device:
     """The device of this process. The first call joins the processes that a launcher started together."""
     from accelerate import PartialState
 
-    # Without `cpu`, accelerate treats several processes on a machine without a GPU as separate runs.
-    state = PartialState(cpu=launcher.world_size() > 1 and not torch.accelerator.is_available())
+    # Without `cpu`, accelerate treats several processes on a machine without a GPU as separate runs. The timeout is
+    # that of a process group, which a single process lacks.
+    several = launcher.world_size() > 1
+    with waiting_for("all processes to start"):
+        state = PartialState(
+            cpu=several and not torch.accelerator.is_available(), **({"timeout": _limit} if several else {})
+        )
     if is_distributed():
+        _reports()
         atexit.register(_leave)
     device: torch.device = state.device
     return device
@@ -66,22 +104,106 @@ def is_main() -> bool:
 
 
 def limit_waiting(minutes: float) -> None:
-    """Sets how long a process waits for the sums of all before it ends with an error.
+    """Sets how long a process waits for another one, in anything that they do together, before it ends with an error.
 
-    gloo gathers with the time that it began with.
+    To be called before `device`: gloo connects with the limit that it began with.
     """
+    global _limit
+    _limit = timedelta(minutes=minutes)
     if is_distributed():
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
-        _set_pg_timeout(timedelta(minutes=minutes), dist.group.WORLD)
+        _set_pg_timeout(_limit, dist.group.WORLD)
 
 
-def lost_process(error: BaseException) -> str:
+def new_cpu_group() -> dist.ProcessGroup:
+    """A group of all processes, on the CPU, whose exchanges do not mix with others; every process must call this."""
+    group = dist.new_group(backend="gloo", timeout=_limit)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def new_store() -> dist.Store:
+    """A connection to the store by which the processes joined, for short texts under names; for one thread."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store().clone()
+
+
+@contextmanager
+def waiting_for(purpose: str) -> Iterator[None]:
+    """Context in which processes wait for each other. Raises LostProcess when another one has ended or hangs.
+
+    purpose: what they wait for, such as "the gradients of step 12"; of nested contexts the outermost counts.
+    """
+    try:
+        yield
+    except LostProcess as error:
+        raise LostProcess(purpose, error.silent, error.reason) from error
+    except Exception as error:
+        reason = _lost(error)
+        if not reason:
+            raise
+        raise LostProcess(purpose, _silent(), reason) from error
+
+
+def _lost(error: BaseException) -> str:
     """The reason, in the words of the library, if an error means that another process ended or hangs; else ""."""
     text = " ".join(str(error).split())
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(text)):
         return text.rpartition("] ")[2].strip()[:200] or type(error).__name__
     return ""
+
+
+def _silent() -> list[int]:
+    """The ranks that do not report, as this process does, that they have lost another one; none if there is no telling.
+
+    The reports pass through the store by which the processes joined.
+    """
+    if not is_distributed():
+        return []
+    others = [number for number in range(world_size()) if number != rank()]
+    patience = min(_REPORTS, _limit.total_seconds())
+    deadline = time.monotonic() + patience
+    answers: list[list[int]] = []
+
+    def ask() -> None:
+        silent, store = others, _reports()
+        with suppress(RuntimeError):
+            store.set(f"crossflow/lost/{rank()}", "")
+            while silent and time.monotonic() < deadline:
+                time.sleep(0.05)
+                silent = [number for number in silent if not store.check([f"crossflow/lost/{number}"])]
+            answers.append(silent)
+
+    # Beside this thread, which would wait for ever for a store whose process hangs.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(2 * patience)
+    if answers:
+        return answers[0]
+    # Without an agent of torchrun the store lies in the first process.
+    return [0] if rank() and not launcher.has_agent() else []
+
+
+@cache
+def _reports() -> dist.Store:
+    """A connection for `_silent`, made while all processes are there."""
+    return new_store()
+
+
+@contextmanager
+def own_work_within(context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Context in which the work that `on_main` and `shared` give to each process is done inside `context()`.
+
+    An `Abandoned` that this raises on any process is raised on all of them, once their own work is done.
+    """
+    global _own_work
+    before, _own_work = _own_work, context
+    try:
+        yield
+    finally:
+        _own_work = before
 
 
 def barrier() -> None:
@@ -150,17 +272,13 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 
 def on_main(action: Callable[[], R]) -> R:
     """Runs `action` on rank 0 alone; every rank returns its result (picklable), or raises its error, see `shared`."""
-    results: list[R | None] = [None]
-    problem: Exception | None = None
-    if is_main():
-        try:
-            results = [action()]
-        except Exception as error:
-            problem = error
-    _raise_everywhere(problem)
-    if is_distributed():
-        dist.broadcast_object_list(results, src=0)
-    return cast(R, results[0])
+    results, problem = _attempt(lambda work: work(), [action] if is_main() else [])
+    with waiting_for("the first process"):
+        _raise_everywhere(problem)
+        if is_distributed():
+            results = results or [cast(R, None)]
+            dist.broadcast_object_list(results, src=0)
+    return results[0]
 
 
 def shared(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
@@ -171,8 +289,10 @@ def shared(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     """
     for group in _groups(parts):
         results, problem = _attempt(work, group[rank() : rank() + 1])
-        _raise_everywhere(problem)
-        yield from zip(group, on_first(results), strict=False)
+        with waiting_for("the others' results"):
+            _raise_everywhere(problem)
+            collected = on_first(results)
+        yield from zip(group, collected, strict=False)
 
 
 def shared_in_stages(parts: Sequence[T], work: Callable[[T], R], finish: Callable[[R], S]) -> Iterator[tuple[T, S]]:
@@ -184,9 +304,12 @@ def shared_in_stages(parts: Sequence[T], work: Callable[[T], R], finish: Callabl
         for group in [*_groups(parts), ()]:
             values, problem = _attempt(work, group[rank() : rank() + 1])
             results, late = _attempt(Future.result, waiting[1])
-            _raise_everywhere(late)
-            yield from zip(waiting[0], on_first(results), strict=False)
-            _raise_everywhere(problem)
+            with waiting_for("the others' results"):
+                _raise_everywhere(late)
+                collected = on_first(results)
+            yield from zip(waiting[0], collected, strict=False)
+            with waiting_for("the others' results"):
+                _raise_everywhere(problem)
             waiting = group, [beside.submit(finish, value) for value in values]
 
 
@@ -196,29 +319,39 @@ def _groups(parts: Sequence[T]) -> Iterator[Sequence[T]]:
         yield parts[first : first + world_size()]
 
 
-def _attempt(action: Callable[[T], R], values: Iterable[T]) -> tuple[list[R], Exception | None]:
+def _attempt(action: Callable[[T], R], values: Iterable[T]) -> tuple[list[R], BaseException | None]:
     """The results of `action` on the values, and the error that ended it."""
     results: list[R] = []
     try:
         for value in values:
-            results.append(action(value))
-    except Exception as error:
+            with _own_work():
+                results.append(action(value))
+    except (Exception, Abandoned) as error:
         return results, error
     return results, None
 
 
-def _raise_everywhere(problem: Exception | None) -> None:
+def _raise_everywhere(problem: BaseException | None) -> None:
     """Raises an error on its own rank, and the error of the lowest failing rank on the others."""
-    own = None if problem is None else (isinstance(problem, (UserError, OSError)), type(problem).__name__, str(problem))
-    reports: list[tuple[bool, str, str] | None] = [own] * world_size()
+    own = None if problem is None else (_kind(problem), type(problem).__name__, str(problem))
+    reports: list[tuple[str, str, str] | None] = [own] * world_size()
     if is_distributed():
         dist.all_gather_object(reports, own)
+    stops = [report[2] for report in reports if report is not None and report[0] == "abandoned"]
+    if stops:
+        raise Abandoned(stops[0])
     if problem is not None:
         raise problem
     for number, report in enumerate(reports):
         if report is not None:
-            for_user, name, text = report
-            raise UserError(text) if for_user else RuntimeError(f"process {number} raised {name}: {text}")
+            kind, name, text = report
+            raise UserError(text) if kind == "user" else RuntimeError(f"process {number} raised {name}: {text}")
+
+
+def _kind(problem: BaseException) -> str:
+    if isinstance(problem, Abandoned):
+        return "abandoned"
+    return "user" if isinstance(problem, (UserError, OSError)) else "internal"
 
 
 def on_first(results: list[R]) -> list[R]:

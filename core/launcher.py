@@ -21,3 +21,8 @@ def rank() -> int:
 def local_rank() -> int:
     """The number of this process among those of its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def has_agent() -> bool:
+    """Whether the launcher's own process holds the store by which the processes find each other."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -256,8 +256,8 @@ class Run:
             UserError: invalid settings or data, a folder that holds a run or is in use by another process, or a resumed
                 run with other settings.
         """
-        distributed.device()  # joins the processes of a launcher
         distributed.limit_waiting(config.train.timeout_minutes)
+        distributed.device()  # joins the processes of a launcher
         SOLVERS.get(config.sample.solver)  # an unknown name fails here rather than after hours of training
         run, progress = RunFolder(folder), progress if progress is not None and distributed.is_main() else Silent()
         before, lock = run.snapshot(), FolderLock(folder)
@@ -269,7 +269,8 @@ class Run:
             data = open_data(kind, config, "train", run=folder if resumes else None)
             preparation = _Preparation(config, run, kind, data, progress)
             # On the main process alone: a slower process would take the new files for an existing run.
-            distributed.on_main(lambda: preparation.resume(data_changed) if resumes else preparation.start(resume))
+            with distributed.waiting_for("what the first process prepares"):
+                distributed.on_main(lambda: preparation.resume(data_changed) if resumes else preparation.start(resume))
             # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
             task = kind.load(config, folder).to(distributed.device())
             task.accept(data)
@@ -386,8 +387,9 @@ class Run:
         return losses | values
 
     def _sample(self, step: int) -> None:
-        if not distributed.is_main():
-            return
+        distributed.on_main(lambda: self._show(step))
+
+    def _show(self, step: int) -> None:
         pages = show(self._pipeline(), self.scoring, self.cases[:NUM_SAMPLES], seed=self.config.seed)
         path = self._write_sheet(pages, f"step_{step:08d}.png")
         self.progress.note(f"Samples: {path}")

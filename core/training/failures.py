@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
-from crossflow.core import distributed
 from crossflow.core.config import TrainConfig
+from crossflow.core.distributed import LostProcess
 from crossflow.core.errors import UserError
 from crossflow.core.files import size_in_words
 from crossflow.core.training.stream import WorkerDied
@@ -45,10 +45,12 @@ def explained(config: TrainConfig, memory: Callable[[], str], kept: Callable[[],
         if is_out_of_memory(error):
             text = f"Out of memory. {memory()} {_less_memory(config)}"
         else:
-            text = _worker(error) or _process(error, config)
+            text = _worker(error)
         if not text:
             raise
         raise UserError(f"{text} {kept()}") from error
+    except LostProcess as error:
+        raise UserError(f"{error} train.timeout_minutes limits the waiting. {kept()}") from error
 
 
 def memory_in_words(device: torch.device, parts: Mapping[str, int], size: int) -> str:
@@ -95,12 +97,3 @@ def _worker(error: BaseException) -> str:
         advice = "A library that reads the data has crashed: train.num_workers=0 shows where."
     how = f"was killed by {signal.Signals(number).name}" if number > 0 else f"ended with status {-number}"
     return f"The loader worker (process {pid}) {how}. {advice}"
-
-
-def _process(error: BaseException, config: TrainConfig) -> str:
-    """Why this process cannot continue without another one; "" if the error is about something else."""
-    reason = distributed.lost_process(error)
-    return reason and (
-        f"Another process of this training has ended, or has not answered for {config.timeout_minutes:g} minutes "
-        f"(train.timeout_minutes), so this one ends as well ({reason}). What the other one printed has the cause."
-    )

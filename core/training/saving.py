@@ -38,7 +38,7 @@ class Saver:
         self._background = background
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         # Of its own, since exchanges of a thread must not mix with those of the steps; on the CPU, where the copy is.
-        self._group = _cpu_group() if learner.is_sharded else None
+        self._group = distributed.new_cpu_group() if learner.is_sharded else None
         self._stager: DefaultStager | None = None
 
     def start(self, step: int, state: Mapping[str, Any]) -> None:
@@ -102,12 +102,6 @@ class Saver:
             on_gpu = self._learner.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
         return self._stager
-
-
-def _cpu_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 def write_shards(

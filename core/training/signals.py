@@ -1,6 +1,12 @@
-"""Stop requests: SIGTERM or Ctrl-C stop a run with a checkpoint after the current step; a second Ctrl-C aborts it."""
+"""Stop requests: SIGTERM or Ctrl-C stop a run with a checkpoint after the current step; a second Ctrl-C aborts it.
 
+Of several processes any may get the signal.
+"""
+
+import itertools
+import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -8,9 +14,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+from crossflow.core import distributed
+from crossflow.core.distributed import Abandoned
 
-class Abandoned(BaseException):  # as KeyboardInterrupt: nothing that handles errors of its own work stops it
-    """Work was given up because of a stop request."""
+_EVERY = 0.25  # seconds between two looks at what the other processes received
 
 
 class StopRequest:
@@ -24,15 +31,21 @@ class StopRequest:
         self._received_at = 0.0
         self._patience: float | None = None  # inside `abandoning`: how long the work may go on after a request
         self._previous: dict[signal.Signals, Any] = {}
+        self._relay: _Relay | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
             self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
+            if distributed.is_distributed():
+                self._relay = _Relay()
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._relay is not None:
+            self._relay.end()
+            self._relay = None
         for number, handler in self._previous.items():
             # None: a handler that Python did not install and cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -66,7 +79,7 @@ class StopRequest:
     def _give_up(self, *signal_and_frame: object) -> None:
         if self._patience is not None:
             self._patience = None
-            raise Abandoned
+            raise Abandoned(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
@@ -75,6 +88,50 @@ class StopRequest:
             self.received, self._received_at = signal.Signals(number).name, time.monotonic()
         if self._patience is not None:
             self._wait()
+
+
+class _Relay:
+    """Hands the signal of one process on to the others, as SIGTERM, whatever their main threads wait for.
+
+    Python's handlers run in the main thread, which may be waiting for another process. So the interpreter writes the
+    signal to a socket when it comes, and a thread passes it on through the store of the processes.
+    """
+
+    _numbers = itertools.count()  # of the trainings, the same in every process
+
+    def __init__(self) -> None:
+        self._name = f"crossflow/stop/{next(self._numbers)}"
+        self._store = distributed.new_store()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._previous = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Hands nothing on any more."""
+        signal.set_wakeup_fd(self._previous)
+        self._writer.close()  # which wakes the thread
+        self._thread.join(1)  # it may wait for a store whose process hangs
+        self._reader.close()
+
+    def _run(self) -> None:
+        is_stopped = False
+        try:
+            while not is_stopped:
+                ready, _, _ = select.select([self._reader], [], [], _EVERY)
+                received = self._reader.recv(64) if ready else b""
+                if ready and not received:
+                    return
+                if {signal.SIGTERM, signal.SIGINT} & set(received):
+                    self._store.set(self._name, "")
+                    return
+                is_stopped = self._store.check([self._name])
+        except RuntimeError:
+            return  # the process that holds the store has ended, which the main thread notices
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGTERM)
 
 
 def ignore_in_worker(worker: int = 0) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 from crossflow.core import distributed
 from crossflow.core.batch import Batch, Record
 from crossflow.core.config import TrainConfig
+from crossflow.core.distributed import Abandoned, waiting_for
 from crossflow.core.errors import UserError
 from crossflow.core.files import remove_temporaries
 from crossflow.core.noise import key
@@ -42,7 +43,7 @@ from crossflow.core.training.prepare import (
 )
 from crossflow.core.training.saving import WEIGHTS, Saver
 from crossflow.core.training.shards import consolidate
-from crossflow.core.training.signals import Abandoned, StopRequest
+from crossflow.core.training.signals import StopRequest
 from crossflow.core.training.stream import (
     Loaded,
     MicroBatch,
@@ -216,12 +217,13 @@ class Trainer:
             self._meter.restart_clock()
             with closing(self._steps(self.step, config.steps)) as steps:
                 return self._until(deadline, steps)
-        except Abandoned:
-            self.progress.note(f"Stopping after step {self.step} ({self._stop.received}).")
+        except Abandoned as abandoned:
+            reason = str(abandoned)
+            self.progress.note(f"Stopping after step {self.step} ({reason}).")
             self._finish_saving()
             if self._checkpoint is None or self._checkpoint != state.step_folder(self.checkpoints, self.step):
                 self.save()
-            return self._stop.received
+            return reason
 
     def _until(self, deadline: float, steps: Iterator[list[MicroBatch]]) -> str:
         """As `_loop`. The order at one step is log, save, validate, sample: interrupting a slow validation loses no
@@ -231,17 +233,19 @@ class Trainer:
         while self.step < config.steps:
             with self._abandoning(config.grace_seconds / 2):
                 parts = next(steps)
-            self._train_step(parts)
-            self.progress.advance(self.step)
-            request = "max_minutes" if time.monotonic() > deadline else stop.received
-            periods = (config.log_every, config.save_every, config.eval_every, config.sample_every)
-            reason = self._check(request, now=any(map(self._is_due, periods)))
-            if self._is_due(config.log_every):
-                self._log()
+            with waiting_for(f"the gradients of step {self.step + 1}"):
+                self._train_step(parts)
+                self.progress.advance(self.step)
+                request = "max_minutes" if time.monotonic() > deadline else stop.received
+                periods = (config.log_every, config.save_every, config.eval_every, config.sample_every)
+                reason = self._check(request, now=any(map(self._is_due, periods)))
+                if self._is_due(config.log_every):
+                    self._log()
+                if reason:
+                    self._check("", now=True)
             with self._meter.paused():
                 if reason:
                     self.progress.note(f"Stopping after step {self.step} ({reason}).")
-                    self._check("", now=True)
                     self.save()
                     return reason
                 if self._is_due(config.save_every):
@@ -259,17 +263,23 @@ class Trainer:
             return
         if self.callbacks.validate is not None and self._is_due(self.config.eval_every) and "val" not in done:
             self.progress.note(f"Validating after step {self.step}.")
-            with self._evaluating(), self._abandoning(0):
+            with waiting_for(f"the validation after step {self.step}"), self._evaluating(), self._abandoning_all():
                 scores = self.callbacks.validate(self.step)
             self._record("val", {name: float(value) for name, value in scores.items()})
         if self.callbacks.sample is not None and self._is_due(self.config.sample_every) and "sample" not in done:
-            with self._evaluating(), self._abandoning(0):
+            with waiting_for(f"the samples after step {self.step}"), self._evaluating(), self._abandoning_all():
                 self.callbacks.sample(self.step)
             self._record("sample", {})
 
     def _abandoning(self, patience: float) -> AbstractContextManager[None]:
         """Context of work that is given up after a stop request, unless other processes take part in it."""
         return self._stop.abandoning(patience) if self.world_size == 1 else nullcontext()
+
+    def _abandoning_all(self) -> AbstractContextManager[None]:
+        """Context of an evaluation, which all processes give up together after a stop request of any."""
+        if self.world_size == 1:
+            return self._stop.abandoning(0)
+        return distributed.own_work_within(lambda: self._stop.abandoning(0))
 
     def _steps(self, start: int, stop: int) -> Generator[list[MicroBatch]]:
         """This process's parts of each step from `start` up to `stop`, on its device."""
@@ -416,12 +426,13 @@ class Trainer:
 
         wait: until they are written; otherwise the end of the training, or the next save, waits.
         """
-        content = self._content()
         try:
-            self._finish_saving()
-            self._saver.start(self.step, content)
-            if wait:
+            with waiting_for(f"the checkpoint of step {self.step}"):
+                content = self._content()
                 self._finish_saving()
+                self._saver.start(self.step, content)
+                if wait:
+                    self._finish_saving()
         except OSError as error:
             raise UserError(
                 f"The checkpoint of step {self.step} cannot be written to {self.run_dir} ({error.strerror or error}). "
@@ -461,7 +472,8 @@ class Trainer:
 
     def _restore(self, resume: str | Path | None) -> None:
         """Restores the state of the checkpoint to resume from, if any."""
-        path, lines = distributed.on_main(lambda: self._prepare_folder(resume))
+        with waiting_for("the checkpoint to begin with"):
+            path, lines = distributed.on_main(lambda: self._prepare_folder(resume))
         if path is None:
             return
         content = state.read_state(path)

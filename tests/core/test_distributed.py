@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,52 @@ def test_contrastive_losses_in_chunks_have_the_gradients_of_one_process(
 
     for own in on_ranks(on_rank, tmp_path, 3):
         assert all(value.allclose(expected, atol=1e-6) for value, expected in zip(own, whole, strict=True))
+
+
+EXCHANGES: dict[str, Callable[[int], object]] = {
+    "mean": lambda rank: mean_over_ranks(torch.ones(2)),
+    "first process": lambda rank: on_main(lambda: time.sleep(2)),
+    "shared parts": lambda rank: list(shared([0.0, 2.0, 0.0], time.sleep)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(EXCHANGES))
+def test_a_process_that_hangs_is_named_in_every_exchange(tmp_path: Path, name: str) -> None:
+    hanging = 0 if name == "first process" else 1
+
+    def on_rank(rank: int) -> list[object]:
+        distributed.limit_waiting(0.005)
+        mean_over_ranks(torch.ones(1))
+        if rank == hanging and name == "mean":
+            time.sleep(2)
+        try:
+            with distributed.waiting_for("the scores of step 3"):
+                EXCHANGES[name](rank)
+        except distributed.LostProcess as error:
+            return [str(error), list(error.silent)]
+        return []
+
+    results = on_ranks(on_rank, tmp_path)
+    message, silent = results[1 - hanging]
+    assert silent == [hanging]
+    start = f"Process {hanging} has ended, or has not answered for 0.005 minutes, while this one waited for the scores"
+    assert message.startswith(start)
+
+
+def test_an_abandoned_part_is_abandoned_by_all(tmp_path: Path) -> None:
+    def on_rank(rank: int) -> list[str]:
+        def work(part: int) -> int:
+            if part == 3:  # of rank 1
+                raise distributed.Abandoned("SIGTERM")
+            return part
+
+        try:
+            return list(map(str, shared(range(6), work)))
+        except distributed.Abandoned as abandoned:
+            return [f"abandoned: {abandoned}"]
+
+    assert on_ranks(on_rank, tmp_path) == [["abandoned: SIGTERM"]] * 2
 
 
 def test_on_main_returns_its_value_or_raises_its_error_on_all_ranks(tmp_path: Path) -> None:

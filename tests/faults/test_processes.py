@@ -1,5 +1,7 @@
-"""A process of a training that dies ends the others with a message; what is left resumes."""
+"""A process of a training that dies or hangs ends the others with a message; what is left resumes."""
 
+import json
+import signal
 import time
 from pathlib import Path
 from types import ModuleType
@@ -22,17 +24,44 @@ def wait_for_step(run: Path, step: int, process: Any) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_process_ends_the_other_with_a_message(forked: ModuleType, tmp_path: Path, lost: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_lost_process_ends_the_other_with_a_message(
+    forked: ModuleType, tmp_path: Path, lost: int, number: signal.Signals
+) -> None:
     run = tmp_path / "run"
     arguments = [PROGRAM, str(run), "steps=100000", "save_every=60", "timeout_minutes=0.05", "--seconds", "0.002"]
     processes = forked.ranks(2, arguments, tmp_path)
     wait_for_step(run, 63, processes[1 - lost])  # between two saves
-    processes[lost].kill()
+    processes[lost].send_signal(number)
     output = processes[1 - lost].finish(status=1)
-    assert "user error: Another process of this training has ended, or has not answered for 0.05 minutes" in output
+    processes[lost].kill()
+    assert f"user error: Process {lost} has ended, or has not answered for 0.05 minutes, while this one" in output
+    assert "waited for the gradients of step" in output
     assert "--resume auto continues from there" in output
     newest = state.checkpoints(run / "checkpoints")[0]
     state.verify(newest)
-    forked.Forked(
-        [PROGRAM, str(run), f"steps={int(newest.name[5:]) + 2}", "--resume", "auto"], tmp_path / "log"
-    ).finish()
+    if lost == 0:
+        forked.Forked(
+            [PROGRAM, str(run), f"steps={int(newest.name[5:]) + 2}", "--resume", "auto"], tmp_path / "log"
+        ).finish()
+
+
+@pytest.mark.parametrize("kind", ["validate", "sample"])
+def test_a_signal_to_one_process_ends_an_evaluation_of_all(
+    tiny: ModuleType, forked: ModuleType, tmp_path: Path, kind: str
+) -> None:
+    """The second process, which gets it, shares in the validation, or waits for the samples of the first one."""
+    every = {"validate": "eval_every=2", "sample": "sample_every=2"}[kind]
+    common = ["--no-dropout", "log_every=1", "grace_seconds=10"]
+    processes = forked.ranks(2, [PROGRAM, str(tmp_path / "parts"), *common, every, "--endless", kind], tmp_path)
+    wait_for_step(tmp_path / "parts", 2, processes[0])
+    time.sleep(0.5)
+    start = time.monotonic()
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        process.finish()
+    assert time.monotonic() - start < 10
+    assert json.loads((tmp_path / "parts" / "result.json").read_text()) == ["stopped", 2, "SIGTERM"]
+    for process in forked.ranks(2, [PROGRAM, str(tmp_path / "parts"), *common, "--resume", "auto"], tmp_path):
+        process.finish()
+    assert [line["step"] for line in tiny.lines(tmp_path / "parts")] == list(range(1, 13))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossflow.core.training.signals import Abandoned, StopRequest
+from crossflow.core.distributed import Abandoned
+from crossflow.core.training.signals import StopRequest
 
 
 def terminate() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from crossflow.core.batch import Batch
 from crossflow.core.config import TrainConfig
-from crossflow.core.distributed import gather_with_grad, is_main, rank
+from crossflow.core.distributed import gather_with_grad, is_main, on_main, rank, shared
 from crossflow.core.errors import UserError
 from crossflow.core.noise import Noise
 from crossflow.core.settings import build
@@ -156,6 +156,16 @@ def noisy_validation(step: int) -> Mapping[str, float]:
     return {"score": torch.rand(()).item() + random.random() + np.random.rand() + step}
 
 
+def endless_validation(step: int) -> Mapping[str, float]:
+    """Takes its time in each of two parts that processes share."""
+    return {"parts": len(list(shared(range(2), lambda part: time.sleep(600))))}
+
+
+def endless_samples(step: int) -> None:
+    """Takes its time in the first process."""
+    on_main(lambda: time.sleep(600))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
@@ -164,11 +174,15 @@ def main() -> None:
     parser.add_argument("--contrastive", action="store_true")
     parser.add_argument("--no-dropout", action="store_true")
     parser.add_argument("--blocks", type=int, default=0)
+    parser.add_argument("--endless", choices=["validate", "sample"])
     parser.add_argument("settings", nargs="*")
     options = parser.parse_intermixed_args()
     settings = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.settings)}
     torch.manual_seed(0)
     objective = Objective(options.contrastive, not options.no_dropout, options.blocks)
+    callbacks = {"validate": endless_validation, "sample": endless_samples}
+    if options.endless:
+        settings[options.endless] = callbacks[options.endless]
     try:
         result = trainer(options.run_dir, objective, Data(seconds=options.seconds), **settings).run(options.resume)
     except UserError as error:
