@@ -1,6 +1,7 @@
 """Optimizer steps: an objective with its optimizer and the moving average of its weights."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ class Learner:
         """
         self.interruptible: Callable[[], AbstractContextManager[object]] = nullcontext
         """Surrounds the part of a step that may be given up, since it changes neither weights nor averages."""
+        self.copying: Future[Any] | None = None
+        """A copy of `tensors` that another thread makes; steps and evaluations change nothing before its end."""
 
     def step(self, micro_batches: Sequence[MicroBatch], rate: float) -> StepResult:
         """Makes one step with this process's parts of the batch at the learning rate `rate`."""
@@ -117,6 +120,7 @@ class Learner:
         with self.phase("optimizer"):
             norm = self._clip()
             is_bad = ~torch.cat([total, norm.view(1).to(total)]).isfinite()
+            self._await_copy()
             self._update(is_bad)
             overflowed = bool(self.stepper.step_was_skipped)
             self.stepper.zero_grad(set_to_none=True)
@@ -163,6 +167,11 @@ class Learner:
             sharding.average_gradients(self.parameters)
         return total, self._share_of_unconditional(batches)
 
+    def _await_copy(self) -> None:
+        if self.copying is not None:
+            wait([self.copying])
+            self.copying = None
+
     def _update(self, is_bad: Tensor) -> None:
         """Makes the optimizer's step unless the gradient is bad, see `StepResult`, without reading it if possible."""
         if self.accelerator.scaler is not None:  # which skips such steps itself
@@ -204,6 +213,7 @@ class Learner:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Context in which the model has its averaged weights, and has them whole. Every process must enter it."""
+        self._await_copy()
         with self.ema.applied(self.model), sharding.assembled(self.losses) if self.is_sharded else nullcontext():
             yield
 

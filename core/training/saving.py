@@ -28,7 +28,8 @@ class Saver:
         ...                  # steps, if background
         saver.finish()
 
-    background: the tensors are copied to host memory, in which `start` takes its time, and written by a thread.
+    background: the tensors are copied to host memory and written by a thread. `start` waits for copies from a GPU, and
+    for those of shards; on the CPU they are made beside the next step, which waits before it changes weights.
     """
 
     def __init__(self, learner: Learner, run_dir: Path, *, keep: int, background: bool) -> None:
@@ -64,18 +65,26 @@ class Saver:
             wait([self._job])
 
     def _writing(self, step: int, state: Mapping[str, Any]) -> Callable[[], Path]:
-        tensors = self._learner.tensors()
-        if self._background:
-            copies = self._copies().stage(tensors)
-            assert isinstance(copies, dict)  # and not a Future: this stager has copied when it returns
-            tensors = copies
+        copies = self._copying() if self._background else None
+        tensors = {} if copies is not None else self._learner.tensors()
 
         def write() -> Path:
-            path = checkpoint.write_checkpoint(self._root, step, tensors, state, self._keep)
+            values = tensors if copies is None else copies.result()
+            path = checkpoint.write_checkpoint(self._root, step, values, state, self._keep)
             checkpoint.publish(path, WEIGHTS, self._run_dir)
             return path
 
         return write
+
+    def _copying(self) -> "Future[Any]":
+        """Begins to copy the tensors in the thread; the learner waits for the copy before it changes them."""
+        tensors = self._learner.tensors()
+        copies = self._thread.submit(self._copies().stage, tensors)
+        if self._learner.device.type == "cpu":
+            self._learner.copying = copies
+        else:
+            wait([copies])
+        return copies
 
     def _start_shards(self, step: int, state: Mapping[str, Any]) -> "Future[Path | None]":
         tensors = self._learner.tensors()

@@ -1,11 +1,13 @@
 """Saving in the background: what is written is the state at the call, and the caller does not wait for the writing."""
 
+import copy
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from crossflow.core.errors import UserError
 from crossflow.core.training import checkpoint as state
@@ -26,25 +28,53 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-def test_the_state_at_the_call_is_saved_while_the_weights_change(
-    tiny: ModuleType, held: threading.Event, tmp_path: Path
+@pytest.fixture
+def delayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ends of copies, each of which is delayed."""
+    ends: list[str] = []
+    stage = DefaultStager.stage
+
+    def late(stager: DefaultStager, tensors: dict) -> object:
+        time.sleep(0.1)
+        copies = stage(stager, tensors)
+        ends.append("copied")
+        return copies
+
+    monkeypatch.setattr(DefaultStager, "stage", late)
+    return ends
+
+
+def test_the_state_at_the_call_is_saved_while_training_continues(
+    tiny: ModuleType, held: threading.Event, delayed: list[str], tmp_path: Path
 ) -> None:
-    learner = tiny.trainer(tmp_path).learner
+    trainer = tiny.trainer(tmp_path)
+    learner = trainer.learner
+    steps = trainer.trial(4)
+    next(steps)  # makes the state of the optimizer
     saver = Saver(learner, tmp_path, keep=2, background=True)
     for step in (3, 4):  # the second save takes the memory of the first
-        before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+        before = {
+            part: {name: value.clone() for name, value in tensors.items()}
+            for part, tensors in learner.tensors().items()
+        }
         held.clear()
         saver.start(step, {"step": step})  # it would never return if it waited
-        with torch.no_grad():
-            for parameter in learner.parameters:
-                parameter.add_(1)
+        if step == 3:
+            next(steps)
+        else:
+            with learner.averaged():
+                assert len(delayed) == 2, "the weights were changed while they were copied"
+            next(steps)
+        assert len(delayed) == step - 2, "the weights were changed while they were copied"
         assert not state.step_folder(tmp_path / "checkpoints", step).exists()
         held.set()
         path = saver.finish()
         assert path == state.step_folder(tmp_path / "checkpoints", step)
         state.verify(path)
-        stored = Stored(path, "model").tensors({})
-        assert all(stored[name].equal(value) for name, value in before.items())
+        for part, tensors in before.items():
+            stored = Stored(path, part).tensors({})
+            assert all(stored[name].equal(value) for name, value in tensors.items()), part
+        assert any(not value.equal(before["model"][name]) for name, value in learner.model.state_dict().items())
         assert (tmp_path / "model.safetensors").samefile(path / "model.safetensors")
     assert saver.finish() is None
 
