@@ -13,9 +13,9 @@ from crossflow.commands.console import explain, warn
 from crossflow.core.errors import UserError, unknown_name
 
 COMMANDS = (
-    *("train", "sample", "evaluate", "compare", "statistics"),
+    *("train", "distill", "sample", "evaluate", "compare", "statistics"),
     *("interpolate", "arithmetic", "invert", "cache", "convert", "ablate", "benchmark", "data", "list"),
-    *("show", "doctor", "plot", "consolidate", "export", "push", "completion"),
+    *("show", "doctor", "plot", "consolidate", "push", "completion"),
 )
 """In the order of `crossflow --help`; ``commands/NAME.py`` holds the click command ``command``."""
 

@@ -24,14 +24,15 @@ def command(model: Model, value: str, source: str | None) -> None:
 
     \b
       crossflow invert --checkpoint runs/t2i_tiny --input outputs/t2i/0000.png --steps 50
+      crossflow invert --checkpoint runs/t2i_tiny_distilled --input outputs/t2i/0000.png --steps 1
     """
     from crossflow.core.files import write_tensors
     from crossflow.engine import latents
 
-    settings = {"solver": "heun", "steps": 50, **model.settings}
-    if len(settings) > 2:
+    if set(model.settings) - {"solver", "steps"}:
         raise UserError("An inversion runs the plain flow backwards: it takes --solver and --steps only.")
     pipe = model.pipe
+    settings = latents.inversion_settings(pipe, **model.settings).model_dump(include={"solver", "steps"})
     try:
         with progress_bar("inverting") as on_step:
             inversion = latents.invert(

@@ -47,7 +47,7 @@ def command(
         raise UserError("--resume continues the run in --output; add --output DIR.")
     from crossflow.core import distributed
     from crossflow.engine.folder import new_folder
-    from crossflow.engine.train import Run, finished
+    from crossflow.engine.train import finished
     from crossflow.tasks import load_config, task_class
 
     source = _source(task, recipe, output if resume is not None else None)
@@ -66,6 +66,14 @@ def command(
             say(f"The run in {folder} is finished: {outcome.result.step} of {config.train.steps} steps, and scored.")
             say("To train it further, give a larger train.steps=N.")
         return
+    train_into(folder, config, resume=resume, data_changed=data_changed)
+
+
+def train_into(folder: Path, config: "Config", *, resume: str | None = None, data_changed: bool = False) -> None:
+    """Trains the run, or continues it, and shows how it begins and ends."""
+    from crossflow.core import distributed
+    from crossflow.engine.train import Run
+
     run = Run.open(config, folder, resume=resume, data_changed=data_changed, progress=training_progress())
     if distributed.is_main():
         _show_start(config, run, folder)

@@ -1,4 +1,5 @@
-"""The tensors that a task passes to the core: `Batch` in training, `Source` in sampling, `Condition` of baselines.
+"""The tensors that a task passes to the core: `Batch` in training, `Source` in sampling, `Condition` of baselines; and
+`Jump`, which a flow map reads beside the time.
 
 B batch, N tokens, D width, C channels, H W height width.
 """
@@ -67,6 +68,19 @@ class Condition(_Tensors):
     tokens: Tensor | None = None
     mask: Tensor | None = None
     grid: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Jump(_Tensors):
+    """Where the average velocity of a flow map ends, and how it is guided.
+
+    Attributes:
+        end: (B,) float in [0, 1], the time s at which the jump from t ends; before t for a jump backwards.
+        scale: (B,) float, the guidance scale w, for networks that take it as an input; 1 is no guidance.
+    """
+
+    end: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)

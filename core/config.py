@@ -4,9 +4,9 @@ A task subclasses `Config` to add its sections (see tasks/*/__init__.py); settin
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from crossflow.core.source import SourceKind
 
@@ -104,6 +104,13 @@ class BackboneConfig(Section):
     time_scale: float = Field(1000.0, gt=0)
     """t in [0, 1] is multiplied by this before its embedding (1 in the released DiT)."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    interval: Literal["none", "added", "split"] = "none"
+    """How a flow map reads the end s of a jump: by an embedding of s - t that is added to that of t and is zero at
+    first (added), or by giving the last third of the blocks (dimr: the last stage) s instead of t (split). Both leave
+    the velocities of a trained network as they are.
+    """
+    guided: bool = False
+    """Whether a flow map takes the guidance scale as an input, for a range of `interval.guidance`."""
     num_stages: int = Field(2, ge=1, le=4)
     """dimr: resolutions, each half of the next (2 at 256 px, 3 at 512 px in the papers)."""
     stages: tuple[StageConfig, ...] = ()
@@ -172,6 +179,60 @@ class GuidanceConfig(Section):
 
     drop: float = Field(0.1, ge=0, lt=1)
     """Probability that a training sample is unconditional."""
+
+
+class IntervalConfig(Section):
+    """Sampling in few steps: what teaches a flow map its average velocities u(z, t, s) (docs/few_steps.md)."""
+
+    target: Literal["none", "derivative", "composition", "reflow"] = "none"
+    """derivative: u = v + (s - t) du/dt (MeanFlow); composition: a jump equals two shorter ones in a row (shortcut,
+    alpha-flow); reflow: no flow map, but plain flows from z0 to what the teacher makes of it.
+    """
+    teacher: str | None = None
+    """Run directory, or hub repository, of a model of the same latents whose velocities are learned; none: those of the
+    data.
+    """
+    guidance: tuple[float, float] = (1.0, 1.0)
+    """Lowest and highest guidance scale that is built in, drawn evenly in log w; a range needs backbone.guided."""
+    guidance_interval: tuple[PathTime, PathTime] = (0.0, 1.0)
+    """Times between which the built-in guidance acts."""
+    diagonal: float = Field(0.5, ge=0, le=1)
+    """Share of the samples with s = t, which learn the velocity itself and alone train the source encoder."""
+    aligned: float = Field(0.5, ge=0, le=1)
+    """Share of the jumps that are steps of sampling in 1, 2, 4 or 8 steps; the others join two times of the law."""
+    both_ways: float = Field(0.0, ge=0, le=1)
+    """Share of the jumps that lead backwards, from the target to the source."""
+    derivative: Literal["difference", "jvp"] = "difference"
+    """How du/dt is computed: by a central difference, or by forward-mode differentiation, which takes more memory."""
+    epsilon: float = Field(0.005, gt=0, lt=0.5)
+    """Half the distance of the two times of a central difference."""
+    first: Literal["own", "velocity"] = "own"
+    """composition: the first of the two jumps is the network's own (shortcut) or a straight step (alpha-flow)."""
+    alpha: float = Field(0.5, gt=0, lt=1)
+    """composition: length of the first jump in units of both."""
+    power: float = Field(0.0, ge=0, le=1)
+    """Each sample's loss is divided by its own size to this power (1 in MeanFlow); 0: plain mean squares."""
+    teacher_steps: int = Field(8, ge=1)
+    """reflow: Euler steps of the teacher."""
+
+    @field_validator("guidance", "guidance_interval")
+    @classmethod
+    def _in_order(cls, pair: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= pair[0] <= pair[1]:
+            raise ValueError("the two numbers must be in ascending order, and not negative")
+        return pair
+
+    @field_validator("guidance")
+    @classmethod
+    def _guides(cls, scales: tuple[float, float]) -> tuple[float, float]:
+        if scales[0] < 1:
+            raise ValueError("scales of built-in guidance start at 1, which is none")
+        return scales
+
+    @property
+    def is_map(self) -> bool:
+        """Whether a flow map is trained."""
+        return self.target in ("derivative", "composition")
 
 
 class TrainConfig(Section):
@@ -282,5 +343,34 @@ class Config(Section):
     time: TimeConfig = TimeConfig()
     loss: LossConfig = LossConfig()
     guidance: GuidanceConfig = GuidanceConfig()
+    interval: IntervalConfig = IntervalConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _jumps_fit(self) -> Self:
+        """The settings of few-step sampling fit each other."""
+        interval, backbone = self.interval, self.backbone
+        is_range = interval.guidance[0] < interval.guidance[1]
+        if interval.is_map != (backbone.interval != "none"):
+            raise ValueError(
+                f"interval.target = {interval.target} and backbone.interval = {backbone.interval} do not fit: a "
+                "flow map needs a target (derivative or composition) and a reading of the jump's end (added or split)."
+            )
+        if backbone.guided != is_range:
+            raise ValueError(
+                f"interval.guidance = {list(interval.guidance)} and backbone.guided = {str(backbone.guided).lower()} "
+                "do not fit: a network that takes the guidance scale is trained on a range of scales, others on one."
+            )
+        if interval.target == "reflow" and interval.teacher is None:
+            raise ValueError("interval.target = reflow needs interval.teacher, the run whose flow is straightened.")
+        if interval.target == "reflow" and is_range:
+            raise ValueError(
+                "interval.target = reflow builds in a single guidance scale: give interval.guidance=[w,w]."
+            )
+        if interval.guidance[1] > 1 and interval.teacher is None and self.guidance.drop == 0:
+            raise ValueError(
+                "interval.guidance builds guidance in, which needs the unconditional velocity: train with "
+                "guidance.drop=0.1, or name an interval.teacher that was."
+            )
+        return self

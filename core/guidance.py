@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossflow.core.batch import Condition
+from crossflow.core.batch import Condition, Jump
 from crossflow.core.distributed import gather, rank, world_size
+from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow, as_flags, as_times
 from crossflow.core.paths import expand
 from crossflow.core.solvers import Velocity
@@ -107,6 +108,34 @@ class Guidance:
         else:
             velocity = indicator_guidance(model, self.scale, encoded, self.interval)
         return zero_init(velocity, self.zero_until) if self.zero_until > 0 else velocity
+
+    def jumps(self, model: CrossFlow, condition: Condition | None = None) -> Velocity:
+        """The average velocity (z, t, s) of a flow map, whose guidance is built in: its scale is an input or fixed.
+
+        Raises UserError for a model that is no flow map, and for guidance that it does not take.
+        """
+        if not model.jumps:
+            raise UserError(
+                "The solver map needs a flow map, and this model was trained for small steps only. Use another solver, "
+                "or train a flow map from it with `crossflow distill`."
+            )
+        if self.scale != 1 and not model.takes_scale:
+            raise UserError(
+                f"guidance = {self.scale:g} cannot be applied: the guidance of this flow map is built in. Leave "
+                "guidance at 1, or distil with a range: interval.guidance=[1,8]."
+            )
+        if self.interval != (0.0, 1.0) or self.zero_until > 0:
+            raise UserError(
+                "guidance_interval and zero_init act on single steps of a velocity, which a flow map does not take: "
+                "leave them out. Set interval.guidance_interval when distilling instead."
+            )
+        encoded = model.encode_condition(condition)
+
+        def average(z: Tensor, t: float, s: float) -> Tensor:
+            jump = Jump(as_times(s, z), as_times(max(self.scale, 1e-6), z))
+            return model.velocity(z, as_times(t, z), as_flags(False, z), encoded, jump)
+
+        return average
 
     def evaluations(self, t: float) -> int:
         """Network evaluations in a call of `velocity` at time t: 0 while it is zero, 2 where guidance acts, else 1.

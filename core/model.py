@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from crossflow.core.batch import Condition
+from crossflow.core.batch import Condition, Jump
 from crossflow.core.source import SourceEncoder
 
 
@@ -52,15 +52,42 @@ class CrossFlow(nn.Module):
             return condition
         return replace(condition, tokens=self.condition_encoder(condition.tokens, condition.mask))
 
-    def velocities(
-        self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
-    ) -> list[Tensor]:
-        """Velocities, coarse to fine: z_t (B, *latent), t (B,) float in [0, 1], unconditional (B,) bool."""
-        return self.backbone(z_t, t, unconditional, condition)
+    @property
+    def jumps(self) -> bool:
+        """Whether this is a flow map, whose velocities take a `Jump`."""
+        return getattr(self.backbone, "jumps", False)
 
-    def velocity(self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None) -> Tensor:
+    @property
+    def takes_scale(self) -> bool:
+        """Whether the guidance scale of a jump is an input of the network."""
+        return getattr(self.backbone, "takes_scale", False)
+
+    def velocities(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        unconditional: Tensor,
+        condition: Condition | None = None,
+        jump: Jump | None = None,
+    ) -> list[Tensor]:
+        """Velocities, coarse to fine: z_t (B, *latent), t (B,) float in [0, 1], unconditional (B,) bool.
+
+        jump: of a flow map, for the average velocities from t to its end; None for those at t.
+        """
+        if jump is None:
+            return self.backbone(z_t, t, unconditional, condition)
+        return self.backbone(z_t, t, unconditional, condition, jump)
+
+    def velocity(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        unconditional: Tensor,
+        condition: Condition | None = None,
+        jump: Jump | None = None,
+    ) -> Tensor:
         """The velocity at full resolution, (B, *latent), in the dtype of z_t: guidance amplifies rounding errors."""
-        return self.backbone(z_t, t, unconditional, condition)[-1].to(z_t.dtype)
+        return self.velocities(z_t, t, unconditional, condition, jump)[-1].to(z_t.dtype)
 
     def num_parameters(self) -> dict[str, int]:
         """Number of parameters of the flow network and of each encoder."""

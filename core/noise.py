@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossflow.core.batch import map_tensors
+
 
 def _digest(num_bytes: int, parts: tuple[int | str, ...]) -> int:
     text = "\x1f".join(map(str, parts))
@@ -52,6 +54,10 @@ def _normal(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return values[:, : math.prod(shape)].reshape(len(bits), *shape)
 
 
+NUM_JUMP = 5
+"""Uniform numbers of a sample for the jumps of a flow map."""
+
+
 @dataclass(frozen=True)
 class Noise:
     """The random numbers of a training batch.
@@ -60,15 +66,21 @@ class Noise:
         source: (B, *latent) standard normal, eps of the source posterior.
         time: (B,) uniform in [0, 1), mapped to t by the time law.
         drop: (B,) uniform in [0, 1), by which the indicator is drawn.
+        jump: (B, NUM_JUMP) uniform in [0, 1), by which jumps of a flow map are drawn; see `core.interval.draw_jumps`.
     """
 
     source: Tensor
     time: Tensor
     drop: Tensor
+    jump: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Noise":
         """All parts on `device`."""
-        return Noise(*(part.to(device, non_blocking=non_blocking) for part in (self.source, self.time, self.drop)))
+        return map_tensors(lambda part: part.to(device, non_blocking=non_blocking), self)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Noise":
+        """The numbers of some samples."""
+        return map_tensors(lambda part: part[rows], self)
 
 
 def training_noise(seed: int, step: int, samples: Sequence[int], latent_shape: Sequence[int]) -> Noise:
@@ -78,9 +90,10 @@ def training_noise(seed: int, step: int, samples: Sequence[int], latent_shape: S
     >>> torch.equal(part.source[0], whole.source[8])
     True
     """
-    bits = _random_bits([("train", seed, step, sample) for sample in samples], 2 + _num_bits(latent_shape))
-    uniform = bits[:, :2].float() * 2**-24
-    return Noise(_normal(bits[:, 2:], latent_shape), uniform[:, 0].clone(), uniform[:, 1].clone())
+    end = 2 + _num_bits(latent_shape)
+    bits = _random_bits([("train", seed, step, sample) for sample in samples], end + NUM_JUMP)
+    uniform, jump = (part.float() * 2**-24 for part in (bits[:, :2], bits[:, end:]))
+    return Noise(_normal(bits[:, 2:end], latent_shape), uniform[:, 0].clone(), uniform[:, 1].clone(), jump)
 
 
 def item_noise(seed: int, ids: Sequence[str], latent_shape: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from crossflow.core import losses
+from crossflow.core import interval, losses
 from crossflow.core.batch import Batch
 from crossflow.core.config import Config, LossConfig
 from crossflow.core.distributed import world_size
@@ -19,7 +19,8 @@ from crossflow.core.errors import UserError
 from crossflow.core.guidance import draw_unconditional, rotate_targets
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import Noise
-from crossflow.core.paths import PATHS, TIME_LAWS, shift_time
+from crossflow.core.paths import PATHS, TIME_LAWS, PathPoint, expand, shift_time
+from crossflow.core.sampling import generate
 from crossflow.core.source import Posterior
 
 MAX_LOGIT_SCALE = 100.0
@@ -52,6 +53,8 @@ class Objective(nn.Module):
         self.settings: LossConfig = config.loss
         losses.KL_FORMS.get(config.loss.kl)
         self.drop = config.guidance.drop
+        self.interval = config.interval
+        self._teacher: tuple[CrossFlow, ...] = ()
         self.extra_losses = extra_losses
         self.crosses = config.source.kind != "gaussian"
         # A Gaussian source does not depend on the features, so there is nothing to align.
@@ -73,6 +76,16 @@ class Objective(nn.Module):
             self.bias = nn.Parameter(torch.tensor(-10.0))
         if self.encoder_loss == "reconstruction" and reconstructor is None:
             raise UserError("loss.encoder = reconstruction needs a decoder, which this task lacks; use none.")
+
+    def teach(self, teacher: CrossFlow) -> None:
+        """Sets the model whose velocities a flow map learns (in a tuple, so that it does not become a submodule)."""
+        self._teacher = (teacher.eval().requires_grad_(False),)
+
+    @property
+    def teacher(self) -> CrossFlow:
+        """The model set by `teach`."""
+        assert self._teacher, "interval.teacher is set, but no teacher was loaded"
+        return self._teacher[0]
 
     @property
     def leaves_parameters_out(self) -> bool:
@@ -152,12 +165,74 @@ class Objective(nn.Module):
             for batch, target, weight, flags in zip(batches, targets, weights, unconditional, strict=True)
         ]
 
+    def _times(self, uniform: Tensor) -> Tensor:
+        """Times (B,) of the run's law from uniform numbers (B,)."""
+        return shift_time(self.time_law(uniform, self.time.mean, self.time.std), self.time.shift)
+
     def _flow_loss(self, batch: Batch, z0: Tensor, noise: Noise) -> Tensor:
-        """L_FM at the noise's times, a scalar."""
-        t = shift_time(self.time_law(noise.time, self.time.mean, self.time.std), self.time.shift)
-        point = self.path(z0, batch.target, t)
+        """L_FM at the noise's times, a scalar; of a flow map the loss of its jumps."""
+        if self.interval.is_map:
+            return self._jump_loss(batch, z0, noise)
+        t = self._times(noise.time)
+        target = self._straightened(batch, z0) if self.interval.target == "reflow" else batch.target
+        point = self.path(z0, target, t)
         condition = self.model.encode_condition(batch.condition)
         assert batch.unconditional is not None
         velocities = self.model.velocities(point.z_t, t, batch.unconditional, condition)
         coefficients = self._coefficients(len(velocities))
         return losses.multi_resolution_loss(velocities, point.velocity, coefficients, batch.weight).mean()
+
+    def _jump_loss(self, batch: Batch, z0: Tensor, noise: Noise) -> Tensor:
+        """The loss of a flow map, a scalar: where s = t of the velocity, elsewhere of `interval.target_of`."""
+        settings, unconditional = self.interval, batch.unconditional
+        assert unconditional is not None
+        assert noise.jump is not None, "a flow map draws its jumps from the noise"
+        other = self._times(noise.jump[:, 0])
+        jumps = interval.draw_jumps(self._times(noise.time), other, noise.jump[:, 1:], settings)
+        # Elsewhere the targets are no functions of the source, so that their gradients would mislead its encoder.
+        z0 = torch.where(expand(jumps.is_diagonal, z0), z0, z0.detach())
+        point = self.path(z0, batch.target, jumps.t)
+        scale = torch.where(unconditional, torch.ones_like(jumps.scale), jumps.scale)
+        condition = self.model.encode_condition(batch.condition)
+        average = interval.AverageOf(self.model, unconditional, scale, condition)
+        acts = interval.guided_rows(jumps, unconditional, settings.guidance_interval)
+        goal = self._velocity_goal(batch, point, average, acts)
+        target = interval.target_of(average, point.z_t, goal, jumps, settings)
+        averages = target.corrected(average(point.z_t, jumps.t, jumps.s))
+        loss = losses.multi_resolution_loss(averages, target.goal, self._coefficients(len(averages)), batch.weight)
+        return interval.weighted(loss, settings.power).mean()
+
+    def _velocity_goal(self, batch: Batch, point: PathPoint, average: interval.AverageOf, acts: Tensor) -> Tensor:
+        """The velocity (B, *latent) that is to be learned at a point, guided for the samples `acts` (B,) bool.
+
+        A teacher's, or that of the data. Of the latter guidance v_without + w (v - v_without) is built in by its fixed
+        point v_data + (1 - 1/w) (v - v_without), both of the network itself.
+        """
+        t, unconditional = point.t, average.unconditional
+        with torch.no_grad():
+            z = point.z_t.detach()
+            if self.interval.teacher is not None:
+                teacher = self.teacher.to(z.device)
+                condition = teacher.encode_condition(batch.condition)
+
+                def without(rows: Tensor) -> Tensor:
+                    part = None if condition is None else condition[rows]
+                    return teacher.velocity(z[rows], t[rows], torch.ones_like(rows, dtype=torch.bool), part)
+
+                velocity = teacher.velocity(z, t, unconditional, condition)
+                return interval.guided(velocity, without, average.scale, acts)
+            if self.interval.guidance[1] == 1:
+                return point.velocity
+            with interval.without_dropout(self.model.backbone):
+                difference = average(z, t, t)[-1] - average.without_source()(z, t, t)[-1]
+            share = torch.where(acts, 1 - 1 / average.scale, torch.zeros_like(average.scale))
+        return point.velocity + expand(share, z) * difference
+
+    def _straightened(self, batch: Batch, z0: Tensor) -> Tensor:
+        """What the teacher makes of z0 (B, *latent): the targets of a reflow."""
+        low, high = self.interval.guidance
+        assert low == high, "reflow builds in a single scale"
+        return generate(
+            self.teacher.to(z0.device), z0.detach(), condition=batch.condition, steps=self.interval.teacher_steps,
+            guidance=low, guidance_interval=self.interval.guidance_interval,
+        )  # fmt: skip

@@ -3,6 +3,8 @@
 B batch; latents (C, H, W) or (N, C).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.guidance import Guidance
 from crossflow.core.model import CrossFlow
 from crossflow.core.progress import Progress
-from crossflow.core.solvers import SOLVERS, Solution, solve
+from crossflow.core.solvers import SOLVERS, Solution, Solver, solve
 
 
 @torch.no_grad()
@@ -78,17 +80,24 @@ def flow(
 
     An adaptive solver integrates items one at a time, so the steps and the result of an item depend on no other.
     """
-    alone = SOLVERS.get(solver).adaptive and len(z) > 1
+    scheme = SOLVERS.get(solver)
+    alone = scheme.adaptive and len(z) > 1
     solutions = []
     for rows in [slice(i, i + 1) for i in range(len(z))] if alone else [slice(None)]:
-        velocity = guidance.velocity(model, None if condition is None else condition[rows], weak)
+        part = None if condition is None else condition[rows]
+        velocity = guidance.jumps(model, part) if scheme.jumps else guidance.velocity(model, part, weak)
         solutions.append(
             solve(
                 velocity, z[rows], solver=solver, steps=steps, time_grid=time_grid, reverse=reverse,
-                evaluations_at=guidance.evaluations, on_step=on_step,
+                evaluations_at=_evaluations(scheme, guidance), on_step=on_step,
             )
         )  # fmt: skip
     return Solution(torch.cat([each.z for each in solutions]), sum((each.evaluations for each in solutions), ()))
+
+
+def _evaluations(solver: Solver, guidance: Guidance) -> Callable[[float], int]:
+    """Network evaluations in a call of the velocity at a time: one where the guidance is built in."""
+    return (lambda t: 1) if solver.jumps else guidance.evaluations
 
 
 def count_evaluations(
@@ -103,19 +112,20 @@ def count_evaluations(
     """Network evaluations that `generate` spends on each item under these settings; None for an adaptive solver.
 
     A guided velocity counts as two evaluations, whether guided by the indicator (conditional and unconditional) or by a
-    weaker model. They are counted by running the solver on a velocity of zero.
+    weaker model; a jump of a flow map as one. They are counted by running the solver on a velocity of zero.
 
     >>> count_evaluations(solver="euler", steps=20, guidance=4.0)
     40
     >>> count_evaluations(solver="ab2", steps=50, guidance=6.0, guidance_interval=(0.0, 0.5))
     78
     """
-    if SOLVERS.get(solver).adaptive:
+    scheme = SOLVERS.get(solver)
+    if scheme.adaptive:
         return None
     guided = Guidance(guidance, guidance_interval, zero_init / max(steps, 1))
     (count,) = solve(
-        lambda z, t: torch.zeros_like(z), torch.zeros(1), solver=solver, steps=steps, time_grid=time_grid,
-        evaluations_at=guided.evaluations,
+        lambda z, *times: torch.zeros_like(z), torch.zeros(1), solver=solver, steps=steps, time_grid=time_grid,
+        evaluations_at=_evaluations(scheme, guided),
     ).evaluations  # fmt: skip
     return count
 

@@ -14,8 +14,10 @@ from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.progress import Progress
 from crossflow.core.registry import Registry
 
-Velocity = Callable[[Tensor, float], Tensor]
-"""(z (B, *latent), t in [0, 1]) -> dz/dt (B, *latent). A Python number, so that nobody reads the time from a device."""
+Velocity = Callable[..., Tensor]
+"""(z (B, *latent), t in [0, 1]) -> dz/dt (B, *latent); of a flow map (z, t, s) -> the average velocity from t to s. The
+times are Python numbers, so that nobody reads them from a device.
+"""
 
 END = 1 - 1e-5
 """Time at which the released samplers stop, just before t = 1."""
@@ -106,6 +108,11 @@ def ab2_step(slope: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> 
     return z + h * (v + ratio / 2 * (v - previous))
 
 
+def map_step(slope: Velocity, z: Tensor, t: float, h: float, memory: Memory) -> Tensor:
+    """z + h u(z, t, t + h)."""
+    return z + h * slope(z, t, t + h)
+
+
 @dataclass(frozen=True)
 class Solver:
     """A solver and its properties.
@@ -117,6 +124,7 @@ class Solver:
         evaluations: velocity evaluations in each step; of an adaptive solver, in each attempted step.
         first_evaluations: further velocity evaluations at the start.
         step: None for an adaptive solver, which chooses its own steps.
+        jumps: whether it takes the average velocities of a flow map, whose error does not depend on the steps' length.
     """
 
     name: str
@@ -125,6 +133,7 @@ class Solver:
     evaluations: int
     first_evaluations: int = 0
     step: Step | None = None
+    jumps: bool = False
 
     @property
     def adaptive(self) -> bool:
@@ -135,6 +144,8 @@ class Solver:
     def summary(self) -> str:
         """Description, order and cost in one line."""
         plural = "s" * (self.evaluations > 1)
+        if self.jumps:
+            return f"{self.about}; {self.evaluations} evaluation{plural} per step"
         return f"{self.about}; order {self.order}, {self.evaluations} evaluation{plural} per step"
 
 
@@ -145,6 +156,7 @@ for _solver in (
     Solver("heun", "Heun", 2, 2, step=heun_step),
     Solver("rk4", "Classical Runge-Kutta", 4, 4, step=rk4_step),
     Solver("ab2", "Adams-Bashforth, its first step by the midpoint rule", 2, 1, 1, step=ab2_step),
+    Solver("map", "Jumps of a flow map, as crossflow distill trains it", 1, 1, step=map_step, jumps=True),
     Solver("dopri5", f"Dormand-Prince with adaptive steps (rtol = atol = 1e-5), from 0 to {END}", 5, 6, 2),
 ):
     SOLVERS.register(_solver.name)(_solver)
@@ -169,7 +181,7 @@ def solve(
     Solution(z=tensor([[1., 1.]]), evaluations=(8,), trajectory=[])
 
     Args:
-        velocity: (z (B, *latent), t float) -> (B, *latent).
+        velocity: (z (B, *latent), t float) -> (B, *latent); for "map" (z, t, s) -> (B, *latent).
         z: (B, *latent) at the start. B = 1 for an adaptive solver: an error norm over several items would make the
             result of an item depend on its neighbours.
         solver: a name in `SOLVERS`.
@@ -187,11 +199,11 @@ def solve(
     scheme = _checked(solver, steps, time_grid, reverse)
     evaluations = 0
 
-    def slope(state: Tensor, t: float) -> Tensor:
+    def slope(state: Tensor, *times: float) -> Tensor:
         nonlocal evaluations
-        t = min(max(t, 0.0), 1.0)
-        evaluations += evaluations_at(t)
-        return velocity(state, t)
+        times = tuple(min(max(t, 0.0), 1.0) for t in times)
+        evaluations += evaluations_at(times[0])
+        return velocity(state, *times)
 
     if scheme.step is None:
         assert len(z) == 1, f"{solver} integrates one item at a time, got {len(z)}"

@@ -222,8 +222,8 @@ def invert(
     value: str | Path | np.ndarray,
     *,
     source: object = None,
-    solver: str = "heun",
-    steps: int = 50,
+    solver: str | None = None,
+    steps: int | None = None,
     seed: int = 0,
     output_type: str = "pil",
     on_step: Progress | None = None,
@@ -233,6 +233,7 @@ def invert(
     Args:
         source: the input of the output. Noise-source baselines require it as their condition; decoders guided by
             features (FlowTiTok) use it, and decode under an empty text without it.
+        solver, steps: see `inversion_settings`.
         on_step: called with (done, total) solver steps.
 
     Raises UserError for a value that is not an output of the task, and for a missing or unsuitable source.
@@ -240,7 +241,7 @@ def invert(
         inversion = invert(pipe, "cube.png")
         inversion.z0.std(), inversion.error
     """
-    chosen = pipe.sample_settings(solver=solver, steps=steps)
+    chosen = inversion_settings(pipe, solver, steps)
     pieces = pipe.task.target(value)
     z1 = torch.stack(list(pieces.values)).float()
     start, features = Source(z1), None
@@ -252,7 +253,7 @@ def invert(
     z0, again = [], []
     for first in range(0, len(z1), chosen.batch_size):
         part = start[first : first + chosen.batch_size].to(pipe.device)
-        options: dict[str, Any] = {"condition": part.condition, "solver": solver, "steps": steps}
+        options: dict[str, Any] = {"condition": part.condition, "solver": chosen.solver, "steps": chosen.steps}
         z0.append(sampling.invert(pipe.model, part.features, on_step=next(step), **options))
         again.append(sampling.generate(pipe.model, z0[-1], on_step=next(step), **options).float())
     next(step, None)  # reports the end of the last integration
@@ -265,6 +266,23 @@ def invert(
     return Inversion(
         torch.cat(z0).cpu(), Outputs(tuple(outputs), pipe.task.pictures, seed, output_type=output_type), error
     )
+
+
+def inversion_settings(pipe: Pipeline, solver: str | None = None, steps: int | None = None) -> SampleConfig:
+    """How an output is flowed back: by default with the run's own steps where it is a flow map that jumps both ways,
+    else with 50 steps of Heun.
+
+    Raises UserError for the solver map on a run that does not jump backwards.
+    """
+    jumps_back = pipe.model.jumps and pipe.task.config.interval.both_ways > 0
+    solver = solver or ("map" if jumps_back else "heun")
+    if SOLVERS.get(solver).jumps and not jumps_back:
+        raise UserError(
+            "The solver map inverts flow maps that were trained in both directions, and this run was not. Use "
+            "--solver heun, or distil with interval.both_ways=0.25."
+        )
+    own = pipe.settings.steps if SOLVERS.get(solver).jumps and pipe.settings.solver == solver else 50
+    return pipe.sample_settings(solver=solver, steps=steps or own)
 
 
 def _condition(pipe: Pipeline, source: object, pieces: Pieces, seed: int) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossflow.core import distributed, launcher, sampling
 from crossflow.core.allocator import keep_freed_memory
-from crossflow.core.batch import Condition, Source
+from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.guidance import Guidance
@@ -282,7 +282,9 @@ class Pipeline(HubMethods):
 
         Raises UserError for NaNs, and for guidance of a model that was never trained without its source.
         """
-        if settings.guidance != 1 and self.weak is None and self.task.config.guidance.drop == 0:
+        scheme = SOLVERS.get(settings.solver)
+        is_untrained = self.weak is None and self.task.config.guidance.drop == 0 and not scheme.jumps
+        if settings.guidance != 1 and is_untrained:
             raise UserError(
                 f"guidance = {settings.guidance:g} needs a model that was also trained without its source; this run "
                 "has guidance.drop = 0. Use guidance 1, guide with a weaker run, or train with guidance.drop=0.1."
@@ -291,10 +293,20 @@ class Pipeline(HubMethods):
             keep_freed_memory()
         condition = source.condition.to(self.device) if source.condition is not None else None
         guidance = Guidance(settings.guidance, settings.guidance_interval, settings.zero_init / max(settings.steps, 1))
-        precision = "float32" if SOLVERS.get(settings.solver).adaptive else self.precision
+        precision = "float32" if scheme.adaptive else self.precision
         # Around the whole integration, so that weights are converted once and not at every step.
         with autocast(self.device, precision):
-            z1 = self.integrate(z0.to(self.device).float(), guidance, condition, settings, on_step)
+            z1 = sampling.flow(
+                self.model,
+                z0.to(self.device).float(),
+                guidance,
+                condition=condition,
+                weak=self.weak,
+                solver=settings.solver,
+                steps=settings.steps,
+                time_grid=settings.time_grid,
+                on_step=on_step,
+            ).z
         if z1.isnan().any():
             raise UserError(
                 f"The sampled latents contain NaNs (guidance = {settings.guidance:g}, {settings.solver}, "
@@ -302,27 +314,6 @@ class Pipeline(HubMethods):
                 "arithmetic, a smaller strength; if that does not help, the weights are damaged."
             )
         return z1
-
-    def integrate(
-        self,
-        z0: Tensor,
-        guidance: Guidance,
-        condition: Condition | None,
-        settings: SampleConfig,
-        on_step: Progress | None = None,
-    ) -> Tensor:
-        """z0 (B, *latent) -> z1 (B, *latent) by the solver of the settings."""
-        return sampling.flow(
-            self.model,
-            z0,
-            guidance,
-            condition=condition,
-            weak=self.weak,
-            solver=settings.solver,
-            steps=settings.steps,
-            time_grid=settings.time_grid,
-            on_step=on_step,
-        ).z
 
     def guide_with(self, other: "Pipeline") -> "Pipeline":
         """Turns on autoguidance by another run, smaller or trained less; returns self.

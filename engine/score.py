@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from crossflow.core import distributed
-from crossflow.core.config import GuidanceConfig, LossConfig
+from crossflow.core.config import GuidanceConfig, IntervalConfig, LossConfig
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import training_noise
 from crossflow.core.objective import Objective
@@ -94,7 +94,11 @@ def held_out_loss(task: Task, model: CrossFlow, examples: Examples, *, batch_siz
     same bits with any number of processes.
     """
     plain = task.config.model_copy(
-        update={"loss": LossConfig(encoder="none", kl_weight=0.0), "guidance": GuidanceConfig(drop=0.0)}
+        update={
+            "loss": LossConfig(encoder="none", kl_weight=0.0),
+            "guidance": GuidanceConfig(drop=0.0),
+            "interval": IntervalConfig(),  # of a flow map: the loss of its velocities
+        }
     )
     objective = Objective(model, plain)
 

@@ -250,6 +250,9 @@ class Task(ABC, Generic[C, P]):
     quick: ClassVar[tuple[str, ...]] = ()
     """Overrides that shorten what comes before the flow, for runs that are only measured."""
 
+    flow_alone: ClassVar[tuple[str, ...]] = ()
+    """Overrides under which nothing but the flow is trained, for runs that learn from a trained one."""
+
     def __init__(self, config: C, parts: P) -> None:
         self.config = config
         self.parts = parts

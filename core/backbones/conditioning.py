@@ -1,9 +1,42 @@
-"""How a backbone reads the condition of the noise-source baselines. B batch, M tokens, D width, C channels, H W."""
+"""How a backbone reads a jump, and the condition of the noise-source baselines. B batch, M tokens, D width, C channels,
+H W.
+"""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from crossflow.core.batch import Condition
+from crossflow.core.batch import Condition, Jump
+from crossflow.core.config import BackboneConfig
+from crossflow.core.layers import TimestepEmbedding
+
+SMOOTH = 8.0
+"""Time scale of the embedding of a jump: small, since targets of flow maps differentiate by time."""
+
+
+class JumpEmbedding(nn.Module):
+    """What a jump adds to the conditioning of a network: an embedding of its length (condition `added`) and one of
+    log w, where the network takes the guidance scale. Both are zero at first, so that a trained network stays as it is.
+    """
+
+    def __init__(self, width: int, config: BackboneConfig) -> None:
+        super().__init__()
+        self.length = TimestepEmbedding(width, SMOOTH) if config.interval == "added" else None
+        self.scale = TimestepEmbedding(width, SMOOTH) if config.guided else None
+
+    def start_at_zero(self) -> None:
+        """Zeroes the last layers; called after the network has initialised its own."""
+        for embedding in (self.length, self.scale):
+            if embedding is not None:
+                for parameter in embedding.mlp[2].parameters():
+                    nn.init.zeros_(parameter)
+
+    def forward(self, t: Tensor, jump: Jump | None) -> Tensor | float:
+        """t (B,) -> (B, D), or 0 without embeddings; jump: None for one that ends at t, unguided."""
+        length, scale = (torch.zeros_like(t), torch.ones_like(t)) if jump is None else (jump.end - t, jump.scale)
+        total: Tensor | float = 0.0
+        if self.length is not None:
+            total = total + self.length(length)
+        return total if self.scale is None else total + self.scale(scale.log())
 
 
 def context_tokens(

@@ -2,7 +2,8 @@
 
 Every stage reads the whole z_t. The first, coarsest one is a U-shaped Transformer that carries the indicator 1_c as an
 extra token; the others are U-shaped stacks of ConvNeXt blocks and add the upsampled features of the stage before.
-Time enters through the norms: p(t) = p1 + (p0 - p1) sigmoid((w + 1) c + b), c = log_snr / 4 = 1 - 2t.
+Time enters through the norms: p(t) = p1 + (p0 - p1) sigmoid((w + 1) c + b), c = log_snr / 4 = 1 - 2t. A flow map adds
+the embedding of the jump to the input of each stage, or gives the last stage the time s at which the jump ends.
 B batch, N tokens, D width, C channels, H W height width of a stage.
 """
 
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossflow.core.backbones.conditioning import context_tokens, with_grid
-from crossflow.core.batch import Condition
+from crossflow.core.backbones.conditioning import JumpEmbedding, context_tokens, with_grid
+from crossflow.core.batch import Condition, Jump
 from crossflow.core.config import BackboneConfig, StageConfig
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.layers import Attention, DepthwiseConv, unpatchify
@@ -196,12 +197,16 @@ class Stage(nn.Module):
         """Channels of the features that the next stage reads: those of the input and of every block."""
         return (self.num_blocks + 1) * self.stage.width
 
-    def enter(self, z_t: Tensor, features: Tensor | None, c: Tensor) -> Tensor:
-        """z_t (B, C, H', W') at full resolution and the features of the stage before -> (B, H, W, D)."""
+    def enter(self, z_t: Tensor, features: Tensor | None, c: Tensor, jump: Tensor | float) -> Tensor:
+        """z_t (B, C, H', W') at full resolution, the features of the stage before, and the embedding (B, D) of a jump
+        -> (B, H, W, D).
+        """
         pooled = F.avg_pool2d(z_t, self.stage.pool) if self.stage.pool > 1 else z_t
         # In the weights' precision: under autocast the residual stream stays float32, layers compute in a half type.
         x = self.embed(pooled).to(self.embed.weight.dtype).permute(0, 2, 3, 1)
         x = x + self._positions(x.shape[1], x.shape[2])
+        if isinstance(jump, Tensor):
+            x = x + _along(jump, x)
         return x if self.upsample is None or features is None else x + self.upsample(features, c)
 
     def _positions(self, height: int, width: int) -> Tensor:
@@ -250,10 +255,10 @@ class TransformerStage(Stage):
         self.blocks = nn.ModuleList(TransformerBlock(stage, context_dim, dropout) for _ in range(self.num_blocks))
 
     def forward(
-        self, z_t: Tensor, c: Tensor, unconditional: Tensor, condition: Condition | None
+        self, z_t: Tensor, c: Tensor, unconditional: Tensor, condition: Condition | None, jump: Tensor | float = 0.0
     ) -> tuple[Tensor, list[Tensor]]:
         """Velocity (B, C, H, W) and features, each (B, H, W, D)."""
-        x = self.enter(z_t, None, c)
+        x = self.enter(z_t, None, c, jump)
         grid = x.shape[1:3]
         token = torch.where(unconditional[:, None, None], self.unconditional, self.conditional)
         tokens = torch.cat([token.expand(-1, 1, x.shape[-1]).to(x.dtype), x.flatten(1, 2)], dim=1)  # (B, 1 + H W, D)
@@ -277,9 +282,11 @@ class ConvStage(Stage):
         super().__init__(channels, stage, grid, before)
         self.blocks = nn.ModuleList(ConvNeXtBlock(stage, dropout) for _ in range(self.num_blocks))
 
-    def forward(self, z_t: Tensor, c: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, z_t: Tensor, c: Tensor, features: Sequence[Tensor], jump: Tensor | float = 0.0
+    ) -> tuple[Tensor, list[Tensor]]:
         """Velocity (B, C, H, W) and features, each (B, H, W, D)."""
-        x = self.enter(z_t, torch.cat(list(features), dim=-1), c)
+        x = self.enter(z_t, torch.cat(list(features), dim=-1), c, jump)
         outputs = self.through(x, self.blocks, c)
         return self.leave(outputs[-1], c), [x, *outputs]
 
@@ -291,7 +298,7 @@ class DiMR(nn.Module):
     positions stretched to them.
 
     >>> config = BackboneConfig(name="dimr", size="tiny", num_stages=2)
-    >>> network = DiMR((4, 16, 16), default_stages(config))
+    >>> network = DiMR((4, 16, 16), default_stages(config), config)
     >>> velocities = network(torch.randn(3, 4, 16, 16), torch.rand(3), torch.tensor([False, True, False]))
     >>> [tuple(velocity.shape) for velocity in velocities]
     [(3, 4, 8, 8), (3, 4, 16, 16)]
@@ -301,8 +308,8 @@ class DiMR(nn.Module):
         self,
         latent_shape: tuple[int, ...],
         stages: Sequence[StageConfig],
+        config: BackboneConfig,
         *,
-        dropout: float = 0.0,
         context_dim: int | None = None,
         grid_channels: int = 0,
     ) -> None:
@@ -313,15 +320,24 @@ class DiMR(nn.Module):
         first, *finer = stages
         grids = [(height // (stage.patch * stage.pool), width // (stage.patch * stage.pool)) for stage in stages]
         both = (channels + grid_channels, channels)
-        built: list[Stage] = [TransformerStage(both, first, grids[0], context_dim, dropout)]
+        built: list[Stage] = [TransformerStage(both, first, grids[0], context_dim, config.dropout)]
         for stage, grid, coarser in zip(finer, grids[1:], grids[:-1], strict=True):
-            built.append(ConvStage(both, stage, grid, (built[-1].num_features, grid[0] // coarser[0]), dropout))
+            built.append(ConvStage(both, stage, grid, (built[-1].num_features, grid[0] // coarser[0]), config.dropout))
         self.stages = nn.ModuleList(built)
+        self.interval, self.takes_scale = config.interval, config.guided
+        self.jump = nn.ModuleList(JumpEmbedding(stage.width, config) for stage in stages if self.jumps)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for jump in self.jump:
+            jump.start_at_zero()  # type: ignore[operator]
+
+    @property
+    def jumps(self) -> bool:
+        """Whether this is a flow map."""
+        return self.interval != "none"
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute the activations of each block in the backward pass."""
@@ -329,20 +345,30 @@ class DiMR(nn.Module):
             stage.checkpointing = on  # type: ignore[assignment]
 
     def forward(
-        self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        unconditional: Tensor,
+        condition: Condition | None = None,
+        jump: Jump | None = None,
     ) -> list[Tensor]:
         """z_t (B, C, H, W), t (B,) in [0, 1], unconditional (B,) bool -> velocities (B, C, H / K, W / K) by stage.
+
+        jump: of flow maps.
 
         Raises UserError for a size that the largest K does not divide.
         """
         if z_t.shape[-2] % self.shrinks or z_t.shape[-1] % self.shrinks:
             raise _indivisible(z_t.shape[-2], z_t.shape[-1], self.shrinks)
-        c = 1 - 2 * t.float()
+        c = last_c = 1 - 2 * t.float()
+        if self.interval == "split" and jump is not None:
+            last_c = 1 - 2 * jump.end.float()
+        added = [embedding(t, jump) for embedding in self.jump] or [0.0] * len(self.stages)
         z_t = with_grid(z_t, condition, unconditional, self.grid_channels)
-        velocity, features = self.stages[0](z_t, c, unconditional, condition)
+        velocity, features = self.stages[0](z_t, c, unconditional, condition, added[0])
         velocities = [velocity]
-        for stage in self.stages[1:]:
-            velocity, features = stage(z_t, c, features)
+        for number, stage in enumerate(self.stages[1:], start=1):
+            velocity, features = stage(z_t, last_c if number == len(self.stages) - 1 else c, features, added[number])
             velocities.append(velocity)
         return velocities
 
@@ -392,4 +418,9 @@ def build_dimr(
         raise UserError(f"The first stage's width {stages[0].width} is not a multiple of its {stages[0].heads} heads.")
     if latent_shape[1] % shrinks[0] or latent_shape[2] % shrinks[0]:
         raise _indivisible(latent_shape[1], latent_shape[2], shrinks[0])
-    return DiMR(latent_shape, stages, dropout=config.dropout, context_dim=context_dim, grid_channels=grid_channels)
+    if config.interval == "split" and len(stages) == 1:
+        raise UserError(
+            "backbone.interval = split gives the last stage of a DiMR the time at which a jump ends, and this one has "
+            "a single stage. Use backbone.interval = added, or more stages."
+        )
+    return DiMR(latent_shape, stages, config, context_dim=context_dim, grid_channels=grid_channels)

@@ -1,6 +1,7 @@
 """DiT (Peebles & Xie 2023) as CrossFlow uses it: adaLN-Zero blocks over the patches of a grid or over latent tokens.
 
-The conditioning vector is the timestep embedding plus that of the indicator 1_c (0 conditional, 1 unconditional).
+The conditioning vector is the timestep embedding plus that of the indicator 1_c (0 conditional, 1 unconditional). A
+flow map adds that of the jump to it, or gives its last third of the blocks the time s at which the jump ends.
 Optional for the noise-source baselines: cross-attention to condition tokens after each self-attention, and a condition
 grid concatenated to z_t. B batch, N tokens, D width, C channels, H W height width, p patch.
 """
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossflow.core.backbones.conditioning import context_tokens, with_grid
-from crossflow.core.batch import Condition
+from crossflow.core.backbones.conditioning import JumpEmbedding, context_tokens, with_grid
+from crossflow.core.batch import Condition, Jump
 from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.layers import (
@@ -136,6 +137,9 @@ class DiT(nn.Module):
         self.embed = nn.Linear((channels + grid_channels) * area, size.width)
         self.time = TimestepEmbedding(size.width, config.time_scale)
         self.indicator = nn.Embedding(2, size.width)
+        self.interval = config.interval
+        self.jump = JumpEmbedding(size.width, config) if config.interval != "none" else None
+        self.takes_scale = config.guided
         self.null_context = nn.Parameter(torch.zeros(1, 1, context_dim)) if context_dim is not None else None
         conv = config.conv if self.is_grid else 0
         self.blocks = nn.ModuleList(
@@ -163,6 +167,13 @@ class DiT(nn.Module):
         for module in zero:  # every block starts as the identity, the velocity as zero
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
+        if self.jump is not None:
+            self.jump.start_at_zero()
+
+    @property
+    def jumps(self) -> bool:
+        """Whether this is a flow map."""
+        return self.jump is not None
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute the activations of each block in the backward pass."""
@@ -179,10 +190,28 @@ class DiT(nn.Module):
             )
         return self.position_table
 
+    def _conditioning(self, t: Tensor, unconditional: Tensor, jump: Jump | None) -> tuple[Tensor, Tensor]:
+        """The conditioning vectors (B, D) of the blocks, and of the last third of them and the output."""
+        c = self.time(t) + self.indicator(unconditional.long())
+        if self.jump is None:
+            return c, c
+        added = self.jump(t, jump)
+        if self.interval == "added" or jump is None:
+            return c + added, c + added
+        return c + added, self.time(jump.end) + self.indicator(unconditional.long()) + added
+
     def forward(
-        self, z_t: Tensor, t: Tensor, unconditional: Tensor, condition: Condition | None = None
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        unconditional: Tensor,
+        condition: Condition | None = None,
+        jump: Jump | None = None,
     ) -> list[Tensor]:
-        """z_t (B, *latent), t (B,) in [0, 1], unconditional (B,) bool -> [velocity (B, *latent)]."""
+        """z_t (B, *latent), t (B,) in [0, 1], unconditional (B,) bool -> [velocity (B, *latent)].
+
+        jump: of flow maps.
+        """
         x, grid = z_t, None
         if self.is_grid:
             height, width = z_t.shape[-2:]
@@ -199,14 +228,16 @@ class DiT(nn.Module):
             rotary = rotary_2d(*grid, x.shape[-1] // self.heads, self.trained_grid, x.device)
         elif self.positions != "none":
             x = x + self._positions(x, grid).to(x.dtype)
-        c = self.time(t) + self.indicator(unconditional.long())  # (B, D)
+        c, last_c = self._conditioning(t, unconditional, jump)  # (B, D)
+        first_last = len(self.blocks) - (len(self.blocks) + 2) // 3
         context, attended = context_tokens(self.null_context, condition, unconditional)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            conditions = (last_c if number >= first_last else c, context, attended, grid, rotary)
             if self._checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, context, attended, grid, rotary, use_reentrant=False)
+                x = checkpoint(block, x, *conditions, use_reentrant=False)
             else:
-                x = block(x, c, context, attended, grid, rotary)
-        shift, scale = self.final_modulation(c).chunk(2, dim=1)
+                x = block(x, *conditions)
+        shift, scale = self.final_modulation(last_c).chunk(2, dim=1)
         velocity = self.final(modulate(self.final_norm(x), shift, scale))
         return [unpatchify(velocity, self.patch, *z_t.shape[-2:]) if self.is_grid else velocity]
 

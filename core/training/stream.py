@@ -76,8 +76,7 @@ class MicroBatch:
         assert len(self) == 2 * middle, "an odd number of samples has no halves"
         parts = []
         for rows in (slice(0, middle), slice(middle, None)):
-            noise = Noise(self.noise.source[rows], self.noise.time[rows], self.noise.drop[rows])
-            parts.append(MicroBatch(replace(self.batch[rows], ids=self.batch.ids[rows]), noise))
+            parts.append(MicroBatch(replace(self.batch[rows], ids=self.batch.ids[rows]), self.noise[rows]))
         return parts
 
 

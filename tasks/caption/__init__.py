@@ -187,6 +187,7 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
     needs = frozenset({"image", "captions"})
     reads_features = True
     input_kind = "image"
+    flow_alone = ("caption.reading=0", "caption.joint=false")
     quick = ("caption.text_steps=2",)
 
     @property

@@ -196,7 +196,7 @@ def test_an_override_with_invalid_yaml_is_a_user_error() -> None:
         ("sorce.kind=noisy", "'source'"),
         ("lr=1e-3", "'train.lr'"),
         ("steps=3", "'train.steps' or 'sample.steps'"),
-        ("train.guidance=3", "'sample.guidance'"),
+        ("train.guidance=3", "'interval.guidance' or 'sample.guidance'"),
     ],
 )
 def test_unknown_keys_suggest_full_paths_of_similar_keys(override: str, near: str) -> None:
