@@ -48,9 +48,10 @@ def command(
     from crossflow.engine.distill import distilled
     from crossflow.engine.folder import new_folder
 
-    distributed.device()  # joins the processes of a launcher, if there are several
     settings = ([f"data.train={data}"] if data is not None else []) + list(overrides)
     config = distilled(source, method=method, guidance=_scales(guidance), overrides=settings)
+    distributed.limit_waiting(config.train.timeout_minutes)
+    distributed.device()  # joins the processes of a launcher, if there are several
     name = f"{Path(source).expanduser().resolve().name}_distilled"
     train_into(output or distributed.on_main(lambda: new_folder(Path("runs"), name)), config)
 
