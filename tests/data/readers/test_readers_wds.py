@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.core.training.stream import MicroBatches, Positions
 from crossflow.data.dataset import Examples
@@ -360,3 +361,46 @@ def test_a_store_that_cannot_be_reached_is_a_message(monkeypatch):
         open_reader("wds:memory://nothing/0.tar", "all")
     with pytest.raises(UserError, match="nosuch:// cannot be read"):
         open_reader("wds:nosuch://bucket/0.tar", "all")
+
+
+# -- training from damaged shards
+
+
+def damaged(folder: Path) -> Path:
+    """Three shards of larger pictures: one whole, one with a picture that is none, one truncated in its seventh."""
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        members = {}
+        for place in range(10):
+            file = io.BytesIO()
+            Image.fromarray(generator.integers(0, 255, (40, 40, 3), np.uint8)).save(file, format="JPEG")
+            members[f"{place}.jpg"] = file.getvalue() if (number, place) != (1, 4) else b"<html>not found</html>"
+        file = shard(folder / f"{number}.tar", members)
+    with tarfile.open(file) as tar:
+        cut = tar.getmember("6.jpg").offset_data + 10
+    file.write_bytes(file.read_bytes()[:cut])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["local", "fsspec"])
+def test_a_training_names_what_is_damaged_in_its_shards_and_goes_on(
+    tmp_path, monkeypatch, caplog, capsys, tiny_settings, scheme
+):
+    monkeypatch.setattr(shards, "WAITS", ())
+    spec, run = f"wds:{scheme}{damaged(tmp_path / 'data')}/{{0..2}}.tar@all", tmp_path / "run"
+    steps = ["train.steps=8", "train.batch_size=4", "data.num_train=null", "data.val=scenes"]
+    argv = ["train", "--task", "sr", "--data", spec, *tiny_settings("sr"), *steps, "--output", str(run)]
+    assert main([*argv, "data.max_bad=0.05"]) == 2
+    message = capsys.readouterr().err
+    assert "2 of 27 items are bad so far; the limit is 5% (data.max_bad)" in message
+    assert "1/4: " in message
+    assert "2/(truncated): the shard is truncated in '6.jpg'; the samples after it are lost" in message
+    assert not (run / "model.safetensors").exists()
+    caplog.clear()
+    assert main([*argv, "data.max_bad=0.1"]) == 0
+    warnings = [record.getMessage() for record in caplog.records if "skipping item" in record.getMessage()]
+    assert len(warnings) == 2
+    assert "1/4: " in warnings[1]
+    assert "2/(truncated)" in warnings[0]
+    assert '"step": 8' in (run / "metrics.jsonl").read_text()
