@@ -1,4 +1,4 @@
-"""A training on many GPUs, on paper: memory, checkpoints, bytes on the wire and samples per second.
+"""A training on many GPUs, on paper: memory, checkpoints, bytes on the wire, samples and tokens per second.
 
 W GPUs, P trained parameters in float32, of which Q belong to blocks; a ring of W passes (W - 1) / W of what it
 exchanges through each GPU. Bytes that each GPU sends per step:
@@ -51,6 +51,8 @@ class Row:
     """Samples per second of all GPUs, if the exchange waits for the computation."""
     fastest: float
     """The same, if the two overlap wholly."""
+    tokens: int
+    """Positions of the backbone in a sample, of all its resolutions."""
 
 
 def scaling(config: Config, gpus: Sequence[int], machines: Machines) -> list[Row]:
@@ -71,7 +73,8 @@ def _row(config: Config, gpus: int, sharded: bool, machines: Machines) -> Row:
     known = size.checkpoint is not None
     # Model, average and optimizer state.
     checkpoint = size.checkpoint or sum(size.memory[part] for part in ("weights", "ema", "optimizer"))
-    sent = sent_bytes(size.memory["gradients"], _of_blocks(config), gpus, config.train.accumulate if sharded else 0)
+    tokens, of_blocks = _backbone(config)
+    sent = sent_bytes(size.memory["gradients"], of_blocks, gpus, config.train.accumulate if sharded else 0)
     computing = config.train.batch_size / (gpus * machines.samples_per_second)
     exchanging = sent / machines.network
     return Row(
@@ -84,6 +87,7 @@ def _row(config: Config, gpus: int, sharded: bool, machines: Machines) -> Row:
         sent,
         config.train.batch_size / (computing + exchanging),
         config.train.batch_size / max(computing, exchanging),
+        tokens,
     )
 
 
@@ -99,8 +103,11 @@ def sent_bytes(trained: int, of_blocks: int, gpus: int, sharded_parts: int) -> f
     return (gpus - 1) / gpus * ((2 * trained + of_blocks) * sharded_parts or 2 * trained)
 
 
-def _of_blocks(config: Config) -> int:
+def _backbone(config: Config) -> tuple[int, int]:
+    """Tokens of a sample, and bytes of the parameters in blocks."""
     task = task_class(config.task).outline(config)
     with torch.device("meta"):
         model = task.build_model()
-    return sum(parameter.nbytes for block in blocks(model) for parameter in block.parameters())
+    of_blocks = sum(parameter.nbytes for block in blocks(model) for parameter in block.parameters())
+    tokens: int = model.backbone.num_tokens  # type: ignore[assignment]
+    return tokens, of_blocks

@@ -227,7 +227,7 @@ def agreement(runs: Sequence[Path], recipes: Sequence[str], output: Path | None,
 def plan_command(
     recipe: str, gpus: str, samples_per_second: float, network: float, disk: float, overrides: Sequence[str]
 ) -> None:
-    """A training on many GPUs, on paper: memory, checkpoints, bytes on the wire, samples per second.
+    """A training on many GPUs, on paper: memory, checkpoints, bytes on the wire, samples and tokens per second.
 
     \b
       crossflow benchmark plan t2i_256_clip_dimr --samples-per-second 120
@@ -247,7 +247,8 @@ def plan_command(
     say(f"{recipe}: batch {config.train.batch_size}, {config.train.accumulate} accumulated part(s). Assumed:")
     say(f"- one GPU computes {samples_per_second:g} samples/s, sends {network:g} GB/s; checkpoints take {disk:g} GB/s;")
     say("- float32 weights and gradients, exchanged in rings; each GPU computes as fast as it does alone;")
-    say("- samples/s lie between an exchange that waits for the computation and one that overlaps with it wholly.")
+    say("- rates lie between an exchange that waits for the computation and one that overlaps with it wholly;")
+    say(f"- a sample has {rows[0].tokens} tokens of the backbone, those of all its resolutions.")
     if rows[0].activations is None:
         say("- without data: activations, frozen networks and learned parts of the losses come on top.")
     for row in rows:
@@ -256,4 +257,5 @@ def plan_command(
             f"{row.gpus:>5} GPUs  {'fsdp' if row.sharded else 'none'}  state {size_in_words(row.state)}{activations}"
             f"  checkpoint {size_in_words(row.checkpoint)} in {row.checkpoint_seconds:.3g} s"
             f"  sent per step {size_in_words(row.sent)}  {row.slowest:.4g} to {row.fastest:.4g} samples/s"
+            f"  {row.tokens * row.slowest:.3g} to {row.tokens * row.fastest:.3g} tokens/s"
         )

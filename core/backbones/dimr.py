@@ -326,6 +326,8 @@ class DiMR(nn.Module):
         self.stages = nn.ModuleList(built)
         self.interval, self.takes_scale = config.interval, config.guided
         self.jump = nn.ModuleList(JumpEmbedding(stage.width, config) for stage in stages if self.jumps)
+        self.num_tokens = sum(rows * columns for rows, columns in grids)
+        """Positions of a latent of the trained size, of all stages."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)

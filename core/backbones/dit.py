@@ -6,6 +6,7 @@ Optional for the noise-source baselines: cross-attention to condition tokens aft
 grid concatenated to z_t. B batch, N tokens, D width, C channels, H W height width, p patch.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -128,6 +129,8 @@ class DiT(nn.Module):
         self.trained_grid: tuple[int, int] | None = None
         if self.is_grid:
             self.trained_grid = (latent_shape[1] // self.patch, latent_shape[2] // self.patch)
+        self.num_tokens = math.prod(self.trained_grid or latent_shape[:1])
+        """Positions of a latent of the trained size."""
         stored = config.positions == "stored"
         table = _sincos(self.trained_grid or latent_shape[0], size.width) if stored else None
         self.register_buffer("position_table", table)

@@ -9,6 +9,7 @@ import pytest
 from crossflow.benchmarks.scaling import Machines, scaling, sent_bytes
 from crossflow.cli import main
 from crossflow.core.errors import UserError
+from crossflow.engine.health.plan import plan
 from crossflow.tasks import load_config
 
 MACHINES = Machines(samples_per_second=100, network=1e9, disk=1e9)
@@ -67,8 +68,11 @@ def test_bytes_on_the_wire_are_those_counted_in_a_sharded_step(forked: ModuleTyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["sr", "depth"])
-def test_a_checkpoint_has_the_planned_size(task: str, tiny_run, tiny_settings) -> None:
-    (row,) = scaling(load_config(f"{task}_tiny", tiny_settings(task)), [1], MACHINES)
+def test_memory_is_that_of_the_plan_and_a_checkpoint_has_its_size(task: str, tiny_run, tiny_settings) -> None:
+    config = load_config(f"{task}_tiny", tiny_settings(task))
+    (row,) = scaling(config, [1], MACHINES)
+    assert row.activations is not None
+    assert row.state + row.activations == plan(config).peak  # measured in tests/engine/health/test_plan.py
     written = sum(path.stat().st_size for path in next(tiny_run(task).glob("checkpoints/*")).glob("*.safetensors"))
     assert row.checkpoint == pytest.approx(written, rel=0.1)
 
@@ -82,6 +86,7 @@ def test_sharding_divides_the_state_and_sends_half_as_much_again() -> None:
     assert shared.state == -(-whole.state // 64)
     assert 1 < shared.sent / whole.sent < 1.5
     assert whole.slowest < whole.fastest <= 64 * 120 + 1
+    assert alone.tokens == 32 * 32 + 16 * 16  # both resolutions of a latent of 32 x 32
     with pytest.raises(UserError, match="multiple of"):
         scaling(config, [3], MACHINES)
 
@@ -92,5 +97,5 @@ def test_the_command_prints_its_assumptions(capsys: pytest.CaptureFixture[str]) 
     assert main([*arguments, "1,8"]) == 0
     output = capsys.readouterr().out
     assert "Assumed:" in output
-    assert output.count("GPUs  ") == 3
+    assert output.count("GPUs  ") == output.count("tokens/s\n") == 3
     assert main([*arguments, "1,x"]) == 2
