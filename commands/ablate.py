@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from crossflow.commands import options
-from crossflow.commands.console import say
+from crossflow.commands.console import open_file, say
 from crossflow.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,10 +33,17 @@ if TYPE_CHECKING:
 @click.option("--num", type=click.IntRange(1), help="Items of each evaluation. Default: 240, or all of the protocol.")
 @click.option("--split", type=options.Choice(["val", "test", "all"]), help="Default: test, or the protocol's.")
 @click.option("--output", type=options.PATH, help="Folder of runs and results. Default: ablations/GROUP.")
+@options.open_result
 @click.option("--dry-run", is_flag=True, help="List the commands and which of them are done; nothing is run.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE | VARIANT:KEY=VALUE]...")
 def command(
-    group: str | None, listed: bool, minutes: float | None, output: Path | None, dry_run: bool, **settings: Any
+    group: str | None,
+    listed: bool,
+    minutes: float | None,
+    output: Path | None,
+    dry_run: bool,
+    open_result: bool,
+    **settings: Any,
 ) -> None:
     """Train and compare the variants of a GROUP: encoder, loss, guidance, text, training, path, size or solver.
 
@@ -71,10 +78,13 @@ def command(
             say(f"{'done' if job.done else 'to do'}  crossflow {shlex.join(job.command)}")
         say(f"{len(plan.jobs)} commands, {sum(job.done for job in plan.jobs)} done; nothing was run.")
         return
+    say(f"Using the group {loaded.name} ({budget.task}, recipe {budget.recipe}). Results go to {folder}.")
     run.run(plan, say, after_each=lambda: page.write(plan))
     markdown, html = page.write(plan)
     unfinished = [job.name for job in plan.jobs if not job.done]
     say(f"Wrote {html} and {markdown}." + (f" Not done: {', '.join(unfinished)}." if unfinished else ""))
+    if open_result:
+        open_file(html)
 
 
 def _budget(settings: dict[str, Any]) -> "Budget":

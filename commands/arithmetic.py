@@ -55,6 +55,7 @@ def command(
     if plus is None and minus is None:
         raise UserError("Latent arithmetic needs something to add or to subtract: give --plus, --minus, or both.")
     pipe = model.pipe
+    model.announce(model.planned(Path("outputs/arithmetic")))
     first, added, subtracted = typed_inputs(pipe, base, plus, minus)
     with progress_bar("computing") as on_step:
         results = latents.arithmetic(

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from crossflow.commands import options
-from crossflow.commands.console import progress_bar, say, training_progress, warn
+from crossflow.commands.console import open_file, progress_bar, say, training_progress, warn
 from crossflow.core.errors import UserError
 from crossflow.core.output import check_output, output_folder
 from crossflow.tasks import task_names
@@ -33,8 +33,11 @@ def command() -> None:
 )
 @options.output_folder("quality")
 @options.overwrite
+@options.open_result
 @click.argument("more", nargs=-1, type=options.PATH, metavar="[DIR]...")
-def quality(places: Sequence[Path], output: Path | None, overwrite: bool, more: Sequence[Path]) -> None:
+def quality(
+    places: Sequence[Path], output: Path | None, overwrite: bool, open_result: bool, more: Sequence[Path]
+) -> None:
     """One page: measured scores beside the papers' tables, what makes rows incomparable, and what each task costs.
 
     \b
@@ -48,10 +51,13 @@ def quality(places: Sequence[Path], output: Path | None, overwrite: bool, more: 
 
     check_output(output, overwrite=overwrite)
     with output_folder(Path("quality"), output, overwrite=overwrite) as folder:
+        say(f"Reading {', '.join(map(str, [*places, *more]))}. The page goes to {folder}.")
         markdown, html, problems = write_page([*places, *more], folder)
     for problem in problems:
         warn(f"not read: {problem}")
     say(f"Wrote {html} and {markdown}.")
+    if open_result:
+        open_file(html)
 
 
 @command.command()

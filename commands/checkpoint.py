@@ -14,7 +14,7 @@ import click
 from crossflow.commands import options
 from crossflow.commands.console import is_first_process, join_processes, say
 from crossflow.core.errors import UserError
-from crossflow.core.output import check_output
+from crossflow.core.output import check_output, planned
 
 if TYPE_CHECKING:
     from crossflow.engine.sample import Pipeline
@@ -42,6 +42,7 @@ class Model:
     guide_with: str | None
     output: Path | None
     overwrite: bool
+    open_result: bool
     overrides: Sequence[str]
     """Further fields of SampleConfig, as KEY=VALUE."""
 
@@ -73,6 +74,24 @@ class Model:
             raise UserError(f"Settings of sampling are given without `sample.`: write {' '.join(words)}.")
         options = {name: getattr(self, name) for name in OWN_OPTION}
         return parsed | {name: value for name, value in options.items() if value is not None}
+
+    def planned(self, default: Path) -> Path:
+        """The folder that results will go to; default: without --output."""
+        return planned(default, self.output, overwrite=self.overwrite)
+
+    def announce(self, folder: Path, **overrides: object) -> None:
+        """Loads the model and prints what is used, and the folder that results go to.
+
+        overrides: settings of sampling in place of the command line's.
+        """
+        pipe, settings = self.pipe, self.pipe.sample_settings(**(self.settings | overrides))
+        if is_first_process():
+            guide = f" by {pipe.guided_by}" if pipe.guided_by is not None else ""
+            say(
+                f"Using {self.checkpoint} ({pipe.task.name}, {pipe.weights} weights) on {pipe.device} in "
+                f"{pipe.precision}: {settings.solver}, {settings.steps} steps, guidance {settings.guidance:g}{guide}."
+            )
+            say(f"Results go to {folder}.")
 
     def metadata(self, **details: object) -> dict[str, str]:
         """How a result was made, as text for the metadata of its files; details: more about this result."""
@@ -147,7 +166,7 @@ def uses_model(default_output: str, *, shared: bool = False) -> Callable[[Comman
 
         decorated: Command = run
         output = options.output_folder(default_output)
-        for option in reversed((*OPTIONS, output, options.overwrite, options.settings)):
+        for option in reversed((*OPTIONS, output, options.overwrite, options.open_result, options.settings)):
             decorated = option(decorated)
         return decorated
 

@@ -5,13 +5,14 @@ from pathlib import Path
 import click
 
 from crossflow.commands import options
-from crossflow.commands.console import print_table, say
+from crossflow.commands.console import print_json, print_table, say
 
 
 @click.command("compare")
 @click.argument("first", type=options.PATH)
 @click.argument("second", type=options.PATH)
-def command(first: Path, second: Path) -> None:
+@options.as_json
+def command(first: Path, second: Path, as_json: bool) -> None:
     """Two evaluations side by side: their numbers, and everything in which they differ.
 
     FIRST and SECOND are metrics.json files, or the folders that hold them.
@@ -22,9 +23,13 @@ def command(first: Path, second: Path) -> None:
     from crossflow.benchmarks.evaluation.compare import compare_scores, differences, read_evaluation
 
     left, right = read_evaluation(first), read_evaluation(second)
-    rows = [(name, f"{a:.5g}", f"{b:.5g}", f"{b - a:+.3g}", note) for name, a, b, note in compare_scores(left, right)]
+    scores, differing = compare_scores(left, right), differences(left.manifest, right.manifest)
+    if as_json:
+        rows = [dict(zip(("score", "first", "second", "verdict"), row, strict=True)) for row in scores]
+        print_json({"first": str(left.path), "second": str(right.path), "scores": rows, "differences": differing})
+        return
+    rows = [(name, f"{a:.5g}", f"{b:.5g}", f"{b - a:+.3g}", note) for name, a, b, note in scores]
     print_table(rows, ("score", "first", "second", "difference", ""))
-    differing = differences(left.manifest, right.manifest)
     for meaning, lines in differing.items():
         say(f"{meaning}:")
         for line in lines:

@@ -47,6 +47,7 @@ def command(source: Path, target: Path, kind: str | None, reference: Path | None
     back = source.is_dir()
     if back and (reference is not None or overrides):
         raise UserError("A run directory is converted back as it is: leave out --config and KEY=VALUE.")
+    say(f"Converting {source} to {target}.")
     with progress_bar("converting") as on_bytes:
         if back:
             result = to_file(source, target, kind=kind, progress=on_bytes)

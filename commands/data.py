@@ -58,6 +58,7 @@ def check(
     check_output(output, overwrite=overwrite)
     readers, refused = open_splits(spec, splits, limit=num), []
     with output_folder(Path("outputs/data"), output, overwrite=overwrite) as folder:
+        say(f"Reading {spec} ({', '.join(readers)}). Results go to {folder}.")
         for split, reader in readers.items():
             with progress_bar(f"reading {split}") as on_step:
                 inspection = inspect(reader, num_shown=shown, progress=on_step)

@@ -1,13 +1,14 @@
 """``crossflow doctor``: whether the machine, a planned training, or runs are in order."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from crossflow.commands import options
-from crossflow.commands.console import count, print_table, say
+from crossflow.commands.console import count, print_json, print_table, say
 from crossflow.core.errors import UserError
 from crossflow.core.output import check_output
 
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="Devices that share a batch.")
 @click.option("--no-measuring", is_flag=True, help="Read what a run has logged alone; its weights are not loaded.")
 @click.option("--save-reference", type=options.PATH, help="Write the band of these runs of a recipe to RECIPE.json.")
+@options.as_json
 @click.option("--strict", is_flag=True, help="Exit with status 2 when anything is wrong.")
 def command(
     words: Sequence[str], task: str | None, recipe: str | None, data: str | None, processes: int,
-    no_measuring: bool, save_reference: Path | None, strict: bool,
+    no_measuring: bool, save_reference: Path | None, as_json: bool, strict: bool,
 ) -> None:  # fmt: skip
     """Say what is wrong with this machine, with a training that is planned, or with runs, and what to do about it.
 
@@ -45,22 +47,34 @@ def command(
         return
     if task is not None or recipe is not None:
         settings = ([f"data.train={data}"] if data is not None else []) + list(words)
-        findings = _examine_plan(recipe or f"{task}_tiny", settings, task, processes)
+        subjects = [_examine_plan(recipe or f"{task}_tiny", settings, task, processes)]
     elif words:
-        findings = [finding for word in words for finding in _examine_run(Path(word), measure=not no_measuring)]
+        subjects = [_examine_run(Path(word), measure=not no_measuring) for word in words]
     else:
-        findings = _examine_machine()
-    if strict and findings:
-        raise UserError(f"{count(len(findings), 'finding')}, and --strict allows none.")
+        subjects = [_examine_machine()]
+    if as_json:
+        print_json([vars(each) | {"findings": [vars(finding) for finding in each.findings]} for each in subjects])
+    num_findings = sum(len(each.findings) for each in subjects)
+    if strict and num_findings:
+        raise UserError(f"{count(num_findings, 'finding')}, and --strict allows none.")
 
 
-def _examine_machine() -> "list[Finding]":
+@dataclass(frozen=True)
+class Examined:
+    """What was examined: the machine, a plan or a run; what is known of it, and what is wrong."""
+
+    subject: str
+    facts: Mapping[str, str]
+    findings: "Sequence[Finding]"
+
+
+def _examine_machine() -> Examined:
     from crossflow.engine.health.machine import examine_machine, facts
 
-    return _report(facts(), examine_machine(), "The machine is in order.")
+    return _report("machine", facts(), examine_machine(), "The machine is in order.")
 
 
-def _examine_plan(source: str, settings: Sequence[str], task: str | None, processes: int) -> "list[Finding]":
+def _examine_plan(source: str, settings: Sequence[str], task: str | None, processes: int) -> Examined:
     from crossflow.core.files import size_in_words
     from crossflow.engine.health.machine import devices, free_bytes
     from crossflow.engine.health.plan import examine_plan, plan
@@ -79,26 +93,28 @@ def _examine_plan(source: str, settings: Sequence[str], task: str | None, proces
         "checkpoint": "unknown" if size.checkpoint is None else size_in_words(size.checkpoint),
         "disk": f"{size_in_words(size.disk_bytes)} of {size_in_words(free)} free",
     }
-    return _report(facts, examine_plan(size, device, free), "Nothing stands in the way of this training.")
+    return _report(source, facts, examine_plan(size, device, free), "Nothing stands in the way of this training.")
 
 
-def _examine_run(folder: Path, *, measure: bool) -> "list[Finding]":
+def _examine_run(folder: Path, *, measure: bool) -> Examined:
     from crossflow.engine.health.checks import CHECKS, examine
     from crossflow.engine.health.evidence import gather
     from crossflow.engine.health.summary import describe
 
     evidence = gather(folder, measure=measure)
     say(str(folder))
-    return _report(describe(evidence), examine(evidence), f"Nothing is wrong: {len(CHECKS)} checks passed.")
+    return _report(
+        str(folder), describe(evidence), examine(evidence), f"Nothing is wrong: {len(CHECKS)} checks passed."
+    )
 
 
-def _report(facts: Mapping[str, str], findings: "list[Finding]", praise: str) -> "list[Finding]":
+def _report(subject: str, facts: Mapping[str, str], findings: "Sequence[Finding]", praise: str) -> Examined:
     print_table(facts.items())
     for finding in findings:
         say(str(finding))
     if not findings:
         say(praise)
-    return findings
+    return Examined(subject, facts, findings)
 
 
 def _save_reference(path: Path, runs: Sequence[Path]) -> None:

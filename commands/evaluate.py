@@ -8,7 +8,7 @@ import click
 
 from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
-from crossflow.commands.console import join_processes, progress_bar, say, show_scores
+from crossflow.commands.console import join_processes, open_file, print_json, progress_bar, say, show_scores
 from crossflow.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,9 +54,11 @@ def _repeat(context: click.Context, _: click.Parameter, manifest: str | None) ->
     metavar="MANIFEST",
     help="Measure what this metrics.json records again, and report whether the numbers are the same.",
 )
+@options.as_json
 def command(
     model: Model, protocol_name: str | None, data: str | None, split: str | None, num: int | None,
     networks: Sequence[str], statistics: Path | None, repeat: "Recorded | None",
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Score a run on held-out data: metrics.json with its manifest, one row per item, and a page of pictures.
 
@@ -73,34 +75,34 @@ def command(
     continues when the same command is given again.
     """
     from crossflow.benchmarks.evaluation.compare import expect_repeated
-    from crossflow.benchmarks.evaluation.evaluate import evaluate
+    from crossflow.benchmarks.evaluation.evaluate import Evaluation
 
     join_processes()
     protocol = _protocol(protocol_name, networks, repeat)
     settings = model.settings if repeat is None else {**repeat.manifest["sample"], **model.settings}
+    default = None if repeat is None else repeat.path.parent / "repeated"
+    evaluation = Evaluation.open(
+        model.pipe, protocol=protocol, spec=data, split=split, num=num, seed=model.seed, settings=settings,
+        moved=model.replaced,
+    )  # fmt: skip
     with progress_bar("scoring") as on_step:
-        report = evaluate(
-            model.pipe,
-            spec=data,
-            split=split,
-            num=num,
-            seed=model.seed,
-            settings=settings,
-            folder=model.output,
-            default=None if repeat is None else repeat.path.parent / "repeated",
-            overwrite=model.overwrite,
-            progress=on_step,
-            protocol=protocol,
-            statistics=statistics,
-            moved=model.replaced,
-        )
+        real = evaluation.real_pictures(statistics, on_step)
+        folder = evaluation.claim(model.output, default=default, overwrite=model.overwrite)
+        model.announce(folder)
+        report = evaluation.run(folder, real, on_step)
     if report is None:  # not the first of several processes
         return
     headline = model.pipe.task.Scoring.headline if protocol is None else protocol.headline
+    if as_json:
+        scores = report.scores
+        print_json({"folder": str(report.folder), "scores": scores.values, "intervals": scores.intervals,
+                    "baseline": report.baseline, "notes": scores.notes, "manifest": report.manifest})  # fmt: skip
     show_scores(report.scores.values, report.scores.intervals, report.baseline, headline)
     for note in report.scores.notes:
         say(f"note: {note}")
     say(f"Wrote {report.folder / 'metrics.json'} and the pictures beside it ({report.folder / 'index.html'}).")
+    if model.open_result:
+        open_file(report.folder / "index.html")
     if repeat is not None:
         say(expect_repeated(repeat, report.scores.values, report.manifest))
 

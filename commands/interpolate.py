@@ -40,6 +40,7 @@ def command(model: Model, start: str, end: str, frames: int, kind: str, noise: s
     from crossflow.engine import latents
 
     pipe = model.pipe
+    model.announce(model.planned(Path("outputs/interpolate")))
     first, last = typed_inputs(pipe, start, end)
     with progress_bar("interpolating") as on_step:
         results = latents.interpolate(

@@ -33,6 +33,7 @@ def command(model: Model, value: str, source: str | None) -> None:
         raise UserError("An inversion runs the plain flow backwards: it takes --solver and --steps only.")
     pipe = model.pipe
     settings = latents.inversion_settings(pipe, **model.settings).model_dump(include={"solver", "steps"})
+    model.announce(model.planned(Path("outputs/invert")), guidance=1.0, **settings)
     try:
         with progress_bar("inverting") as on_step:
             inversion = latents.invert(

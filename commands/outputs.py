@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossflow.commands.checkpoint import Model
-from crossflow.commands.console import count, say
+from crossflow.commands.console import count, open_file, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,17 +34,26 @@ class Result:
     """Metadata in addition to `Model.metadata`."""
 
 
-def write_results(model: Model, results: Sequence[Result], folder: Path) -> None:
-    """Writes the files of every result and, for several pictures, a grid; prints captions."""
+def write_results(model: Model, results: Sequence[Result], folder: Path) -> list[dict[str, object]]:
+    """Writes the files of every result and, for several pictures, a grid; prints captions, and opens the last file
+    under --open. Returns a listing: what each result is, its metadata and files.
+    """
     task = model.pipe.task
     written: list[Path] = []
+    listing: list[dict[str, object]] = []
     for result in results:
-        written += task.write_output(result.value, folder / result.stem, model.metadata(**result.details))
+        files = task.write_output(result.value, folder / result.stem, model.metadata(**result.details))
+        written += files
+        text = {"text": result.value} if isinstance(result.value, str) else {}
+        listing.append({"label": result.label, **text, **result.details, "files": list(map(str, files))})
         if isinstance(result.value, str):
             say(f"{result.label}: {result.value}")
     if len(results) > 1 and (pictures := task.pictures([result.value for result in results])):
         written.append(write_grid(pictures, [result.label for result in results], folder / "grid.png"))
     say(f"Wrote {count(len(written), 'file')} to {folder} ({written[-1].name}).")
+    if model.open_result:
+        open_file(written[-1])
+    return listing
 
 
 def numbered_results(values: Sequence[Any], labels: Sequence[str], **details: object) -> list[Result]:

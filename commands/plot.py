@@ -7,7 +7,7 @@ from typing import Literal
 import click
 
 from crossflow.commands import options
-from crossflow.commands.console import say
+from crossflow.commands.console import open_file, say
 from crossflow.core.output import check_output
 
 
@@ -23,12 +23,14 @@ from crossflow.core.output import check_output
 @click.option("--curve", "names", multiple=True, metavar="NAME", help="flow, val/flow, lr, ...; repeatable.")
 @click.option("--output", type=options.PATH, help="The picture. Default: RUN/curves.png of the first run, replaced.")
 @click.option("--overwrite", is_flag=True, help="Replace the file named by --output.")
+@options.open_result
 def command(
     runs: Sequence[Path],
     x: Literal["steps", "minutes", "cpu minutes"],
     names: Sequence[str],
     output: Path | None,
     overwrite: bool,
+    open_result: bool,
 ) -> None:
     """Draw losses, gradient norm, validation and scores of runs over each other, here and as a PNG.
 
@@ -51,4 +53,7 @@ def command(
         else:
             values = ", ".join(f"{label} {points[-1][1]:.4g}" for label, points in panel.lines.items())
             say(f"{panel.name}: {values}")
-    say(f"Wrote {save_chart(panels, output or runs[0] / 'curves.png', x=x)}.")
+    picture = save_chart(panels, output or runs[0] / "curves.png", x=x)
+    say(f"Wrote {picture}.")
+    if open_result:
+        open_file(picture)

@@ -8,7 +8,7 @@ import click
 
 from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
-from crossflow.commands.console import join_processes, progress_bar
+from crossflow.commands.console import join_processes, print_json, progress_bar, wants_json
 from crossflow.commands.inputs import named_inputs, read_prompts
 from crossflow.commands.outputs import Result, write_results
 from crossflow.core.errors import UserError
@@ -27,7 +27,14 @@ from crossflow.core.output import check_output, output_folder
     help="A picture or a folder of pictures, for runs that take pictures; repeatable.",
 )
 @click.option("--num", default=1, show_default=True, type=click.IntRange(1), help="Outputs per input.")
-def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, paths: Sequence[Path], num: int) -> None:
+@click.option(
+    "--negative", "--away-from", "negative", metavar="TEXT", help="Says what to use instead of a negative prompt."
+)
+@options.as_json
+def command(
+    model: Model, prompts: Sequence[str], prompt_file: Path | None, paths: Sequence[Path], num: int,
+    negative: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Make pictures from prompts, or captions, depth maps and sharper pictures from pictures.
 
     \b
@@ -40,8 +47,10 @@ def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, path
     the inputs.
     """
     from crossflow.core import distributed
-    from crossflow.engine.inputs import item_ids
+    from crossflow.engine.inputs import item_ids, no_negative_prompt
 
+    if negative is not None:
+        raise no_negative_prompt(prompts[0] if prompts else "PROMPT", negative)
     texts = read_prompts(prompts, prompt_file)
     if not texts and not paths:
         raise UserError(
@@ -50,6 +59,7 @@ def command(model: Model, prompts: Sequence[str], prompt_file: Path | None, path
         )
     check_output(model.output, overwrite=model.overwrite)
     join_processes()
+    model.announce(model.planned(Path("outputs") / model.pipe.task.name))
     inputs = named_inputs(model.pipe, texts, paths)
     ids = item_ids([value for _, value in inputs], num)
     results = _sample(model, [value for _, value in inputs], ids)
@@ -90,4 +100,6 @@ def _write(model: Model, inputs: Sequence[tuple[str, Any]], ids: Sequence[str], 
         prompt = {"prompt": value} if isinstance(value, str) else {}
         results.append(Result(output, stem, prompt.get("prompt", name), {"item": id, **prompt}))
     with output_folder(Path("outputs") / model.pipe.task.name, model.output, overwrite=model.overwrite) as folder:
-        write_results(model, results, folder)
+        listing = write_results(model, results, folder)
+    if wants_json():
+        print_json({"folder": str(folder), "checkpoint": model.checkpoint, "seed": model.seed, "results": listing})

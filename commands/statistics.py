@@ -34,6 +34,7 @@ def command(
 
     check_output(output, overwrite=overwrite)
     protocol = load_protocol(protocol_name).using(roles(networks))
+    say(f"Using the pictures of {data} by the rules of {protocol.name}. The statistics go to {output}.")
     with progress_bar("real pictures") as on_step:
         result = statistics_of(protocol, data, find_device(device), on_step)
     result.save(output)

@@ -66,6 +66,8 @@ def command(
             say(f"The run in {folder} is finished: {outcome.result.step} of {config.train.steps} steps, and scored.")
             say("To train it further, give a larger train.steps=N.")
         return
+    if distributed.is_main():
+        say(f"Using {source} ({config.task}) on {config.data.train}. The run goes to {folder}.")
     train_into(folder, config, resume=resume, data_changed=data_changed)
 
 

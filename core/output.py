@@ -50,7 +50,7 @@ def claim(
     """
     number = 1
     while True:
-        folder = requested or (default if number == 1 else default.with_name(f"{default.name}-{number}"))
+        folder = requested or _numbered(default, number)
         if folder.is_file() and requested is not None:
             raise UserError(f"{folder} is a file, but the results need a folder. Give another --output.")
         if resumable is not None and folder.is_dir() and resumable(folder):
@@ -67,6 +67,20 @@ def claim(
             if folder.is_dir() and _is_empty(folder):
                 return folder
         number += 1
+
+
+def planned(default: Path, requested: Path | None = None, *, overwrite: bool = False) -> Path:
+    """The folder that `claim` would create at this moment; nothing is created."""
+    if requested is not None or overwrite:
+        return requested or default
+    number = 1
+    while (folder := _numbered(default, number)).exists() and not (folder.is_dir() and _is_empty(folder)):
+        number += 1
+    return folder
+
+
+def _numbered(default: Path, number: int) -> Path:
+    return default if number == 1 else default.with_name(f"{default.name}-{number}")
 
 
 @contextmanager

@@ -19,6 +19,8 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 """A path, or pixels: see `read_picture`."""
 Input = str | np.ndarray
 """An input as the tasks take it: a prompt, or a picture uint8 (H, W, 3)."""
+NEGATIVE = frozenset({"negative", "negative_prompt", "away_from"})
+"""Names by which people ask for a negative prompt, see `no_negative_prompt`."""
 
 
 def read_inputs(inputs: object, kind: str) -> list[Input]:
@@ -69,6 +71,16 @@ def read_picture(value: object) -> np.ndarray:
             "This model takes pictures."
         )
     return _to_rgb(pixels)
+
+
+def no_negative_prompt(prompt: str, negative: str) -> UserError:
+    """The answer to a negative prompt: why there is none, and what takes its place."""
+    return UserError(
+        "A model without noise takes no negative prompt. Its source is the latent at which the flow begins; the "
+        "velocity sees that latent on its way and no text, so it cannot be guided away from another text. Move the "
+        f'source away instead: `crossflow arithmetic --base "{prompt}" --minus "{negative}" --strength 0.5`; or '
+        "stay closer to the prompt with a larger --guidance, or with --guide-with a weaker run."
+    )
 
 
 def item_ids(inputs: Sequence[Input], num: int = 1) -> list[str]:

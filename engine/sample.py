@@ -26,7 +26,7 @@ from crossflow.core.solvers import SOLVERS
 from crossflow.core.weights import kind_of_weights
 from crossflow.data.dataset import Examples
 from crossflow.engine.folder import PROVENANCE
-from crossflow.engine.inputs import item_ids, read_inputs
+from crossflow.engine.inputs import NEGATIVE, item_ids, no_negative_prompt, read_inputs
 from crossflow.engine.outputs import Outputs, check_output_type
 from crossflow.engine.provenance import open_data
 from crossflow.engine.publish import HubMethods
@@ -176,6 +176,8 @@ class Pipeline(HubMethods):
             UserError: inputs that the task cannot read, invalid settings, another number of ids than of outputs, NaNs.
         """
         check_output_type(output_type)
+        for name in NEGATIVE & settings.keys():
+            raise no_negative_prompt(str(inputs), str(settings[name]))
         chosen = self.sample_settings(**settings)
         values = read_inputs(inputs, self.task.input_kind)
         names = list(ids) if ids is not None else item_ids(values, num)
