@@ -25,8 +25,9 @@ def command(first: Path, second: Path, as_json: bool) -> None:
     left, right = read_evaluation(first), read_evaluation(second)
     scores, differing = compare_scores(left, right), differences(left.manifest, right.manifest)
     if as_json:
-        rows = [dict(zip(("score", "first", "second", "verdict"), row, strict=True)) for row in scores]
-        print_json({"first": str(left.path), "second": str(right.path), "scores": rows, "differences": differing})
+        names = ("score", "first", "second", "verdict")
+        listed = [dict(zip(names, row, strict=True)) for row in scores]
+        print_json({"first": str(left.path), "second": str(right.path), "scores": listed, "differences": differing})
         return
     rows = [(name, f"{a:.5g}", f"{b:.5g}", f"{b - a:+.3g}", note) for name, a, b, note in scores]
     print_table(rows, ("score", "first", "second", "difference", ""))

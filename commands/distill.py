@@ -14,7 +14,7 @@ from crossflow.core.errors import UserError
 @click.option("--output", type=options.PATH, help="New run directory. Default: runs/RUN_distilled, numbered if taken.")
 @click.option(
     "--method",
-    type=click.Choice(["composition", "derivative", "reflow"]),
+    type=options.Choice(["composition", "derivative", "reflow"]),
     default="composition",
     show_default=True,
     help="Two kinds of flow maps, or the same kind of run with straighter paths.",

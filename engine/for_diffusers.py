@@ -33,7 +33,7 @@ from crossflow.engine.sample import Pipeline, load
 from crossflow.networks.hub import run_folder
 from crossflow.tasks import load_config
 
-SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler"}
+SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "map": "FlowMapEulerDiscreteScheduler"}
 """Solver of a run -> the scheduler of diffusers that takes the same steps."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -119,11 +119,16 @@ class ScheduledPipeline(Pipeline):
                 f"{type(scheduler).__name__} chooses its own times and does not follow a flow from a source. Use "
                 f"{' or '.join(SCHEDULERS.values())}, or set pipe.scheduler = None for the solver of the run."
             )
-        num = settings.steps
+        num, z = settings.steps, z0
         scheduler.set_timesteps(num, device=self.device, sigmas=[1 - i / num for i in range(num)])
-        velocity, z = guidance.velocity(self.model, condition, self.weak), z0
-        for step, (timestep, sigma) in enumerate(zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False)):
-            z = scheduler.step(-velocity(z, 1 - sigma), timestep, z, return_dict=False)[0]
+        is_map = type(scheduler).__name__ == SCHEDULERS["map"]
+        velocity = (
+            guidance.jumps(self.model, condition) if is_map else guidance.velocity(self.model, condition, self.weak)
+        )
+        times = [1 - sigma for sigma in scheduler.sigmas.tolist()]
+        for step, timestep in enumerate(scheduler.timesteps):
+            slope = velocity(z, *times[step : step + 2]) if is_map else velocity(z, times[step])
+            z = scheduler.step(-slope, timestep, z, return_dict=False)[0]
             if on_step is not None:
                 on_step(step + 1, num)
         return z
@@ -159,11 +164,11 @@ class RunModel(nn.Module):
 
     def to(self, *args: object, **kwargs: object) -> Self:
         """Moves everything to a device; a dtype becomes that of matrix products, and weights keep theirs."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None:
-            self.pipe.precision = _precision(dtype) or self.pipe.precision
-        if device is not None:
-            self.pipe.to(device)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.dtype):
+                self.pipe.precision = _precision(value) or self.pipe.precision
+            elif isinstance(value, str | int | torch.device) and not isinstance(value, bool):
+                self.pipe.to(torch.device(value))
         return self
 
 

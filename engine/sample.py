@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossflow.core import distributed, launcher, sampling
 from crossflow.core.allocator import keep_freed_memory
-from crossflow.core.batch import Source
+from crossflow.core.batch import Condition, Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.guidance import Guidance
@@ -298,17 +298,7 @@ class Pipeline(HubMethods):
         precision = "float32" if scheme.adaptive else self.precision
         # Around the whole integration, so that weights are converted once and not at every step.
         with autocast(self.device, precision):
-            z1 = sampling.flow(
-                self.model,
-                z0.to(self.device).float(),
-                guidance,
-                condition=condition,
-                weak=self.weak,
-                solver=settings.solver,
-                steps=settings.steps,
-                time_grid=settings.time_grid,
-                on_step=on_step,
-            ).z
+            z1 = self.integrate(z0.to(self.device).float(), guidance, condition, settings, on_step)
         if z1.isnan().any():
             raise UserError(
                 f"The sampled latents contain NaNs (guidance = {settings.guidance:g}, {settings.solver}, "
@@ -316,6 +306,27 @@ class Pipeline(HubMethods):
                 "arithmetic, a smaller strength; if that does not help, the weights are damaged."
             )
         return z1
+
+    def integrate(
+        self,
+        z0: Tensor,
+        guidance: Guidance,
+        condition: Condition | None,
+        settings: SampleConfig,
+        on_step: Progress | None = None,
+    ) -> Tensor:
+        """z0 (B, *latent) -> z1 (B, *latent) by the solver of the settings."""
+        return sampling.flow(
+            self.model,
+            z0,
+            guidance,
+            condition=condition,
+            weak=self.weak,
+            solver=settings.solver,
+            steps=settings.steps,
+            time_grid=settings.time_grid,
+            on_step=on_step,
+        ).z
 
     def guide_with(self, other: "Pipeline") -> "Pipeline":
         """Turns on autoguidance by another run, smaller or trained less; returns self.

@@ -21,6 +21,7 @@ import crossflow
 from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.core.files import read_metadata
+from crossflow.engine.for_diffusers import export
 from crossflow.engine.model_card import About
 
 pytestmark = pytest.mark.slow
@@ -43,6 +44,7 @@ def hub(server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator:
     template = stand_in.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", stand_in.address)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", stand_in.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -138,6 +140,18 @@ def test_files_that_could_run_code_or_lie_elsewhere_are_not_read(hub, tmp_path: 
     hub.add("me/pickled", files)
     with pytest.raises(UserError, match=r"but pytorch_model.bin.*never read, since unpickling can run code"):
         crossflow.load("me/pickled")
+
+
+def test_diffusers_loads_an_exported_run_by_its_name(hub, tmp_path: Path, monkeypatch) -> None:
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = export(RUNS / "t2i", tmp_path / "exported")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.add("me/exported", files)
+    options = {"trust_remote_code": True, "cache_dir": tmp_path / "cache"}
+    (image,) = DiffusionPipeline.from_pretrained("me/exported", **options)("a red cube").images
+    assert np.array_equal(np.array(image), crossflow.load(RUNS / "t2i")("a red cube", output_type="np")[0])
 
 
 def test_refusals_of_the_hub_are_one_paragraph(hub, monkeypatch, capsys, tmp_path: Path) -> None:
