@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crossflow.core.batch import Condition, Jump
@@ -101,7 +102,7 @@ def rows_where(flags: Tensor) -> Tensor:
     So that a network always has something to compute, as sharded networks must on every process. Shapes that are only
     rehearsed have no values: there all rows count.
     """
-    if flags.is_meta:
+    if detect_fake_mode() is not None:
         return torch.arange(len(flags), device=flags.device)
     rows = flags.nonzero().squeeze(1)
     return rows if len(rows) else rows.new_zeros(1)

@@ -82,6 +82,11 @@ class Objective(nn.Module):
         self._teacher = (teacher.eval().requires_grad_(False),)
 
     @property
+    def companions(self) -> tuple[nn.Module, ...]:
+        """Modules that the objective uses and that are none of its own: neither trained, nor moved or saved with it."""
+        return self._teacher
+
+    @property
     def teacher(self) -> CrossFlow:
         """The model set by `teach`."""
         assert self._teacher, "interval.teacher is set, but no teacher was loaded"

@@ -27,7 +27,6 @@ from crossflow.core.settings import dump, flat
 from crossflow.core.solvers import SOLVERS
 from crossflow.core.training.dry_run import DryRun
 from crossflow.core.training.trainer import Callbacks, Trainer, TrainResult
-from crossflow.core.weights import WEIGHTS, kind_of_weights, load_weights
 from crossflow.data.cases import Case, Tile
 from crossflow.data.dataset import Examples
 from crossflow.data.images import save_png
@@ -37,7 +36,7 @@ from crossflow.engine.provenance import changed, expect_same, manifest, open_dat
 from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, arrange, held_out_loss, overlap_with_training, score, show
 from crossflow.engine.start_from import start_from
-from crossflow.networks.hub import run_folder
+from crossflow.engine.teacher import taught_task, teacher_of
 from crossflow.tasks import load_config, task_class
 from crossflow.tasks.base import Example, Scoring, Task
 
@@ -420,25 +419,11 @@ class _Preparation:
                 "Continue it with --resume auto, or choose another --output."
             )
         self.run.path.mkdir(parents=True, exist_ok=True)
-        task = self._taught() or self.task.learn(self.config, self.data, self.progress.note)
+        task = taught_task(self.task, self.config) or self.task.learn(self.config, self.data, self.progress.note)
         self._check_patches(task.latent_shape)
         task.parts.save(self.run.path)
         self.run.write_manifest(manifest(self.config, self.data))
         write_atomically(self.run.config, dump(self.config))  # last: it says that the folder holds a run
-
-    def _taught(self) -> Task | None:
-        """The task of a run that learns from a teacher, whose latents, and so whose parts, it shares; else None."""
-        teacher = self.config.interval.teacher
-        if teacher is None:
-            return None
-        folder = run_folder(teacher)
-        config = load_config(folder)
-        if config.task != self.config.task:
-            raise UserError(
-                f"interval.teacher = {teacher} is a {config.task} run, and this is a {self.config.task} run. A teacher "
-                "needs the same task."
-            )
-        return self.task(self.config, self.task.load(config, folder).parts)
 
     def resume(self, data_changed: bool) -> None:
         """Checks that settings and data are those of the interrupted run, and records changed places of data."""
@@ -479,8 +464,8 @@ def _build_objective(config: Config, task: Task, progress: TrainingProgress, *, 
     source = config.train.start_from
     if source is not None and start:
         progress.note(start_from(source, objective).describe(source))
-    if config.interval.teacher is not None:
-        objective.teach(_teacher(config.interval.teacher, task))
+    if (teacher := teacher_of(task)) is not None:
+        objective.teach(teacher)
     if config.source.frozen:
         if source is None:
             raise UserError(
@@ -489,13 +474,6 @@ def _build_objective(config: Config, task: Task, progress: TrainingProgress, *, 
             )
         model.source_encoder.requires_grad_(False)
     return objective
-
-
-def _teacher(source: str, task: Task) -> CrossFlow:
-    """The averaged weights of the run `source`, in its own kind of model on the latents of `task`."""
-    folder = run_folder(source)
-    own = type(task)(load_config(folder), task.parts)
-    return load_weights(own.build_model, folder / WEIGHTS[kind_of_weights(folder)])
 
 
 def _check_same(config: Config, run: RunFolder) -> None:

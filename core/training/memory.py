@@ -137,7 +137,8 @@ def _rehearse(
 
 def _without_data(module: nn.Module) -> nn.Module:
     """A copy of a module on the meta device whose weights are tensors of the surrounding FakeTensorMode."""
-    tensors = [*module.parameters(), *module.buffers()]
+    modules = [module, *getattr(module, "companions", ())]
+    tensors = [tensor for part in modules for tensor in (*part.parameters(), *part.buffers())]
     fakes: dict[int, Any] = {}
     for tensor in tensors:
         fake = torch.empty(tensor.shape, dtype=tensor.dtype)

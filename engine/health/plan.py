@@ -12,6 +12,7 @@ from crossflow.core.training.memory import StepMemory, rehearse
 from crossflow.data.dataset import Examples
 from crossflow.engine.health.finding import Finding
 from crossflow.engine.health.machine import Device
+from crossflow.engine.teacher import taught_task, teacher_of
 from crossflow.engine.train import estimate
 from crossflow.tasks import task_class
 from crossflow.tasks.base import Report
@@ -110,11 +111,14 @@ def _open(config: Config, split: str, problems: list[Finding]) -> Examples | Non
 
 def _rehearse(config: Config, data: Examples, num_processes: int, report: Report) -> tuple[StepMemory, int]:
     """The memory of a step, and the bytes of the frozen networks beside it."""
-    task = task_class(config.task).learn(config, data, report)
+    kind = task_class(config.task)
+    task = taught_task(kind, config) or kind.learn(config, data, report)
     batch = task.prepare(task.collate(data.first(2)))
     noise = training_noise(config.seed, 0, range(len(batch)), task.latent_shape)
     with torch.device("meta"):
         objective = task.build_objective(task.build_model())
+    if (teacher := teacher_of(task)) is not None:
+        objective.teach(teacher)
     step = rehearse(config.train, objective, batch, noise, num_processes=num_processes)
     trained = {id(weight) for weight in objective.parameters()}
     weights = {id(weight): weight for network in task.networks for weight in network.parameters()}

@@ -75,6 +75,7 @@ def test_a_stopped_distillation_continues_to_the_same_bits(tiny_run, blind_judge
         expected, continued = load_file(whole / name), load_file(parts / name)
         assert expected.keys() == continued.keys()
         assert all(torch.equal(expected[key], continued[key]) for key in expected)
+    assert main(["doctor", "--config", str(whole), "--strict"]) == 0  # a step of it is rehearsed without memory
 
 
 def test_what_cannot_be_distilled_is_explained(tiny_run, tmp_path: Path, capsys) -> None:
