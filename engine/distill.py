@@ -87,7 +87,7 @@ def _from_anywhere(spec: str, folder: Path) -> str:
     return resolve_spec(spec, Path(directory), prefer_current=False) if isinstance(directory, str) else spec
 
 
-def _shorter(config: Config) -> dict[str, int]:
-    """Half of the run's steps, and its intervals between reports shortened with them."""
+def _shorter(config: Config) -> dict[str, float]:
+    """Half of the run's steps at half of its learning rate, and its intervals between reports shortened with them."""
     names = ("steps", "warmup_steps", "save_every", "eval_every", "sample_every")
-    return {name: (getattr(config.train, name) + 1) // 2 for name in names}
+    return {name: (getattr(config.train, name) + 1) // 2 for name in names} | {"lr": config.train.lr / 2}
