@@ -5,7 +5,7 @@ The names come from annotations written by others, so each is checked before its
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -65,18 +65,38 @@ def with_links(path: Path) -> tuple[Path, ...]:
 def image_files(folder: Path) -> list[str]:
     """The images below `folder` as sorted names relative to it. Hidden files and links to folders are left out."""
     names = []
-    for parent, folders, files in os.walk(folder):
-        linked = [name for name in folders if (Path(parent) / name).is_symlink()]
+    for parent, files, linked in walk(folder):
         if linked:
             logger.warning("%s: the linked folders %s are not followed.", parent, ", ".join(sorted(linked)))
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in linked]
-        relative = Path(parent).relative_to(folder)
+        relative = parent.relative_to(folder)
         names += [
             (relative / name).as_posix()
             for name in files
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
         ]
     return sorted(names)
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """(a folder, its files, its links to folders) for `folder` and those below it, without hidden and linked ones."""
+    for parent, folders, files in os.walk(folder):
+        linked = [name for name in folders if (Path(parent) / name).is_symlink()]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in linked]
+        yield Path(parent), files, linked
+
+
+def has_many(folder: Path, number: int) -> bool:
+    """Whether more than `number` files and folders lie below `folder`; no more of them are looked at."""
+    count, folders = 0, [str(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                count += 1
+                if count > number:
+                    return True
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return False
 
 
 def fullest_folder(candidates: Sequence[Path], names: Iterable[str]) -> Path:

@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -17,6 +17,7 @@ import numpy as np
 
 from crossflow.core.errors import UserError
 from crossflow.data.files import existing, inside
+from crossflow.data.index.listing import Kept, kept
 from crossflow.data.index.store import Messages
 from crossflow.data.item import BadItem, Item, Record
 from crossflow.data.records import ListedRecords, Records, unique
@@ -137,7 +138,7 @@ class FileReader(Reader):
         if path is None:
             raise UserError(f"{self.spec!r}: {place!r} does not exist. Expected {self.layout}.")
         try:
-            listing = self.listing(path, split)
+            listing = self._kept(path, split) if self.is_large(path) else self.listing(path, split)
         except OSError as error:
             raise UserError(f"{self.spec!r} cannot be read: {error}.") from error
         if not len(listing.records):
@@ -156,6 +157,24 @@ class FileReader(Reader):
 
         Raises UserError for another layout.
         """
+
+    def is_large(self, path: Path) -> bool:
+        """Whether the listing is kept in the user's cache, where each process finds it; needs `watched`."""
+        return False
+
+    def watched(self, path: Path) -> Iterable[Path]:
+        """The files and folders whose size or modification time changes when the listing does."""
+        raise NotImplementedError
+
+    def _kept(self, path: Path, split: str) -> Listing:
+        def make() -> Kept:
+            listing = self.listing(path, split)
+            return Kept(listing.root, listing.allowed, unique(list(listing.records)))
+
+        key = (self.prefix, path.resolve(), path, split, json.dumps(self.option, sort_keys=True))
+        listing = kept(key, self.spec, make, lambda: self.watched(path))
+        records = listing.records
+        return Listing(listing.root, records if isinstance(records, Records) else list(records), listing.allowed)
 
     def _set_records(self, records: Records) -> None:
         self.records, self.ids = records, records.ids

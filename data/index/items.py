@@ -2,6 +2,7 @@
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,29 @@ VERSION = 1  # of the files; changes with their content
 LARGEST_IN_MEMORY = 2**22  # bytes of a file that is read faster than anything is looked up
 
 
-class Index:
+class Rows(ABC):
+    """Rows of a table that a store keeps, each of which is a record."""
+
+    store: Store
+    flags: np.ndarray
+    """uint8 (rows,), see `merge`."""
+
+    @abstractmethod
+    def name(self, row: int) -> str:
+        """The id of a record."""
+
+    @abstractmethod
+    def record(self, row: int) -> Record:
+        """The record of a row."""
+
+    def array(self, name: str) -> np.ndarray:
+        """A stored array: `flags`, or the rows of a split or of a limited selection, int64, ascending."""
+        array = self.store.array(name)
+        assert array is not None, name
+        return array
+
+
+class Index(Rows):
     """The images that a file with one JSON object per line names, each with the captions of all its lines.
 
     A file of up to 4 MiB is read into memory. The index of a larger one is built in the user's cache, once for all
@@ -97,12 +120,6 @@ class Index:
             path.unlink()
         return rows
 
-    def array(self, name: str) -> np.ndarray:
-        """A stored array: `flags`, or the rows of a split or of a limited selection, int64, ascending."""
-        array = self.store.array(name)
-        assert array is not None, name
-        return array
-
     def split(self, split: str) -> "IndexedRecords":
         """The images of a split, and the malformed lines, which belong to all splits."""
         return IndexedRecords(self, split, range(len(self.flags)) if split == "all" else self.array(split))
@@ -146,7 +163,7 @@ class IndexedRecords(Records):
     """
 
     def __init__(
-        self, index: Index, name: str, rows: Sequence[int] | np.ndarray, required: frozenset[str] = frozenset()
+        self, index: Rows, name: str, rows: Sequence[int] | np.ndarray, required: frozenset[str] = frozenset()
     ) -> None:
         self.index, self.name, self.rows, self.required = index, name, rows, required
         self.ids = _Ids(self)

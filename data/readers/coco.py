@@ -13,6 +13,7 @@ from typing import ClassVar
 from crossflow.core.errors import UserError
 from crossflow.data.annotations import clean_captions, json_file
 from crossflow.data.files import fullest_folder
+from crossflow.data.index.items import LARGEST_IN_MEMORY
 from crossflow.data.item import Record
 from crossflow.data.reader import FileReader, Listing
 from crossflow.data.spec import Option, Options
@@ -36,8 +37,7 @@ class CocoReader(FileReader):
 
     def listing(self, path: Path, split: str) -> Listing:
         """The images of `captions_SPLIT.json` with their captions."""
-        year = self.option["year"]
-        files = caption_files(path, None if year == "newest" else year)
+        files = self._files(path)
         if not files:
             raise UserError(f"{self.spec!r} has no captions_SPLIT.json. Expected {self.layout}.")
         require_split(
@@ -53,6 +53,19 @@ class CocoReader(FileReader):
             for record in part.records
         ]
         return Listing(path, records, tuple(part.root for part in parts))
+
+    def is_large(self, path: Path) -> bool:
+        """Whether a captions file is large."""
+        return any(file.stat().st_size > LARGEST_IN_MEMORY for file in self._files(path).values())
+
+    def watched(self, path: Path) -> list[Path]:
+        """The captions files, and the folders whose names decide where the images are."""
+        return [path, path / "annotations", path / "images", *self._files(path).values()]
+
+    def _files(self, path: Path) -> dict[str, Path]:
+        """The captions files by split."""
+        year = self.option["year"]
+        return caption_files(path, None if year == "newest" else year)
 
     @classmethod
     def recognise(cls, path: Path) -> str:

@@ -6,11 +6,14 @@ from pathlib import Path, PurePosixPath
 
 from crossflow.core.errors import UserError
 from crossflow.data.annotations import clean_captions, json_file, json_lines
-from crossflow.data.files import image_files, inside, leaves
+from crossflow.data.files import has_many, image_files, inside, leaves, walk
+from crossflow.data.index.listing import MANY
 from crossflow.data.item import Record
 from crossflow.data.reader import FileReader, Listing
 from crossflow.data.readers.jsonl import CAPTION_KEYS, IMAGE_KEYS, captions_of
 from crossflow.data.splits import require_split, split_by_hash, split_folders
+
+METADATA = ("metadata.jsonl", "captions.json")
 
 
 class FolderReader(FileReader):
@@ -42,6 +45,16 @@ class FolderReader(FileReader):
         selected = [folder for name, folder in folders.items() if split in (name, "all")]
         entries = _entries(path, selected, self.spec)
         return Listing(path, [entry.record(name) for name, entry in entries.items()], (path, *selected))
+
+    def is_large(self, path: Path) -> bool:
+        """Whether there are many files."""
+        return path.is_dir() and has_many(path, MANY)
+
+    def watched(self, path: Path) -> Iterator[Path]:
+        """The folders, and the files that hold captions."""
+        for parent, files, _ in walk(path):
+            yield parent
+            yield from (parent / name for name in files if name.endswith(".txt") or name in METADATA)
 
     @classmethod
     def recognise(cls, path: Path) -> str:
