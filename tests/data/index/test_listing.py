@@ -49,7 +49,7 @@ def annotations(root: Path) -> str:
     return f"coco:{root}"
 
 
-Made = Callable[[Path], str]
+Maker = Callable[[Path], str]
 MAKERS = pytest.mark.parametrize("make", [pictures, annotations], ids=["folder", "coco"])
 
 
@@ -65,7 +65,7 @@ def content(spec: str, split: str, limit: int | None = None) -> list:
 @MAKERS
 @pytest.mark.parametrize("limit", [None, 5])
 def test_a_kept_listing_is_that_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Made, limit: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Maker, limit: int | None
 ) -> None:
     spec = make(tmp_path / "data")
     built = [content(spec, split, limit) for split in ("all", "train", "val")]
@@ -109,7 +109,7 @@ def rewrite_annotations(root: Path) -> None:
     [(pictures, change) for change in (add_picture, add_folder, rewrite_text, rewrite_metadata)]
     + [(annotations, rewrite_annotations)],
 )
-def test_changed_files_are_listed_again(tmp_path: Path, make: Made, change: Callable[[Path], None]) -> None:
+def test_changed_files_are_listed_again(tmp_path: Path, make: Maker, change: Callable[[Path], None]) -> None:
     spec = make(tmp_path / "data")
     before = content(spec, "all")
     change(tmp_path / "data")
@@ -120,7 +120,7 @@ def test_changed_files_are_listed_again(tmp_path: Path, make: Made, change: Call
 
 @MAKERS
 def test_files_that_have_just_changed_are_listed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Made
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Maker
 ) -> None:
     """Another change at the same instant would leave the modification time as it is."""
     monkeypatch.setattr(listing, "SETTLED", 2 * 10**9)
@@ -151,7 +151,7 @@ def test_files_that_have_just_changed_are_listed_again(
 
 @MAKERS
 @pytest.mark.parametrize("name", ["records.arrow", "watched.arrow", "flags.npy", "about.txt"])
-def test_a_damaged_index_is_made_again(tmp_path: Path, make: Made, name: str) -> None:
+def test_a_damaged_index_is_made_again(tmp_path: Path, make: Maker, name: str) -> None:
     spec = make(tmp_path / "data")
     before = content(spec, "train")
     (file,) = (tmp_path / "cache").rglob(name)
