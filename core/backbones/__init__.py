@@ -7,6 +7,7 @@ from torch import nn
 
 from crossflow.core.backbones import dimr, dit
 from crossflow.core.config import BackboneConfig
+from crossflow.core.errors import UserError
 from crossflow.core.registry import Registry
 
 
@@ -34,6 +35,14 @@ def build_backbone(
     """The backbone `config.name` for latents (C, H, W) or (N, C).
 
     context_dim: width of the condition's tokens, None without cross-attention; grid_channels: channels of its grid.
-    Raises UserError for an unknown name or size, and for sizes that do not fit each other or the latent.
+    Raises UserError for an unknown name or size, for sizes that do not fit each other or the latent, and for a flow map
+    of a backbone that knows no jumps.
     """
-    return BACKBONES.get(config.name).build(config, latent_shape, context_dim=context_dim, grid_channels=grid_channels)
+    build = BACKBONES.get(config.name).build
+    network: nn.Module = build(config, latent_shape, context_dim=context_dim, grid_channels=grid_channels)
+    if config.interval != "none" and not getattr(network, "jumps", False):
+        raise UserError(
+            f"backbone.interval = {config.interval} makes a flow map, and the backbone {config.name} knows no jumps. Use "
+            "dit or dimr, or crossflow distill --method reflow."
+        )
+    return network

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossflow.core.backbones import build_backbone
+from crossflow.core.backbones import BACKBONES, Backbone, build_backbone
 from crossflow.core.backbones.time_reversal import TimeReversal
 from crossflow.core.batch import Batch, Jump
 from crossflow.core.config import BackboneConfig, Config, IntervalConfig
@@ -346,3 +346,9 @@ def test_a_reversed_map_jumps_the_other_way(tiny_dit: Callable) -> None:
 def test_settings_that_do_not_fit_are_explained(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(Config, {"task": "toy", **settings})
+
+
+def test_a_backbone_without_jumps_makes_no_flow_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES._entries, "plain", Backbone(lambda config, shape, **options: Known(), {}))
+    with pytest.raises(UserError, match="the backbone plain knows no jumps"):
+        build_backbone(BackboneConfig(name="plain", interval="added"), (1,))
