@@ -42,7 +42,7 @@ def build_backbone(
     network: nn.Module = build(config, latent_shape, context_dim=context_dim, grid_channels=grid_channels)
     if config.interval != "none" and not getattr(network, "jumps", False):
         raise UserError(
-            f"backbone.interval = {config.interval} makes a flow map, and the backbone {config.name} knows no jumps. Use "
-            "dit or dimr, or crossflow distill --method reflow."
+            f"backbone.interval = {config.interval} makes a flow map, and the backbone {config.name} knows no jumps. "
+            "Use dit or dimr, or crossflow distill --method reflow."
         )
     return network
