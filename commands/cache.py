@@ -35,15 +35,22 @@ if TYPE_CHECKING:
     help="Side of the pictures in pixels; repeatable. Default: the recipe's data.image_size.",
 )
 @click.option(
-    "--precision",
-    "storage",
+    "--storage",
     default="float16",
     show_default=True,
     type=options.Choice(["float16", "bfloat16", "float32"]),
     help="Type that features are stored in.",
 )
 @click.option("--num", type=click.IntRange(1), help="Maximum number of items per split.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Items encoded at once.")
+@click.option(
+    "--batch",
+    "--batch-size",
+    "batch_size",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Items encoded together.",
+)
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Threads that decode pictures.")
 @click.option(
     "--shard-items",
@@ -53,6 +60,15 @@ if TYPE_CHECKING:
     help="Items per file; a killed run repeats at most this many.",
 )
 @options.device
+@click.option(
+    "--precision",
+    default="float32",
+    show_default=True,
+    type=click.Choice(list(options.PRECISIONS)),
+    help="Of matrix products; recorded in the cache, which many trainings may read.",
+)
+@options.compile
+@options.offload
 @click.option("--dry-run", is_flag=True, help="Print the expected size; nothing is written.")
 @click.option(
     "--verify",
@@ -77,6 +93,7 @@ def command(
       crossflow train --config t2i_256_clip_dimr --data cache:cached text.encoder=... codec.source=...
       crossflow cache --config mine.yaml --data coco:coco2014 --output cached --resolution 256 --resolution 512
       crossflow cache --config mine.yaml --data npy:jdb --output cached     feature files of the released scripts
+      crossflow cache --config mine.yaml --data coco:coco2014 --output cached --precision bf16 --compile --batch 128
       crossflow cache --verify cached
 
     A killed run continues when the same command is given again, and ends with the same bytes. Several processes share
@@ -122,6 +139,9 @@ def _builder(recipe: str, data: str, output: Path, overrides: Sequence[str], enc
         sizes=encoding["sizes"],
         storage=encoding["storage"],
         device=str(find_device(encoding["device"] or cache.own_device())),
+        precision=encoding["precision"],
+        compile=encoding["compile"],
+        offload=encoding["offload"],
         num=encoding["num"],
         settings=Settings(encoding["shard_items"], encoding["batch_size"], encoding["workers"], config.data.max_bad),
     )

@@ -45,17 +45,22 @@ PATH = click.Path(path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ANY_SPLIT = Choice(["train", "val", "test", "all"])
 
+PRECISIONS = ("float32", "bf16", "fp16")
 device = click.option("--device", help="cpu, cuda, cuda:1, mps, ... Default: a GPU if there is one.")
+compile = click.option(
+    "--compile/--no-compile", default=False, help="Compile the networks; pays for many items. Default: no."
+)
+offload = click.option("--offload", is_flag=True, help="Keep frozen networks on the CPU while they are not used.")
 COMPUTING = (
     device,
     click.option(
         "--precision",
-        type=Choice(["float32", "bf16", "fp16"]),
+        type=Choice(list(PRECISIONS)),
         help="Of matrix products. Default: bf16 on GPUs, and for large models on CPUs with AMX; else float32.",
     ),
     click.option("--batch", type=click.IntRange(1), help="Items computed together. Default: the recipe's."),
-    click.option("--compile/--no-compile", default=False, help="Compile the model; pays for many items. Default: no."),
-    click.option("--offload", is_flag=True, help="Keep frozen networks on the CPU while they are not used."),
+    compile,
+    offload,
 )
 """Where and how a trained model computes."""
 as_json = click.option(

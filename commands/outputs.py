@@ -35,24 +35,32 @@ class Result:
 
 
 def write_results(model: Model, results: Sequence[Result], folder: Path) -> list[dict[str, object]]:
-    """Writes the files of every result and, for several pictures, a grid; prints captions, and opens the last file
-    under --open. Returns a listing: what each result is, its metadata and files.
+    """Writes the files of every result and shows them, see `show_results`; returns their listing."""
+    return show_results(model, [(result, write_result(model, result, folder)) for result in results], folder)
+
+
+def write_result(model: Model, result: Result, folder: Path) -> list[Path]:
+    """Writes the files of a result; returns them."""
+    return model.pipe.task.write_output(result.value, folder / result.stem, model.metadata(**result.details))
+
+
+def show_results(model: Model, written: Sequence[tuple[Result, list[Path]]], folder: Path) -> list[dict[str, object]]:
+    """Prints captions, writes a grid of several pictures, and opens the last file under --open.
+
+    written: results with their files. Returns a listing: what each result is, its metadata and files.
     """
-    task = model.pipe.task
-    written: list[Path] = []
     listing: list[dict[str, object]] = []
-    for result in results:
-        files = task.write_output(result.value, folder / result.stem, model.metadata(**result.details))
-        written += files
+    for result, paths in written:
         text = {"text": result.value} if isinstance(result.value, str) else {}
-        listing.append({"label": result.label, **text, **result.details, "files": list(map(str, files))})
+        listing.append({"label": result.label, **text, **result.details, "files": list(map(str, paths))})
         if isinstance(result.value, str):
             say(f"{result.label}: {result.value}")
-    if len(results) > 1 and (pictures := task.pictures([result.value for result in results])):
-        written.append(write_grid(pictures, [result.label for result in results], folder / "grid.png"))
-    say(f"Wrote {count(len(written), 'file')} to {folder} ({written[-1].name}).")
+    files, results = [path for _, paths in written for path in paths], [result for result, _ in written]
+    if len(results) > 1 and (pictures := model.pipe.task.pictures([result.value for result in results])):
+        files.append(write_grid(pictures, [result.label for result in results], folder / "grid.png"))
+    say(f"Wrote {count(len(files), 'file')} to {folder} ({files[-1].name}).")
     if model.open_result:
-        open_file(written[-1])
+        open_file(files[-1])
     return listing
 
 

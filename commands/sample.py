@@ -1,6 +1,8 @@
 """``crossflow sample``: outputs for prompts or pictures."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from crossflow.commands import options
 from crossflow.commands.checkpoint import Model, uses_model
 from crossflow.commands.console import join_processes, print_json, progress_bar, wants_json
 from crossflow.commands.inputs import named_inputs, read_prompts
-from crossflow.commands.outputs import Result, write_results
+from crossflow.commands.outputs import Result, show_results, write_result
 from crossflow.core.errors import UserError
 from crossflow.core.output import check_output, output_folder
 
@@ -61,45 +63,55 @@ def command(
     join_processes()
     model.announce(model.planned(Path("outputs") / model.pipe.task.name))
     inputs = named_inputs(model.pipe, texts, paths)
-    ids = item_ids([value for _, value in inputs], num)
-    results = _sample(model, [value for _, value in inputs], ids)
-    if distributed.is_main():
-        _write(model, inputs, ids, results)
+    results = _planned(inputs, item_ids([value for _, value in inputs], num), num)
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> Path:
+            default = Path("outputs") / model.pipe.task.name
+            return stack.enter_context(output_folder(default, model.output, overwrite=model.overwrite))
+
+        folder = distributed.on_main(claim)
+        finished = list(_sampled(model, [value for _, value in inputs for _ in range(num)], results, folder))
+        if distributed.is_main():
+            listing = show_results(model, finished, folder)
+    if distributed.is_main() and wants_json():
+        print_json({"folder": str(folder), "checkpoint": model.checkpoint, "seed": model.seed, "results": listing})
 
 
-def _sample(model: Model, values: Sequence[Any], ids: Sequence[str]) -> list[Any]:
-    """The results of all ids, equally many of each value; in the first of several processes, none in the others."""
+def _planned(inputs: Sequence[tuple[str, Any]], ids: Sequence[str], num: int) -> list[Result]:
+    """The results of all ids, `num` of each input, whose values are still missing."""
+    planned = []
+    for index, id in enumerate(ids):
+        name, value = inputs[index // num]
+        prompt = {"prompt": value} if isinstance(value, str) else {}
+        stem = f"{name}_{index % num}" if num > 1 else name
+        planned.append(Result(None, stem, prompt.get("prompt", name), {"item": id, **prompt}))
+    return planned
+
+
+def _sampled(
+    model: Model, values: Sequence[Any], planned: Sequence[Result], folder: Path
+) -> Iterator[tuple[Result, list[Path]]]:
+    """Each result with its files, written beside the next batch; in the first of several processes, none in the others.
+
+    values: the input of each result.
+    """
     from crossflow.core import distributed
 
-    num = len(ids) // len(values)
-    size = -(-len(values) // distributed.world_size())  # several processes take equal shares
-    shares = [range(start, min(start + size, len(values))) for start in range(0, len(values), size)]
+    settings = model.pipe.sample_settings(**model.settings)
+    # Several processes take equal shares, also of fewer outputs than their batches would hold.
+    size = min(settings.batch_size, -(-len(planned) // distributed.world_size()))
+    batches = [range(start, min(start + size, len(planned))) for start in range(0, len(planned), size)]
+
+    def write(results: list[Result]) -> list[tuple[Result, list[Path]]]:
+        return [(result, write_result(model, result, folder)) for result in results]
+
     with progress_bar("sampling") as on_step:
 
-        def run(share: range) -> list[Any]:
-            outputs = model.pipe(
-                [values[i] for i in share],
-                ids=ids[share.start * num : share.stop * num],
-                num=num,
-                seed=model.seed,
-                output_type="np",
-                on_step=on_step,
-                **model.settings,
-            )
-            return list(outputs)
+        def sample(batch: range) -> list[Result]:
+            ids = [str(planned[i].details["item"]) for i in batch]
+            outputs = model.pipe.outputs([values[i] for i in batch], ids, model.seed, settings, on_step)
+            return [replace(planned[i], value=output) for i, output in zip(batch, outputs, strict=True)]
 
-        return [result for _, part in distributed.shared(shares, run) for result in part]
-
-
-def _write(model: Model, inputs: Sequence[tuple[str, Any]], ids: Sequence[str], values: Sequence[Any]) -> None:
-    num = len(ids) // len(inputs)
-    results = []
-    for index, (id, output) in enumerate(zip(ids, values, strict=True)):
-        name, value = inputs[index // num]
-        stem = f"{name}_{index % num}" if num > 1 else name
-        prompt = {"prompt": value} if isinstance(value, str) else {}
-        results.append(Result(output, stem, prompt.get("prompt", name), {"item": id, **prompt}))
-    with output_folder(Path("outputs") / model.pipe.task.name, model.output, overwrite=model.overwrite) as folder:
-        listing = write_results(model, results, folder)
-    if wants_json():
-        print_json({"folder": str(folder), "checkpoint": model.checkpoint, "seed": model.seed, "results": listing})
+        for _, written in distributed.shared_in_stages(batches, sample, write, finish_on_first=True):
+            yield from written

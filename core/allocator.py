@@ -5,7 +5,7 @@ import sys
 from functools import cache
 
 # Parameters of mallopt, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @cache
@@ -18,5 +18,5 @@ def keep_freed_memory() -> bool:
     adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if adjust is None:
         return False
-    # Setting either ends their automatic adjustment; 32 MiB is the largest threshold that every version accepts.
-    return bool(adjust(_M_TRIM_THRESHOLD, 2**31 - 1)) and bool(adjust(_M_MMAP_THRESHOLD, 2**25))
+    # Large blocks come from the heap too, and not from mappings of their own, which end when they are freed.
+    return bool(adjust(_M_TRIM_THRESHOLD, -1)) and bool(adjust(_M_MMAP_MAX, 0))

@@ -295,9 +295,14 @@ def shared(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
         yield from zip(group, collected, strict=False)
 
 
-def shared_in_stages(parts: Sequence[T], work: Callable[[T], R], finish: Callable[[R], S]) -> Iterator[tuple[T, S]]:
+def shared_in_stages(
+    parts: Sequence[T], work: Callable[[T], R], finish: Callable[[R], S], *, finish_on_first: bool = False
+) -> Iterator[tuple[T, S]]:
     """As `shared`, in two stages: `finish` makes the result of what `work` returns, in a thread beside the work on the
-    next part, so that a device need not wait for the host. At most one result is being finished at a time.
+    next part, so that a device need not wait for the host. At most one group of results is being finished at a time.
+
+    finish_on_first: rank 0 finishes the parts of all ranks, in order, as where files are written; otherwise each rank
+    its own.
     """
     with ThreadPoolExecutor(1) as beside:
         waiting: tuple[Sequence[T], list[Future[S]]] = (), []
@@ -310,6 +315,7 @@ def shared_in_stages(parts: Sequence[T], work: Callable[[T], R], finish: Callabl
             yield from zip(waiting[0], collected, strict=False)
             with waiting_for("the others' results"):
                 _raise_everywhere(problem)
+                values = on_first(values) if finish_on_first else values
             waiting = group, [beside.submit(finish, value) for value in values]
 
 

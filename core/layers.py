@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 _FEW_KEYS = 512
 """Up to this number, whose products fit the caches, attention on the CPU is trained without torch's kernel."""
+_LARGE_KERNEL = 7
+"""Side from which depthwise convolutions on the CPU are differentiated by `_LargeDepthwise`; for 3 torch is faster."""
 
 
 class Attention(nn.Module):
@@ -161,7 +164,35 @@ class DepthwiseConv(nn.Conv2d):
         if x.device.type != "cpu":
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.to(self.weight.dtype))
+            x = x.to(self.weight.dtype)
+            if self.kernel_size[0] < _LARGE_KERNEL or not torch.is_grad_enabled():
+                return super().forward(x)
+            return _LargeDepthwise.apply(x, self.weight, self.bias)
+
+
+class _LargeDepthwise(torch.autograd.Function):
+    """The depthwise convolution of x (B, C, H, W) with weight (C, 1, k, k) and bias (C,), k odd, for the CPU.
+
+    The gradient of the weight is the correlation of each channel of x with that of the output's gradient: a depthwise
+    convolution too, in a quarter of the time that torch's kernel takes.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        (b, c, h, w), padding = x.shape, weight.shape[-1] // 2
+        channels, over = x.reshape(1, b * c, h, w), gradient.reshape(b * c, 1, h, w)
+        weights = F.conv2d(channels, over, padding=padding, groups=b * c).unflatten(1, (b, c)).sum((0, 1))  # (C, k, k)
+        inputs = None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            inputs = F.conv2d(gradient, weight.flip(2, 3), padding=padding, groups=c)
+        return inputs, weights[:, None], gradient.sum((0, 2, 3))
 
 
 class TransformerLayer(nn.Module):

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from crossflow.core import launcher
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
+from crossflow.core.precision import check_precision
 from crossflow.core.progress import Progress
 from crossflow.data.cache.build import Builder, Settings
 from crossflow.data.cache.extract import Options
@@ -27,6 +30,9 @@ def builder(
     sizes: Sequence[int] = (),
     storage: str = "float16",
     device: str = "cpu",
+    precision: str = "float32",
+    compile: bool = False,
+    offload: bool = False,
     num: int | None = None,
     settings: Settings | None = None,
 ) -> Builder:
@@ -37,7 +43,8 @@ def builder(
         splits: to cache; by default train, and val if the data have one.
         sizes: of pictures in pixels; by default the recipe's.
         storage: number format of features on disk.
-        device: where the frozen networks run.
+        device, precision, compile, offload: where and how the frozen networks compute, as for `crossflow.load`. A cache
+            serves many trainings on many machines, so its precision is float32 unless set, also on a GPU.
         num: maximum number of items of each split.
         settings: shard size, batch size and workers; by default with the recipe's data.max_bad.
 
@@ -50,7 +57,9 @@ def builder(
         raise UserError(f"{spec!r} is already a cache. Give the data it was made from.")
     imported = "released" in fields
     task = task_class(config.task).frozen(config)
-    extractor = task.extractor(Options(sizes, storage, device, images=imported or "image" in fields))
+    check_precision(precision, torch.device(device))
+    images = imported or "image" in fields
+    extractor = task.extractor(Options(sizes, storage, device, precision, compile, offload, images))
     needs = {"captions", "released"} if imported else extractor.needs
     readers = {split: require(reader, needs, f"{config.task} (cache)") for split, reader in readers.items()}
     result = Builder(folder, readers, extractor, settings or Settings(max_bad=config.data.max_bad), limits)

@@ -253,9 +253,8 @@ def invert(
     z0, again = [], []
     for first in range(0, len(z1), chosen.batch_size):
         part = start[first : first + chosen.batch_size].to(pipe.device)
-        options: dict[str, Any] = {"condition": part.condition, "solver": chosen.solver, "steps": chosen.steps}
-        z0.append(sampling.invert(pipe.model, part.features, on_step=next(step), **options))
-        again.append(sampling.generate(pipe.model, z0[-1], on_step=next(step), **options).float())
+        z0.append(pipe.invert(part, part.features, chosen, next(step)))
+        again.append(pipe.generate(part, z0[-1], chosen, next(step)))
     next(step, None)  # reports the end of the last integration
     whole = torch.cat(again)
     error = (whole - z1).square().mean().sqrt().item()
@@ -282,7 +281,8 @@ def inversion_settings(pipe: Pipeline, solver: str | None = None, steps: int | N
             "--solver heun, or distil with interval.both_ways=0.25."
         )
     own = pipe.settings.steps if SOLVERS.get(solver).jumps and pipe.settings.solver == solver else 50
-    return pipe.sample_settings(solver=solver, steps=steps or own)
+    plain = {"guidance": 1.0, "zero_init": 0, "time_grid": "uniform"}  # the flow that can be followed backwards
+    return pipe.sample_settings(solver=solver, steps=steps or own, **plain)
 
 
 def _condition(pipe: Pipeline, source: object, pieces: Pieces, seed: int) -> Any:

@@ -5,6 +5,7 @@ B batch.
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -291,21 +292,29 @@ class Pipeline(HubMethods):
                 f"guidance = {settings.guidance:g} needs a model that was also trained without its source; this run "
                 "has guidance.drop = 0. Use guidance 1, guide with a weaker run, or train with guidance.drop=0.1."
             )
+        guidance = Guidance(settings.guidance, settings.guidance_interval, settings.zero_init / max(settings.steps, 1))
+        condition = source.condition.to(self.device) if source.condition is not None else None
+        with self._precise(settings.solver):
+            z1 = self.integrate(z0.to(self.device).float(), guidance, condition, settings, on_step)
+        return _without_nans(z1, settings)
+
+    @torch.no_grad()
+    def invert(self, source: Source, z1: Tensor, settings: SampleConfig, on_step: Progress | None = None) -> Tensor:
+        """z1 (B, *latent) -> z0 (B, *latent) on this pipeline's device, backwards along the flow without guidance.
+
+        Only the condition of `source` is used. Raises UserError for NaNs.
+        """
+        condition = source.condition.to(self.device) if source.condition is not None else None
+        solver, steps, z = settings.solver, settings.steps, z1.to(self.device).float()
+        with self._precise(solver):
+            z0 = sampling.invert(self.model, z, condition=condition, solver=solver, steps=steps, on_step=on_step)
+        return _without_nans(z0, settings)
+
+    def _precise(self, solver: str) -> AbstractContextManager[object]:
+        """The context around a whole integration of a state in float32, so that weights are converted once."""
         if self.device.type == "cpu":
             keep_freed_memory()
-        condition = source.condition.to(self.device) if source.condition is not None else None
-        guidance = Guidance(settings.guidance, settings.guidance_interval, settings.zero_init / max(settings.steps, 1))
-        precision = "float32" if scheme.adaptive else self.precision
-        # Around the whole integration, so that weights are converted once and not at every step.
-        with autocast(self.device, precision):
-            z1 = self.integrate(z0.to(self.device).float(), guidance, condition, settings, on_step)
-        if z1.isnan().any():
-            raise UserError(
-                f"The sampled latents contain NaNs (guidance = {settings.guidance:g}, {settings.solver}, "
-                f"{settings.steps} steps): values became too large on the way. Use a smaller guidance or, in latent "
-                "arithmetic, a smaller strength; if that does not help, the weights are damaged."
-            )
-        return z1
+        return autocast(self.device, "float32" if SOLVERS.get(solver).adaptive else self.precision)
 
     def integrate(
         self,
@@ -366,6 +375,17 @@ def find_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch's words depend on how it was built
         raise UserError(f"The device {name!r} is unavailable ({str(error).splitlines()[0]}). Use cpu.") from error
+
+
+def _without_nans(latents: Tensor, settings: SampleConfig) -> Tensor:
+    """The latents themselves. Raises UserError for NaNs in the end of an integration."""
+    if latents.isnan().any():
+        raise UserError(
+            f"The sampled latents contain NaNs (guidance = {settings.guidance:g}, {settings.solver}, "
+            f"{settings.steps} steps): values became too large on the way. Use a smaller guidance or, in latent "
+            "arithmetic, a smaller strength; if that does not help, the weights are damaged."
+        )
+    return latents
 
 
 def _batches(pieces: Sequence[Pieces], size: int) -> Iterator[list[tuple[int, int]]]:

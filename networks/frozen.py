@@ -24,6 +24,14 @@ class Frozen(nn.Module):
     """Base of modules around a `network` that is used as it is: it always stays in evaluation mode."""
 
     network: Any
+    _visited: torch.device | None = None
+    """Where the layers of an offloaded network compute."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs belong: the device of its weights, or the one that they visit, see `offload`."""
+        device: torch.device = self._visited or next(self.network.parameters()).device
+        return device
 
     def train(self, mode: bool = True) -> Self:
         """Keeps evaluation mode."""
@@ -40,6 +48,7 @@ class Frozen(nn.Module):
             setattr(self, name, buffer.to(device))
         if isinstance(self.__dict__.get("_modules", {}).get("network"), nn.Module):
             cpu_offload(self.network, device)
+            self._visited = device
 
 
 def freeze(network: Network) -> Network:

@@ -116,7 +116,7 @@ class Builder:
         self.settings = settings or Settings()
         self.plan: dict[str, Any] = {
             "format": FORMAT,
-            "features": {**extractor.describe(), "storage": extractor.options.storage},
+            "features": {**extractor.describe(), **extractor.numbers()},
             "data": {
                 split: {
                     "spec": reader.spec,
@@ -186,7 +186,7 @@ class Builder:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / MANIFEST).exists():
             self._write_manifest({"plan": self.plan, "complete": False})
-        self.extractor.to(self.extractor.options.device)
+        self.extractor.prepare()
         total, new = sum(len(part.items) for part in self.parts), 0
         done = sum(len(part.items) for part in self.parts if self._finished(part) is not None)
         rank, world = launcher.rank(), launcher.world_size()

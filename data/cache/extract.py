@@ -5,6 +5,7 @@ description must agree with that of the cache. B batch, N tokens, D width, S pic
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from crossflow.core.errors import UserError
+from crossflow.core.precision import autocast
 from crossflow.core.source import Posterior
 from crossflow.data.item import BadItem, Item
 from crossflow.data.resize import center_crop_resize
 from crossflow.networks.codecs.base import Codec
+from crossflow.networks.frozen import Frozen
 from crossflow.networks.text.frozen_encoder import FrozenTextEncoder
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -32,6 +35,12 @@ class Options:
     """Data type in the shards: float16, bfloat16 or float32."""
     device: str = "cpu"
     """Device of the networks."""
+    precision: str = "float32"
+    """Of their matrix products: float32, bf16 or fp16, see `core.precision`."""
+    compile: bool = False
+    """Compile the blocks of the networks at their first use."""
+    offload: bool = False
+    """Keep the networks on the CPU; their layers visit the device while they compute."""
     images: bool = True
     """False for data without pictures, such as a list of prompts."""
 
@@ -99,7 +108,7 @@ class Extractor:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Everything that determines the features, in JSON types: {"networks": ..., "parts": ...}."""
+        """The features and the networks that determine them, in JSON types: {"networks": ..., "parts": ...}."""
         networks: dict[str, Any] = {}
         parts: dict[str, Any] = {}
         if self.codec is not None:
@@ -124,12 +133,33 @@ class Extractor:
             }
         return {"networks": networks, "parts": parts}
 
-    def to(self, device: str) -> "Extractor":
-        """Moves the networks to a device; returns self."""
-        for network in (self.codec, self.text, self.tower):
-            if isinstance(network, torch.nn.Module):
+    def numbers(self) -> dict[str, str]:
+        """How the features are rounded, which with `describe` determines their values: their type in the shards, and
+        the precision of the networks unless it is float32.
+        """
+        options = self.options
+        return {"storage": options.storage} | (
+            {"precision": options.precision} if options.precision != "float32" else {}
+        )
+
+    def prepare(self) -> None:
+        """Moves the networks to the device, or makes their layers visit it, and compiles them, as the options say."""
+        from crossflow.core.training.prepare import compile_blocks
+
+        device = torch.device(self.options.device)
+        networks = [part for part in (self.codec, self.text, self.tower) if isinstance(part, torch.nn.Module)]
+        for network in networks:
+            if self.options.compile and list(network.parameters()):
+                compile_blocks(network)
+            if self.options.offload and isinstance(network, Frozen):
+                network.offload(device)
+            else:
                 network.to(device)
-        return self
+
+    @property
+    def precision(self) -> AbstractContextManager[object]:
+        """The context in which the networks compute."""
+        return autocast(torch.device(self.options.device), self.options.precision)
 
     def num_tokens(self, captions: Sequence[str]) -> int:
         """Number of rows of token features that the captions take."""
@@ -145,7 +175,8 @@ class Extractor:
     def __call__(self, items: Sequence[Item]) -> list[Features | BadItem]:
         """The features of items, computed in one batch; a BadItem where they are unusable."""
         fixed = self.image_features(items, with_moments=True)
-        texts = self._text_features(items)
+        with self.precision:
+            texts = self._text_features(items)
         return [finite_or_bad(item, Features(row, *text)) for item, row, text in zip(items, fixed, texts, strict=True)]
 
     def image_features(self, items: Sequence[Item], with_moments: bool) -> list[dict[str, Tensor]]:
@@ -153,7 +184,8 @@ class Extractor:
         fixed: list[dict[str, Tensor]] = [{} for _ in items]
         if self.codec is not None and (with_moments or self.pixels or self.tower is not None):
             for size in self.options.sizes:
-                self._add_image_features(fixed, items, size, with_moments)
+                with self.precision:
+                    self._add_image_features(fixed, items, size, with_moments)
         return fixed
 
     def _add_image_features(
@@ -204,7 +236,7 @@ class Extractor:
         result = values.detach().to(STORAGE[self.options.storage]).cpu()
         if result.isinf().any() and not values.isinf().any():
             raise UserError(
-                f"Features of {values.abs().max().item():.3g} overflow float16 (65504): cache them with --precision "
+                f"Features of {values.abs().max().item():.3g} overflow float16 (65504): cache them with --storage "
                 "bfloat16 or float32."
             )
         return result

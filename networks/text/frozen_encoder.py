@@ -188,9 +188,8 @@ class FrozenTextEncoder(Frozen):
     def _placed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`tokens` on the network's device."""
         assert len(texts) > 0, "no texts to encode"
-        device = next(self.network.parameters()).device
         ids, mask = self.tokens(texts)
-        return ids.to(device), mask.to(device)
+        return ids.to(self.device), mask.to(self.device)
 
     @torch.no_grad()
     def encode(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,15 @@ import errno
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from crossflow.cli import main
+from crossflow.commands import sample
+from crossflow.engine.sample import Pipeline
 
 
 def test_pictures_carry_prompt_seed_and_settings(tiny_run, tmp_path: Path) -> None:
@@ -29,9 +32,9 @@ def test_a_picture_is_reproduced_without_the_others(tiny_run, tmp_path: Path) ->
     prompts.write_text("a red cube\n\na blue sphere\n")
     together, alone = tmp_path / "together", tmp_path / "alone"
     run = str(tiny_run("t2i"))
-    sample = ["sample", "--checkpoint", run, "--output"]
-    assert main([*sample, str(together), "--prompts", str(prompts), "--num", "2"]) == 0
-    assert main([*sample, str(alone), "--prompt", "a blue sphere"]) == 0
+    argv = ["sample", "--checkpoint", run, "--output"]
+    assert main([*argv, str(together), "--prompts", str(prompts), "--num", "2"]) == 0
+    assert main([*argv, str(alone), "--prompt", "a blue sphere"]) == 0
     np.testing.assert_array_equal(
         np.array(Image.open(together / "0001_0.png")), np.array(Image.open(alone / "0000.png"))
     )
@@ -64,6 +67,38 @@ def test_a_full_disk_is_reported_in_one_sentence(refused, tiny_run, tmp_path: Pa
     argv = ["sample", "--checkpoint", run, "--prompt", "a cube", "--output", str(tmp_path / "out")]
     assert "disk is full" in refused(*argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_are_written_beside_the_next_batch_in_the_order_of_the_prompts(
+    refused, tiny_run, tmp_path: Path, monkeypatch
+) -> None:
+    began, outputs, written = [threading.Event() for _ in range(3)], Pipeline.outputs, sample.write_result
+    order: list[str] = []
+
+    def sampling(self, *arguments):
+        next(event for event in began if not event.is_set()).set()
+        return outputs(self, *arguments)
+
+    def writing(model, result, folder: Path) -> list[Path]:
+        assert len(order) == 2 or began[len(order) + 1].wait(timeout=20), "the next batch has not begun"
+        order.append(result.stem)
+        return written(model, result, folder)
+
+    def failing(model, result, folder: Path) -> list[Path]:
+        if result.stem == "0001":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(model, result, folder)
+
+    monkeypatch.setattr(Pipeline, "outputs", sampling)
+    prompts = [word for prompt in ("a red cube", "a cube", "a blue sphere") for word in ("--prompt", prompt)]
+    argv = ["sample", "--checkpoint", str(tiny_run("t2i")), "--batch", "1", *prompts, "--output"]
+    monkeypatch.setattr(sample, "write_result", writing)
+    assert main([*argv, str(tmp_path / "out")]) == 0
+    assert order == ["0000", "0001", "0002"]
+    monkeypatch.setattr(Pipeline, "outputs", outputs)
+    monkeypatch.setattr(sample, "write_result", failing)
+    assert "disk is full" in refused(*argv, str(tmp_path / "full"))
+    assert {path.name for path in (tmp_path / "full").glob("*.png")} == {"0000.png"}
 
 
 def test_unknown_words_are_named_once(tiny_run, tmp_path: Path, capsys) -> None:

@@ -247,6 +247,28 @@ def test_finished_parts_arrive_before_an_error_of_either_stage() -> None:
             next(results)
 
 
+def test_the_first_rank_can_finish_the_parts_of_all(tmp_path: Path) -> None:
+    def on_rank(rank: int) -> dict:
+        finished: list[str] = []
+
+        def finish(result: str) -> int:
+            finished.append(result)
+            return len(result)
+
+        pairs = list(shared_in_stages(range(3), lambda part: "x" * part, finish, finish_on_first=True))
+        try:
+            list(shared_in_stages(range(3), int, lambda part: 1 // part, finish_on_first=True))
+        except Exception as error:
+            return {"pairs": [list(pair) for pair in pairs], "finished": finished, "error": str(error)}
+        return {}
+
+    first, second = on_ranks(on_rank, tmp_path)
+    assert (first["pairs"], first["finished"]) == ([[0, 0], [1, 1], [2, 2]], ["", "x", "xx"])
+    assert (second["pairs"], second["finished"]) == ([], [])
+    assert "zero" in first["error"]
+    assert second["error"].startswith("process 0 raised ZeroDivisionError")
+
+
 @pytest.mark.parametrize("num_parts", [0, 1, 4, 5])
 def test_parts_are_shared_and_the_first_rank_gets_them_in_order(tmp_path: Path, num_parts: int) -> None:
     def on_rank(rank: int) -> dict:

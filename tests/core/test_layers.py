@@ -191,3 +191,17 @@ def test_a_table_made_of_fake_tensors_is_not_kept() -> None:
     table = sincos_2d(3, 5, 8)
     assert not isinstance(table, FakeTensor)
     assert torch.isfinite(table).all()
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_a_depthwise_convolution_has_the_gradients_of_torch(kernel: int) -> None:
+    torch.manual_seed(0)
+    conv = DepthwiseConv(5, kernel)
+    pixels, weight = torch.randn(3, 9, 6, 5).permute(0, 3, 1, 2), torch.randn(3, 5, 9, 6)  # channels last and first
+    gradients = []
+    for forward in (conv, super(DepthwiseConv, conv).forward):
+        x = pixels.clone().requires_grad_()
+        gradients.append(torch.autograd.grad((forward(x) * weight).sum(), (x, conv.weight, conv.bias)))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    conv(pixels).sum().backward()  # of an input that needs no gradient
+    assert conv.weight.grad is not None

@@ -9,6 +9,7 @@ import torch
 from crossflow.cli import main
 from crossflow.core.errors import UserError
 from crossflow.core.precision import SMALLEST_ON_CPU, autocast, default_precision
+from crossflow.engine import latents
 from crossflow.engine.sample import load
 from crossflow.tasks import task_names
 
@@ -28,6 +29,16 @@ def test_bf16_is_float32_up_to_rounding(tiny_run, name: str) -> None:
     assert not torch.equal(*z1)
     torch.testing.assert_close(z1[1], z1[0], rtol=0.05, atol=0.05)
     assert "bf16" in repr(rounded)
+
+
+def test_an_inversion_computes_in_the_chosen_precision_with_a_state_in_float32(tiny_run) -> None:
+    exact, rounded = (load(tiny_run("depth"), precision=precision) for precision in ("float32", "bf16"))
+    metres = np.full((16, 16), 3.0, np.float32)
+    z0 = [latents.invert(pipe, metres, steps=4).z0 for pipe in (exact, rounded)]
+    assert z0[1].dtype == torch.float32
+    assert not torch.equal(*z0)
+    assert not torch.equal(z0[1], z0[1].bfloat16().float())
+    torch.testing.assert_close(z0[1], z0[0], rtol=0.05, atol=0.05)
 
 
 def test_an_adaptive_solver_computes_in_float32(tiny_run) -> None:

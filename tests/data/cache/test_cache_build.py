@@ -17,6 +17,7 @@ from PIL import Image
 
 from crossflow.cli import main
 from crossflow.core.errors import UserError
+from crossflow.core.training.prepare import blocks
 from crossflow.data.cache import build
 from crossflow.data.cache.build import Builder, Estimate, Settings
 from crossflow.data.cache.keys import item_key
@@ -171,7 +172,7 @@ def test_features_that_are_not_finite_make_an_item_bad(builder, tmp_path: Path):
 
 @pytest.mark.slow
 def test_float16_overflow_is_refused_with_advice(builder):
-    with pytest.raises(UserError, match="--precision bfloat16"):
+    with pytest.raises(UserError, match="--storage bfloat16"):
         builder(more=("text.scale=1e6",)).run()
     builder("wide", more=("text.scale=1e6",), storage="bfloat16").run()
 
@@ -356,6 +357,27 @@ def test_other_settings_are_refused_in_the_same_folder(builder, tmp_path: Path):
     (tmp_path / "taken" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is not a feature cache"):
         builder("taken")
+
+
+@pytest.mark.slow
+def test_the_precision_of_the_networks_is_part_of_a_cache_and_offloading_is_not(builder, tmp_path: Path):
+    builder("exact").run()
+    builder("offloaded", offload=True).run()
+    assert digests(tmp_path / "offloaded") == digests(tmp_path / "exact")
+    builder("rounded", precision="bf16").run()
+    assert "precision" not in Cache(tmp_path / "exact").features  # as caches were before precisions could be chosen
+    assert Cache(tmp_path / "rounded").features["precision"] == "bf16"
+    assert not set(keys(tmp_path / "exact").values()) & set(keys(tmp_path / "rounded").values())
+    moments = [Cache(tmp_path / name).shard(0)["moments_16"].float() for name in ("exact", "rounded")]
+    assert not torch.equal(*moments)
+    torch.testing.assert_close(moments[1], moments[0], rtol=0.05, atol=0.05)
+    with pytest.raises(UserError, match=r"features\.precision \(bf16 -> none\)"):
+        builder("rounded")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        builder("new", precision="fp16")
+    compiled = builder("compiled", compile=True).extractor
+    compiled.prepare()
+    assert all(block._compiled_call_impl is not None for block in blocks(compiled.text))
 
 
 def change_byte(path: Path, place: int) -> None:
