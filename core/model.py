@@ -87,7 +87,8 @@ class CrossFlow(nn.Module):
         jump: Jump | None = None,
     ) -> Tensor:
         """The velocity at full resolution, (B, *latent), in the dtype of z_t: guidance amplifies rounding errors."""
-        return self.velocities(z_t, t, unconditional, condition, jump)[-1].to(z_t.dtype)
+        extra = () if jump is None else (jump,)
+        return self.backbone(z_t, t, unconditional, condition, *extra)[-1].to(z_t.dtype)
 
     def num_parameters(self) -> dict[str, int]:
         """Number of parameters of the flow network and of each encoder."""

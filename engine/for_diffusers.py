@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from crossflow.core import sampling
 from crossflow.core.batch import Condition
-from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.files import replacing_folder, write_atomically, write_json
 from crossflow.core.guidance import Guidance
+from crossflow.core.model import CrossFlow
 from crossflow.core.progress import Progress
+from crossflow.core.solvers import Solution
 from crossflow.engine.model_card import LIBRARY
 from crossflow.engine.outputs import Outputs
 from crossflow.engine.provenance import versions
@@ -97,47 +99,47 @@ def export(source: str | Path, target: Path, *, weights: str | None = None, over
     return target
 
 
-class ScheduledPipeline(Pipeline):
-    """A pipeline whose steps are those of a scheduler of diffusers, if it has one; else of the run's own solver."""
+class ScheduledFlow:
+    """`core.sampling.flow` by the steps of a scheduler of diffusers, which end at the times of its sigmas."""
 
-    scheduler: Any = None
-
-    def integrate(
-        self,
-        z0: Tensor,
-        guidance: Guidance,
-        condition: Condition | None,
-        settings: SampleConfig,
-        on_step: Progress | None = None,
-    ) -> Tensor:
-        """z0 (B, *latent) -> z1 by the scheduler's steps, which end at the times of its sigmas."""
-        scheduler = self.scheduler
-        if scheduler is None:
-            return super().integrate(z0, guidance, condition, settings, on_step)
+    def __init__(self, scheduler: Any) -> None:
         if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise UserError(
                 f"{type(scheduler).__name__} chooses its own times and does not follow a flow from a source. Use "
                 f"{' or '.join(SCHEDULERS.values())}, or set pipe.scheduler = None for the solver of the run."
             )
-        num, z = settings.steps, z0
-        scheduler.set_timesteps(num, device=self.device, sigmas=[1 - i / num for i in range(num)])
-        is_map = type(scheduler).__name__ == SCHEDULERS["map"]
-        velocity = (
-            guidance.jumps(self.model, condition) if is_map else guidance.velocity(self.model, condition, self.weak)
-        )
+        self.scheduler = scheduler
+        self.jumps = type(scheduler).__name__ == SCHEDULERS["map"]
+
+    def __call__(
+        self,
+        model: CrossFlow,
+        z: Tensor,
+        guidance: Guidance,
+        *,
+        condition: Condition | None,
+        steps: int,
+        on_step: Progress | None = None,
+        **unused: object,
+    ) -> Solution:
+        """z (B, *latent) at t = 0 -> the solution at t = 1. unused: what concerns the solver of the run."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps, device=z.device, sigmas=[1 - i / steps for i in range(steps)])
+        velocity = guidance.jumps(model, condition) if self.jumps else guidance.velocity(model, condition)
         times = [1 - sigma for sigma in scheduler.sigmas.tolist()]
         for step, timestep in enumerate(scheduler.timesteps):
-            slope = velocity(z, *times[step : step + 2]) if is_map else velocity(z, times[step])
+            slope = velocity(z, *times[step : step + (2 if self.jumps else 1)])
             z = scheduler.step(-slope, timestep, z, return_dict=False)[0]
             if on_step is not None:
-                on_step(step + 1, num)
-        return z
+                on_step(step + 1, steps)
+        num = sum(1 if self.jumps else guidance.evaluations(t) for t in times[:steps])
+        return Solution(z, (num,) * len(z))
 
 
 class RunModel(nn.Module):
     """The component of a diffusers pipeline that holds a run: its networks and what else its task needs."""
 
-    def __init__(self, pipe: ScheduledPipeline) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         super().__init__()
         self.network = pipe.model
         self.pipe = pipe
@@ -145,12 +147,7 @@ class RunModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **unused: object) -> Self:
         """Loads the run in the component's `folder` to the CPU; torch_dtype: that of matrix products."""
-        run = load(Path(folder) / RUN.name, device="cpu", precision=_precision(torch_dtype))
-        return cls(
-            ScheduledPipeline(
-                run.task, run.model, folder=run.folder, weights=run.weights, device="cpu", precision=run.precision
-            )
-        )
+        return cls(load(Path(folder) / RUN.name, device="cpu", precision=_precision(torch_dtype)))
 
     @property
     def device(self) -> torch.device:
@@ -230,7 +227,7 @@ class RunPipeline:
         names = {"num_inference_steps": "steps", "guidance_scale": "guidance", "num_images_per_prompt": "num"}
         chosen: dict[str, Any] = {names.get(name, name): value for name, value in settings.items()}
         pipe = self.model.pipe
-        pipe.scheduler = self.scheduler
+        pipe.flow = sampling.flow if self.scheduler is None else ScheduledFlow(self.scheduler)
         steps = chosen.get("steps", pipe.settings.steps)
         with self.progress_bar(total=steps) as bar:
 

@@ -4,7 +4,7 @@ B batch.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crossflow.core import distributed, launcher, sampling
 from crossflow.core.allocator import keep_freed_memory
-from crossflow.core.batch import Condition, Source
+from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
 from crossflow.core.errors import UserError
 from crossflow.core.guidance import Guidance
@@ -23,7 +23,7 @@ from crossflow.core.noise import item_noise
 from crossflow.core.precision import autocast, check_precision, default_precision
 from crossflow.core.progress import Progress
 from crossflow.core.settings import build
-from crossflow.core.solvers import SOLVERS
+from crossflow.core.solvers import SOLVERS, Solution
 from crossflow.core.weights import kind_of_weights
 from crossflow.data.dataset import Examples
 from crossflow.engine.folder import PROVENANCE
@@ -108,6 +108,8 @@ class Pipeline(HubMethods):
         """A weaker version of the model, which then guides (autoguidance) instead of the indicator."""
         self.guided_by: str | None = None
         """The run that `weak` came from."""
+        self.flow: Callable[..., Solution] = sampling.flow
+        """What integrates the guided velocity; a scheduler of another library may take its place."""
         self.device = find_device(device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.precision = check_precision(precision or default_precision(self.device, num_parameters), self.device)
@@ -295,7 +297,17 @@ class Pipeline(HubMethods):
         guidance = Guidance(settings.guidance, settings.guidance_interval, settings.zero_init / max(settings.steps, 1))
         condition = source.condition.to(self.device) if source.condition is not None else None
         with self._precise(settings.solver):
-            z1 = self.integrate(z0.to(self.device).float(), guidance, condition, settings, on_step)
+            z1 = self.flow(
+                self.model,
+                z0.to(self.device).float(),
+                guidance,
+                condition=condition,
+                weak=self.weak,
+                solver=settings.solver,
+                steps=settings.steps,
+                time_grid=settings.time_grid,
+                on_step=on_step,
+            ).z
         return _without_nans(z1, settings)
 
     @torch.no_grad()
@@ -315,27 +327,6 @@ class Pipeline(HubMethods):
         if self.device.type == "cpu":
             keep_freed_memory()
         return autocast(self.device, "float32" if SOLVERS.get(solver).adaptive else self.precision)
-
-    def integrate(
-        self,
-        z0: Tensor,
-        guidance: Guidance,
-        condition: Condition | None,
-        settings: SampleConfig,
-        on_step: Progress | None = None,
-    ) -> Tensor:
-        """z0 (B, *latent) -> z1 (B, *latent) by the solver of the settings."""
-        return sampling.flow(
-            self.model,
-            z0,
-            guidance,
-            condition=condition,
-            weak=self.weak,
-            solver=settings.solver,
-            steps=settings.steps,
-            time_grid=settings.time_grid,
-            on_step=on_step,
-        ).z
 
     def guide_with(self, other: "Pipeline") -> "Pipeline":
         """Turns on autoguidance by another run, smaller or trained less; returns self.
