@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from crossflow.engine.publish import copy_run
 from crossflow.engine.sample import Pipeline, load
 from crossflow.networks.hub import run_folder
 from crossflow.tasks import load_config
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "map": "FlowMapEulerDiscreteScheduler"}
 """Solver of a run -> the scheduler of diffusers that takes the same steps."""
@@ -102,7 +105,7 @@ def export(source: str | Path, target: Path, *, weights: str | None = None, over
 class ScheduledFlow:
     """`core.sampling.flow` by the steps of a scheduler of diffusers, which end at the times of its sigmas."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: "SchedulerMixin") -> None:
         if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise UserError(
                 f"{type(scheduler).__name__} chooses its own times and does not follow a flow from a source. Use "
