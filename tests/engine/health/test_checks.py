@@ -30,7 +30,7 @@ def names(folder: Path, *references: Reference) -> dict[str, str]:
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECORDED.iterdir()))
 def test_nothing_is_said_of_the_shipped_recipes(recipe: str) -> None:
-    """tests/golden/health: what a training of each recipe wrote, without its weights (commit b3aa35f, a CPU)."""
+    """tests/golden/health: what a training of each recipe wrote, without its weights, on a CPU."""
     evidence = gather(RECORDED / recipe, measure=False)
     assert evidence.reference is not None
     assert evidence.reference.recipe == recipe
