@@ -53,7 +53,7 @@ def command(
     source = _source(task, recipe, output if resume is not None else None)
     settings = ([f"data.train={data}"] if data is not None else []) + list(overrides)
     config = load_config(source, settings, task)
-    distributed.limit_waiting(config.train.timeout_minutes)
+    distributed.limit_waiting(config.train.timeout_minutes, "train.timeout_minutes")
     distributed.device()  # joins the processes of a launcher, if there are several
     if dry_run:
         quick = load_config(source, [*settings, *task_class(config.task).quick], task)

@@ -30,6 +30,7 @@ _LOST = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe|Timed out waiting|
 _REPORTS = 5.0  # seconds within which processes that lost another one learn of each other
 
 _limit = timedelta(minutes=30)  # of the waiting for other processes
+_setting = ""  # that decides it
 _own_work: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
@@ -46,10 +47,10 @@ class LostProcess(UserError):
         numbers = ", ".join(map(str, silent))
         who = f"process{'es' * (len(silent) > 1)} {numbers}" if silent else "another process"
         verb = "have" if len(silent) > 1 else "has"
+        limit = f"{_limit.total_seconds() / 60:g} minutes{_setting and f' ({_setting})'}"
         super().__init__(
-            f"{who[0].upper()}{who[1:]} {verb} ended, or {verb} not answered for {_limit.total_seconds() / 60:g} "
-            f"minutes, while this one waited for {purpose}, so it ends as well ({reason}). What {who} printed has the "
-            "cause."
+            f"{who[0].upper()}{who[1:]} {verb} ended, or {verb} not answered for {limit}, while this one waited for "
+            f"{purpose}, so it ends as well ({reason}). What {who} printed has the cause."
         )
         self.silent, self.reason = tuple(silent), reason
 
@@ -103,13 +104,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def limit_waiting(minutes: float) -> None:
-    """Sets how long a process waits for another one, in anything that they do together, before it ends with an error.
+def limit_waiting(minutes: float, setting: str) -> None:
+    """Sets how long a process waits for another one, in anything that they do together, before it ends with an error
+    that names `setting`.
 
     To be called before `device`: gloo connects with the limit that it began with.
     """
-    global _limit
-    _limit = timedelta(minutes=minutes)
+    global _limit, _setting
+    _limit, _setting = timedelta(minutes=minutes), setting
     if is_distributed():
         from torch.distributed.distributed_c10d import _set_pg_timeout
 

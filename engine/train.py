@@ -257,7 +257,7 @@ class Run:
             UserError: invalid settings or data, a folder that holds a run or is in use by another process, or a resumed
                 run with other settings.
         """
-        distributed.limit_waiting(config.train.timeout_minutes)
+        distributed.limit_waiting(config.train.timeout_minutes, "train.timeout_minutes")
         distributed.device()  # joins the processes of a launcher
         SOLVERS.get(config.sample.solver)  # an unknown name fails here rather than after hours of training
         run, progress = RunFolder(folder), progress if progress is not None and distributed.is_main() else Silent()

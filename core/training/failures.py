@@ -50,7 +50,7 @@ def explained(config: TrainConfig, memory: Callable[[], str], kept: Callable[[],
             raise
         raise UserError(f"{text} {kept()}") from error
     except LostProcess as error:
-        raise UserError(f"{error} train.timeout_minutes limits the waiting. {kept()}") from error
+        raise UserError(f"{error} {kept()}") from error
 
 
 def memory_in_words(device: torch.device, parts: Mapping[str, int], size: int) -> str:

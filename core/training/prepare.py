@@ -72,7 +72,7 @@ def build_accelerator(config: TrainConfig, run_dir: Path, find_unused: bool = Fa
 
     find_unused: look in every step for parameters that get no gradient, which data-parallel training has to know.
     """
-    distributed.limit_waiting(config.timeout_minutes)
+    distributed.limit_waiting(config.timeout_minutes, "train.timeout_minutes")
     distributed.device()
     initialised = AcceleratorState._shared_state
     if initialised and initialised.get("_mixed_precision") not in (None, config.precision):

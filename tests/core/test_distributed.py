@@ -36,6 +36,7 @@ def on_ranks(function: Callable[[int], object], folder: Path, world_size: int = 
             try:
                 store = dist.FileStore(str(folder / "store"), world_size)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+                dist.barrier()  # none may end before all are connected
                 torch.save(function(rank), folder / f"{rank}.pt")
                 dist.destroy_process_group()
                 status = 0
@@ -165,7 +166,7 @@ def test_a_process_that_hangs_is_named_in_every_exchange(tmp_path: Path, name: s
     hanging = 0 if name == "first process" else 1
 
     def on_rank(rank: int) -> list[object]:
-        distributed.limit_waiting(0.005)
+        distributed.limit_waiting(0.005, "x.limit")
         mean_over_ranks(torch.ones(1))
         if rank == hanging and name == "mean":
             time.sleep(2)
@@ -179,8 +180,8 @@ def test_a_process_that_hangs_is_named_in_every_exchange(tmp_path: Path, name: s
     results = on_ranks(on_rank, tmp_path)
     message, silent = results[1 - hanging]
     assert silent == [hanging]
-    start = f"Process {hanging} has ended, or has not answered for 0.005 minutes, while this one waited for the scores"
-    assert message.startswith(start)
+    start = f"Process {hanging} has ended, or has not answered for 0.005 minutes (x.limit), while this one"
+    assert message.startswith(f"{start} waited for the scores of step 3")
 
 
 def test_an_abandoned_part_is_abandoned_by_all(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ def test_a_lost_process_ends_the_other_with_a_message(
     processes[lost].send_signal(number)
     output = processes[1 - lost].finish(status=1)
     processes[lost].kill()
-    assert f"user error: Process {lost} has ended, or has not answered for 0.05 minutes, while this one" in output
-    assert "waited for the gradients of step" in output
+    assert f"user error: Process {lost} has ended, or has not answered for 0.05 minutes" in output
+    assert "(train.timeout_minutes), while this one waited for the gradients of step" in output
     assert "--resume auto continues from there" in output
     newest = state.checkpoints(run / "checkpoints")[0]
     state.verify(newest)
