@@ -1,5 +1,6 @@
 """Surroundings of every test: no network, one thread, a cache of its own. Set before any test module imports torch."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -15,6 +16,9 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads are slower, and sums depend on their number
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# Flushing to disk takes a third of the time of a tiny run, and no test simulates a loss of power.
+os.fsync = lambda handle: None
+
 # What a user's cache holds must not decide a test. Workers of pytest-xdist inherit the folder of their parent.
 _OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if _OWNS_CACHE:
@@ -27,13 +31,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with a test marked slow(first=True) and those with the most slow tests first, so that no worker begins a
-    long one when the others are done.
+    """Modules that fork first, then those with a test marked slow(first=True) and those with the most slow tests, so that
+    no worker begins a long one when the others are done.
     """
+    forking = {item.path for item in items if item.get_closest_marker("forks")}
     marks = [(item.path, mark) for item in items if (mark := item.get_closest_marker("slow"))]
     first = {path for path, mark in marks if mark.kwargs.get("first")}
     num_slow = Counter(path for path, _ in marks)
-    items.sort(key=lambda item: (item.path not in first, -num_slow[item.path]))
+    items.sort(key=lambda item: (item.path not in forking, item.path not in first, -num_slow[item.path]))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What has been imported stays: the collector of garbage need not look at it again and again."""
+    gc.freeze()
 
 
 TINY = [
@@ -75,6 +85,16 @@ def forked() -> ModuleType:
     return _module(Path(__file__).with_name("forked.py"), "crossflow_tests_forked")
 
 
+@pytest.fixture
+def forked_pools(forked: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of pools that start afresh are forked from one that has imported torch."""
+    import multiprocessing
+
+    contexts = {"spawn": forked.SERVER}
+    original = multiprocessing.get_context
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: contexts.get(method) or original(method))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The module tiny_run.py: a training run of a second."""
@@ -97,12 +117,6 @@ def blind_judge():
 
     with mock.patch("crossflow.tasks.t2i.metric.load_recogniser", return_value=nothing):
         yield
-
-
-@pytest.fixture
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips flushing to disk, which takes most of the time of a tiny run; no test simulates a loss of power."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

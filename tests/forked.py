@@ -14,8 +14,8 @@ from typing import Any
 
 _IMPORTS = ["torch._dynamo", "accelerate", "diffusers.models.autoencoders", "transformers.modeling_utils", "evaluate"]
 _IMPORTS += ["crossflow.engine.train", "crossflow.benchmarks.evaluation.evaluate"]
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(_IMPORTS)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(_IMPORTS)
 
 
 class Forked:
@@ -38,7 +38,7 @@ class Forked:
             # Without a GPU even where there is one: processes must not share it.
             "environment": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables},
         }
-        self._process = _SERVER.Process(target=runpy.run_path, args=(__file__, {"REQUEST": request}, "__main__"))
+        self._process = SERVER.Process(target=runpy.run_path, args=(__file__, {"REQUEST": request}, "__main__"))
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -98,6 +98,7 @@ def _run(request: dict[str, Any]) -> None:
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    os.fsync = lambda handle: None  # as in conftest.py
     multiprocessing.set_start_method(None, force=True)  # that of a fresh interpreter; the server leaves its own
     name, *sys.argv[1:] = request["arguments"]
     if name == "-m":

@@ -125,6 +125,7 @@ def test_modules_keep_the_conventions(room: str) -> None:
     assert broken == []
 
 
+@pytest.mark.slow
 def test_tests_use_names_that_say_something() -> None:
     broken = []
     for path in sorted((ROOT / "tests").rglob("*.py")):

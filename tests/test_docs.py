@@ -67,7 +67,7 @@ def small(argv: list[str], tiny_settings) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch, blind_judge, no_java) -> Path:
+def workplace(tmp_path: Path, monkeypatch, blind_judge, no_java, forked_pools) -> Path:
     """The current folder of a page, with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
     # `crossflow benchmark speed --part scenes`: few small pictures in two processes

@@ -64,6 +64,7 @@ def test_every_shipped_recipe_builds_on_the_meta_device(name):
     assert counts["flow"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPERS)
 def test_parameters_are_those_of_the_papers(name):
     task, model = built(name)
@@ -150,6 +151,7 @@ def test_weight_decay_acts_on_the_weights_of_linear_and_convolutional_layers_alo
     assert [parameter for parameter, is_matrix in decayed.items() if not is_matrix] == []
 
 
+@pytest.mark.slow
 def test_queries_positions_and_tokens_of_captioning_are_not_decayed(tiny_run):
     """The text autoencoder's `mixing` is a matrix between patches and tokens, a linear map without a layer."""
     from crossflow.engine.sample import load

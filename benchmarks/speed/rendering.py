@@ -1,10 +1,10 @@
 """How many scenes this machine creates and renders in a second."""
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 ROUNDS = 3
@@ -26,7 +26,7 @@ def rendering_speed(
     rows = []
     for size in sizes:
         for number in processes:
-            with ProcessPoolExecutor(number, mp_context=get_context("spawn")) as pool:
+            with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn")) as pool:
                 share = count // number
                 shares = [number * [share], [index * share for index in range(number)], number * [size]]
 

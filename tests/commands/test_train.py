@@ -111,6 +111,7 @@ def test_a_t2i_run_captions_backwards(tiny_run, tiny_settings, tmp_path: Path, p
     assert (tmp_path / "out" / "photo.txt").read_text().strip() == caption
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_to_the_same_weights(tiny_settings, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = [*tiny_settings("depth"), "train.save_every=1", "train.log_every=1", "train.steps=4"]

@@ -25,6 +25,8 @@ from crossflow.core.distributed import (
 )
 from crossflow.core.errors import UserError
 
+pytestmark = pytest.mark.forks
+
 
 def on_ranks(function: Callable[[int], object], folder: Path, world_size: int = 2) -> list:
     """What `function(rank)` returns on each of `world_size` forked processes."""

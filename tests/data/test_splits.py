@@ -10,6 +10,7 @@ from crossflow.data.splits import choose, published_split, require_split, select
 ids = st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=60, unique=True)
 
 
+@pytest.mark.slow
 @given(ids=ids)
 def test_train_and_validation_items_divide_the_training_split(ids: list[str]) -> None:
     train, val = (select_split(ids, split, ("train", "test")) for split in ("train", "val"))

@@ -48,6 +48,7 @@ def test_a_validation_is_given_up_at_once_and_repeated(tiny: ModuleType, tmp_pat
     assert tiny.lines(tmp_path / "through", "val") == tiny.lines(tmp_path / "parts", "val")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["data", "forward"])
 def test_a_step_that_takes_too_long_is_given_up_and_repeated(tiny: ModuleType, tmp_path: Path, where: str) -> None:
     class Stuck(tiny.Objective):  # type: ignore[misc, name-defined]

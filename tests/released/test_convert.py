@@ -4,8 +4,6 @@ bounded, and failures leave nothing behind.
 
 import json
 import os
-import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +295,7 @@ def test_overrides_cannot_change_the_network(files, tmp_path):
     assert main(["convert", str(tmp_path), str(tmp_path / "x.pth"), "codec.scale=1"]) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_not_converted_needs_its_kind(files, runs, tiny_run, tmp_path):
     run = tiny_run("t2i")
     with pytest.raises(UserError, match="name it with --kind"):
@@ -307,6 +306,7 @@ def test_a_folder_that_was_not_converted_needs_its_kind(files, runs, tiny_run, t
         to_file(runs("dimr"), tmp_path / "x.pth", kind="dit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", ["{", "[]", "{}"])
 def test_a_damaged_record_of_the_origin_is_refused(runs, tmp_path, record):
     import shutil
@@ -383,7 +383,7 @@ def large(kind, configs):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
 @pytest.mark.parametrize(("kind", "suffix"), [("dimr", "pth"), ("dimr", "safetensors"), ("flowtitok", "pth")])
-def test_memory_stays_below_the_size_of_the_file(files, configs, tmp_path, kind, suffix):
+def test_memory_stays_below_the_size_of_the_file(files, configs, forked, tmp_path, kind, suffix):
     small, small_config, _ = files(kind)
     config = large(kind, configs)
     (tmp_path / "config.json").write_text(json.dumps({"kind": kind, "config": config}))
@@ -392,10 +392,9 @@ def test_memory_stays_below_the_size_of_the_file(files, configs, tmp_path, kind,
     torch.save(state, path) if suffix == "pth" else save_file(state, path)
     size = path.stat().st_size
     assert size > 150e6
-    arguments = [small, tmp_path, small_config, path, tmp_path / "config.json"]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, check=True, timeout=300
-    )
-    there, both = map(int, done.stdout.split())
+    (tmp_path / "measure.py").write_text(MEASURE)
+    arguments = [tmp_path / "measure.py", small, tmp_path, small_config, path, tmp_path / "config.json"]
+    printed = forked.Forked([str(part) for part in arguments], tmp_path / "log").finish()
+    there, both = map(int, printed.splitlines()[-1].split())
     assert 0 < there < 1.3 * size
     assert both < 1.3 * size

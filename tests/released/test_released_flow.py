@@ -236,6 +236,7 @@ def test_every_key_of_the_released_files_is_used(name, kind, flow, text):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["crossflow_dimr_512_small", "flowtok_small"])
 def test_settings_are_a_recipe_that_builds_the_same_network(name, loaded):
     about = FIXTURES[name]

@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -330,12 +332,24 @@ def test_every_group_runs(name: str, task: str, tmp_path: Path, tiny_settings, b
 
 
 @pytest.mark.slow
-def test_the_command_runs_each_training_in_its_own_process(tmp_path: Path, tiny_settings, capsys) -> None:
+def test_the_command_runs_each_training_in_its_own_process(
+    tmp_path: Path, tiny_settings, forked, monkeypatch, capsys
+) -> None:
     """One of them cannot start: it is reported, and the other is complete."""
+    commands = []
+
+    def start(command: list[str], stdout, **descriptors):
+        commands.append(command)
+        return forked.Forked(command[1:], Path(stdout.name))
+
+    monkeypatch.setattr(ablations, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": start}))
     settings = [*tiny(tiny_settings("sr")), "noisy:backbone.patch=5"]
     argv = ["ablate", "encoder", "--task", "sr", "--steps", "2", "--seeds", "1", "--num", "4"]
     argv += ["--only", "deterministic", "--only", "noisy", "--output", str(tmp_path), *settings]
     assert main(argv) == 0
+    assert [command[1:4] for command in commands] == [
+        ["-m", "crossflow", job] for job in ("train", "evaluate", "train")
+    ]
     lines = capsys.readouterr().out
     assert "Not done: train noisy-seed0, evaluate noisy-seed0" in lines
     assert "multiple of" in lines

@@ -64,6 +64,7 @@ def test_kernel_distance_is_the_unbiased_mmd_and_repeats() -> None:
     assert kernel_distance(many, more, 5) != kernel_distance(many, more, 6)
 
 
+@pytest.mark.slow
 def test_class_score_of_known_logits() -> None:
     certain = torch.eye(4).repeat(1000, 1) * 100
     assert class_score(certain, 0) == pytest.approx(4, rel=0.02)

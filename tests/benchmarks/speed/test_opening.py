@@ -9,7 +9,7 @@ from crossflow.data.index import items
 
 
 @pytest.mark.slow
-def test_large_data_are_opened_and_workers_keep_their_memory(tmp_path: Path) -> None:
+def test_large_data_are_opened_and_workers_keep_their_memory(tmp_path: Path, forked_pools: None) -> None:
     calls: list[int] = []
     size = items.LARGEST_IN_MEMORY // 70  # a line has some bytes more
     opened, ordered, worker = opening_speed(tmp_path, (size,), batches=100, on_row=lambda: calls.append(1))

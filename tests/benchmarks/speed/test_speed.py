@@ -29,7 +29,7 @@ def test_scenes_are_rendered_and_counted() -> None:
 
 
 @pytest.mark.slow
-def test_rendering_is_measured_for_each_size_and_number_of_processes() -> None:
+def test_rendering_is_measured_for_each_size_and_number_of_processes(forked_pools: None) -> None:
     calls: list[int] = []
     rows = rendering_speed(sizes=(8,), processes=(1, 2), count=8, on_row=lambda: calls.append(1))
     assert [(row["size"], row["processes"]) for row in rows] == [(8, 1), (8, 2)]

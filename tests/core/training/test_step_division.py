@@ -72,6 +72,9 @@ class Step:
     targets: Tensor
 
 
+pytestmark = pytest.mark.forks
+
+
 def step(objective: Objective, accumulate: int, rank: int = 0, world_size: int = 1) -> Step:
     """The step that the trainer makes of a process's parts, before gradients are averaged over processes."""
     size = SIZE // (accumulate * world_size)

@@ -111,16 +111,14 @@ def test_two_processes_train_like_one(
 def test_two_processes_stop_together_and_one_can_continue(
     tiny: ModuleType, forked: ModuleType, start: Start, tmp_path: Path
 ) -> None:
-    """Under the launcher of torch, which hands the signal on to both."""
+    """A launcher hands the signal on to both."""
     common = ["--no-dropout", "log_every=1", "steps=60"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", PROGRAM, str(tmp_path / "parts")]
-    python_path = os.pathsep.join(sys.path)
-    process = forked.Forked(
-        [*launcher, *common, "--seconds", "0.02"], tmp_path / "launcher.log", PYTHONPATH=python_path
-    )
-    wait_for_step(tmp_path / "parts", 4, process)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
+    processes = forked.ranks(2, [PROGRAM, str(tmp_path / "parts"), *common, "--seconds", "0.02"], tmp_path)
+    wait_for_step(tmp_path / "parts", 4, processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.finish()
     status, step, _ = json.loads((tmp_path / "parts" / "result.json").read_text())
     assert status == "stopped"
     assert 4 <= step < 60

@@ -71,6 +71,7 @@ def test_picture_and_depth_are_cropped_and_flipped_alike() -> None:
     assert flipped == {True, False}
 
 
+@pytest.mark.slow
 def test_colours_change_as_the_reference_says_each_picture_by_its_own_factors() -> None:
     from torchvision.transforms.v2 import functional as reference
 
