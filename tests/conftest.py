@@ -31,7 +31,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that fork first, then those with a test marked slow(first=True) and those with the most slow tests, so that
+    """First modules that fork, then those with a test marked slow(first=True) and with the most slow tests, so that
     no worker begins a long one when the others are done.
     """
     forking = {item.path for item in items if item.get_closest_marker("forks")}

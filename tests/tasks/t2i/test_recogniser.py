@@ -181,11 +181,11 @@ def test_cache_key_follows_training_and_world(monkeypatch):
 
 @pytest.fixture(scope="module")
 def judge():
-    """Trained in a seventh of the time of the judge that scores rest on: right in 97 % of counts and relations and 93 %
+    """Trained in a fifth of the time of the judge that scores rest on: right in 98 % of counts and relations and 95 %
     of shapes, where that is right in 99 % of all three, as `crossflow evaluate` reports beside the scores of a
     text-to-image run (judge_count, judge_relation, judge_shape).
     """
-    return load_recogniser(Training(num_scenes=3000, steps=400, batch_size=48, lr=6e-3, width=16))
+    return load_recogniser(Training(num_scenes=4000, steps=500, batch_size=64, lr=5e-3, width=16))
 
 
 @pytest.mark.slow(first=True)
@@ -193,7 +193,7 @@ def judge():
 def test_judge_is_right_on_renders_it_has_not_seen(judge, size):
     scenes = [make_scene(scene_seed("test", index)) for index in range(1000)]
     measured = accuracy(judge, scenes, size)
-    for name, expected in {"count": 0.95, "shape": 0.9, "colour": 0.97, "relation": 0.95}.items():
+    for name, expected in {"count": 0.96, "shape": 0.93, "colour": 0.97, "relation": 0.95}.items():
         assert measured[name] >= expected, (name, measured)
         assert measured[name] == pytest.approx(judge.report[name], abs=0.02)
     assert json.loads(json.dumps(judge.report)) == judge.report
