@@ -49,7 +49,7 @@ def test_a_distilled_run_begins_with_the_velocities_of_its_teacher(tiny_run, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("task", task_names())
 def test_every_task_is_distilled_samples_in_few_steps_and_inverts(
-    tiny_run, blind_judge, no_fsync, no_java, tmp_path: Path, task: str
+    tiny_run, blind_judge, no_java, tmp_path: Path, task: str
 ) -> None:
     run = tmp_path / "run"
     method = {"depth": "derivative", "sr": "reflow"}.get(task, "composition")
@@ -65,7 +65,7 @@ def test_every_task_is_distilled_samples_in_few_steps_and_inverts(
 
 
 @pytest.mark.slow
-def test_a_stopped_distillation_continues_to_the_same_bits(tiny_run, blind_judge, no_fsync, tmp_path: Path) -> None:
+def test_a_stopped_distillation_continues_to_the_same_bits(tiny_run, blind_judge, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = ["--guidance", "1:4", "train.schedule=constant", "train.save_every=1"]
     assert main(["distill", str(tiny_run("t2i")), "--output", str(whole), *settings, "train.steps=3"]) == 0

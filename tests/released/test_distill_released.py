@@ -11,7 +11,7 @@ from crossflow.engine.sample import load
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dimr", "dit", "flowtok"])
-def test_a_released_network_is_distilled(runs, blind_judge, no_fsync, tmp_path: Path, kind: str) -> None:
+def test_a_released_network_is_distilled(runs, blind_judge, tmp_path: Path, kind: str) -> None:
     """Small networks of the released forms: their guided flow is learned, and one evaluation makes a picture."""
     data = ["--data", "scenes", "data.num_train=4", "data.num_val=2", "train.steps=1", "train.batch_size=2"]
     run = tmp_path / "run"
