@@ -219,7 +219,7 @@ def upload(folder: Path, repo_id: str, **push: Unpack[Push]) -> str:
     except HFValidationError as error:
         raise UserError(f"{repo_id!r} is not a hub id, which is OWNER/NAME: {' '.join(str(error).split())}") from error
     except (HTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise UserError(
             f"The hub did not take {repo_id}: {reason}. Check the name, log in with `hf auth login` (or give a token "
             "with write access), and whether there is a connection (HF_HUB_OFFLINE turns it off)."

@@ -61,7 +61,7 @@ def _download(repository: str, revision: str | None, **access: Unpack[Access]) -
         raise UserError(f"{repository} is neither a folder nor a valid hub id: {error}") from error
     except (HTTPError, OSError) as error:  # refused or interrupted; offline or no space
         version = f" (revision {revision})" if revision is not None else ""
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise UserError(
             f"{repository}{version} is not a folder here, and the hub repository is unavailable: {reason}. "
             "Give a run directory, or download the repository and give its folder."
