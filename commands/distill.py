@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from crossflow.commands import options
+from crossflow.commands.console import say
 from crossflow.core.errors import UserError
 
 
@@ -53,7 +54,10 @@ def command(
     distributed.limit_waiting(config.train.timeout_minutes)
     distributed.device()  # joins the processes of a launcher, if there are several
     name = f"{Path(source).expanduser().resolve().name}_distilled"
-    train_into(output or distributed.on_main(lambda: new_folder(Path("runs"), name)), config)
+    folder = output or distributed.on_main(lambda: new_folder(Path("runs"), name))
+    if distributed.is_main():
+        say(f"Using {source} ({config.task}) on {config.data.train}. The run goes to {folder}.")
+    train_into(folder, config)
 
 
 def _scales(text: str | None) -> tuple[float, float] | None:
