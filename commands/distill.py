@@ -51,7 +51,7 @@ def command(
 
     settings = ([f"data.train={data}"] if data is not None else []) + list(overrides)
     config = distilled(source, method=method, guidance=_scales(guidance), overrides=settings)
-    distributed.limit_waiting(config.train.timeout_minutes)
+    distributed.limit_waiting(config.train.timeout_minutes, "train.timeout_minutes")
     distributed.device()  # joins the processes of a launcher, if there are several
     name = f"{Path(source).expanduser().resolve().name}_distilled"
     folder = output or distributed.on_main(lambda: new_folder(Path("runs"), name))
