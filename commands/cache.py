@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @click.command("cache")
 @click.option(
-    "--config", "recipe", help="Recipe to be trained from the cache: shipped name, YAML file or run directory."
+    "--config",
+    "recipe",
+    type=options.RecipeName(),
+    help="Recipe to be trained from the cache: shipped name, YAML file or run directory.",
 )
 @click.option("--data", help="jsonl:FILE, coco:DIR, folder:DIR, prompts:FILE, npy:DIR, ... (crossflow list datasets).")
 @click.option("--output", type=options.PATH, help="Folder of the cache; an unfinished cache there is continued.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command("doctor")
 @click.argument("words", nargs=-1, metavar="[RUN]... | [KEY=VALUE]...")
 @click.option("--task", type=options.TaskName(), help="Plan a training of this task.")
-@click.option("--config", "recipe", help="Plan a training of this recipe or YAML file.")
+@click.option("--config", "recipe", type=options.RecipeName(), help="Plan a training of this recipe or YAML file.")
 @click.option("--data", help="Training data of the plan.")
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="Devices that share a batch.")
 @click.option("--no-measuring", is_flag=True, help="Read what a run has logged alone; its weights are not loaded.")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from crossflow.core.errors import unknown_name
 from crossflow.tasks import task_names
@@ -21,11 +22,28 @@ class TaskName(click.ParamType):
         """The choices as the help shows them."""
         return f"[{'|'.join(task_names())}]"
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The tasks that begin so."""
+        return [CompletionItem(name) for name in task_names() if name.startswith(incomplete)]
+
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The name itself. Raises UserError with near names for an unknown task."""
         if value not in task_names():
             raise unknown_name("task", value, task_names())
         return value
+
+
+class RecipeName(click.ParamType):
+    """A shipped recipe, or a file; what it is shows when it is read."""
+
+    name = "text"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The shipped recipes that begin so, and files."""
+        from crossflow.core.settings import shipped
+
+        recipes = [CompletionItem(name) for name in shipped() if name.startswith(incomplete)]
+        return recipes or [CompletionItem(incomplete, type="file")]
 
 
 class Choice(click.Choice[str]):

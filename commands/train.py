@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 @click.command("train")
 @click.option("--task", type=options.TaskName(), help="The task; not needed when --config names a recipe.")
-@click.option("--config", "recipe", help="Shipped recipe (crossflow list configs) or YAML file. Default: TASK_tiny.")
+@click.option(
+    "--config",
+    "recipe",
+    type=options.RecipeName(),
+    help="Shipped recipe (crossflow list configs) or YAML file. Default: TASK_tiny.",
+)
 @click.option(
     "--data", help="Training data: scenes, coco:DIR, jsonl:FILE, folder:DIR, pairs:DIR, ... (crossflow list datasets)."
 )

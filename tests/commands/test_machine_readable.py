@@ -134,8 +134,14 @@ def test_shells_complete_commands_and_values(shell: str) -> None:
     program = shutil.which(shell)
     if program is not None:
         assert subprocess.run([program, "-n"], input=script.output, text=True, capture_output=True).stderr == ""
-    words = {"bash": ("crossflow sa", "1"), "zsh": ("crossflow sa", "1"), "fish": ("crossflow sa", "sa")}[shell]
-    variables = {"_CROSSFLOW_COMPLETE": f"{shell}_complete", "COMP_WORDS": words[0], "COMP_CWORD": words[1]}
-    answer = CliRunner().invoke(table, [], prog_name="crossflow", env=variables)
-    assert "sample" in answer.output
-    assert "train" not in answer.output
+    for line, expected, other in (
+        ("crossflow sa", "sample", "train"),
+        ("crossflow train --task d", "depth", "t2i"),
+        ("crossflow train --config t2i_s", "t2i_small", "t2i_tiny"),
+        ("crossflow sample --weights e", "ema", "model"),
+    ):
+        place = line.rpartition(" ")[2] if shell == "fish" else str(line.count(" "))
+        variables = {"_CROSSFLOW_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": place}
+        answer = CliRunner().invoke(table, [], prog_name="crossflow", env=variables).output
+        assert expected in answer
+        assert other not in answer
