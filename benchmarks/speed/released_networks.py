@@ -130,7 +130,9 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, H, W, D), c (B,) -> (B, H, W, D)."""
-        x = x + self.conv(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+        pixels = x.permute(0, 3, 1, 2).contiguous()
+        # torch's own convolution in the precision of autocast, not that of the product's `DepthwiseConv`.
+        x = x + nn.Conv2d.forward(self.conv, pixels).permute(0, 2, 3, 1)
         return x + gated(self.mlp, rms_norm(self.norm, x, c))
 
 
