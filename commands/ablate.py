@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from crossflow.benchmarks.ablation.plan import Budget
 
 
-@click.command("ablate")
+@click.command("ablate", short_help="Train and compare the variants of a question of the papers.")
 @click.argument("group", required=False)
 @click.option("--list", "listed", is_flag=True, help="List the groups, their variants and the tables they belong to.")
 @click.option("--task", type=options.TaskName(), help="Default: the first task of the group.")

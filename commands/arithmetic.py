@@ -15,7 +15,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.output import output_folder
 
 
-@click.command("arithmetic")
+@click.command("arithmetic", short_help="Latent arithmetic: base + k (plus - minus).")
 @uses_model("outputs/arithmetic")
 @click.option("--base", required=True, help="Prompt, or path of a picture.")
 @click.option("--plus", help="Prompt or picture to add.")

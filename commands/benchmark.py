@@ -17,7 +17,7 @@ from crossflow.core.output import check_output, output_folder
 from crossflow.tasks import task_names
 
 
-@click.group("benchmark")
+@click.group("benchmark", short_help="Measure speed, quality, learning; plan a training.")
 def command() -> None:
     """Measure and compare: quality beside the papers' numbers, speed and correctness on this machine."""
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from crossflow.data.cache.build import Builder, Estimate
 
 
-@click.command("cache")
+@click.command("cache", short_help="Compute features of data by frozen networks once.")
 @click.option(
     "--config",
     "recipe",

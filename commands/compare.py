@@ -8,7 +8,7 @@ from crossflow.commands import options
 from crossflow.commands.console import print_json, print_table, say
 
 
-@click.command("compare")
+@click.command("compare", short_help="Two evaluations side by side, with intervals.")
 @click.argument("first", type=options.PATH)
 @click.argument("second", type=options.PATH)
 @options.as_json

@@ -11,7 +11,7 @@ INSTALL = {
 }
 
 
-@click.command("completion")
+@click.command("completion", short_help="Print the script that completes commands in a shell.")
 @click.argument("shell", type=options.Choice(list(INSTALL)))
 @click.pass_context
 def command(context: click.Context, shell: str) -> None:

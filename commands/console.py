@@ -166,7 +166,8 @@ def progress_bar(label: str, after: float = 2.0, every: float = 15.0) -> Iterato
 def explain(error: UserError | OSError | click.ClickException) -> str | None:
     """What a user can do about an error, in one paragraph; None for an error that is not the user's."""
     if isinstance(error, click.UsageError) and error.ctx is not None:
-        return f"{error.format_message()} See `{error.ctx.command_path} --help`."
+        problem = " ".join(error.format_message().split()).rstrip(".")  # click lists choices on lines of their own
+        return f"{problem}. See `{error.ctx.command_path} --help`."
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, OSError):

@@ -8,7 +8,7 @@ from crossflow.commands import options
 from crossflow.commands.console import say
 
 
-@click.command("consolidate")
+@click.command("consolidate", short_help="Write the whole weights of a sharded checkpoint.")
 @click.argument("source", type=options.PATH)
 def command(source: Path) -> None:
     """Write the whole weights of a sharded training's checkpoint to its run directory.

@@ -10,7 +10,7 @@ from crossflow.commands.console import progress_bar, say
 from crossflow.core.errors import UserError
 
 
-@click.command("convert")
+@click.command("convert", short_help="Turn a released file into a run directory, or back.")
 @click.argument("source", type=options.PATH)
 @click.argument("target", type=options.PATH)
 @click.option("--kind", help="dimr, dit, flowtok, flowtitok or autoencoder_kl; needed for files that are not released.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from crossflow.data.check import Inspection
 
 
-@click.group("data")
+@click.group("data", short_help="Inspect data before training on them.")
 def command() -> None:
     """Inspect data before training on them."""
 

@@ -10,7 +10,7 @@ from crossflow.commands.console import say
 from crossflow.core.errors import UserError
 
 
-@click.command("distill")
+@click.command("distill", short_help="Train a run of 1 to 4 steps from a trained one.")
 @click.argument("source", metavar="RUN")
 @click.option("--output", type=options.PATH, help="New run directory. Default: runs/RUN_distilled, numbered if taken.")
 @click.option(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from crossflow.engine.health.finding import Finding
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Say what is wrong with a machine, a plan or a run.")
 @click.argument("words", nargs=-1, metavar="[RUN]... | [KEY=VALUE]...")
 @click.option("--task", type=options.TaskName(), help="Plan a training of this task.")
 @click.option("--config", "recipe", type=options.RecipeName(), help="Plan a training of this recipe or YAML file.")

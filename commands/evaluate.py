@@ -27,7 +27,7 @@ def _repeat(context: click.Context, _: click.Parameter, manifest: str | None) ->
     return earlier
 
 
-@click.command("evaluate")
+@click.command("evaluate", short_help="Score a run on held-out data, with pictures.")
 @uses_model("RUN/evaluation/NAME (named after data and settings)", shared=True)
 @click.option(
     "--protocol", "protocol_name", help="Name (crossflow list protocols) or YAML file. Default: the task's own rules."

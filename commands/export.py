@@ -9,7 +9,7 @@ from crossflow.commands import options
 from crossflow.commands.console import say
 
 
-@click.command("export")
+@click.command("export", short_help="Write a run for another library (diffusers).")
 @click.argument("run")
 @click.argument("folder", type=options.PATH)
 @click.option("--to", "library", type=options.Choice(["diffusers"]), default="diffusers", show_default=True)

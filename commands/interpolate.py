@@ -12,7 +12,7 @@ from crossflow.commands.outputs import numbered_results, write_animation, write_
 from crossflow.core.output import output_folder
 
 
-@click.command("interpolate")
+@click.command("interpolate", short_help="Walk from one source to another in the latent space.")
 @uses_model("outputs/interpolate")
 @click.option("--from", "start", required=True, help="Prompt, or path of a picture.")
 @click.option("--to", "end", required=True, help="Prompt, or path of a picture.")

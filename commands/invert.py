@@ -12,7 +12,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.output import output_folder
 
 
-@click.command("invert")
+@click.command("invert", short_help="Flow an output back to its source latent, and forward.")
 @uses_model("outputs/invert")
 @click.option(
     "--input", "value", required=True, help="An output of the task: a picture, a caption, a depth PNG in millimetres."

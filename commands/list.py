@@ -14,7 +14,7 @@ Row = tuple[str, ...]
 Rows = Sequence[Row]
 
 
-@click.command("list")
+@click.command("list", short_help="Names that options accept: tasks, recipes, protocols.")
 @click.argument("what", type=options.Choice(["tasks", "configs", "datasets", "protocols", "solvers", "backbones"]))
 @options.as_json
 def command(what: str, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from crossflow.commands.console import open_file, say
 from crossflow.core.output import check_output
 
 
-@click.command("plot")
+@click.command("plot", short_help="Draw the curves of runs.")
 @click.argument("runs", nargs=-1, required=True, type=options.PATH, metavar="RUN...")
 @click.option(
     "--x",

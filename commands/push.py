@@ -9,7 +9,7 @@ from crossflow.commands import options
 from crossflow.commands.console import say
 
 
-@click.command("push")
+@click.command("push", short_help="Publish a run on the hub.")
 @click.argument("run", type=options.PATH)
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--license", "licence", help="The hub's name of a licence: mit, apache-2.0, cc-by-4.0, ...")

@@ -17,7 +17,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.output import check_output, output_folder
 
 
-@click.command("sample")
+@click.command("sample", short_help="Make pictures, captions, depth maps, sharper pictures.")
 @uses_model("outputs/TASK", shared=True)
 @click.option("--prompt", "prompts", multiple=True, help="A prompt, for runs that take text; repeatable.")
 @click.option("--prompts", "prompt_file", type=options.EXISTING_FILE, help="Text file with one prompt per line.")

@@ -16,7 +16,7 @@ MAX_SAMPLES = 3
 """Pictures of the training whose paths are printed: the last ones."""
 
 
-@click.command("show")
+@click.command("show", short_help="Say what a run is: settings, scores, files, origin.")
 @click.argument("run")
 @options.as_json
 @options.open_result

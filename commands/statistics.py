@@ -10,7 +10,7 @@ from crossflow.commands.console import progress_bar, say
 from crossflow.core.output import check_output
 
 
-@click.command("statistics")
+@click.command("statistics", short_help="Statistics of real pictures for distances such as FID.")
 @click.option("--protocol", "protocol_name", required=True, help="A protocol with a distance, such as coco-fid30k.")
 @click.option("--data", required=True, help="The real pictures (crossflow list datasets).")
 @click.option("--output", required=True, type=options.PATH, help="The .safetensors file to write.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from crossflow.engine.train import Outcome, Run
 
 
-@click.command("train")
+@click.command("train", short_help="Train a model on a task's recipe or on your own data.")
 @click.option("--task", type=options.TaskName(), help="The task; not needed when --config names a recipe.")
 @click.option(
     "--config",

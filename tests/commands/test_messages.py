@@ -125,3 +125,13 @@ def test_file_counts_are_grammatical(tiny_run, tmp_path: Path, capsys) -> None:
     argv = ["sample", "--checkpoint", str(tiny_run("t2i")), "--prompt", "a cube", "--output", str(tmp_path / "out")]
     assert main(argv) == 0
     assert "Wrote 1 file to" in capsys.readouterr().out
+
+
+def test_summaries_of_commands_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]
+
+
+def test_choices_of_a_missing_argument_are_one_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
