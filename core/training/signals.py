@@ -127,8 +127,8 @@ class _Relay:
                     self._store.set(self._name, "")
                     return
                 is_stopped = self._store.check([self._name])
-        except RuntimeError:
-            return  # the process that holds the store has ended, which the main thread notices
+        except (RuntimeError, OSError, ValueError):
+            return  # the process that holds the store has ended, which the main thread notices; or this one ends
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGTERM)
