@@ -129,6 +129,8 @@ def speed(
         small,
         compared=bool(recipes),
     )
+    where = "are printed alone, without --output" if output is None else f"go to {output}"
+    say(f"Measuring {', '.join(parts or run.DEFAULT_PARTS)} of {', '.join(choice.recipes)}. Results {where}.")
     with tempfile.TemporaryDirectory(prefix="crossflow-speed-") as folder, progress_bar("measuring") as on_step:
         results = run.measure(choice, Path(folder), parts=parts or run.DEFAULT_PARTS, progress=on_step)
     for row in [row for part in run.PARTS for row in results.get(part, [])]:
@@ -201,6 +203,8 @@ def agreement(runs: Sequence[Path], recipes: Sequence[str], output: Path | None,
     from crossflow.engine.provenance import environment
 
     check_output(output, overwrite=overwrite)
+    subjects = [*map(str, runs), *(recipes or (f"{task}_tiny" for task in task_names()))]
+    say(f"Comparing the device with the CPU on {', '.join(subjects)}.")
     with tempfile.TemporaryDirectory(prefix="crossflow-agreement-") as folder:
         checks = compare(
             runs,
