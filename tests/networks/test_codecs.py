@@ -100,6 +100,25 @@ def test_kl_codec_scales_samples_like_diffusers(kl_folder):
     assert codec.latent_shape((16, 32)) == (4, 8, 16)
 
 
+def test_a_half_type_computes_in_channels_last_order_what_float32_computes(kl_folder):
+    codec, orders = AutoencoderKLCodec.build(source=str(kl_folder)), []
+
+    def note(module, inputs):
+        orders.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    codec.network.encoder.register_forward_pre_hook(note)
+    codec.network.decoder.register_forward_pre_hook(note)
+    x = pictures(2)
+    exact = codec.encode_moments(x).mean, codec.decode(codec.encode(x).mean)
+    assert not orders[0], "float32 leaves the order as it came"
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = codec.encode_moments(x).mean, codec.decode(codec.encode(x).mean)
+    assert orders[3:] == [True] * 3
+    for a, b in zip(exact, rounded, strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(b, a, rtol=0.05, atol=0.05)
+
+
 def test_scale_comes_from_the_network_unless_given(kl_folder, tiny_folder):
     assert AutoencoderKLCodec.build(source=str(kl_folder)).scale.unique().tolist() == pytest.approx([0.18215])
     assert AutoencoderTinyCodec.build(source=str(tiny_folder)).scale.unique().tolist() == [1.0]
