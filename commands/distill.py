@@ -37,7 +37,7 @@ def command(
       crossflow sample --checkpoint runs/t2i_small_distilled --prompt "a red cube" --steps 2
       crossflow distill runs/t2i_small --guidance 1:8                  the scale stays free: --guidance 6
       crossflow distill runs/released --data coco:~/coco train.steps=20000 train.lr=1e-5
-      crossflow distill runs/sr_tiny --method derivative interval.derivative=jvp
+      crossflow distill runs/released --data coco:~/coco --method derivative interval.derivative=jvp
       crossflow distill runs/t2i_small --method reflow                 the baseline
 
     The new run starts from RUN's weights and keeps its source encoder, tokenizer and codec. Guidance is built in, so

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from crossflow.core.source import SourceKind
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+SMOOTH_TIME_SCALE = 20.0
+"""Largest scale of the time embedding at which flow maps are trained by derivatives."""
 PathTime = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -361,6 +363,12 @@ class Config(Section):
             raise ValueError(
                 f"interval.guidance = {list(interval.guidance)} and backbone.guided = {str(backbone.guided).lower()} "
                 "do not fit: a network that takes the guidance scale is trained on a range of scales, others on one."
+            )
+        if interval.target == "derivative" and backbone.name != "dimr" and backbone.time_scale > SMOOTH_TIME_SCALE:
+            raise ValueError(
+                "interval.target = derivative differentiates the network by t, and this one embeds t at "
+                f"backbone.time_scale = {backbone.time_scale:g}, where derivatives are mostly noise. Use composition, "
+                "which needs none, or a network trained with backbone.time_scale=1."
             )
         if interval.target == "reflow" and interval.teacher is None:
             raise ValueError("interval.target = reflow needs interval.teacher, the run whose flow is straightened.")

@@ -146,7 +146,7 @@ def toy(interval: dict, *, teacher: bool = False, **sections: dict) -> Objective
     config = {
         "task": "toy",
         "source": {"kind": "gaussian"},
-        "backbone": {"interval": "added"},
+        "backbone": {"interval": "added", "time_scale": 1},
         "path": {"sigma_min": 0},
         "time": {"law": "uniform"},
         "guidance": {"drop": 0},
@@ -337,9 +337,13 @@ def test_a_reversed_map_jumps_the_other_way(tiny_dit: Callable) -> None:
         ({"interval": {"guidance": [8, 1]}}, "ascending"),
         ({"interval": {"guidance": [0.5, 1]}}, "start at 1"),
         (
-            {"interval": {"target": "derivative", "guidance": [3, 3]}, "backbone": {"interval": "split"}}
+            {"interval": {"target": "composition", "guidance": [3, 3]}, "backbone": {"interval": "split"}}
             | {"guidance": {"drop": 0}},
             "needs the unconditional velocity",
+        ),
+        (
+            {"interval": {"target": "derivative"}, "backbone": {"interval": "added", "time_scale": 1000}},
+            "time_scale = 1000, where derivatives are mostly noise",
         ),
     ],
 )

@@ -52,7 +52,7 @@ def test_every_task_is_distilled_samples_in_few_steps_and_inverts(
     tiny_run, blind_judge, no_java, tmp_path: Path, task: str
 ) -> None:
     run = tmp_path / "run"
-    method = {"depth": "derivative", "sr": "reflow"}.get(task, "composition")
+    method = "reflow" if task == "sr" else "composition"
     assert main(["distill", str(tiny_run(task)), "--output", str(run), "--method", method]) == 0
     before, after = load_file(tiny_run(task) / "ema.safetensors"), load_file(run / "model.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("source_encoder."))

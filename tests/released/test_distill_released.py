@@ -14,8 +14,8 @@ from crossflow.engine.sample import load
 def test_a_released_network_is_distilled(runs, blind_judge, tmp_path: Path, kind: str) -> None:
     """Small networks of the released forms: their guided flow is learned, and one evaluation makes a picture."""
     data = ["--data", "scenes", "data.num_train=4", "data.num_val=2", "train.steps=1", "train.batch_size=2"]
-    run = tmp_path / "run"
-    assert main(["distill", str(runs(kind)), "--output", str(run), *data, "train.lr=1e-3"]) == 0
+    run, method = tmp_path / "run", "composition" if kind == "dimr" else "derivative"
+    assert main(["distill", str(runs(kind)), "--output", str(run), "--method", method, *data, "train.lr=1e-3"]) == 0
     weights = load_file(run / "model.safetensors")
     first_layers = [name for name in weights if "jump" in name and name.endswith("mlp.2.weight")]
     assert first_layers
