@@ -28,7 +28,7 @@ take a run out of the band, that is what is to be reported.
 NOT_COMPARED = (
     *("seed", "sample.", "train.num_workers", "train.compile", "train.trackers", "train.max_minutes", "train.keep"),
     *("train.max_bad_steps", "train.grace_seconds", "train.auto_micro_batch"),
-    *("train.save_every", "train.eval_every", "train.sample_every", "train.log_every"),
+    *("train.save_every", "train.eval_every", "train.eval_scores", "train.sample_every", "train.log_every"),
 )
 """Settings that do not change what is learned, or that should not."""
 
