@@ -30,6 +30,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]), ignore_errors=True)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core, up to 4, and one more for slow tests, which wait for other processes and their timeouts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores + ("not slow" not in config.option.markexpr), 4)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First modules that fork, then those with a test marked slow(first=True) and with the most slow tests, so that
     no worker begins a long one when the others are done.
