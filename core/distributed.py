@@ -26,7 +26,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S")
 # The texts of gloo, which raises RuntimeErrors.
-_LOST = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe|Timed out waiting|Socket Timeout|gloo")
+_LOST = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe|Timed out waiting|Socket Timeout|pair closure|gloo")
 _REPORTS = 5.0  # seconds within which processes that lost another one learn of each other
 
 _limit = timedelta(minutes=30)  # of the waiting for other processes

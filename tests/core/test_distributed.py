@@ -155,6 +155,16 @@ def test_contrastive_losses_in_chunks_have_the_gradients_of_one_process(
         assert all(value.allclose(expected, atol=1e-6) for value, expected in zip(own, whole, strict=True))
 
 
+@pytest.mark.parametrize(
+    "text", ["[/gloo/transport/tcp/pair.cc:538] Read error", "Application timeout caused pair closure", "Broken pipe"]
+)
+def test_errors_of_a_lost_connection_are_told_from_others(text: str) -> None:
+    with pytest.raises(distributed.LostProcess, match="waited for the scores"), distributed.waiting_for("the scores"):
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="shapes"), distributed.waiting_for("the scores"):
+        raise RuntimeError("shapes differ")
+
+
 EXCHANGES: dict[str, Callable[[int], object]] = {
     "mean": lambda rank: mean_over_ranks(torch.ones(2)),
     "first process": lambda rank: on_main(lambda: time.sleep(2)),
