@@ -124,7 +124,7 @@ def _save_reference(path: Path, runs: Sequence[Path]) -> None:
 
     if not runs:
         raise UserError("--save-reference needs the runs that it is measured from.")
-    check_output(path)
+    check_output(path, overwrite=None)
     measured = [gather(run, references=()).measured for run in runs]
     posteriors = [None if each is None else each.posterior for each in measured]
     reference = measure_reference(path.stem, runs, posteriors)

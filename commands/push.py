@@ -55,7 +55,7 @@ def command(
         say(f"Published: {address}")
         say(f"Use it: crossflow.load({repository!r}), or --checkpoint {repository} of any command.")
         return
-    check_output(output)
+    check_output(output, overwrite=None)
     with output_folder(Path("outputs/push"), output) as folder:
         complete(copy_run(run, folder, weights=weights, overrides=replaced), about, origin=run)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

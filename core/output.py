@@ -19,19 +19,22 @@ from crossflow.core.lock import LOCK
 RECORD = ".crossflow.json"
 
 
-def check_output(requested: Path | None, *, overwrite: bool = False) -> None:
-    """Raises UserError when a requested file exists, or a requested folder is not empty; with `overwrite`, only when
-    the path is of the wrong kind. Call it before the work whose results go there.
+def check_output(requested: Path | None, *, overwrite: bool | None = False) -> None:
+    """Raises UserError when a requested file exists, or a requested folder is not empty, unless `overwrite`; None is
+    for commands without that option. Call it before the work whose results go there.
     """
     if requested is None or not requested.exists() or overwrite:
         return
     if requested.is_file():
-        raise UserError(f"{requested} exists. Give another --output, or --overwrite to replace it.")
+        replace = "remove it first" if overwrite is None else "--overwrite to replace it"
+        raise UserError(f"{requested} exists. Give another path, or {replace}.")
     if not _is_empty(requested):
-        raise UserError(
-            f"The folder {requested} is not empty. Give another --output, or --overwrite to replace the results in it; "
-            "files that crossflow did not write there are kept."
+        replace = (
+            "empty it first."
+            if overwrite is None
+            else "--overwrite to replace the results in it; files that crossflow did not write there are kept."
         )
+        raise UserError(f"The folder {requested} is not empty. Give another --output, or {replace}")
 
 
 def claim(

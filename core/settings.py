@@ -148,9 +148,12 @@ def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return str(unknown_name("setting", name, [prefix + field for field in _fields_at(kind, location[:-1])]))
     if problem["type"] == "missing":
         return f"The setting {name!r} is missing."
-    if problem["type"] == "value_error" and isinstance(problem["input"], Mapping | BaseModel):
-        return str(problem["ctx"]["error"])  # from a validator of a whole section; its sentence names the settings
-    return f"The setting {name} = {problem['input']!r} is invalid: {problem['msg']}."
+    reason = problem["msg"]
+    if problem["type"] == "value_error":
+        reason = str(problem["ctx"]["error"])  # without pydantic's "Value error, "
+        if isinstance(problem["input"], Mapping | BaseModel):
+            return reason  # from a validator of a whole section; its sentence names the settings
+    return f"The setting {name} = {problem['input']!r} is invalid: {reason.removesuffix('.')}."
 
 
 def _fields_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:

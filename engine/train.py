@@ -415,8 +415,8 @@ class _Preparation:
         if self.run.has_progress and resume is None:
             some = " with checkpoints" if self.run.checkpoints else ""
             raise UserError(
-                f"{self.run.path} already holds a run{some}. "
-                "Continue it with --resume auto, or choose another --output."
+                f"{self.run.path} already holds a run{some}. Continue it with "
+                f"`crossflow train --output {self.run.path} --resume auto`, or choose another --output."
             )
         self.run.path.mkdir(parents=True, exist_ok=True)
         task = taught_task(self.task, self.config) or self.task.learn(self.config, self.data, self.progress.note)

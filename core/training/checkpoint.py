@@ -222,7 +222,7 @@ def find_checkpoint(root: Path, resume: str | Path | None) -> Path | None:
         if existing := checkpoints(root):
             raise UserError(
                 f"{root.parent} already holds a run with checkpoints up to {existing[0].name}. Continue it with "
-                "--resume auto, or choose another --output."
+                f"`crossflow train --output {root.parent} --resume auto`, or choose another --output."
             )
         return None
     if resume == "auto":

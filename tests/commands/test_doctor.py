@@ -42,7 +42,7 @@ def test_a_reference_is_measured_from_runs(tiny_run, tmp_path: Path, refused) ->
     path = tmp_path / "mine.json"
     assert main(["doctor", str(tiny_run("depth")), "--save-reference", str(path)]) == 0
     assert json.loads(path.read_text())["recipe"] == "mine"
-    assert "exists" in refused("doctor", str(tiny_run("depth")), "--save-reference", str(path))
+    assert "remove it first" in refused("doctor", str(tiny_run("depth")), "--save-reference", str(path))
     assert "needs the runs" in refused("doctor", "--save-reference", str(tmp_path / "other.json"))
 
 

@@ -118,7 +118,7 @@ def test_a_run_that_was_not_scored_is_not_finished(config, tmp_path: Path) -> No
 def test_a_second_run_does_not_replace_the_first(config, tmp_path: Path) -> None:
     train(config(), tmp_path / "run")
     before = contents(tmp_path / "run")
-    with pytest.raises(UserError, match="already holds a run with checkpoints"):
+    with pytest.raises(UserError, match=r"already holds a run.*`crossflow train --output \S+ --resume auto"):
         train(config(), tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
