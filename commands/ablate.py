@@ -45,7 +45,7 @@ def command(
     open_result: bool,
     **settings: Any,
 ) -> None:
-    """Train and compare the variants of a GROUP: encoder, loss, guidance, text, training, path, size or solver.
+    """Train and compare the variants of a GROUP: encoder, source, loss, guidance, text, training, path, size or solver.
 
     \b
       crossflow ablate --list

@@ -57,7 +57,8 @@ class _Tensors:
 
 @dataclass(frozen=True)
 class Condition(_Tensors):
-    """The condition of a noise-source baseline, which guidance drops; CrossFlow itself has none.
+    """What a backbone reads besides z_t, which guidance drops: of noise-source baselines, and of a source that is kept
+    as a condition too (`source.condition`); by default CrossFlow has none.
 
     Attributes:
         tokens: (B, N, D) for cross-attention, or features that the model's condition encoder turns into these.
@@ -108,7 +109,7 @@ class Batch(_Tensors):
         target: z1 (B, *latent).
         mask: (B, N) bool for token features, True for a token.
         weight: (B, ...) broadcastable to the target, 0 where the target is missing (its values there must be finite).
-        condition: of the noise-source baselines.
+        condition: of backbones that read the features too (`source.condition`, noise-source baselines).
         alignment: (B, ...), compared with z0 by the encoder loss; the core does not interpret it.
         ids: a name per sample.
         unconditional: (B,) bool, the unconditional samples, whose targets `Objective.draw` has already exchanged;

@@ -60,6 +60,15 @@ class SourceConfig(Section):
     """Dropout probability of the released trunk."""
     frozen: bool = False
     """Keep the encoder of train.start_from unchanged (second of two stages, CrossFlow Table 3)."""
+    condition: bool = False
+    """The backbone reads the features besides starting from them, as it always does with a gaussian source: by
+    cross-attention to text, or a grid beside z_t (CSFM).
+    """
+
+    @property
+    def conditions(self) -> bool:
+        """Whether the backbone reads the features."""
+        return self.condition or self.kind == "gaussian"
 
     @field_validator("width")
     @classmethod
@@ -141,6 +150,8 @@ class PathConfig(Section):
     """linear | sincos."""
     sigma_min: float = Field(1e-5, ge=0, lt=1)
     """s of the linear path."""
+    noise: float = Field(0.0, ge=0)
+    """sigma of a bridge: points of the path get sigma sqrt(t (1 - t)) eps (LBM; a deterministic source)."""
 
 
 class TimeConfig(Section):
@@ -152,6 +163,10 @@ class TimeConfig(Section):
     std: float = Field(1.0, gt=0)
     shift: float = Field(1.0, gt=0)
     """Resolution shift a of t' = a t / (1 + (a - 1) t)."""
+    points: tuple[PathTime, ...] = ()
+    """The only training times, each as often as the others, instead of the law: those at which few steps are taken."""
+    at_start: float = Field(0.0, ge=0, le=1)
+    """Share of the samples at t = 0; the others have times of the law. 1: the flow is learned for one step alone."""
 
 
 class LossConfig(Section):
@@ -172,6 +187,19 @@ class LossConfig(Section):
     """Initial temperature of the contrastive losses."""
     kl_reduction: Literal["mean", "sum"] = "mean"
     """Reduction over the samples of a batch; sum as in the released FlowTok."""
+    encoder_gradient: Literal["diagonal", "everywhere", "target_detached", "start", "none"] = "diagonal"
+    """Which gradient of the flow loss trains the source encoder (docs/sources.md). diagonal: of every sample, of a flow
+    map those with s = t; everywhere: of its jumps too; target_detached: by z_t and not by the velocity z1 - z0; start:
+    of the samples at t = 0 (FlowBind; needs time.at_start); none: the encoder learns from its own losses alone.
+    """
+    direction_weight: float = Field(0.0, ge=0)
+    """Weight of 1 - cos(mean of the source posterior, z1) (CSFM)."""
+    direction: Literal["position", "sample"] = "position"
+    """What the cosine is taken over: the channels of each position, or the whole latent of a sample."""
+    mean_weight: float = Field(0.0, ge=0)
+    """Weight of the mean squared distance between the mean of the source posterior and z1. With
+    encoder_gradient=none that mean becomes E[z1 | input] (PMRF).
+    """
     coefficients: tuple[float, ...] = ()
     """Weights of the flow loss at each resolution, coarse to fine; none: from 1/4 to 1 in equal ratios, as released."""
 
@@ -348,6 +376,26 @@ class Config(Section):
     interval: IntervalConfig = IntervalConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _source_fits(self) -> Self:
+        """The settings of the source, of its losses and of the path fit each other."""
+        source, loss = self.source, self.loss
+        if loss.encoder_gradient == "start" and self.time.at_start == 0:
+            raise ValueError(
+                "loss.encoder_gradient = start trains the source encoder by the samples at t = 0, of which there are "
+                "none: set time.at_start, to 0.5 for example."
+            )
+        if source.kind == "gaussian" and (loss.direction_weight > 0 or loss.mean_weight > 0):
+            raise ValueError(
+                "loss.direction_weight and loss.mean_weight train a source encoder, which source.kind = gaussian lacks."
+            )
+        if self.path.noise > 0 and source.kind != "deterministic":
+            raise ValueError(
+                f"path.noise = {self.path.noise:g} is the only noise of a bridge, and source.kind = {source.kind} adds "
+                "its own: set source.kind=deterministic, or leave path.noise at 0."
+            )
+        return self
 
     @model_validator(mode="after")
     def _jumps_fit(self) -> Self:

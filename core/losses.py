@@ -28,6 +28,22 @@ def flow_matching_loss(prediction: Tensor, velocity: Tensor, weight: Tensor | No
     return (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1e-6)
 
 
+def direction_loss(mean: Tensor, target: Tensor, weight: Tensor | None = None, *, whole: bool = False) -> Tensor:
+    """1 - cosine of mean and target: over the channels of each position, averaged, or over the `whole` latent: (B,).
+
+    mean, target (B, C, H, W) or (B, N, C); weight as for `flow_matching_loss`: positions without a target do not count.
+    """
+    assert mean.shape == target.shape, f"expected {tuple(target.shape)}, got {tuple(mean.shape)}"
+    a, b = mean.float(), target.float()
+    there = torch.ones_like(b) if weight is None else weight.float().expand_as(b)
+    if whole:
+        return 1 - F.cosine_similarity((a * there).flatten(1), (b * there).flatten(1), dim=1)
+    channels = 1 if b.ndim == 4 else -1
+    distance = 1 - F.cosine_similarity(a, b, dim=channels)  # (B, H, W) or (B, N)
+    there = there.mean(channels)
+    return (distance * there).flatten(1).sum(1) / there.flatten(1).sum(1).clamp(min=1e-6)
+
+
 def multi_resolution_loss(
     predictions: list[Tensor], velocity: Tensor, coefficients: list[float], weight: Tensor | None = None
 ) -> Tensor:

@@ -19,7 +19,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.guidance import draw_unconditional, rotate_targets
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import Noise
-from crossflow.core.paths import PATHS, TIME_LAWS, PathPoint, expand, shift_time
+from crossflow.core.paths import PATHS, PathPoint, TrainingTimes, bridge, expand
 from crossflow.core.sampling import generate
 from crossflow.core.source import Posterior
 
@@ -49,7 +49,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.path = PATHS.get(config.path.name)(sigma_min=config.path.sigma_min)
-        self.time, self.time_law = config.time, TIME_LAWS.get(config.time.law)
+        self.path_noise = config.path.noise
+        self.times = TrainingTimes(config.time)
         self.settings: LossConfig = config.loss
         losses.KL_FORMS.get(config.loss.kl)
         self.drop = config.guidance.drop
@@ -59,10 +60,19 @@ class Objective(nn.Module):
         self.crosses = config.source.kind != "gaussian"
         # A Gaussian source does not depend on the features, so there is nothing to align.
         self.encoder_loss = config.loss.encoder if self.crosses else "none"
-        if config.loss.flow_weight == 0 and self.encoder_loss == "none":
+        own_losses = config.loss.direction_weight + config.loss.mean_weight
+        if config.loss.flow_weight == 0 and self.encoder_loss == "none" and own_losses == 0:
             raise UserError(
-                "loss.flow_weight=0 trains the source encoder alone, by its encoder loss: set loss.encoder to "
-                "contrastive, sigmoid or reconstruction, and source.kind to a kind other than gaussian."
+                "loss.flow_weight=0 trains the source encoder alone, by its own losses: set loss.encoder to "
+                "contrastive, sigmoid or reconstruction, or loss.mean_weight or loss.direction_weight above 0, and "
+                "source.kind to a kind other than gaussian."
+            )
+        is_left = config.loss.encoder_gradient == "none" and not config.source.frozen
+        if is_left and self.encoder_loss == "none" and own_losses == 0 and not extra_losses:
+            raise UserError(
+                "loss.encoder_gradient=none leaves the source encoder to its own losses, and there are none: set "
+                "loss.mean_weight, loss.direction_weight or loss.encoder, or freeze a trained encoder "
+                "(source.frozen=true)."
             )
         self.alignment_head = alignment_head if self.encoder_loss in ("contrastive", "sigmoid") else None
         self.reconstructor = reconstructor if self.encoder_loss == "reconstruction" else None
@@ -94,8 +104,10 @@ class Objective(nn.Module):
 
     @property
     def leaves_parameters_out(self) -> bool:
-        """Whether some trainable parameters get no gradient: without a flow loss, those of the backbone."""
-        return self.settings.flow_weight == 0
+        """Whether some trainable parameters get no gradient: without a flow loss those of the backbone, without its
+        gradient perhaps some of the source encoder.
+        """
+        return self.settings.flow_weight == 0 or self.settings.encoder_gradient == "none"
 
     def encoder_term(self, batch: Batch, z0: Tensor) -> Tensor | None:
         """L_Enc of the sampled z0 (B, *latent) against `batch.alignment`; None without an encoder loss."""
@@ -144,11 +156,30 @@ class Objective(nn.Module):
         if encoder is not None:
             parts["encoder"] = encoder
             loss = loss + self.settings.encoder_weight * encoder
+        for name, (weight, value) in self._distances(batch, posterior.mean).items():
+            parts[name] = value
+            loss = loss + weight * value
         if self.extra_losses is not None:
             for name, value in self.extra_losses(batch, posterior, z0).items():
                 parts[name] = value
                 loss = loss + value
         return {"loss": loss, **parts}
+
+    def _distances(self, batch: Batch, mean: Tensor) -> dict[str, tuple[float, Tensor]]:
+        """Name -> (weight, scalar): how far the mean of the source posterior (B, *latent) is from the target.
+
+        Unconditional samples, whose targets are those of others, count 0.
+        """
+        settings, distances = self.settings, {}
+        assert batch.unconditional is not None
+        own = (~batch.unconditional).float()
+        if settings.direction_weight > 0:
+            turned = losses.direction_loss(mean, batch.target, batch.weight, whole=settings.direction == "sample")
+            distances["direction"] = (settings.direction_weight, (own * turned).mean())
+        if settings.mean_weight > 0:
+            squares = losses.flow_matching_loss(mean, batch.target, batch.weight)
+            distances["mean"] = (settings.mean_weight, (own * squares).mean())
+        return distances
 
     def draw(self, batches: Sequence[Batch], noises: Sequence[Noise]) -> list[Batch]:
         """The batches with their unconditional samples drawn and targets and weights rotated among these.
@@ -170,17 +201,36 @@ class Objective(nn.Module):
             for batch, target, weight, flags in zip(batches, targets, weights, unconditional, strict=True)
         ]
 
-    def _times(self, uniform: Tensor) -> Tensor:
-        """Times (B,) of the run's law from uniform numbers (B,)."""
-        return shift_time(self.time_law(uniform, self.time.mean, self.time.std), self.time.shift)
+    def _teaching(self, z0: Tensor, t: Tensor, is_diagonal: Tensor) -> Tensor:
+        """z0 (B, *latent) without its gradient for the samples by which the flow does not teach the source encoder.
+
+        is_diagonal: (B,) bool, where s = t. Elsewhere the target of a flow map is no function of the source, so that
+        its gradient misleads the encoder.
+        """
+        rule = self.settings.encoder_gradient
+        if rule == "everywhere":
+            return z0
+        if rule == "none":
+            return z0.detach()
+        rows = is_diagonal & (t == 0) if rule == "start" else is_diagonal
+        return torch.where(expand(rows, z0), z0, z0.detach())
+
+    def _point(self, z0: Tensor, target: Tensor, t: Tensor, noise: Noise) -> PathPoint:
+        """The point of the path at which the velocity is learned, and that velocity."""
+        point = self.path(z0, target, t)
+        if self.path_noise > 0:
+            point = bridge(point, noise.source, self.path_noise)  # which a deterministic source leaves unused
+        if self.settings.encoder_gradient == "target_detached":
+            return replace(point, velocity=point.velocity.detach())
+        return point
 
     def _flow_loss(self, batch: Batch, z0: Tensor, noise: Noise) -> Tensor:
         """L_FM at the noise's times, a scalar; of a flow map the loss of its jumps."""
         if self.interval.is_map:
             return self._jump_loss(batch, z0, noise)
-        t = self._times(noise.time)
+        t = self.times(noise.time)
         target = self._straightened(batch, z0) if self.interval.target == "reflow" else batch.target
-        point = self.path(z0, target, t)
+        point = self._point(self._teaching(z0, t, torch.ones_like(t, dtype=torch.bool)), target, t, noise)
         condition = self.model.encode_condition(batch.condition)
         assert batch.unconditional is not None
         velocities = self.model.velocities(point.z_t, t, batch.unconditional, condition)
@@ -192,11 +242,8 @@ class Objective(nn.Module):
         settings, unconditional = self.interval, batch.unconditional
         assert unconditional is not None
         assert noise.jump is not None, "a flow map draws its jumps from the noise"
-        other = self._times(noise.jump[:, 0])
-        jumps = interval.draw_jumps(self._times(noise.time), other, noise.jump[:, 1:], settings)
-        # Elsewhere the targets are no functions of the source, so that their gradients would mislead its encoder.
-        z0 = torch.where(expand(jumps.is_diagonal, z0), z0, z0.detach())
-        point = self.path(z0, batch.target, jumps.t)
+        jumps = interval.draw_jumps(self.times(noise.time), self.times(noise.jump[:, 0]), noise.jump[:, 1:], settings)
+        point = self._point(self._teaching(z0, jumps.t, jumps.is_diagonal), batch.target, jumps.t, noise)
         scale = torch.where(unconditional, torch.ones_like(jumps.scale), jumps.scale)
         condition = self.model.encode_condition(batch.condition)
         average = interval.AverageOf(self.model, unconditional, scale, condition)

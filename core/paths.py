@@ -2,17 +2,18 @@
 
 Linear (CrossFlow eq. 1-2): z_t = t z1 + (1 - (1 - s) t) z0,  u = z1 - (1 - s) z0.
 Sin-cos (stochastic interpolants): z_t = cos(pi t/2) z0 + sin(pi t/2) z1,  u = (pi/2)(cos(pi t/2) z1 - sin(pi t/2) z0).
-t = 0 is the source, t = 1 the target. B batch.
+t = 0 is the source, t = 1 the target. A bridge adds noise around a path, see `bridge`. B batch.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from crossflow.core.config import TimeConfig
 from crossflow.core.registry import Registry
 
 
@@ -35,6 +36,9 @@ class Path(Protocol):
 
     def __call__(self, z0: Tensor, z1: Tensor, t: Tensor) -> PathPoint: ...
 
+    def end(self, point: PathPoint) -> Tensor:
+        """z1 (B, *latent) of the path that passes the point with this velocity."""
+
 
 PATHS: Registry[Callable[..., Path]] = Registry("path")
 
@@ -56,6 +60,11 @@ class LinearPath:
         shrink = 1 - self.sigma_min
         return PathPoint(t, s * z1 + (1 - shrink * s) * z0, z1 - shrink * z0)
 
+    def end(self, point: PathPoint) -> Tensor:
+        """z1 (B, *latent) of the path that passes the point with this velocity: z_t + (1 - t) u for sigma_min = 0."""
+        shrink = 1 - self.sigma_min
+        return shrink * point.z_t + (1 - shrink * expand(point.t, point.z_t)) * point.velocity
+
 
 @PATHS.register("sincos")
 @dataclass(frozen=True)
@@ -68,6 +77,21 @@ class SinCosPath:
         angle = expand(t, z0) * (math.pi / 2)
         cos, sin = angle.cos(), angle.sin()
         return PathPoint(t, cos * z0 + sin * z1, (math.pi / 2) * (cos * z1 - sin * z0))
+
+    def end(self, point: PathPoint) -> Tensor:
+        """z1 (B, *latent) of the path that passes the point with this velocity: sin z_t + (2/pi) cos u."""
+        angle = expand(point.t, point.z_t) * (math.pi / 2)
+        return angle.sin() * point.z_t + (2 / math.pi) * angle.cos() * point.velocity
+
+
+def bridge(point: PathPoint, noise: Tensor, sigma: float) -> PathPoint:
+    """The point with sigma sqrt(t (1 - t)) eps added, eps = `noise` (B, *latent) standard normal.
+
+    The velocity stays that of the path, without that of the noise (LBM, Chadebec et al. 2025): what the network learns
+    is the mean direction at points around the path, so that one step from t = 0 still ends at E[z1 | z0].
+    """
+    t = expand(point.t, point.z_t)
+    return replace(point, z_t=point.z_t + sigma * (t * (1 - t)).sqrt() * noise)
 
 
 TimeLaw = Callable[[Tensor, float, float], Tensor]
@@ -95,3 +119,32 @@ def logit_normal_time(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> T
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Resolution shift t' = a t / (1 + (a - 1) t); a = shift > 1 trains more near the target, 1 changes nothing."""
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+
+
+class TrainingTimes:
+    """The distribution of the training time: uniform numbers (B,) in [0, 1) -> t (B,) in [0, 1].
+
+    >>> times = TrainingTimes(TimeConfig(law="uniform", at_start=0.5))
+    >>> times(torch.tensor([0.2, 0.5, 0.75]))
+    tensor([0.0000, 0.0000, 0.5000])
+    """
+
+    def __init__(self, settings: TimeConfig) -> None:
+        """Raises UserError for an unknown law."""
+        self.settings, self.law = settings, TIME_LAWS.get(settings.law)
+
+    def __call__(self, uniform: Tensor) -> Tensor:
+        share = self.settings.at_start
+        if share == 0:
+            return self._later(uniform)
+        if share == 1:
+            return torch.zeros_like(uniform)
+        rest = ((uniform - share) / (1 - share)).clamp(min=0)
+        return torch.where(uniform < share, torch.zeros_like(uniform), self._later(rest))
+
+    def _later(self, uniform: Tensor) -> Tensor:
+        """Times of the law, or of the points."""
+        if self.settings.points:
+            points = torch.tensor(self.settings.points, device=uniform.device, dtype=uniform.dtype)
+            return points[(uniform * len(points)).long().clamp(max=len(points) - 1)]
+        return shift_time(self.law(uniform, self.settings.mean, self.settings.std), self.settings.shift)

@@ -73,10 +73,16 @@ def _encode_all(
 
     means: names of the inputs that enter by the mean of their posterior.
     """
-    if pipe.model.source_encoder.kind == "gaussian":
+    source = pipe.task.config.source
+    if source.kind == "gaussian":
         raise UserError(
             "This model starts from Gaussian noise (source.kind = gaussian), so its source latents carry no meaning to "
             "interpolate or to add. Use a run with a variational, deterministic or noisy source."
+        )
+    if source.condition:
+        raise UserError(
+            "The backbone of this model reads its input besides the source latent (source.condition = true), and there "
+            "is no input between two others. Use a run with source.condition=false."
         )
     read = read_inputs(list(values.values()), pipe.task.input_kind)
     ids = item_ids(read)
@@ -231,7 +237,7 @@ def invert(
     """Flows a finished output (a picture, a caption, a depth map) back to its source latent, and forward again.
 
     Args:
-        source: the input of the output. Noise-source baselines require it as their condition; decoders guided by
+        source: the input of the output. Models that also read it as a condition require it; decoders guided by
             features (FlowTiTok) use it, and decode under an empty text without it.
         solver, steps: see `inversion_settings`.
         on_step: called with (done, total) solver steps.
@@ -247,7 +253,7 @@ def invert(
     start, features = Source(z1), None
     if source is not None and pipe.task.decodes_features:
         features = encode(pipe, source, seed=seed).source.features.expand(len(z1), -1, -1)
-    if pipe.model.source_encoder.kind == "gaussian":
+    if pipe.task.config.source.conditions:
         start = replace(start, condition=_condition(pipe, source, pieces, seed))
     step = _counted(2 * math.ceil(len(z1) / chosen.batch_size), chosen, on_step)
     z0, again = [], []
@@ -286,10 +292,10 @@ def inversion_settings(pipe: Pipeline, solver: str | None = None, steps: int | N
 
 
 def _condition(pipe: Pipeline, source: object, pieces: Pieces, seed: int) -> Any:
-    """The condition under which a noise-source model generated the pieces."""
+    """The condition under which the pieces were generated."""
     if source is None:
         raise UserError(
-            "This model starts from noise under a condition: name the input that the output belongs to "
+            "The backbone of this model reads its input as a condition: name the input that the output belongs to "
             "(source; --source on the command line)."
         )
     encoded = encode(pipe, source, seed=seed)

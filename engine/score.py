@@ -8,10 +8,12 @@ import numpy as np
 import torch
 
 from crossflow.core import distributed
+from crossflow.core.batch import Batch
 from crossflow.core.config import GuidanceConfig, IntervalConfig, LossConfig
 from crossflow.core.model import CrossFlow
-from crossflow.core.noise import training_noise
+from crossflow.core.noise import Noise, training_noise
 from crossflow.core.objective import Objective
+from crossflow.core.paths import PathPoint
 from crossflow.data.cases import Case, Tile
 from crossflow.data.dataset import Examples
 from crossflow.data.sheet import sheet
@@ -87,9 +89,10 @@ def batches(cases: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 @torch.no_grad()
 def held_out_loss(task: Task, model: CrossFlow, examples: Examples, *, batch_size: int = 64) -> dict[str, float]:
-    """Flow-matching loss on held-out items, each at one keyed time and noise: {"flow", "flow_shuffled"}.
+    """Flow-matching loss on held-out items, each at one keyed time and noise: {"flow", "flow_shuffled", ...}.
 
-    `flow_shuffled` gives each target the source of another item: the difference shows how much the source matters.
+    `flow_shuffled` gives each target the source of another item: the difference shows how much the source matters. The
+    other numbers are those of `_source_numbers`.
     The batches are divided among all processes, each of which must call this; every one gets the same numbers, to the
     same bits with any number of processes.
     """
@@ -111,7 +114,7 @@ def held_out_loss(task: Task, model: CrossFlow, examples: Examples, *, batch_siz
     model.train(was_training)
 
     def means() -> dict[str, float]:
-        names = ("flow", "flow_shuffled")
+        names = parts[0][1]
         return {name: sum(loss[name] * len(places) for places, loss in parts) / len(examples) for name in names}
 
     return distributed.on_main(means)
@@ -131,6 +134,35 @@ def _flow_losses(objective: Objective, task: Task, examples: Examples, places: S
         mask=None if batch.mask is None else batch.mask[other],
         condition=None if batch.condition is None else batch.condition[other],
     )
-    return {
+    flows = {
         name: objective(inputs, noise)["flow"].item() for name, inputs in (("flow", batch), ("flow_shuffled", shuffled))
     }
+    return flows | _source_numbers(objective, batch, noise)
+
+
+def _source_numbers(objective: Objective, batch: Batch, noise: Noise) -> dict[str, float]:
+    """How much the sources of a batch say about its targets, and what they look like.
+
+    one_step: mean squared error of the end of one step from t = 0, which at best is the variance of the targets that
+    the source leaves open; target_variance: all of their variance over the items. Of a source encoder also source_size
+    (root mean square of the means), source_spread (their deviation over the items, averaged over the values of the
+    latent) and source_deviation (that of the posterior, 0 for a point).
+    """
+    model = objective.model
+    posterior = model.source_encoder(batch.features, batch.mask)
+    z0, start = posterior.sample(noise=noise.source), torch.zeros_like(noise.time)
+    assert batch.unconditional is not None
+    velocity = model.velocity(z0, start, batch.unconditional, model.encode_condition(batch.condition))
+    end = objective.path.end(PathPoint(start, z0, velocity))
+    weight = torch.ones_like(batch.target) if batch.weight is None else batch.weight.expand_as(batch.target)
+    middle = (weight * batch.target).sum(0) / weight.sum(0).clamp(min=1e-6)
+    numbers = {
+        "one_step": (weight * (end - batch.target).square()).sum() / weight.sum().clamp(min=1e-6),
+        "target_variance": (weight * (batch.target - middle).square()).sum() / weight.sum().clamp(min=1e-6),
+    }
+    if model.source_encoder.trunk is not None:
+        numbers["source_size"] = posterior.mean.square().mean().sqrt()
+        numbers["source_spread"] = posterior.mean.std(0, correction=0).mean()
+        deviation = torch.zeros(()) if posterior.log_var is None else (posterior.log_var / 2).exp().mean()
+        numbers["source_deviation"] = deviation
+    return {name: value.item() for name, value in numbers.items()}

@@ -1,6 +1,6 @@
 """Trunks of source encoders that read pictures. B batch, C channels, H W height width, p patch, D width."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -68,8 +68,10 @@ class PatchTrunkSettings:
     """Number of transformer layers."""
     patch: int
     """Side p of a patch in pixels."""
-    positions: Literal["sincos", "rotary"] = "sincos"
-    """How the layers know the place of a patch: sincos adds fixed positions, rotary extends to larger pictures."""
+    positions: Literal["sincos", "rotary", "none"] = "sincos"
+    """How the layers know the place of a patch: sincos adds fixed positions, rotary extends to larger pictures, and
+    without any the convolutions alone know its neighbours.
+    """
     trained_grid: tuple[int, int] | None = None
     """Rotary positions: the grid (H/p, W/p) of the training pictures."""
     mean_std: float = 0.02
@@ -143,6 +145,25 @@ class IdentityTrunk(nn.Module):
         """features (B, C, H, W) -> (B, 2, C, H, W); the mask is ignored."""
         second = torch.zeros_like(features) if self.log_var is None else self.log_var(features)
         return torch.stack([features, second], dim=1)
+
+
+class ResidualTrunk(nn.Module):
+    """The mean is the source plus a correction, which is zero at first: (B, C, H, W) -> (B, 2, C, H, W).
+
+    >>> trunk = ResidualTrunk(3, PatchTrunkSettings(width=32, depth=1, patch=4))
+    >>> picture = torch.randn(2, 3, 16, 24)
+    >>> torch.equal(trunk(picture)[:, 0], picture)
+    True
+    """
+
+    def __init__(self, channels: int, settings: PatchTrunkSettings) -> None:
+        super().__init__()
+        self.correction = PatchTrunk(channels, channels, replace(settings, mean_std=0.0))
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """features (B, C, H, W) -> (B, 2, C, H, W); the mask is ignored."""
+        mean, log_var = self.correction(features).unbind(1)
+        return torch.stack([features + mean, log_var], dim=1)
 
 
 class Reconstructor(nn.Module):

@@ -513,10 +513,9 @@ class PictureTask(Task[C, P]):
     def build_model(self) -> CrossFlow:
         """The trunk in core's source encoder, and the backbone; a Gaussian source has no trunk."""
         config, shape = self.config, self.latent_shape
-        is_gaussian = config.source.kind == "gaussian"
-        trunk = None if is_gaussian else self.build_trunk()
+        trunk = None if config.source.kind == "gaussian" else self.build_trunk()
         source = SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale)
-        grid_channels = self.source_channels if is_gaussian else 0
+        grid_channels = self.source_channels if config.source.conditions else 0
         return CrossFlow(source, build_backbone(config.backbone, shape, grid_channels=grid_channels))
 
     def build_objective(self, model: CrossFlow) -> Objective:
@@ -528,9 +527,8 @@ class PictureTask(Task[C, P]):
         return self.as_source(to_tensors(values).to(self.device))
 
     def as_source(self, pixels: Tensor) -> Source:
-        """Pictures (B, 3, H, W) in [-1, 1] as features, and for a Gaussian source also as its condition."""
-        is_gaussian = self.config.source.kind == "gaussian"
-        return Source(pixels, condition=Condition(grid=pixels) if is_gaussian else None)
+        """Pictures (B, 3, H, W) in [-1, 1] as features, and as the condition of a backbone that reads one."""
+        return Source(pixels, condition=Condition(grid=pixels) if self.config.source.conditions else None)
 
     def pieces(self, value: np.ndarray) -> Pieces:
         """The picture with its shorter side at data.image_size; outputs are brought back to the picture's size."""

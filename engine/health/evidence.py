@@ -31,7 +31,7 @@ class Measured:
     num_shared: int
     """How many of them are training items too."""
     losses: Mapping[str, Mapping[str, float]]
-    """ema | model -> {"flow", "flow_shuffled"}, see `held_out_loss`."""
+    """ema | model -> {"flow", "flow_shuffled", "one_step", ...}, see `held_out_loss`."""
     posterior: PosteriorNumbers | None
     """None without a source encoder."""
     latent_size: int

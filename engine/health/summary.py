@@ -70,6 +70,10 @@ def _measured(measured: Measured) -> dict[str, str]:
         facts[f"held out, {weights}"] = (
             f"flow {losses['flow']:.4g}, with other inputs {losses['flow_shuffled']:.4g} ({measured.num_items} items)"
         )
+        facts[f"one step, {weights}"] = (
+            f"from t = 0 it errs by {losses['one_step']:.4g} (mean square) of the targets' variance "
+            f"{losses['target_variance']:.4g}"
+        )
     numbers = measured.posterior
     if numbers is None:
         return facts

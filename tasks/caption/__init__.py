@@ -249,12 +249,12 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         if self.parts.origin is not None:
             return self.parts.origin.backwards()
         config, shape = self.config, self.latent_shape
-        gaussian = config.source.kind == "gaussian"
-        trunk = (
-            None if gaussian else build_trunk(config.source, shape[0], config.backbone.patch, config.caption.conv_stem)
-        )
+        trunk = None
+        if config.source.kind != "gaussian":
+            trunk = build_trunk(config.source, shape[0], config.backbone.patch, config.caption.conv_stem)
         source = SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale)
-        return CrossFlow(source, build_backbone(config.backbone, shape, grid_channels=shape[0] if gaussian else 0))
+        grid_channels = shape[0] if config.source.conditions else 0
+        return CrossFlow(source, build_backbone(config.backbone, shape, grid_channels=grid_channels))
 
     def build_objective(self, model: CrossFlow) -> Objective:
         """The losses, with those of `objective` that the settings name."""
@@ -299,7 +299,7 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
         )
 
     def _source(self, latents: Tensor) -> Source:
-        return Source(latents, condition=Condition(grid=latents) if self.config.source.kind == "gaussian" else None)
+        return Source(latents, condition=Condition(grid=latents) if self.config.source.conditions else None)
 
     # -- sampling
 

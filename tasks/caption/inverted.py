@@ -34,14 +34,16 @@ class Origin:
     def open(cls, source: str, image_size: int) -> Self:
         """The run directory, or hub repository, `source`, for pictures of `image_size` pixels.
 
-        Raises UserError for a run of another task or size, or one that starts from noise.
+        Raises UserError for a run of another task or size, or one whose backbone reads the text.
         """
         task, model = load_model(run_folder(source))
         if task.name != "t2i":
             raise UserError(f"caption.t2i = {source} is a {task.name} run; give the directory of a t2i run.")
-        if model.source_encoder.kind == "gaussian":
+        if task.config.source.conditions:
             raise UserError(
-                f"caption.t2i = {source} starts from Gaussian noise, so its flow backwards does not lead to a text."
+                f"caption.t2i = {source} has a backbone that reads the text (source.kind = "
+                f"{task.config.source.kind}, source.condition = {str(task.config.source.condition).lower()}), so its "
+                "flow cannot be followed backwards without one. Give a run whose text is in the source alone."
             )
         size = task.config.data.image_size
         if size != image_size:

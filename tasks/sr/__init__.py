@@ -1,6 +1,7 @@
 """Super-resolution: a picture enlarged by bicubic interpolation -> a sharp one (CrossFlow section 5.4).
 
-The enlarged picture is itself the source z0; the flow adds what it lacks. Any scale factor, pictures of any size.
+The enlarged picture is itself the source z0, or its mean after a correction; the flow adds what it lacks. Any scale
+factor, pictures of any size.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from crossflow.networks.trunks import IdentityTrunk
 from crossflow.tasks.base import Example, Pieces, PixelParts, PixelTask, as_picture, to_tensors
 from crossflow.tasks.sr.config import SrConfig
 from crossflow.tasks.sr.dataset import enlarge, example
+from crossflow.tasks.sr.encoder import build_residual
 from crossflow.tasks.sr.scoring import SrScoring
 
 
@@ -35,7 +37,9 @@ class Adapter(PixelTask[SrConfig, PixelParts]):
         return (3, self.config.crop, self.config.crop)
 
     def build_trunk(self) -> nn.Module:
-        """The enlarged picture itself, with a learned variance if the source is variational."""
+        """The enlarged picture itself, with a learned variance if the source is variational; or with a correction."""
+        if self.config.sr.trunk == "residual":
+            return build_residual(self.config.source, self.config.backbone.patch)
         return IdentityTrunk(3, variational=self.config.source.kind == "variational")
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,10 @@ class SrSettings(Section):
     """Side of the tiles a large picture is cut into, in pixels of the high resolution."""
     overlap: int = Field(16, ge=0)
     """Pixels that neighbouring tiles share at least."""
+    trunk: Literal["identity", "residual"] = "identity"
+    """The mean of the source: the enlarged picture, or (residual) that plus a correction which is learned by a network
+    of `source.width` and `source.depth`.
+    """
     augmentation: Augmentation = Augmentation()
 
     @model_validator(mode="after")

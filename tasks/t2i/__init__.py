@@ -185,19 +185,16 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         return self.parts.codec.latent_shape(self.config.data.image_size)
 
     def build_model(self) -> CrossFlow:
-        """The text encoder in core's source encoder, and the backbone; a Gaussian source conditions it by
-        cross-attention.
+        """The text encoder in core's source encoder, and the backbone, which may read the text by cross-attention
+        too.
         """
         config, shape = self.config, self.latent_shape
-        if config.source.kind == "gaussian":
-            source = SourceEncoder(None, "gaussian", shape)
-            backbone = build_backbone(config.backbone, shape, context_dim=config.source.width)
-            return CrossFlow(source, backbone, self.text.build_condition_encoder(config.source))
-        trunk = self.text.build_trunk(config.source, shape)
-        return CrossFlow(
-            SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale),
-            build_backbone(config.backbone, shape),
-        )
+        trunk = None if config.source.kind == "gaussian" else self.text.build_trunk(config.source, shape)
+        source = SourceEncoder(trunk, config.source.kind, shape, config.source.noise_scale)
+        if not config.source.conditions:
+            return CrossFlow(source, build_backbone(config.backbone, shape))
+        backbone = build_backbone(config.backbone, shape, context_dim=config.source.width)
+        return CrossFlow(source, backbone, self.text.build_condition_encoder(config.source))
 
     def build_objective(self, model: CrossFlow) -> Objective:
         """The losses, with the head for loss.encoder_target."""
@@ -288,7 +285,7 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         return source[torch.tensor([texts.index(value) for value in values]).to(self.device)]
 
     def _as_source(self, features: Tensor, mask: Tensor) -> Source:
-        condition = Condition(tokens=features, mask=mask) if self.config.source.kind == "gaussian" else None
+        condition = Condition(tokens=features, mask=mask) if self.config.source.conditions else None
         return Source(features, mask, condition)
 
     @property

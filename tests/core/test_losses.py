@@ -12,6 +12,7 @@ from crossflow.core import losses
 from crossflow.core.losses import (
     KL_FORMS,
     clip_contrastive_loss,
+    direction_loss,
     flow_matching_loss,
     kl_released,
     kl_standard,
@@ -89,6 +90,27 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
         flow_matching_loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 4, 4))
     with pytest.raises(AssertionError):
         reconstruction_loss(torch.zeros(2, 4), torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_direction_loss_is_exact_and_blind_to_length(whole: bool) -> None:
+    along, across = torch.tensor([3.0, 0.0]).view(1, 2, 1, 1), torch.tensor([0.0, 5.0]).view(1, 2, 1, 1)
+    for mean, expected in ((0.1 * along, 0.0), (across, 1.0), (-along, 2.0), (along + 3 / 5 * across, 1 - 0.5**0.5)):
+        assert direction_loss(mean, along, whole=whole).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_direction_loss_of_positions_and_of_the_whole_equals_a_naive_loop() -> None:
+    torch.manual_seed(0)
+    mean, target = torch.randn(2, 3, 4, 2, 2)
+    there = torch.tensor([[1.0, 1.0], [1.0, 0.0]]).view(1, 1, 2, 2)
+    places = [(0, 0), (0, 1), (1, 0)]
+    for b in range(3):
+        parts = [1 - _similarity(mean[b, :, i, j], target[b, :, i, j]) for i, j in places]
+        assert direction_loss(mean, target, there)[b] == pytest.approx(sum(parts) / 3, rel=1e-5)
+        whole = 1 - _similarity(mean[b] * there[0], target[b] * there[0])
+        assert direction_loss(mean, target, there, whole=True)[b] == pytest.approx(whole, rel=1e-5)
+    tokens = mean.flatten(2).transpose(1, 2), target.flatten(2).transpose(1, 2)  # (B, N, C) as well
+    assert torch.allclose(direction_loss(*tokens), direction_loss(mean, target), atol=1e-6)
 
 
 def test_multi_resolution_loss_by_hand() -> None:

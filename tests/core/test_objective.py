@@ -278,6 +278,71 @@ def test_temperature_starts_as_configured(tiny_dit: Callable) -> None:
     assert Objective(model, config, alignment_head=nn.Linear(9, 32)).log_temperature.exp().item() == pytest.approx(20)
 
 
+SOURCE_GRADIENTS = {
+    "diagonal": lambda k, t: k * (1 - t) + 1,
+    "everywhere": lambda k, t: k * (1 - t) + 1,
+    "target_detached": lambda k, t: k * (1 - t),
+    "start": lambda k, t: (k + 1) * (t == 0),
+    "none": lambda k, t: 0 * t,
+}
+"""d(k z_t - (z1 - z0)) / d z0 by each rule, for a velocity network v(z, t) = k z on z_t = (1 - t) z0 + t z1."""
+
+
+@pytest.mark.parametrize("rule", SOURCE_GRADIENTS)
+def test_the_encoder_gets_the_gradient_of_its_rule(make: Callable[..., Objective], rule: str) -> None:
+    settings = {
+        "loss": {"encoder": "none", "encoder_gradient": rule, "mean_weight": float(rule == "none")},
+        "time": {"law": "uniform", "at_start": 0.5},
+        "path": {"sigma_min": 0},
+        "guidance": {"drop": 0},
+    }
+    objective, b, k = make(kind="deterministic", settings=settings), batch(), nn.Parameter(torch.tensor(0.7))
+    objective.model.backbone.forward = lambda z, *_: [k * z]  # type: ignore[method-assign]
+    z0, t = torch.randn(B, *GRID, requires_grad=True), torch.tensor([0.0, 0.0, 0.0, 0.2, 0.5, 0.9])
+    objective.model.source_encoder.forward = lambda *_: Posterior(z0)  # type: ignore[method-assign]
+    parts = objective(b, replace(noise(), time=torch.where(t == 0, t, 0.5 + t / 2)))
+    parts["flow"].backward()
+    times = t.view(-1, 1, 1, 1)
+    z_t = (1 - times) * z0 + times * b.target
+    residual = (k * z_t - (b.target - z0)).detach()
+    expected = 2 * residual * SOURCE_GRADIENTS[rule](k.detach(), times) / z0.numel()
+    torch.testing.assert_close(torch.zeros_like(z0) if z0.grad is None else z0.grad, expected, atol=1e-6, rtol=1e-4)
+    # The network learns alike under all of them.
+    torch.testing.assert_close(k.grad, (2 * residual * z_t.detach()).mean())
+
+
+def test_the_mean_learns_the_target_and_its_direction_from_its_own_samples_alone(
+    make: Callable[..., Objective],
+) -> None:
+    loss = {"encoder": "none", "kl_weight": 0.0, "encoder_gradient": "none", "mean_weight": 2.0, "direction_weight": 3}
+    objective, b, n = make(settings={"loss": loss}), batch(), noise()
+    parts = objective(b, n)
+    mean = objective.model.source_encoder(b.features).mean
+    own = [1, 3, 4]  # 0, 2 and 5 have the targets of others
+    squares = (mean - b.target).square().flatten(1).mean(1)[own].sum() / B
+    turned = losses.direction_loss(mean, b.target)[own].sum() / B
+    assert parts["mean"].item() == pytest.approx(squares.item(), rel=1e-5)
+    assert parts["direction"].item() == pytest.approx(turned.item(), rel=1e-5)
+    torch.testing.assert_close(parts["loss"], parts["flow"] + 2 * parts["mean"] + 3 * parts["direction"])
+    (2 * squares + 3 * turned).backward()
+    weight = objective.model.source_encoder.trunk.out.weight  # type: ignore[union-attr]
+    expected, weight.grad = weight.grad.clone(), None
+    parts["loss"].backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+@torch.no_grad()
+def test_a_bridge_takes_the_noise_that_a_deterministic_source_leaves(make: Callable[..., Objective]) -> None:
+    plain, noisy = (
+        make(kind="deterministic", settings={"path": {"noise": sigma}, "time": {"law": "uniform"}})
+        for sigma in (0.0, 0.5)
+    )
+    n = noise()
+    difference = losses_of(noisy, batch(), n)["z_t"] - losses_of(plain, batch(), n)["z_t"]
+    t = n.time.view(-1, 1, 1, 1)
+    torch.testing.assert_close(difference, 0.5 * (t * (1 - t)).sqrt() * n.source, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("encoder", ["contrastive", "sigmoid"])
 def test_temperature_has_a_gradient_at_its_bound_and_returns_from_it(
     make: Callable[..., Objective], encoder: str
@@ -299,6 +364,8 @@ def test_temperature_has_a_gradient_at_its_bound_and_returns_from_it(
         ({"encoder": "contrastive"}, "needs an alignment head"),
         ({"encoder": "reconstruction"}, "needs a decoder"),
         ({"encoder": "none", "kl": "standrd"}, "Unknown KL form 'standrd'. Did you mean 'standard'"),
+        ({"encoder": "none", "encoder_gradient": "none"}, "leaves the source encoder to its own losses"),
+        ({"encoder": "none", "flow_weight": 0}, "trains the source encoder alone"),
     ],
 )
 def test_invalid_objectives_are_user_errors(tiny_dit: Callable, loss: dict, message: str) -> None:
@@ -349,3 +416,16 @@ def test_without_the_flow_loss_the_source_encoder_alone_is_trained(make: Callabl
 def test_the_flow_loss_is_weighted(make: Callable[..., Objective]) -> None:
     parts = make(settings={"loss": {"encoder": "none", "kl_weight": 0, "flow_weight": 0.5}})(batch(), noise())
     assert parts["loss"].item() == pytest.approx(parts["flow"].item() / 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": {"encoder_gradient": "start"}}, "set time.at_start"),
+        ({"path": {"noise": 0.1}}, "set source.kind=deterministic"),
+        ({"source": {"kind": "gaussian"}, "loss": {"mean_weight": 1}}, "which source.kind = gaussian lacks"),
+    ],
+)
+def test_settings_of_the_source_that_do_not_fit_are_user_errors(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(Config, {"task": "toy", **settings})

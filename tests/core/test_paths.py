@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from crossflow.core.config import TimeConfig
 from crossflow.core.errors import UserError
-from crossflow.core.paths import PATHS, TIME_LAWS, LinearPath, SinCosPath, logit_normal_time, shift_time, uniform_time
+from crossflow.core.paths import (
+    PATHS,
+    TIME_LAWS,
+    LinearPath,
+    SinCosPath,
+    TrainingTimes,
+    bridge,
+    logit_normal_time,
+    shift_time,
+    uniform_time,
+)
 
 
 @pytest.fixture
@@ -52,6 +63,44 @@ def test_path_begins_at_the_source_and_ends_at_the_target(name: str, ends: tuple
     end = path(z0, z1, torch.ones(5, dtype=torch.float64)).z_t
     assert torch.allclose(end, z1, atol=leftover * float(z0.abs().max()))
     assert name == "sincos" or torch.allclose(end - z1, 1e-5 * z0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PATHS.names())
+def test_a_point_and_its_velocity_give_the_end(name: str, ends: tuple[torch.Tensor, torch.Tensor]) -> None:
+    z0, z1 = ends
+    path = PATHS.get(name)(sigma_min=0.05)
+    point = path(z0, z1, torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64))
+    assert torch.allclose(path.end(point), z1, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PATHS.names())
+def test_a_bridge_has_the_ends_and_the_mean_of_its_path_and_its_own_variance(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z0, z1, noise = torch.randn(3, 5, 1000, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.1, 0.5, 0.8, 1.0], dtype=torch.float64)
+    point = PATHS.get(name)(sigma_min=0)(z0, z1, t)
+    noisy = bridge(point, noise, 0.3)
+    assert torch.equal(noisy.velocity, point.velocity)
+    assert torch.equal(noisy.z_t[[0, -1]], point.z_t[[0, -1]])
+    both = (noisy.z_t + bridge(point, -noise, 0.3).z_t) / 2
+    assert torch.allclose(both, point.z_t, atol=1e-12)
+    expected = 0.09 * t * (1 - t) * noise.square().mean(1)
+    assert torch.allclose((noisy.z_t - point.z_t).square().mean(1), expected, atol=1e-12)
+
+
+def test_a_share_of_the_times_is_the_start_and_the_rest_keeps_its_law() -> None:
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    t = TrainingTimes(TimeConfig(law="logit_normal", shift=2.0, at_start=0.3))(uniform)
+    assert (t == 0).sum() == 300
+    rest = TrainingTimes(TimeConfig(law="logit_normal", shift=2.0))((torch.arange(700) + 0.5) / 700)
+    assert torch.allclose(t[300:], rest, atol=1e-4)
+    assert not TrainingTimes(TimeConfig(at_start=1.0))(uniform).any()
+
+
+def test_points_are_the_only_times_and_equally_frequent() -> None:
+    uniform = torch.arange(1000) / 1000
+    t = TrainingTimes(TimeConfig(points=(0.0, 0.25, 0.75)))(uniform)
+    assert [int((t == point).sum()) for point in (0.0, 0.25, 0.75)] == [334, 333, 333]
 
 
 def test_each_sample_has_its_own_time(ends: tuple[torch.Tensor, torch.Tensor]) -> None:

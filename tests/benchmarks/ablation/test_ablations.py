@@ -20,7 +20,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.settings import build, parse_overrides
 from crossflow.tasks import load_config, task_names
 
-GROUPS = ["encoder", "guidance", "loss", "path", "size", "solver", "text", "training"]
+GROUPS = ["encoder", "guidance", "loss", "path", "size", "solver", "source", "text", "training"]
 SCORES = {"deterministic": 0.1, "noisy": 0.2, "variational": 0.3, "gaussian": 0.4}
 
 

@@ -1,0 +1,60 @@
+"""Runs with other sources: settings reach the model, sampling and inversion, and are refused where they must be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossflow.benchmarks.ablation.group import load_group
+from crossflow.benchmarks.ablation.plan import Budget, Plan
+from crossflow.cli import main
+from crossflow.core.batch import Condition
+from crossflow.core.config import Config
+from crossflow.tasks import load_config, task_class, task_names
+
+
+@pytest.mark.parametrize("task", task_names())
+@torch.no_grad()
+def test_a_backbone_that_keeps_the_condition_reads_it_unless_a_sample_is_unconditional(task, tiny_settings) -> None:
+    config = load_config(f"{task}_tiny", [*tiny_settings(task), "source.condition=true"])
+    assert isinstance(config, Config)
+    adapter = task_class(task).outline(config)
+    torch.manual_seed(0)
+    model = adapter.build_model()
+    for weight in model.parameters():  # a new network's velocity is zero
+        weight.add_(0.1 * torch.randn_like(weight))
+    z, t = torch.randn(2, *adapter.latent_shape), torch.full((2,), 0.5)
+    conditions = [torch.randn(2, 3 if task in ("depth", "sr") else z.shape[1], *z.shape[2:]) for _ in range(2)]
+    if model.condition_encoder is None:
+        read = [Condition(grid=grid) for grid in conditions]
+    else:
+        read = [Condition(tokens=torch.randn(2, 4, config.source.width)) for _ in range(2)]
+    flags = torch.tensor([False, True])
+    first, second = (model.velocity(z, t, flags, condition) for condition in read)
+    assert not torch.allclose(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.slow
+def test_the_form_of_csfm_trains_samples_and_inverts_with_its_condition(
+    tmp_path: Path, tiny_settings, blind_judge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Plan(load_group("source"), Budget(task="t2i", recipe="t2i_tiny", seeds=(0,), only=("csfm",)), tmp_path)
+    run, overrides = tmp_path / "run", [*study.jobs[0].overrides, *tiny_settings("t2i")]
+    assert main(["train", "--task", "t2i", "--output", str(run), *overrides]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (val,) = [line for line in lines if line["kind"] == "val"]
+    assert val["source_deviation"] == pytest.approx(1)
+    assert val["one_step"] > 0
+    assert {"flow", "direction", "loss"} <= set(next(line for line in lines if line["kind"] == "train"))
+    model = ["--checkpoint", str(run)]
+    assert main(["sample", *model, "--prompt", "a red cube", "--output", str(tmp_path / "out")]) == 0
+    (picture,) = (tmp_path / "out").glob("*.png")
+    invert = ["invert", *model, "--input", str(picture), "--steps", "2", "--output", str(tmp_path / "back")]
+    assert main(invert) == 2
+    assert main([*invert, "--source", "a red cube"]) == 0
+    assert main(["interpolate", *model, "--from", "a red cube", "--to", "a blue cube"]) == 2
+    message = capsys.readouterr().err
+    assert "reads its input as a condition" in message
+    assert "Use a run with source.condition=false" in message
