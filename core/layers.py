@@ -299,6 +299,6 @@ def patchify(x: Tensor, patch: int) -> Tensor:
 
 def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
     """The inverse of `patchify`: (B, H/p * W/p, p * p * C) -> (B, C, H, W)."""
-    b = len(tokens)
+    b = tokens.shape[0]  # len() would fix the batch size of an exported graph
     x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)

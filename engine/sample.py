@@ -270,14 +270,15 @@ class Pipeline(HubMethods):
         with autocast(self.device, self.precision):
             posterior = self.model.source_encoder(source.features, source.mask)
         if self.model.source_encoder.kind == "gaussian":
-            shape = self._gaussian_shape(source)
+            shape = self.noise_shape(source)
             return item_noise(seed, ids, shape).to(self.device, non_blocking=True)
         if mode or posterior.log_var is None:
             return posterior.mode()
         noise = item_noise(seed, ids, posterior.mean.shape[1:])
         return posterior.sample(noise=noise.to(self.device, non_blocking=True))
 
-    def _gaussian_shape(self, source: Source) -> tuple[int, ...]:
+    def noise_shape(self, source: Source) -> tuple[int, ...]:
+        """(*latent) of the noise that a Gaussian source begins with."""
         shape = self.task.latent_shape
         grid = source.condition.grid if source.condition is not None else None
         return (*shape[:1], *grid.shape[-2:]) if grid is not None and len(shape) == 3 else shape

@@ -422,11 +422,29 @@ class Task(ABC, Generic[C, P]):
     def source(self, values: Sequence[Any]) -> Source:
         """Pieces of one shape as the model reads them, on the task's device."""
 
+    def as_source(self, inputs: Tensor, mask: Tensor | None = None) -> Source:
+        """What the model reads of inputs that are tensors already: token ids or features with their mask, or pixels
+        (B, 3, H, W) in [-1, 1]. Raises UserError for a task that does not say.
+        """
+        raise self._not_written("as_source")
+
     @abstractmethod
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[Any]:
         """Latents (B, *latent), on the task's device, -> outputs. features (B, ...): those of their sources, where
         known.
         """
+
+    def decoded(self, z1: Tensor, features: Tensor | None = None) -> Tensor:
+        """Latents as the tensor (B, ...) that `decode` makes outputs of: pixels in [-1, 1], depth, token logits. Raises
+        UserError for a task that does not say.
+        """
+        raise self._not_written("decoded")
+
+    def _not_written(self, method: str) -> UserError:
+        return UserError(
+            f"The task {self.name} has no method {method}, so its models cannot be exported as graphs. Write it as "
+            "CONTRIBUTING.md says, or use the model by crossflow.load."
+        )
 
     @property
     def decodes_features(self) -> bool:
@@ -526,9 +544,9 @@ class PictureTask(Task[C, P]):
         """Pictures uint8 (H, W, 3) of one size."""
         return self.as_source(to_tensors(values).to(self.device))
 
-    def as_source(self, pixels: Tensor) -> Source:
+    def as_source(self, inputs: Tensor, mask: Tensor | None = None) -> Source:
         """Pictures (B, 3, H, W) in [-1, 1] as features, and as the condition of a backbone that reads one."""
-        return Source(pixels, condition=Condition(grid=pixels) if self.config.source.conditions else None)
+        return Source(inputs, condition=Condition(grid=inputs) if self.config.source.conditions else None)
 
     def pieces(self, value: np.ndarray) -> Pieces:
         """The picture with its shorter side at data.image_size; outputs are brought back to the picture's size."""
@@ -554,9 +572,9 @@ class PixelTask(PictureTask[C, PP]):
         """The codec, which has a scale but no weights."""
         return (self.parts.codec,)
 
-    def as_source(self, pixels: Tensor) -> Source:
+    def as_source(self, inputs: Tensor, mask: Tensor | None = None) -> Source:
         """Pictures (B, 3, H, W) in [-1, 1] as scaled pixels."""
-        return super().as_source(self.parts.codec.encode(pixels).mean)
+        return super().as_source(self.parts.codec.encode(inputs).mean)
 
     def batch(self, record: Record) -> Batch:
         """Examples {"id", "source", "target"}: both pictures as scaled pixels."""
@@ -571,7 +589,11 @@ class PixelTask(PictureTask[C, PP]):
 
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[np.ndarray]:
         """Pictures uint8 (H, W, 3)."""
-        return list(to_uint8(self.parts.codec.decode(z1)))
+        return list(to_uint8(self.decoded(z1)))
+
+    def decoded(self, z1: Tensor, features: Tensor | None = None) -> Tensor:
+        """Pixels (B, 3, H, W)."""
+        return self.parts.codec.decode(z1)
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         """A finished picture uint8 (H, W, 3), or the path of one, as scaled pixels."""

@@ -27,8 +27,19 @@ TASKS = frozenset(task_names())
 TOP = 9  # cli, __main__ and the root's public names
 # Slow or optional libraries: imported where they are used, so that a command asks only for what it needs.
 HEAVY = {
-    *("datasets", "diffusers", "evaluate", "gradio", "h5py", "imageio_ffmpeg", "kornia", "matplotlib", "pycocoevalcap"),
-    *("scipy", "skimage", "timm", "torch_fidelity", "torchdiffeq", "torchmetrics", "torchvision", "transformers"),
+    *("datasets", "diffusers", "evaluate", "gradio", "h5py", "imageio_ffmpeg", "kornia", "matplotlib", "onnxruntime"),
+    *(
+        "onnxscript",
+        "pycocoevalcap",
+        "scipy",
+        "skimage",
+        "timm",
+        "torch_fidelity",
+        "torchdiffeq",
+        "torchmetrics",
+        "torchvision",
+    ),
+    "transformers",
 }
 
 

@@ -55,7 +55,7 @@ def context_tokens(
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     attended = torch.cat([torch.ones_like(mask[:, :1]), mask & ~unconditional[:, None]], dim=1)
-    return torch.cat([null.expand(len(tokens), -1, -1), tokens.to(null.dtype)], dim=1), attended
+    return torch.cat([null.expand(tokens.shape[0], -1, -1), tokens.to(null.dtype)], dim=1), attended
 
 
 def with_grid(z_t: Tensor, condition: Condition | None, unconditional: Tensor, grid_channels: int) -> Tensor:

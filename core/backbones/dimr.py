@@ -64,7 +64,7 @@ class TimeParameter(nn.Module):
 
 def _along(p: Tensor, x: Tensor) -> Tensor:
     """p (B, D) -> (B, 1, ..., 1, D), with as many axes as x."""
-    return p.reshape(len(p), *[1] * (x.ndim - 2), p.shape[-1])
+    return p.reshape(p.shape[0], *[1] * (x.ndim - 2), p.shape[-1])
 
 
 class TimeRMSNorm(nn.Module):

@@ -135,7 +135,7 @@ class Codec(Frozen):
         This is what a feature cache stores, since it does not depend on the scale.
         """
         self.latent_shape((x.shape[-2], x.shape[-1]))
-        parts = [self._encode(part) for part in x.float().split(self.chunk)]
+        parts = [self._encode(part) for part in self._chunks(x.float())]
         means = torch.cat([part.mean.float() for part in parts])
         log_vars = [part.log_var.float() for part in parts if part.log_var is not None]
         return Posterior(means, torch.cat(log_vars) if log_vars else None)
@@ -161,10 +161,14 @@ class Codec(Frozen):
             raise UserError(f"The {self.kind} codec decodes with text features, got none: pass text_features.")
         if text_features is not None and not self.reads_text:
             raise UserError(f"The {self.kind} codec decodes without text features: leave text_features out.")
-        parts = [(z.float() / self.scale + self.shift).split(self.chunk)]
+        parts = [self._chunks(z.float() / self.scale + self.shift)]
         if text_features is not None:
-            parts.append(text_features.to(z.device).float().split(self.chunk))
+            parts.append(self._chunks(text_features.to(z.device).float()))
         return torch.cat([self._decode(*part).float() for part in zip(*parts, strict=True)])
+
+    def _chunks(self, x: Tensor) -> Sequence[Tensor]:
+        """x (B, ...) in parts of at most `chunk` items; an exported graph, whose B is open, takes it whole."""
+        return (x,) if torch.compiler.is_exporting() else x.split(self.chunk)
 
     def save(self, folder: str | Path, embed: bool = False) -> Path:
         """Writes the codec to `folder`, which is created if necessary, and returns the folder's path.

@@ -175,7 +175,7 @@ class FlowTiTokEncoder(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in the network's range -> mean and log-variance, each (B, N, C)."""
         patches = self.embed(patchify(images, self.patch))  # (B, G * G, D)
-        tokens = (self.tokens + self.positions).expand(len(images), -1, -1)
+        tokens = (self.tokens + self.positions).expand(images.shape[0], -1, -1)
         x = self.tower(torch.cat([patches, tokens], dim=1), slice(patches.shape[1], None))
         mean, log_var = self.out(x).chunk(2, dim=-1)
         return mean, log_var
@@ -199,7 +199,7 @@ class FlowTiTokDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, text_features: Tensor) -> Tensor:
         """tokens (B, N, C), text_features (B, N, D') -> images (B, 3, H, W) in the network's range, not clamped."""
-        masked = self.mask_token.expand(len(tokens), self.grid**2, -1)  # (B, G * G, D)
+        masked = self.mask_token.expand(tokens.shape[0], self.grid**2, -1)  # (B, G * G, D)
         text = self.embed_text(text_features) + self.text_positions
         x = torch.cat([masked, self.embed(tokens) + self.positions, text], dim=1)
         x = self.out(self.tower(x, slice(self.grid**2)))

@@ -142,7 +142,7 @@ class QueryHead(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens (B, N, D), mask (B, N) bool -> (B, 2, *latent)."""
-        x = self.queries.expand(len(tokens), -1, -1)
+        x = self.queries.expand(tokens.shape[0], -1, -1)
         for layer in self.layers:
             x = layer(x, context=tokens, context_mask=mask)
         moments = self.out(self.norm(x)).chunk(2, dim=-1)  # two of (B, M, C p p)

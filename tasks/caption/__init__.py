@@ -309,11 +309,19 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
 
     def source(self, values: Sequence[np.ndarray]) -> Source:
         """Pictures uint8 (S, S, 3) at the model's size."""
-        return self._source(self.codec.encode(to_tensors(values).to(self.device)).mean)
+        return self.as_source(to_tensors(values).to(self.device))
+
+    def as_source(self, inputs: Tensor, mask: Tensor | None = None) -> Source:
+        """Pictures (B, 3, H, W) in [-1, 1] as latents."""
+        return self._source(self.codec.encode(inputs).mean)
 
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[str]:
         """Captions."""
         return self.text.decode(z1)
+
+    def decoded(self, z1: Tensor, features: Tensor | None = None) -> Tensor:
+        """Logits (B, N, V) of the tokens."""
+        return self.text.logits(z1)
 
     def target(self, value: str | Path | np.ndarray) -> Pieces:
         """The latent of a caption."""

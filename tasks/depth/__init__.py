@@ -111,7 +111,11 @@ class Adapter(PictureTask[DepthConfig, DepthParts]):
 
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[np.ndarray]:
         """Depth maps float32 (H, W) in metres."""
-        return list(self.parts.scale.decode(z1)[:, 0].cpu().numpy())
+        return list(self.decoded(z1)[:, 0].cpu().numpy())
+
+    def decoded(self, z1: Tensor, features: Tensor | None = None) -> Tensor:
+        """Depth (B, 1, H, W) in metres."""
+        return self.parts.scale.decode(z1)
 
     def resize(self, output: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """A depth map at another height and width, bilinearly."""

@@ -252,7 +252,7 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
             features = record["features"]
         else:
             features, pooled = self.text.read(record["tokens"], mask)
-        source = self._as_source(features, mask)
+        source = self.as_source(features, mask)
         return Batch(
             features=features,
             mask=mask,
@@ -279,14 +279,15 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         """Prompts as features (B, N, ...) with their mask."""
         texts = list(dict.fromkeys(values))  # several pictures of a prompt need its features once
         ids, mask = (tensor.to(self.device) for tensor in self.text.tokens(texts))
-        source = self._as_source(self.text.read(ids, mask)[0], mask)
+        source = self.as_source(self.text.read(ids, mask)[0], mask)
         if len(texts) == len(values):
             return source
         return source[torch.tensor([texts.index(value) for value in values]).to(self.device)]
 
-    def _as_source(self, features: Tensor, mask: Tensor) -> Source:
-        condition = Condition(tokens=features, mask=mask) if self.config.source.conditions else None
-        return Source(features, mask, condition)
+    def as_source(self, inputs: Tensor, mask: Tensor | None = None) -> Source:
+        """Token ids (B, N) or features (B, N, D), mask (B, N); also as the condition of a backbone that reads one."""
+        condition = Condition(tokens=inputs, mask=mask) if self.config.source.conditions else None
+        return Source(inputs, mask, condition)
 
     @property
     def decodes_features(self) -> bool:
@@ -294,12 +295,16 @@ class Adapter(Task[T2IConfig, TextToImageParts]):
         return self.codec.reads_text
 
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[np.ndarray]:
-        """Pictures uint8 (H, W, 3); a codec that is guided by texts decodes under an empty one where none is known."""
+        """Pictures uint8 (H, W, 3)."""
+        return list(to_uint8(self.decoded(z1, features)))
+
+    def decoded(self, z1: Tensor, features: Tensor | None = None) -> Tensor:
+        """Pixels (B, 3, H, W); a codec that is guided by texts decodes under an empty one where none is known."""
         if not self.codec.reads_text:
-            return list(to_uint8(self.codec.decode(z1, None)))
+            return self.codec.decode(z1, None)
         if features is None:
             features = self.source([""]).features.expand(len(z1), -1, -1)
-        return list(to_uint8(self.codec.decode(z1, features)))
+        return self.codec.decode(z1, features)
 
     def unknown_words(self, value: str) -> list[str]:
         """Words that the run's own tokenizer spells in bytes; none with a pretrained text encoder."""
