@@ -10,11 +10,10 @@ exchanges through each GPU. Bytes that each GPU sends per step:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from crossflow.core.config import Config
+from crossflow.core.shapes import shapes_only
 from crossflow.core.training.prepare import blocks, check_sizes
-from crossflow.engine.health.plan import plan
+from crossflow.engine.health.plan import Plan, plan
 from crossflow.tasks import task_class
 
 STATE = ("weights", "gradients", "optimizer", "ema")
@@ -61,20 +60,25 @@ def scaling(config: Config, gpus: Sequence[int], machines: Machines) -> list[Row
     Raises UserError for invalid settings, or a batch that the GPUs and parts do not divide.
     """
     rows = []
+    tokens, of_blocks = _backbone(config)
     for number in gpus:
         check_sizes(config.train, config.train.batch_size, number)
-        rows += [_row(config, number, sharded, machines) for sharded in ([False, True] if number > 1 else [False])]
+        size = plan(config, num_processes=number)
+        rows += [
+            _row(size, number, of_blocks if sharded else 0, tokens, machines)
+            for sharded in ([False, True] if number > 1 else [False])
+        ]
     return rows
 
 
-def _row(config: Config, gpus: int, sharded: bool, machines: Machines) -> Row:
-    size = plan(config, num_processes=gpus)
+def _row(size: Plan, gpus: int, gathered: int, tokens: int, machines: Machines) -> Row:
+    """gathered: bytes of the parameters in blocks, which a sharded training gathers again; 0: unsharded."""
+    config, sharded = size.config, gathered > 0
     whole = sum(size.memory[part] for part in STATE)
     known = size.checkpoint is not None
     # Model, average and optimizer state.
     checkpoint = size.checkpoint or sum(size.memory[part] for part in ("weights", "ema", "optimizer"))
-    tokens, of_blocks = _backbone(config)
-    sent = sent_bytes(size.memory["gradients"], of_blocks, gpus, config.train.accumulate if sharded else 0)
+    sent = sent_bytes(size.memory["gradients"], gathered, gpus, config.train.accumulate if sharded else 0)
     computing = config.train.batch_size / (gpus * machines.samples_per_second)
     exchanging = sent / machines.network
     return Row(
@@ -106,7 +110,7 @@ def sent_bytes(trained: int, of_blocks: int, gpus: int, sharded_parts: int) -> f
 def _backbone(config: Config) -> tuple[int, int]:
     """Tokens of a sample, and bytes of the parameters in blocks."""
     task = task_class(config.task).outline(config)
-    with torch.device("meta"):
+    with shapes_only():
         model = task.build_model()
     of_blocks = sum(parameter.nbytes for block in blocks(model) for parameter in block.parameters())
     tokens: int = model.backbone.num_tokens  # type: ignore[assignment]

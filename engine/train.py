@@ -24,6 +24,7 @@ from crossflow.core.objective import Objective
 from crossflow.core.precision import autocast
 from crossflow.core.progress import Silent, TrainingProgress
 from crossflow.core.settings import dump, flat
+from crossflow.core.shapes import shapes_only
 from crossflow.core.solvers import SOLVERS
 from crossflow.core.training.dry_run import DryRun
 from crossflow.core.training.trainer import Callbacks, Trainer, TrainResult
@@ -197,7 +198,7 @@ class Estimate:
 def estimate(config: Config) -> Estimate:
     """Parameters and memory of a training, without its data and networks. Raises UserError for invalid settings."""
     task = task_class(config.task).outline(config)
-    with torch.device("meta"):
+    with shapes_only():
         model = task.build_model()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     memory = {"weights": size, "gradients": size, "optimizer": 2 * size, "ema": size}

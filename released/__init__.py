@@ -13,11 +13,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
+from crossflow.core.shapes import shapes_only
 from crossflow.released.kinds import KINDS, Kind, ReferenceConfig, kind_named
 from crossflow.released.rules import check, entries, expected_shapes, join_all, split_all
 
@@ -122,7 +122,7 @@ def empty(kind: str, config: ReferenceConfig, keys: Collection[str]) -> nn.Modul
     """The network on the meta device: shapes without memory. Raises UserError for invalid settings."""
     known = kind_named(kind)
     try:
-        with torch.device("meta"):
+        with shapes_only():
             return known.build(config, keys)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(

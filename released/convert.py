@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from crossflow import released
@@ -23,6 +22,7 @@ from crossflow.core.files import write_atomically, write_json
 from crossflow.core.model import CrossFlow
 from crossflow.core.progress import Progress
 from crossflow.core.settings import build, dump, merge, parse_overrides
+from crossflow.core.shapes import shapes_only
 from crossflow.data.image_latents import FOLDER as CODEC_FOLDER
 from crossflow.engine.folder import WEIGHTS
 from crossflow.engine.provenance import environment
@@ -149,7 +149,7 @@ def _run_config(known: Known, keys: Sequence[str], overrides: Sequence[str], mod
         settings[section] = {**settings[section], name: _local(f"{section}.{name}", settings[section].get(name))}
     config = build(T2IConfig, settings)
     task = task_class("t2i").outline(config)
-    with torch.device("meta"):
+    with shapes_only():
         built = task.build_model().state_dict()
     converted = module.state_dict()
     different = [key for key in {**built, **converted} if key not in built or key not in converted]

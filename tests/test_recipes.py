@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from crossflow.core.settings import shipped
+from crossflow.core.shapes import shapes_only
 from crossflow.core.training.optim import decay_groups
 from crossflow.tasks import load_config, task_class
 
@@ -49,7 +50,7 @@ def built(name):
     """(task, model) of a recipe, without memory, data or public networks; not to be modified."""
     config = load_config(name)
     task = task_class(config.task).outline(config)
-    with torch.device("meta"):
+    with shapes_only():
         return task, task.build_model()
 
 
@@ -76,14 +77,14 @@ def test_parameters_are_those_of_the_papers(name):
     if encoder is not None:
         assert counts["source encoder"] == pytest.approx(encoder, rel=tolerance)
     if everything is not None:
-        with torch.device("meta"):
+        with shapes_only():
             assert num_parameters(task.build_objective(model)) == pytest.approx(everything, rel=tolerance)
 
 
 @pytest.mark.parametrize("name", IMAGE_HEADS)
 def test_image_heads_are_not_part_of_the_generator(name):
     task, model = built(name)
-    with torch.device("meta"):
+    with shapes_only():
         objective = task.build_objective(model)
     assert num_parameters(objective) - num_parameters(model) == pytest.approx(IMAGE_HEADS[name], rel=0.02)
 
@@ -146,7 +147,7 @@ def decayed_parameters(objective):
 @pytest.mark.parametrize("name", sorted(name for name in shipped() if not name.startswith("caption")))
 def test_weight_decay_acts_on_the_weights_of_linear_and_convolutional_layers_alone(name):
     task, model = built(name)
-    with torch.device("meta"):
+    with shapes_only():
         decayed = decayed_parameters(task.build_objective(model))
     assert [parameter for parameter, is_matrix in decayed.items() if not is_matrix] == []
 

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.files import size_in_words
 from crossflow.core.noise import training_noise
+from crossflow.core.shapes import shapes_only
 from crossflow.core.training.memory import StepMemory, rehearse
 from crossflow.data.dataset import Examples
 from crossflow.engine.health.finding import Finding
@@ -115,7 +114,7 @@ def _rehearse(config: Config, data: Examples, num_processes: int, report: Report
     task = taught_task(kind, config) or kind.learn(config, data, report)
     batch = task.prepare(task.collate(data.first(2)))
     noise = training_noise(config.seed, 0, range(len(batch)), task.latent_shape)
-    with torch.device("meta"):
+    with shapes_only():
         objective = task.build_objective(task.build_model())
     if (teacher := teacher_of(task)) is not None:
         objective.teach(teacher)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.files import read_tensors, write_json, write_tensors
 from crossflow.core.layers import Attention, patchify, unpatchify
+from crossflow.core.shapes import shapes_only
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 HEAD_WIDTH = 64
@@ -237,7 +238,7 @@ class FlowTiTok(nn.Module):
             )
         try:
             config = FlowTiTokConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            with torch.device("meta"):
+            with shapes_only():
                 network = cls(config)
             network.load_state_dict(read_tensors(folder / WEIGHTS_FILE), assign=True)
         except (OSError, ValueError, TypeError, RuntimeError) as error:

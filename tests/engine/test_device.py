@@ -19,6 +19,7 @@ from crossflow.core.batch import map_tensors
 from crossflow.core.config import Config
 from crossflow.core.noise import training_noise
 from crossflow.core.settings import shipped
+from crossflow.core.shapes import shapes_only
 from crossflow.data.item import Item
 from crossflow.engine.sample import load
 from crossflow.engine.train import Run, TrainingSet
@@ -113,7 +114,7 @@ def parts_of(config: Any) -> Any:
     if config.task == "caption":
         settings = config.caption.autoencoder
         tokenizer = build_tokenizer(CAPTIONS, 400, settings.max_length)
-        with torch.device("meta"):
+        with shapes_only():
             text = TextAutoencoder(tokenizer, codec.latent_shape(config.data.image_size), settings)
         return CaptionParts(codec, text)
     if config.text.frozen:
@@ -162,7 +163,7 @@ def test_a_recipe_trains_and_samples_on_one_device_without_host_reads(name: str)
     task = untrained(config)
     record = task.collate(examples(task))
     noise = training_noise(0, 0, range(2), task.latent_shape)
-    with torch.device("meta"):
+    with shapes_only():
         model = task.build_model()
         objective = task.build_objective(model)
     values = CAPTIONS if task.input_kind == "text" else [np.zeros((64, 64, 3), np.uint8)] * 2

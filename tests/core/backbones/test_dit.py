@@ -11,6 +11,7 @@ from crossflow.core.backbones.dit import SIZES, DiT, DiTBlock
 from crossflow.core.batch import Condition
 from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError
+from crossflow.core.shapes import shapes_only
 
 GRID, TOKENS = (2, 4, 4), (7, 3)
 
@@ -156,7 +157,7 @@ def standard_count(depth: int, width: int, channels: int, patch: int) -> int:
 def test_every_size_builds_on_the_meta_device_with_the_count_of_the_standard_dit(
     size: str, shape: tuple[int, ...]
 ) -> None:
-    with torch.device("meta"):
+    with shapes_only():
         model = build_backbone(BackboneConfig(size=size), shape)
     depth, width, _ = SIZES[size]
     patch, channels = (2, shape[0]) if len(shape) == 3 else (1, shape[1])
@@ -167,7 +168,7 @@ def test_every_size_builds_on_the_meta_device_with_the_count_of_the_standard_dit
 @pytest.mark.parametrize(("size", "published"), [("S", 33e6), ("B", 130e6), ("L", 458e6), ("XL", 675e6)])
 def test_sizes_are_those_of_the_paper(size: str, published: float) -> None:
     """DiT paper, Table 1, whose counts include a table of 1001 labels and the variance channels."""
-    with torch.device("meta"):
+    with shapes_only():
         model = build_backbone(BackboneConfig(size=size), (4, 32, 32))
     assert isinstance(model, DiT)
     assert count(model) + 1001 * SIZES[size].width == pytest.approx(published, rel=0.02)
