@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from crossflow.core.config import Config
-from crossflow.core.shapes import shapes_only
 from crossflow.core.training.prepare import blocks, check_sizes
+from crossflow.core.weights import shapes_only
 from crossflow.engine.health.plan import Plan, plan
 from crossflow.tasks import task_class
 

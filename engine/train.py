@@ -24,10 +24,10 @@ from crossflow.core.objective import Objective
 from crossflow.core.precision import autocast
 from crossflow.core.progress import Silent, TrainingProgress
 from crossflow.core.settings import dump, flat
-from crossflow.core.shapes import shapes_only
 from crossflow.core.solvers import SOLVERS
 from crossflow.core.training.dry_run import DryRun
 from crossflow.core.training.trainer import Callbacks, Trainer, TrainResult
+from crossflow.core.weights import shapes_only
 from crossflow.data.cases import Case, Tile
 from crossflow.data.dataset import Examples
 from crossflow.data.images import save_png

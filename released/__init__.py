@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
-from crossflow.core.shapes import shapes_only
+from crossflow.core.weights import shapes_only
 from crossflow.released.kinds import KINDS, Kind, ReferenceConfig, kind_named
 from crossflow.released.rules import check, entries, expected_shapes, join_all, split_all
 

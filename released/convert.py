@@ -22,7 +22,7 @@ from crossflow.core.files import write_atomically, write_json
 from crossflow.core.model import CrossFlow
 from crossflow.core.progress import Progress
 from crossflow.core.settings import build, dump, merge, parse_overrides
-from crossflow.core.shapes import shapes_only
+from crossflow.core.weights import shapes_only
 from crossflow.data.image_latents import FOLDER as CODEC_FOLDER
 from crossflow.engine.folder import WEIGHTS
 from crossflow.engine.provenance import environment

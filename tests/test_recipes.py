@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from crossflow.core.settings import shipped
-from crossflow.core.shapes import shapes_only
 from crossflow.core.training.optim import decay_groups
+from crossflow.core.weights import shapes_only
 from crossflow.tasks import load_config, task_class
 
 DATA = os.environ.get("CROSSFLOW_TEST_DATA")

@@ -6,8 +6,8 @@ from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.files import size_in_words
 from crossflow.core.noise import training_noise
-from crossflow.core.shapes import shapes_only
 from crossflow.core.training.memory import StepMemory, rehearse
+from crossflow.core.weights import shapes_only
 from crossflow.data.dataset import Examples
 from crossflow.engine.health.finding import Finding
 from crossflow.engine.health.machine import Device

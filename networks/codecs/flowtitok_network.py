@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.files import read_tensors, write_json, write_tensors
 from crossflow.core.layers import Attention, patchify, unpatchify
-from crossflow.core.shapes import shapes_only
+from crossflow.core.weights import shapes_only
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 HEAD_WIDTH = 64

@@ -19,7 +19,7 @@ from crossflow.core.layers import (
     sincos_tokens,
     unpatchify,
 )
-from crossflow.core.shapes import shapes_only
+from crossflow.core.weights import shapes_only
 
 
 @pytest.mark.parametrize("patch", [1, 2, 3])

@@ -2,8 +2,11 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossflow.core.weights import uninitialized
+from crossflow.core.backbones import build_backbone
+from crossflow.core.config import BackboneConfig
+from crossflow.core.weights import shapes_only, uninitialized
 
 
 class Network(nn.Module):
@@ -50,3 +53,26 @@ def test_buffers_are_filled_and_later_networks_are_initialised():
     first = nn.Linear(3, 4).weight
     torch.manual_seed(0)
     assert torch.equal(nn.Linear(3, 4).weight, first)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_network_has_its_tensors_and_nothing_fills_them() -> None:
+    config = BackboneConfig(name="dimr", size="tiny")
+    network = build_backbone(config, (4, 8, 8))
+    with Operations() as operations, shapes_only():
+        shapes = build_backbone(config, (4, 8, 8))
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in network.state_dict().items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in shapes.state_dict().items()} == expected
+    assert all(tensor.is_meta for tensor in shapes.state_dict().values())
+    assert not {name.split(".")[0] for name in operations.names} & {"normal_", "uniform_", "fill_", "zero_", "mul_"}

@@ -19,7 +19,7 @@ from crossflow.core.batch import map_tensors
 from crossflow.core.config import Config
 from crossflow.core.noise import training_noise
 from crossflow.core.settings import shipped
-from crossflow.core.shapes import shapes_only
+from crossflow.core.weights import shapes_only
 from crossflow.data.item import Item
 from crossflow.engine.sample import load
 from crossflow.engine.train import Run, TrainingSet

@@ -18,8 +18,8 @@ from crossflow.core.objective import Objective
 from crossflow.core.paths import LinearPath
 from crossflow.core.sampling import generate
 from crossflow.core.settings import build
-from crossflow.core.shapes import shapes_only
 from crossflow.core.source import Posterior
+from crossflow.core.weights import shapes_only
 from crossflow.released import expected, from_reference, settings, to_reference
 from crossflow.tasks import task_class
 

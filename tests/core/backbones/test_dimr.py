@@ -9,8 +9,8 @@ from crossflow.core.batch import Condition
 from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError
 from crossflow.core.losses import multi_resolution_loss, stage_coefficients
-from crossflow.core.shapes import shapes_only
 from crossflow.core.training.optim import decay_groups
+from crossflow.core.weights import shapes_only
 
 LATENT = (4, 16, 16)
 

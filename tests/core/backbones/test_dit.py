@@ -11,7 +11,7 @@ from crossflow.core.backbones.dit import SIZES, DiT, DiTBlock
 from crossflow.core.batch import Condition
 from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError
-from crossflow.core.shapes import shapes_only
+from crossflow.core.weights import shapes_only
 
 GRID, TOKENS = (2, 4, 4), (7, 3)
 
