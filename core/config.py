@@ -173,7 +173,9 @@ class LossConfig(Section):
     """The losses of eq. 4 and their weights."""
 
     flow_weight: float = Field(1.0, ge=0)
-    """Weight of the flow loss; 0: only the source encoder is trained, and no flow is computed (first of two stages)."""
+    """Weight of the flow loss; 0: only the source encoder is trained, and no flow is computed (first of two stages),
+    unless there is a loss of decoded end points (end-to-end).
+    """
     kl: str = "standard"
     """Form of the regulariser: standard | released | variance."""
     kl_weight: float = Field(1e-4, ge=0)
@@ -200,6 +202,13 @@ class LossConfig(Section):
     """Weight of the mean squared distance between the mean of the source posterior and z1. With
     encoder_gradient=none that mean becomes E[z1 | input] (PMRF).
     """
+    decoded: Literal["none", "l1", "ssim", "features", "abs_rel", "affine"] = "none"
+    """Loss of the decoded end point that a single step from z_t reaches (LBM; docs/one_step.md). Pictures: l1, ssim,
+    features (the distance in a network); depth: abs_rel, affine (L1 after the scale and shift of least squares).
+    """
+    decoded_weight: float = Field(1.0, ge=0)
+    decoded_network: str | None = None
+    """The network of decoded=features: timm:NAME, timm:NAME=FILE.safetensors, or timm:NAME@random."""
     coefficients: tuple[float, ...] = ()
     """Weights of the flow loss at each resolution, coarse to fine; none: from 1/4 to 1 in equal ratios, as released."""
 
@@ -389,6 +398,16 @@ class Config(Section):
         if source.kind == "gaussian" and (loss.direction_weight > 0 or loss.mean_weight > 0):
             raise ValueError(
                 "loss.direction_weight and loss.mean_weight train a source encoder, which source.kind = gaussian lacks."
+            )
+        if loss.decoded != "none" and self.interval.is_map:
+            raise ValueError(
+                f"loss.decoded = {loss.decoded} looks at the end of one step of a velocity, and interval.target = "
+                f"{self.interval.target} trains jumps: use it with interval.target=none, and distil the run afterwards."
+            )
+        if (loss.decoded == "features") != (loss.decoded_network is not None):
+            raise ValueError(
+                "loss.decoded = features and loss.decoded_network belong together: name the network by which features "
+                "are compared, such as loss.decoded_network=timm:vgg16.tv_in1k, or leave both out."
             )
         if self.path.noise > 0 and source.kind != "deterministic":
             raise ValueError(

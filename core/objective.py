@@ -33,7 +33,8 @@ class Objective(nn.Module):
 
     alignment_head: module alignment (B, ...) -> (B, values of a latent), z_hat of the contrastive losses;
     reconstructor: module z0 (B, *latent) -> the shape of `batch.alignment`, for the reconstruction loss;
-    extra_losses: the task's own losses by name, from (batch, posterior, z0), added with weight 1.
+    extra_losses: the task's own losses by name, from (batch, posterior, z0), added with weight 1;
+    decoded_loss: module (z1 (B, *latent), batch) -> (B,), the loss `loss.decoded` of finished outputs.
     The flow loss of a backbone that returns several velocities is their multi-resolution loss.
     """
 
@@ -45,6 +46,7 @@ class Objective(nn.Module):
         alignment_head: nn.Module | None = None,
         reconstructor: nn.Module | None = None,
         extra_losses: ExtraLosses | None = None,
+        decoded_loss: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -60,8 +62,12 @@ class Objective(nn.Module):
         self.crosses = config.source.kind != "gaussian"
         # A Gaussian source does not depend on the features, so there is nothing to align.
         self.encoder_loss = config.loss.encoder if self.crosses else "none"
+        self._decoded = () if decoded_loss is None else (decoded_loss,)
+        self.computes_flow = config.loss.flow_weight > 0 or bool(self._decoded)
+        if config.loss.decoded != "none" and decoded_loss is None:
+            raise UserError(f"loss.decoded = {config.loss.decoded} is no loss of this task; use none.")
         own_losses = config.loss.direction_weight + config.loss.mean_weight
-        if config.loss.flow_weight == 0 and self.encoder_loss == "none" and own_losses == 0:
+        if not self.computes_flow and self.encoder_loss == "none" and own_losses == 0:
             raise UserError(
                 "loss.flow_weight=0 trains the source encoder alone, by its own losses: set loss.encoder to "
                 "contrastive, sigmoid or reconstruction, or loss.mean_weight or loss.direction_weight above 0, and "
@@ -94,7 +100,7 @@ class Objective(nn.Module):
     @property
     def companions(self) -> tuple[nn.Module, ...]:
         """Modules that the objective uses and that are none of its own: neither trained, nor moved or saved with it."""
-        return self._teacher
+        return (*self._teacher, *self._decoded)
 
     @property
     def teacher(self) -> CrossFlow:
@@ -107,7 +113,7 @@ class Objective(nn.Module):
         """Whether some trainable parameters get no gradient: without a flow loss those of the backbone, without its
         gradient perhaps some of the source encoder.
         """
-        return self.settings.flow_weight == 0 or self.settings.encoder_gradient == "none"
+        return not self.computes_flow or self.settings.encoder_gradient == "none"
 
     def encoder_term(self, batch: Batch, z0: Tensor) -> Tensor | None:
         """L_Enc of the sampled z0 (B, *latent) against `batch.alignment`; None without an encoder loss."""
@@ -145,9 +151,11 @@ class Objective(nn.Module):
         z0 = posterior.sample(noise=noise.source)
         parts: dict[str, Tensor] = {}
         loss = z0.new_zeros(())
-        if self.settings.flow_weight > 0:
-            parts["flow"] = self._flow_loss(batch, z0, noise)
+        if self.computes_flow:
+            parts |= self._flow_losses(batch, z0, noise)
             loss = self.settings.flow_weight * parts["flow"]
+        if "decoded" in parts:
+            loss = loss + self.settings.decoded_weight * parts["decoded"]
         if self.crosses and self.model.source_encoder.kind == "variational":
             kl = posterior.kl(self.settings.kl)
             parts["kl"] = kl.sum() / batch.fraction if self.settings.kl_reduction == "sum" else kl.mean()
@@ -224,10 +232,10 @@ class Objective(nn.Module):
             return replace(point, velocity=point.velocity.detach())
         return point
 
-    def _flow_loss(self, batch: Batch, z0: Tensor, noise: Noise) -> Tensor:
-        """L_FM at the noise's times, a scalar; of a flow map the loss of its jumps."""
+    def _flow_losses(self, batch: Batch, z0: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """{"flow": L_FM at the noise's times}, of a flow map the loss of its jumps; and "decoded". Scalars."""
         if self.interval.is_map:
-            return self._jump_loss(batch, z0, noise)
+            return {"flow": self._jump_loss(batch, z0, noise)}
         t = self.times(noise.time)
         target = self._straightened(batch, z0) if self.interval.target == "reflow" else batch.target
         point = self._point(self._teaching(z0, t, torch.ones_like(t, dtype=torch.bool)), target, t, noise)
@@ -235,7 +243,12 @@ class Objective(nn.Module):
         assert batch.unconditional is not None
         velocities = self.model.velocities(point.z_t, t, batch.unconditional, condition)
         coefficients = self._coefficients(len(velocities))
-        return losses.multi_resolution_loss(velocities, point.velocity, coefficients, batch.weight).mean()
+        parts = {"flow": losses.multi_resolution_loss(velocities, point.velocity, coefficients, batch.weight).mean()}
+        for decoded_loss in self._decoded:
+            end = self.path.end(replace(point, velocity=velocities[-1].float()))
+            # Unconditional samples have the targets of others, of which a step can only reach the mean.
+            parts["decoded"] = (~batch.unconditional * decoded_loss.to(end.device)(end, batch)).mean()
+        return parts
 
     def _jump_loss(self, batch: Batch, z0: Tensor, noise: Noise) -> Tensor:
         """The loss of a flow map, a scalar: where s = t of the velocity, elsewhere of `interval.target_of`."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Record, Source, map_tensors
 from crossflow.core.config import Config, Section
-from crossflow.core.errors import PARSING_ERRORS, UserError
+from crossflow.core.errors import PARSING_ERRORS, UserError, unknown_name
 from crossflow.core.metrics import TaskMetric
 from crossflow.core.model import CrossFlow
 from crossflow.core.objective import Objective
@@ -40,6 +40,7 @@ from crossflow.data.tiles import fit_shorter_side, resize_image
 from crossflow.networks.codecs.pixel import PixelCodec
 from crossflow.networks.codecs.registry import load_codec
 from crossflow.networks.frozen import Frozen
+from crossflow.networks.picture_distances import picture_distance
 from crossflow.networks.trunks import Reconstructor
 
 C = TypeVar("C", bound=Config)
@@ -537,8 +538,25 @@ class PictureTask(Task[C, P]):
         return CrossFlow(source, build_backbone(config.backbone, shape, grid_channels=grid_channels))
 
     def build_objective(self, model: CrossFlow) -> Objective:
-        """The flow loss, and the reconstruction of the source picture from z0 where loss.encoder asks for it."""
-        return Objective(model, self.config, reconstructor=Reconstructor(self.latent_shape[0], self.source_channels))
+        """The flow loss, and where the settings ask for it the reconstruction of the source picture from z0 and a loss
+        of decoded end points.
+        """
+        return Objective(
+            model,
+            self.config,
+            reconstructor=Reconstructor(self.latent_shape[0], self.source_channels),
+            decoded_loss=self.decoded_loss(),
+        )
+
+    def decoded_loss(self) -> nn.Module | None:
+        """(z1 (B, *latent), batch) -> (B,): the loss of finished outputs that `loss.decoded` names; None without one.
+
+        Raises UserError for one that this task lacks.
+        """
+        name = self.config.loss.decoded
+        if name == "none":
+            return None
+        raise unknown_name(f"loss.decoded of the task {self.name}", name, ("none",))
 
     def source(self, values: Sequence[np.ndarray]) -> Source:
         """Pictures uint8 (H, W, 3) of one size."""
@@ -560,6 +578,18 @@ class PictureTask(Task[C, P]):
     def write_output(self, output: np.ndarray, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         """Writes a picture uint8 (H, W, 3) as PNG."""
         return [save_png(output, stem.with_name(f"{stem.name}.png"), metadata)]
+
+
+class PixelLoss(nn.Module):
+    """A distance between the pictures of latents z1 and those of a batch's targets."""
+
+    def __init__(self, codec: PixelCodec, distance: nn.Module) -> None:
+        super().__init__()
+        self.codec, self.distance = codec, distance
+
+    def forward(self, z1: Tensor, batch: Batch) -> Tensor:
+        """z1 (B, *latent) -> (B,)."""
+        return self.distance(self.codec.decode(z1), self.codec.decode(batch.target))
 
 
 class PixelTask(PictureTask[C, PP]):
@@ -586,6 +616,13 @@ class PixelTask(PictureTask[C, PP]):
             alignment=source.features,
             ids=record["id"],
         )
+
+    def decoded_loss(self) -> nn.Module | None:
+        """A distance between pictures: l1, ssim or features; see `PictureTask.decoded_loss`."""
+        loss = self.config.loss
+        if loss.decoded == "none":
+            return None
+        return PixelLoss(self.parts.codec, picture_distance(loss.decoded, loss.decoded_network))
 
     def decode(self, z1: Tensor, features: Tensor | None = None) -> list[np.ndarray]:
         """Pictures uint8 (H, W, 3)."""

@@ -6,7 +6,6 @@ reason to use another network.
 """
 
 import contextlib
-import functools
 import http.client
 import io
 import os
@@ -18,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crossflow.core.errors import UserError, unknown_name
-from crossflow.networks.frozen import freeze, load_public, weights_checksum
+from crossflow.core.errors import UserError
+from crossflow.networks.frozen import freeze, weights_checksum
+from crossflow.networks.timm_networks import SCHEME, timm_network
 from crossflow.released.files import read_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -67,7 +67,7 @@ def feature_network(source: str) -> FeatureNetwork:
     if kind == "inception":
         return _inception(place)
     if kind.startswith("timm:"):
-        return _timm(kind.removeprefix("timm:"), place)
+        return _timm(source)
     if Path(source).expanduser().is_file():
         return _inception(source)
     raise UserError(
@@ -115,13 +115,11 @@ def _inception_file(place: str) -> Path:
     return path
 
 
-def _timm(source: str, place: str) -> FeatureNetwork:
-    name, _, mode = source.partition("@")
-    if mode not in ("", "random"):
-        raise UserError(f"timm:{source}: expected `@random` or nothing after the name, got @{mode}.")
+def _timm(source: str) -> FeatureNetwork:
     import timm
 
-    network: Any = freeze(_timm_network(name, place, random=mode == "random"))  # has methods of timm
+    network: Any = timm_network(source, read_weights)  # has methods of timm
+    name, is_random = source.removeprefix(SCHEME).partition("=")[0], "@" in source.partition("=")[0]
 
     settings = timm.data.resolve_data_config({}, model=network)
     side = settings["input_size"][-2:]
@@ -135,28 +133,6 @@ def _timm(source: str, place: str) -> FeatureNetwork:
             values["logits"] = network.forward_head(hidden)
         return values
 
-    words = f"timm {name}{', untrained weights' if mode else ''}, {side[0]} px by antialiased bicubic resize"
+    weights = ", untrained weights" if is_random else ""
+    words = f"timm {name.partition('@')[0]}{weights}, {side[0]} px by antialiased bicubic resize"
     return FeatureNetwork(network, run, words)
-
-
-def _timm_network(name: str, place: str, *, random: bool) -> nn.Module:
-    """timm's network `name` with the weights at `place`, with its published ones, or with untrained ones."""
-    import timm
-
-    if name.split(".")[0] not in timm.list_models():
-        raise unknown_name("timm network", name, timm.list_models(f"*{name.split('_')[0]}*") or timm.list_models()[:20])
-    if not (random or place):
-        files = "model.safetensors and config.json of the network"
-        return load_public(functools.partial(timm.create_model, pretrained=True), name, files=files)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network: nn.Module = timm.create_model(name)
-    if place:
-        path = Path(place).expanduser()
-        if not path.is_file():
-            raise UserError(f"The file {path} with weights of {name} does not exist.")
-        try:
-            network.load_state_dict(read_weights(path))
-        except RuntimeError as error:
-            raise UserError(f"{path} does not contain the weights of timm's {name}: {str(error)[:300]}") from error
-    return network

@@ -26,6 +26,7 @@ from crossflow.tasks.depth.config import DepthConfig
 from crossflow.tasks.depth.dataset import coloured, example, plain
 from crossflow.tasks.depth.decoder import DepthScale
 from crossflow.tasks.depth.encoder import build_trunk
+from crossflow.tasks.depth.losses import DepthLoss
 from crossflow.tasks.depth.scoring import DepthScoring
 
 FARTHEST_PNG = 65.535
@@ -80,6 +81,11 @@ class Adapter(PictureTask[DepthConfig, DepthParts]):
     def build_trunk(self) -> nn.Module:
         """RGB (B, 3, H, W) -> (B, 2, 1, H, W)."""
         return build_trunk(self.config.source, self.config.backbone, self.config.data.image_size)
+
+    def decoded_loss(self) -> nn.Module | None:
+        """A loss of the depth in metres: abs_rel or affine; see `PictureTask.decoded_loss`."""
+        name = self.config.loss.decoded
+        return None if name == "none" else DepthLoss(self.parts.scale, name)
 
     # -- data
 

@@ -43,16 +43,16 @@ class DepthScale:
         z = (self._forward(torch.where(valid, depth, torch.ones_like(depth))) - self.shift) / self.scale
         return torch.where(valid, z, torch.zeros_like(z))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents -> depth in metres, clamped to [near, far]."""
+    def metres(self, z: Tensor) -> Tensor:
+        """Latents -> depth in metres, not clamped, so that a loss of it has a gradient everywhere."""
         f = z.float() * self.scale + self.shift
         if self.target == "log":
-            depth = f.exp()
-        elif self.target == "linear":
-            depth = f
-        else:
-            depth = 1 / f.clamp(min=1 / self.far)
-        return depth.clamp(self.near, self.far)
+            return f.exp()
+        return f if self.target == "linear" else 1 / f.clamp(min=1 / self.far)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents -> depth in metres, clamped to [near, far]."""
+        return self.metres(z).clamp(self.near, self.far)
 
     @classmethod
     def fit(cls, target: DepthTarget, near: float, far: float, depths: Iterable[Tensor]) -> "DepthScale":

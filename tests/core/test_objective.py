@@ -62,6 +62,7 @@ def make(tiny_dit: Callable, perturb: Callable) -> Callable[..., Objective]:
         grid: bool = False,
         settings: dict | None = None,
         extra_losses: Callable | None = None,
+        decoded_loss: nn.Module | None = None,
     ) -> Objective:
         torch.manual_seed(0)
         config = {"task": "toy", "source": {"kind": kind}, "loss": {"encoder": encoder}, **(settings or {})}
@@ -76,6 +77,7 @@ def make(tiny_dit: Callable, perturb: Callable) -> Callable[..., Objective]:
             alignment_head=nn.Linear(9, math.prod(latent_shape)),
             reconstructor=Reconstructor(latent_shape),
             extra_losses=extra_losses,
+            decoded_loss=decoded_loss,
         )
         perturb(with_head, 1)
         return with_head
@@ -331,6 +333,33 @@ def test_the_mean_learns_the_target_and_its_direction_from_its_own_samples_alone
     torch.testing.assert_close(weight.grad, expected)
 
 
+class Distance(nn.Module):
+    """Of decoded end points from the targets, mean squared."""
+
+    def forward(self, z1: Tensor, batch: Batch) -> Tensor:
+        return (z1 - batch.target).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("path", ["linear", "sincos"])
+def test_a_decoded_loss_alone_trains_the_network_by_the_end_of_one_step(
+    make: Callable[..., Objective], path: str
+) -> None:
+    loss = {"encoder": "none", "kl_weight": 0.0, "flow_weight": 0.0, "decoded": "l1", "decoded_weight": 2.0}
+    settings = {"path": {"name": path, "sigma_min": 0}, "time": {"at_start": 1.0}, "loss": loss}
+    objective, b, n = make(kind="deterministic", settings=settings, decoded_loss=Distance()), batch(), noise()
+    parts = objective(b, n)
+    z0 = objective.model.source_encoder(b.features).mean
+    flags = torch.tensor([True, False, True, False, False, True])
+    velocity = objective.model.velocity(z0, torch.zeros(B), flags)
+    end = z0 + velocity if path == "linear" else 2 / math.pi * velocity
+    expected = (end - b.target).square().flatten(1).mean(1)[~flags].sum() / B
+    torch.testing.assert_close(parts["decoded"], expected)
+    torch.testing.assert_close(parts["loss"], 2 * expected)
+    parts["loss"].backward()
+    assert all(parameter.grad is not None for parameter in objective.model.backbone.parameters())
+    assert not objective.leaves_parameters_out
+
+
 @torch.no_grad()
 def test_a_bridge_takes_the_noise_that_a_deterministic_source_leaves(make: Callable[..., Objective]) -> None:
     plain, noisy = (
@@ -366,6 +395,7 @@ def test_temperature_has_a_gradient_at_its_bound_and_returns_from_it(
         ({"encoder": "none", "kl": "standrd"}, "Unknown KL form 'standrd'. Did you mean 'standard'"),
         ({"encoder": "none", "encoder_gradient": "none"}, "leaves the source encoder to its own losses"),
         ({"encoder": "none", "flow_weight": 0}, "trains the source encoder alone"),
+        ({"encoder": "none", "decoded": "l1"}, "loss.decoded = l1 is no loss of this task"),
     ],
 )
 def test_invalid_objectives_are_user_errors(tiny_dit: Callable, loss: dict, message: str) -> None:
@@ -423,6 +453,7 @@ def test_the_flow_loss_is_weighted(make: Callable[..., Objective]) -> None:
     [
         ({"loss": {"encoder_gradient": "start"}}, "set time.at_start"),
         ({"path": {"noise": 0.1}}, "set source.kind=deterministic"),
+        ({"loss": {"decoded": "features"}}, "name the network by which features are compared"),
         ({"source": {"kind": "gaussian"}, "loss": {"mean_weight": 1}}, "which source.kind = gaussian lacks"),
     ],
 )
