@@ -1,5 +1,5 @@
-"""``crossflow benchmark quality|speed|learning|agreement|plan``: results beside the papers' tables; times on this
-machine, which recipe learns fastest on it, and whether its device computes what its CPU does.
+"""``crossflow benchmark quality|speed|learning|perception|agreement|plan``: results beside the papers' tables; times
+on this machine, which recipe learns fastest on it, and whether its device computes what its CPU does.
 """
 
 import json
@@ -179,6 +179,62 @@ def learning(
     budget = Budget(minutes or cpu_minutes or 0.0, clock, points, num, tuple(range(seeds)))
     markdown, html = compare(entries(arguments), budget, output, say, training_progress())
     say(f"Wrote {html} and {markdown}.")
+
+
+@command.command()
+@click.argument("runs", nargs=-1, required=True, type=options.PATH, metavar="RUN...")
+@click.option("--steps", default="1,2,4,8", show_default=True, help="Numbers of steps, separated by commas.")
+@click.option(
+    "--deviations",
+    default="0,0.5,1",
+    show_default=True,
+    help="Factors of the source's deviation, separated by commas; 0 is its mean.",
+)
+@click.option("--num", default=100, show_default=True, type=click.IntRange(1), help="Items of the validation split.")
+@click.option(
+    "--network",
+    help="Also measure the distance in features of timm:NAME, timm:NAME=FILE or timm:NAME@random (untrained).",
+)
+@options.output_folder("perception")
+@options.overwrite
+def perception(
+    runs: Sequence[Path], steps: str, deviations: str, num: int, network: str | None, output: Path | None,
+    overwrite: bool,
+) -> None:  # fmt: skip
+    """Error against sharpness and feature distance, over the steps of sampling and the noise of the source.
+
+    \b
+      crossflow benchmark perception runs/sr_tiny --steps 1,4
+      crossflow benchmark perception runs/depth_tiny --steps 1,2 --deviations 0,1 --num 20
+      crossflow benchmark perception runs/a runs/b --network timm:vgg16=vgg16.safetensors
+
+    For runs whose outputs have one truth (super-resolution, depth). Writes perception.md, .html and .json.
+    """
+    from crossflow.benchmarks.perception import Study
+    from crossflow.benchmarks.perception import perception as write_page
+    from crossflow.networks.picture_distances import FeatureDistance
+    from crossflow.released.files import read_weights
+
+    check_output(output, overwrite=overwrite)
+    counts = tuple(map(int, _numbers("--steps", steps, 1, whole=True)))
+    distance = None if network is None else FeatureDistance(network, read_weights)
+    study = Study(counts, _numbers("--deviations", deviations, 0), num, distance=distance)
+    with output_folder(Path("perception"), output, overwrite=overwrite) as folder:
+        say(f"Sampling {num} items of {', '.join(map(str, runs))} in {steps} steps. The page goes to {folder}.")
+        markdown, html = write_page(runs, study, folder, say)
+    say(f"Wrote {html} and {markdown}.")
+
+
+def _numbers(option: str, text: str, least: float, *, whole: bool = False) -> tuple[float, ...]:
+    """The numbers of an option, separated by commas. Raises UserError for others, and for smaller ones."""
+    try:
+        numbers = tuple(int(word) if whole else float(word) for word in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not min(numbers) >= least:
+        kind = "whole numbers" if whole else "numbers"
+        raise UserError(f"{option} takes {kind} of at least {least:g}, separated by commas; got {text!r}.")
+    return numbers
 
 
 @command.command()

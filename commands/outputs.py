@@ -1,7 +1,7 @@
 """Result files of the commands: what the task writes for each output, a grid, an animation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,19 @@ class Result:
 
 def write_results(model: Model, results: Sequence[Result], folder: Path) -> list[dict[str, object]]:
     """Writes the files of every result and shows them, see `show_results`; returns their listing."""
-    return show_results(model, [(result, write_result(model, result, folder)) for result in results], folder)
+    return show_results(model, [write_result(model, result, folder) for result in results], folder)
 
 
-def write_result(model: Model, result: Result, folder: Path) -> list[Path]:
-    """Writes the files of a result; returns them."""
-    return model.pipe.task.write_output(result.value, folder / result.stem, model.metadata(**result.details))
+def write_result(model: Model, result: Result, folder: Path) -> tuple[Result, list[Path]]:
+    """Writes the files of a result; returns it, of an ensemble with what was combined as its value, and the files."""
+    from crossflow.data.combined import Combined
+
+    stem, metadata = folder / result.stem, model.metadata(**result.details)
+    more: list[Path] = []
+    if isinstance(result.value, Combined):
+        more = result.value.write(stem, metadata)
+        result = replace(result, value=result.value.value)
+    return result, [*model.pipe.task.write_output(result.value, stem, metadata), *more]
 
 
 def show_results(model: Model, written: Sequence[tuple[Result, list[Path]]], folder: Path) -> list[dict[str, object]]:

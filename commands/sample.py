@@ -30,18 +30,26 @@ from crossflow.core.output import check_output, output_folder
 )
 @click.option("--num", default=1, show_default=True, type=click.IntRange(1), help="Outputs per input.")
 @click.option(
+    "--ensemble",
+    "members",
+    default=1,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Combine N samples of each input into one output, with its uncertainty (depth: the median). Default: none.",
+)
+@click.option(
     "--negative", "--away-from", "negative", metavar="TEXT", help="Says what to use instead of a negative prompt."
 )
 @options.as_json
 def command(
-    model: Model, prompts: Sequence[str], prompt_file: Path | None, paths: Sequence[Path], num: int,
-    negative: str | None, as_json: bool,
+    model: Model, prompts: Sequence[str], prompt_file: Path | None, paths: Sequence[Path], num: int, members: int,
+    **more: str | bool | None,
 ) -> None:  # fmt: skip
     """Make pictures from prompts, or captions, depth maps and sharper pictures from pictures.
 
     \b
       crossflow sample --checkpoint runs/t2i_tiny --prompt "a red cube left of a blue sphere" --num 4
-      crossflow sample --checkpoint runs/depth_tiny --input photo.jpg
+      crossflow sample --checkpoint runs/depth_tiny --input photo.jpg --ensemble 8
       crossflow sample --checkpoint runs/t2i_tiny --prompt "a cube" --guidance 3 guidance_interval=[0.1,0.8] zero_init=1
 
     KEY=VALUE sets any field of the recipe's `sample` section. Noise depends on the seed and the prompt (or the picture)
@@ -49,9 +57,10 @@ def command(
     the inputs.
     """
     from crossflow.core import distributed
+    from crossflow.engine.ensemble import check_ensemble
     from crossflow.engine.inputs import item_ids, no_negative_prompt
 
-    if negative is not None:
+    if isinstance(negative := more["negative"], str):
         raise no_negative_prompt(prompts[0] if prompts else "PROMPT", negative)
     texts = read_prompts(prompts, prompt_file)
     if not texts and not paths:
@@ -59,11 +68,20 @@ def command(
             'No prompt or picture is given. Give --prompt "a red cube" (repeatable) or --prompts FILE to a run that '
             "takes text, --input FILE or FOLDER to one that takes pictures."
         )
+    if members > 1:
+        if num > 1:
+            raise UserError("--ensemble makes one output of several for each input, and --num several: give one.")
+        model = replace(model, overrides=[*model.overrides, "mode=false"])
     check_output(model.output, overwrite=model.overwrite)
     join_processes()
+    if members > 1:
+        check_ensemble(model.pipe, members)
     model.announce(model.planned(Path("outputs") / model.pipe.task.name))
     inputs = named_inputs(model.pipe, texts, paths)
     results = _planned(inputs, item_ids([value for _, value in inputs], num), num)
+    results = (
+        [replace(each, details={**each.details, "ensemble": members}) for each in results] if members > 1 else results
+    )
     with contextlib.ExitStack() as stack:
 
         def claim() -> Path:
@@ -71,7 +89,8 @@ def command(
             return stack.enter_context(output_folder(default, model.output, overwrite=model.overwrite))
 
         folder = distributed.on_main(claim)
-        finished = list(_sampled(model, [value for _, value in inputs for _ in range(num)], results, folder))
+        values = [value for _, value in inputs for _ in range(num)]
+        finished = list(_sampled(model, values, results, folder, members))
         if distributed.is_main():
             listing = show_results(model, finished, folder)
     if distributed.is_main() and wants_json():
@@ -90,25 +109,31 @@ def _planned(inputs: Sequence[tuple[str, Any]], ids: Sequence[str], num: int) ->
 
 
 def _sampled(
-    model: Model, values: Sequence[Any], planned: Sequence[Result], folder: Path
+    model: Model, values: Sequence[Any], planned: Sequence[Result], folder: Path, members: int
 ) -> Iterator[tuple[Result, list[Path]]]:
     """Each result with its files, written beside the next batch; in the first of several processes, none in the others.
 
-    values: the input of each result.
+    values: the input of each result; members: samples that are combined into each.
     """
     from crossflow.core import distributed
+    from crossflow.engine.ensemble import combine
 
     settings = model.pipe.sample_settings(**model.settings)
     # Several processes take equal shares, also of fewer outputs than their batches would hold.
-    size = min(settings.batch_size, -(-len(planned) // distributed.world_size()))
+    size = 1 if members > 1 else min(settings.batch_size, -(-len(planned) // distributed.world_size()))
     batches = [range(start, min(start + size, len(planned))) for start in range(0, len(planned), size)]
 
     def write(results: list[Result]) -> list[tuple[Result, list[Path]]]:
-        return [(result, write_result(model, result, folder)) for result in results]
+        return [write_result(model, result, folder) for result in results]
 
     with progress_bar("sampling") as on_step:
 
         def sample(batch: range) -> list[Result]:
+            if members > 1:
+                (i,) = batch
+                return [
+                    replace(planned[i], value=combine(model.pipe, values[i], members, model.seed, settings, on_step))
+                ]
             ids = [str(planned[i].details["item"]) for i in batch]
             outputs = model.pipe.outputs([values[i] for i in batch], ids, model.seed, settings, on_step)
             return [replace(planned[i], value=output) for i, output in zip(batch, outputs, strict=True)]

@@ -35,6 +35,14 @@ def colour_depth(depth: np.ndarray, *, near: float | None = None, far: float | N
     return np.where(valid[..., None], np.rint(colours * 255), 0).astype(np.uint8)
 
 
+def colour_spread(values: np.ndarray) -> np.ndarray:
+    """Values (H, W) >= 0 as a uint8 (H, W, 3) picture in the turbo colours: blue 0, red the largest."""
+    from matplotlib import colormaps
+
+    share = values.astype(np.float64) / max(float(values.max()), 1e-12)
+    return np.rint(np.asarray(colormaps["turbo"](share))[..., :3] * 255).astype(np.uint8)
+
+
 def sheet(
     pictures: Sequence[np.ndarray],
     captions: Sequence[str] = (),

@@ -110,6 +110,8 @@ class Pipeline(HubMethods):
         """The run that `weak` came from."""
         self.flow: Callable[..., Solution] = sampling.flow
         """What integrates the guided velocity; a scheduler of another library may take its place."""
+        self.deviation = 1.0
+        """Factor of the deviation of the source, which measurements change; 0: z0 is its mean."""
         self.device = find_device(device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.precision = check_precision(precision or default_precision(self.device, num_parameters), self.device)
@@ -270,11 +272,11 @@ class Pipeline(HubMethods):
         with autocast(self.device, self.precision):
             posterior = self.model.source_encoder(source.features, source.mask)
         if self.model.source_encoder.kind == "gaussian":
-            shape = self.noise_shape(source)
-            return item_noise(seed, ids, shape).to(self.device, non_blocking=True)
+            noise = self.deviation * item_noise(seed, ids, self.noise_shape(source))
+            return noise.to(self.device, non_blocking=True)
         if mode or posterior.log_var is None:
             return posterior.mode()
-        noise = item_noise(seed, ids, posterior.mean.shape[1:])
+        noise = self.deviation * item_noise(seed, ids, posterior.mean.shape[1:])
         return posterior.sample(noise=noise.to(self.device, non_blocking=True))
 
     def noise_shape(self, source: Source) -> tuple[int, ...]:

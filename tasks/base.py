@@ -31,6 +31,7 @@ from crossflow.core.source import SourceEncoder
 from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import cache_of
 from crossflow.data.cases import Case, Cases, ItemCases, OpenData, Tile, is_picture
+from crossflow.data.combined import Combination, combined_pictures
 from crossflow.data.dataset import Examples
 from crossflow.data.images import load_image, save_png, to_tensor, to_uint8
 from crossflow.data.item import Item
@@ -466,6 +467,14 @@ class Task(ABC, Generic[C, P]):
         """Outputs as comparable pictures uint8 (H, W, 3); empty for a task that makes no pictures."""
         return list(outputs)
 
+    @property
+    def combination(self) -> Combination:
+        """What makes one output of several for an input. Raises UserError where these are different answers."""
+        raise UserError(
+            f"Outputs of the task {self.name} are different answers rather than estimates of one, so there is nothing "
+            "to combine. Use --num for several of them."
+        )
+
     @abstractmethod
     def write_output(self, output: Output, stem: Path, metadata: Mapping[str, Any]) -> list[Path]:
         """Writes an output to files named after `stem` and returns them; pictures carry the metadata."""
@@ -616,6 +625,11 @@ class PixelTask(PictureTask[C, PP]):
             alignment=source.features,
             ids=record["id"],
         )
+
+    @property
+    def combination(self) -> Combination:
+        """The mean of pictures."""
+        return combined_pictures
 
     def decoded_loss(self) -> nn.Module | None:
         """A distance between pictures: l1, ssim or features; see `PictureTask.decoded_loss`."""

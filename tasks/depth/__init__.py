@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crossflow.core.batch import Batch, Record
 from crossflow.core.files import write_array
+from crossflow.data.combined import Combination, combined_depth
 from crossflow.data.dataset import Examples
 from crossflow.data.images import load_depth_png, save_depth_png, save_png
 from crossflow.data.item import Item
@@ -81,6 +82,11 @@ class Adapter(PictureTask[DepthConfig, DepthParts]):
     def build_trunk(self) -> nn.Module:
         """RGB (B, 3, H, W) -> (B, 2, 1, H, W)."""
         return build_trunk(self.config.source, self.config.backbone, self.config.data.image_size)
+
+    @property
+    def combination(self) -> Combination:
+        """The median at each pixel."""
+        return combined_depth
 
     def decoded_loss(self) -> nn.Module | None:
         """A loss of the depth in metres: abs_rel or affine; see `PictureTask.decoded_loss`."""

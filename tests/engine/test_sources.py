@@ -58,3 +58,39 @@ def test_the_form_of_csfm_trains_samples_and_inverts_with_its_condition(
     message = capsys.readouterr().err
     assert "reads its input as a condition" in message
     assert "Use a run with source.condition=false" in message
+
+
+@pytest.mark.slow
+def test_an_end_to_end_stage_starts_from_a_run_and_lowers_its_error_in_one_step(
+    tiny_run, tmp_path: Path, tiny_settings
+) -> None:
+    """Without flow loss, at t = 0 alone; a deterministic source reads the weights of a variational one."""
+    settings = [word for word in tiny_settings("depth") if not word.startswith(("train.steps", "sample.steps"))]
+    own = [f"train.start_from={tiny_run('depth')}", "train.steps=30", "train.warmup_steps=0", "train.log_every=10"]
+    argv = [
+        "train",
+        "--config",
+        "depth_end_to_end",
+        "--output",
+        str(tmp_path / "run"),
+        *settings,
+        *own,
+        "train.lr=5e-3",
+    ]
+    assert main(argv) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    curve = [line["decoded"] for line in lines if line["kind"] == "train"]
+    assert curve[-1] < 0.8 * curve[0]
+    assert [line["loss"] for line in lines if line["kind"] == "train"] == pytest.approx(curve)
+
+
+@pytest.mark.slow
+def test_a_noisy_source_around_a_learned_mean_trains_with_a_decoded_loss(tmp_path: Path, tiny_settings) -> None:
+    argv = ["train", "--task", "sr", "--output", str(tmp_path / "run"), *tiny_settings("sr"), "sr.trunk=residual"]
+    source = ["source.kind=noisy", "source.noise_scale=0.4", "loss.encoder_gradient=none", "loss.mean_weight=1"]
+    network = ["loss.decoded=features", "loss.decoded_network=timm:test_resnet@random"]
+    assert main([*argv, *source, *network, "train.log_every=1"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["kind"] == "train")
+    assert first["loss"] == pytest.approx(first["flow"] + first["mean"] + first["decoded"], rel=1e-4)
+    assert first["decoded"] > 0
