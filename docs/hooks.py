@@ -1,11 +1,13 @@
 """What the site makes of the pages, which are written to be read in the repository too.
 
-CONTRIBUTING.md and CHANGELOG.md become pages; links to other files outside docs/ become their names; the reason why a
-block does not run in the tests is left out. A page that loads anything from another host ends the build.
+CONTRIBUTING.md, CHANGELOG.md and the notebooks become pages; links to other files outside docs/ become their names; the
+reason why a block does not run in the tests is left out. A page that loads anything from another host ends the build.
 """
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -23,9 +25,12 @@ _LOADS = re.compile(
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that lie at the root."""
+    """Adds the pages that lie at the root, and those of the notebooks."""
     for name, page in FROM_ROOT.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        content = notebook_page(json.loads(path.read_text(encoding="utf-8"))["cells"], path.name)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=content))
     return files
 
 
@@ -46,6 +51,16 @@ def on_post_build(config: MkDocsConfig) -> None:
         expect_local(path.read_text(encoding="utf-8"), path.name)
 
 
+def notebook_page(cells: list[dict[str, Any]], name: str) -> str:
+    """The cells of a notebook as a page, without outputs."""
+    texts = ["".join(cell["source"]) for cell in cells]
+    blocks = [
+        text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```"
+        for cell, text in zip(cells, texts, strict=True)
+    ]
+    return "\n\n".join([blocks[0], f"*The notebook is `docs/notebooks/{name}`.*", *blocks[1:]]) + "\n"
+
+
 def without_reasons(markdown: str) -> str:
     """Fences without what stands behind their language."""
     return re.sub(r"^( *```\w+) +[^\n]+$", r"\1", markdown, flags=re.MULTILINE)
@@ -58,6 +73,7 @@ def inside(markdown: str) -> str:
         text, target = link.groups()
         return f"[{text}]({FROM_ROOT[target]})" if target in FROM_ROOT else f"`{target}`" if text in target else text
 
+    markdown = re.sub(r"(\]\(notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
     return re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", replaced, markdown)
 
 

@@ -45,6 +45,13 @@ def test_links_may_lead_anywhere(hooks: ModuleType) -> None:
 def test_links_out_of_the_folder_become_pages_or_names(hooks: ModuleType) -> None:
     text = "[how](../CONTRIBUTING.md), [configs/a.yaml](../configs/a.yaml), [the files](../configs), [data](data.md)"
     assert hooks.inside(text) == "[how](contributing.md), `configs/a.yaml`, the files, [data](data.md)"
+    assert hooks.inside("[a](notebooks/a.ipynb)") == "[a](notebooks/a.md)"
+
+
+def test_notebooks_become_pages(hooks: ModuleType) -> None:
+    cells = [{"cell_type": "markdown", "source": ["# A\n", "b"]}, {"cell_type": "code", "source": ["print(1)"]}]
+    expected = "# A\nb\n\n*The notebook is `docs/notebooks/a.ipynb`.*\n\n```python\nprint(1)\n```\n"
+    assert hooks.notebook_page(cells, "a.ipynb") == expected
 
 
 def test_reasons_stay_in_the_repository(hooks: ModuleType) -> None:
@@ -58,4 +65,5 @@ def test_the_navigation_holds_every_page_of_the_index() -> None:
     pages = {page for entry in nav for value in entry.values() for page in ([value] if isinstance(value, str) else
              [path for item in value for path in item.values()])}  # fmt: skip
     written = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    assert pages == written | {"contributing.md", "changelog.md"}
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    assert pages == written | notebooks | {"contributing.md", "changelog.md"}
