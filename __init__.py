@@ -8,12 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossflow.engine.sample import Pipeline, load
+    from crossflow.engine.joint.pipeline import JointPipeline, load
+    from crossflow.engine.sample import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "Pipeline"]
+__all__ = ["__version__", "load", "Pipeline", "JointPipeline"]
 
-_HOME = {"load": "crossflow.engine.sample", "Pipeline": "crossflow.engine.sample"}  # public name -> its module
+_HOME = {
+    "load": "crossflow.engine.joint.pipeline",
+    "Pipeline": "crossflow.engine.sample",
+    "JointPipeline": "crossflow.engine.joint.pipeline",
+}  # public name -> its module
 
 
 def __getattr__(name: str) -> Any:

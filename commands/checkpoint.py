@@ -27,6 +27,8 @@ class Model:
     """A trained model with the options of the command line; it is loaded when `pipe` is first used."""
 
     checkpoint: str
+    task: str | None
+    """Of a joint run."""
     weights: str | None
     device: str | None
     precision: str | None
@@ -57,11 +59,48 @@ class Model:
             "compile": self.compile,
             "offload": self.offload,
         }
-        pipe = load(self.checkpoint, weights=self.weights, overrides=self.replaced, batch_size=self.batch, **where)
+        pipe = load(self.place, weights=self.weights, overrides=self.replaced, batch_size=self.batch, **where)
         pipe.sample_settings(**self.settings)
         if self.guide_with is not None:
             pipe.guide_with(load(self.guide_with, overrides=self.replaced, **where))
         return pipe
+
+    @functools.cached_property
+    def place(self) -> Path:
+        """The run directory, or the folder of the task in a joint one. Raises UserError if it has no such task, or
+        several and none is named.
+        """
+        from crossflow.engine.joint.pipeline import member, task_for
+        from crossflow.networks.hub import run_folder
+        from crossflow.tasks import load_config
+
+        folder = run_folder(self.checkpoint)
+        if self.choices:
+            return member(folder, self.task or task_for(folder))
+        if self.task is not None and self.task != (own := load_config(folder).task):
+            raise UserError(f"{self.checkpoint} is a run of the task {own}, not of {self.task}.")
+        return folder
+
+    @functools.cached_property
+    def choices(self) -> tuple[str, ...]:
+        """The tasks of a joint run; none for any other."""
+        from crossflow.engine.joint.pipeline import joint_tasks
+        from crossflow.networks.hub import run_folder
+
+        return joint_tasks(run_folder(self.checkpoint))
+
+    def taking(self, kind: str) -> "Model":
+        """The model whose task takes such inputs (text | image), where a joint run has one and none is named."""
+        from crossflow.engine.joint.pipeline import task_for
+        from crossflow.networks.hub import run_folder
+
+        if self.task is not None or not self.choices:
+            return self
+        return dataclasses.replace(self, task=task_for(run_folder(self.checkpoint), kind))
+
+    def of_task(self, name: str) -> "Model":
+        """The model of this task, where a joint run has it and none is named."""
+        return dataclasses.replace(self, task=name) if self.task is None and name in self.choices else self
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -109,6 +148,7 @@ OWN_OPTION = ("solver", "steps", "guidance")
 
 OPTIONS = (
     click.option("--checkpoint", required=True, help="Run directory, or hub id (owner/name)."),
+    click.option("--task", type=options.TaskName(), help="Of a joint run. Default: the only one that fits."),
     click.option("--weights", type=options.Choice(["ema", "model"]), help="Default: the averaged ones (ema)."),
     *options.COMPUTING,
     click.option(

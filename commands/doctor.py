@@ -39,6 +39,7 @@ def command(
       crossflow doctor runs/t2i_tiny                        losses, gradients, posteriors, data, scores of a run
 
     A run is compared with the shipped band of its recipe, if there is one, and its weights with a few validation items.
+    Of a joint run each task is examined.
     """
     if data is not None and task is None and recipe is None:
         raise UserError("--data belongs to a training that is planned: add --task or --config.")
@@ -49,7 +50,10 @@ def command(
         settings = ([f"data.train={data}"] if data is not None else []) + list(words)
         subjects = [_examine_plan(recipe or f"{task}_tiny", settings, task, processes)]
     elif words:
-        subjects = [_examine_run(Path(word), measure=not no_measuring) for word in words]
+        from crossflow.engine.joint.pipeline import task_folders
+
+        folders = [folder for word in words for folder in task_folders(Path(word))]
+        subjects = [_examine_run(folder, measure=not no_measuring) for folder in folders]
     else:
         subjects = [_examine_machine()]
     if as_json:

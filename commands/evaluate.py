@@ -79,6 +79,7 @@ def command(
 
     join_processes()
     protocol = _protocol(protocol_name, networks, repeat)
+    model = model if protocol is None else model.of_task(protocol.task)
     settings = model.settings if repeat is None else {**repeat.manifest["sample"], **model.settings}
     default = None if repeat is None else repeat.path.parent / "repeated"
     evaluation = Evaluation.open(

@@ -33,6 +33,19 @@ class TaskName(click.ParamType):
         return value
 
 
+class TaskNames(TaskName):
+    """One task, or several separated by commas."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """The choices as the help shows them."""
+        return f"[{'|'.join(task_names())}],..."
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The names without spaces. Raises UserError with near names for an unknown task."""
+        names = [super(TaskNames, self).convert(word.strip(), param, ctx) for word in value.split(",")]
+        return ",".join(names)
+
+
 class RecipeName(click.ParamType):
     """A shipped recipe, or a file; what it is shows when it is read."""
 

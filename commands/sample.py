@@ -50,6 +50,7 @@ def command(
     \b
       crossflow sample --checkpoint runs/t2i_tiny --prompt "a red cube left of a blue sphere" --num 4
       crossflow sample --checkpoint runs/depth_tiny --input photo.jpg --ensemble 8
+      crossflow sample --checkpoint runs/joint_tiny --task depth --input photo.jpg
       crossflow sample --checkpoint runs/t2i_tiny --prompt "a cube" --guidance 3 guidance_interval=[0.1,0.8] zero_init=1
 
     KEY=VALUE sets any field of the recipe's `sample` section. Noise depends on the seed and the prompt (or the picture)
@@ -74,6 +75,7 @@ def command(
         model = replace(model, overrides=[*model.overrides, "mode=false"])
     check_output(model.output, overwrite=model.overwrite)
     join_processes()
+    model = model.taking("text" if texts else "image")
     if members > 1:
         check_ensemble(model.pipe, members)
     model.announce(model.planned(Path("outputs") / model.pipe.task.name))

@@ -21,7 +21,8 @@ MAX_SAMPLES = 3
 @options.as_json
 @options.open_result
 def command(run: str, as_json: bool, open_result: bool) -> None:
-    """Say what RUN (a run directory, or a hub id) is: settings that differ from its recipe, scores, files, provenance.
+    """Say what RUN (a run directory, or a hub id) is: settings that differ from its recipe, scores, files,
+    provenance; of a joint run those of each task.
 
     \b
       crossflow show runs/t2i_tiny
@@ -29,16 +30,21 @@ def command(run: str, as_json: bool, open_result: bool) -> None:
       crossflow show runs/t2i_tiny --open                    its last picture
     """
     from crossflow.engine.describe import describe
+    from crossflow.engine.joint.pipeline import joint_tasks, task_folders
+    from crossflow.networks.hub import run_folder
 
-    description = describe(run)
-    if open_result and not description.samples:
+    folder = run_folder(run)
+    descriptions = [describe(place) for place in task_folders(folder)]
+    if open_result and not descriptions[0].samples:
         raise UserError(f"{run} has no pictures of its training to open: its folder `samples` is empty or missing.")
     if as_json:
-        print_json(description.as_json())
+        contents = [description.as_json() for description in descriptions]
+        print_json({"folder": str(folder), "tasks": contents} if joint_tasks(folder) else contents[0])
     else:
-        _show(description)
+        for description in descriptions:
+            _show(description)
     if open_result:
-        open_file(description.samples[-1])
+        open_file(descriptions[0].samples[-1])
 
 
 def _show(run: "Description") -> None:

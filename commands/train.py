@@ -14,16 +14,21 @@ from crossflow.tasks import task_names
 if TYPE_CHECKING:
     from crossflow.core.config import Config
     from crossflow.core.training.dry_run import DryRun
+    from crossflow.core.training.trainer import TrainResult
     from crossflow.engine.train import Outcome, Run
 
 
 @click.command("train", short_help="Train a model on a task's recipe or on your own data.")
-@click.option("--task", type=options.TaskName(), help="The task; not needed when --config names a recipe.")
+@click.option(
+    "--task",
+    type=options.TaskNames(),
+    help="The task, or several to train jointly; not needed with a recipe in --config.",
+)
 @click.option(
     "--config",
     "recipe",
     type=options.RecipeName(),
-    help="Shipped recipe (crossflow list configs) or YAML file. Default: TASK_tiny.",
+    help="Shipped recipe (crossflow list configs) or YAML file. Default: TASK_tiny, joint_tiny for several tasks.",
 )
 @click.option(
     "--data", help="Training data: scenes, coco:DIR, jsonl:FILE, folder:DIR, pairs:DIR, ... (crossflow list datasets)."
@@ -44,6 +49,7 @@ def command(
       crossflow train --task t2i --data coco:~/flickr8k --output runs/mine
       crossflow train --output runs/mine --resume auto
       crossflow train --task depth source.kind=gaussian      the noise-source baseline
+      crossflow train --task t2i,caption,depth,sr            several tasks around one backbone (docs/joint.md)
       accelerate launch -m crossflow train --task t2i        on many GPUs
 
     Ctrl-C ends cleanly with a checkpoint. The run directory holds config, weights, samples, metrics and checkpoints.
@@ -52,11 +58,15 @@ def command(
         raise UserError("--resume continues the run in --output; add --output DIR.")
     from crossflow.core import distributed
     from crossflow.engine.folder import new_folder
+    from crossflow.engine.joint.config import is_joint
     from crossflow.engine.train import finished
     from crossflow.tasks import load_config, task_class
 
     source = _source(task, recipe, output if resume is not None else None)
     settings = ([f"data.train={data}"] if data is not None else []) + list(overrides)
+    if "," in (task or "") or is_joint(source):
+        _train_jointly(source, settings, task, output, resume, data_changed, dry_run)
+        return
     config = load_config(source, settings, task)
     distributed.limit_waiting(config.train.timeout_minutes, "train.timeout_minutes")
     distributed.device()  # joins the processes of a launcher, if there are several
@@ -100,7 +110,48 @@ def _source(task: str | None, recipe: str | None, resumed: Path | None) -> str |
             f"Neither a task nor a recipe is given. Give --task {'|'.join(task_names())}, or --config with a recipe "
             "(crossflow list configs)."
         )
-    return f"{task}_tiny"
+    return "joint_tiny" if "," in task else f"{task}_tiny"
+
+
+def _train_jointly(
+    source: str | Path, settings: Sequence[str], tasks: str | None, output: Path | None,
+    resume: str | None, data_changed: bool, dry_run: bool,
+) -> None:  # fmt: skip
+    """Trains several tasks as one run, or measures it."""
+    from crossflow.core import distributed
+    from crossflow.engine.folder import new_folder
+    from crossflow.engine.joint.config import load_joint
+    from crossflow.engine.joint.run import JointRun, dry_run_jointly, finished_jointly
+
+    config = load_joint(source, settings, tasks, quick=dry_run)
+    distributed.limit_waiting(config.train.timeout_minutes, "train.timeout_minutes")
+    distributed.device()  # joins the processes of a launcher, if there are several
+    if dry_run:
+        measured = dry_run_jointly(config, progress=training_progress())
+        if distributed.is_main():
+            _show_size(measured.parameters, measured.memory)
+            _show_costs(measured)
+        return
+    folder = output or distributed.on_main(lambda: new_folder(Path("runs"), Path(source).stem))
+    if resume is not None and finished_jointly(config, folder) is not None:
+        if distributed.is_main():
+            say(f"The run in {folder} is finished: {config.train.steps} steps, and every task is scored.")
+            say("To train it further, give a larger train.steps=N.")
+        return
+    if distributed.is_main():
+        say(f"Using {source} ({config.task}). The run goes to {folder}.")
+    run = JointRun.open(config, folder, resume=resume, data_changed=data_changed, progress=training_progress())
+    if distributed.is_main():
+        parts = ", ".join(f"{part} {number / 1e6:.2f}M" for part, number in run.model.num_parameters().items())
+        say(f"Training {config.task} into {folder} ({parts}; {config.train.steps} steps of {config.train.batch_size}).")
+    outcome = run.train()
+    if not distributed.is_main():
+        return
+    if _show_time(outcome.result, folder):
+        for name, own in outcome.tasks.items():
+            say(f"{name}:")
+            _show_task(run.tasks[name], own)
+            say(f"  crossflow sample --checkpoint {folder} --task {name} {_example(run.tasks[name])}")
 
 
 def _show_start(config: "Config", run: "Run", folder: Path) -> None:
@@ -109,21 +160,35 @@ def _show_start(config: "Config", run: "Run", folder: Path) -> None:
 
 
 def _show_end(run: "Run", outcome: "Outcome", folder: Path) -> None:
-    result = outcome.result
+    if _show_time(outcome.result, folder):
+        _show_task(run, outcome)
+        say(f"The run is in {folder}. Use it: crossflow sample --checkpoint {folder} {_example(run)}")
+
+
+def _show_time(result: "TrainResult", folder: Path) -> bool:
+    """Says how a training ended; whether it has completed its steps."""
     if result.status == "stopped":
         say(f"Stopped after step {result.step} ({result.reason}). Continue with:")
         say(f"  crossflow train --output {folder} --resume auto")
-        return
+        return False
     trained = f"Trained {result.num_steps} steps in {result.seconds / 60:.1f} minutes"
-    trained = trained if result.num_steps else f"The training had completed its {result.step} steps before"
-    say(f"{trained}. Samples: {folder / 'samples'}")
+    say(f"{trained if result.num_steps else f'The training had completed its {result.step} steps before'}.")
+    return True
+
+
+def _show_task(run: "Run", outcome: "Outcome") -> None:
+    """Prints the scores of a task, and where its pictures are."""
+    say(f"Samples: {run.folder / 'samples'}")
     if outcome.scores is not None:
         show_scores(outcome.scores.values, outcome.scores.intervals, outcome.baseline, run.task.Scoring.headline)
         for note in outcome.scores.notes:
             say(f"note: {note}")
+
+
+def _example(run: "Run") -> str:
+    """The options that give a trained run an input."""
     prompt = '"a red cube"' if run.config.data.train == "scenes" else "TEXT"
-    example = f"--prompt {prompt}" if run.task.input_kind == "text" else "--input PICTURE"
-    say(f"The run is in {folder}. Use it: crossflow sample --checkpoint {folder} {example}")
+    return f"--prompt {prompt}" if run.task.input_kind == "text" else "--input PICTURE"
 
 
 def _dry_run(config: "Config", names_data: bool) -> None:

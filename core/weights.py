@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +13,57 @@ from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.files import read_tensors
 from crossflow.core.model import CrossFlow
 
+T = TypeVar("T")
+
 WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
 """Kind of weights -> their file; `ema` is the moving average."""
+MEMBERS, SHARED = "tasks", "shared"
+"""A joint run keeps the part of each task in its folder tasks/NAME, and its weights under the names tasks.NAME; those
+of the body, which all tasks share, under `shared`.
+"""
+
+
+def joint_run(folder: Path) -> Path | None:
+    """The joint run that `folder` is a task of, RUN of RUN/tasks/NAME, which holds its weights, log and checkpoints;
+    None for a run of its own.
+    """
+    place = folder.absolute()
+    root = place.parent.parent
+    is_member = place.parent.name == MEMBERS and (root / "config.yaml").is_file()
+    return None if not is_member or any((folder / name).is_file() for name in WEIGHTS.values()) else root
+
+
+def weights_file(folder: Path, kind: str) -> Path:
+    """The file with the weights of a run directory, or of a task of a joint run."""
+    return (joint_run(folder) or folder) / WEIGHTS[kind]
+
+
+def of_task(tensors: Mapping[str, T], name: str, body: str = "backbone") -> dict[str, T]:
+    """Of the tensors of a joint run those of one task, by their names in a run of its own."""
+    own, shared = f"{MEMBERS}.{name}.", f"{SHARED}."
+    return {
+        f"{body}.{key.removeprefix(shared)}" if key.startswith(shared) else key.removeprefix(own): tensor
+        for key, tensor in tensors.items()
+        if key.startswith((own, shared))
+    }
 
 
 def kind_of_weights(folder: Path, kind: str | None = None) -> str:
     """`kind`, or by default ema if the run directory has it, else model. Raises UserError for an unknown kind."""
     if kind is not None and kind not in WEIGHTS:
         raise unknown_name("weights", kind, WEIGHTS)
-    return kind or ("ema" if (folder / WEIGHTS["ema"]).is_file() else "model")
+    return kind or ("ema" if weights_file(folder, "ema").is_file() else "model")
 
 
-def load_weights(build: Callable[[], CrossFlow], path: Path) -> CrossFlow:
-    """The model that `build` makes, with the weights of a file, which is mapped into memory instead of copied.
+def load_weights(build: Callable[[], CrossFlow], folder: Path, kind: str) -> CrossFlow:
+    """The model that `build` makes, with the weights of a run directory or of a task of a joint run. Their file is
+    mapped into memory instead of copied.
 
     Raises UserError unless the file holds exactly the model's tensors.
     """
     with uninitialized():
         model = build()
-    _assign(model, path)
+    _assign(model, weights_file(folder, kind), None if joint_run(folder) is None else folder.absolute().name)
     return model
 
 
@@ -87,12 +119,13 @@ class _NoInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _assign(model: CrossFlow, path: Path) -> None:
+def _assign(model: CrossFlow, path: Path, task: str | None) -> None:
     if not path.is_file():
         raise UserError(
             f"{path.parent} has no {path.name}: the run has not saved weights yet, or the file was removed."
         )
     state = read_tensors(path, "Use another checkpoint of the run.")
+    state = state if task is None else of_task(state, task)
     expected = model.state_dict()
     wrong = [
         *(f"{key} is missing" for key in expected if key not in state),

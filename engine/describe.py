@@ -11,7 +11,7 @@ from typing import Any
 from crossflow.core.config import Config
 from crossflow.core.files import tensor_shapes
 from crossflow.core.settings import build, flat, read, shipped
-from crossflow.core.weights import WEIGHTS, kind_of_weights
+from crossflow.core.weights import joint_run, kind_of_weights, of_task, weights_file
 from crossflow.engine.folder import METRICS, SAMPLES, SCORES, RunFolder
 from crossflow.networks.hub import run_folder
 from crossflow.tasks import load_config, task_class
@@ -87,8 +87,8 @@ def describe(source: str | Path) -> Description:
     run, config = RunFolder(folder), load_config(folder)
     manifest = run.read_manifest()
     recipe, differences = compare_with_recipe(config, manifest.get("command", ()))
-    weights = folder / WEIGHTS[kind_of_weights(folder)]
-    curves = [path for path in (folder / "curves.png", folder / METRICS) if path.is_file()]
+    weights = weights_file(folder, kind_of_weights(folder))
+    curves = [path for path in (folder / "curves.png", run.root / METRICS) if path.is_file()]
     return Description(
         folder=folder,
         config=config,
@@ -96,7 +96,7 @@ def describe(source: str | Path) -> Description:
         differences=differences,
         step=run.last_step or run.read_scores().get("step"),
         weights=weights if weights.is_file() else None,
-        num_parameters=_num_parameters(weights) if weights.is_file() else {},
+        num_parameters=_num_parameters(weights, folder) if weights.is_file() else {},
         measurements=read_measurements(run, config),
         curves=next(iter(curves), None),
         samples=sorted((folder / SAMPLES).glob("*.png")),
@@ -131,10 +131,12 @@ def _differences(recipe: Mapping[str, object], own: Mapping[str, object]) -> dic
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _num_parameters(weights: Path) -> dict[str, int]:
-    """Numbers of values of the tensors by their part of the model."""
+def _num_parameters(weights: Path, folder: Path) -> dict[str, int]:
+    """Numbers of values of the tensors by their part of the model; of a joint run those of the task in `folder`."""
     numbers: dict[str, int] = {}
-    for name, shape in tensor_shapes(weights).items():
+    shapes: Mapping[str, tuple[int, ...]] = tensor_shapes(weights)
+    shapes = shapes if joint_run(folder) is None else of_task(shapes, folder.absolute().name)
+    for name, shape in shapes.items():
         part = name.partition(".")[0].replace("_", " ")
         numbers[part] = numbers.get(part, 0) + math.prod(shape)
     return numbers

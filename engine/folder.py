@@ -10,6 +10,7 @@
     scores.json              scores of the validation split after the last step
     samples/                 pictures made during training
     released.json            for a converted run: the published file it came from
+    tasks/NAME/              of a joint run: all but weights, log and checkpoints of each task
 
 Beside these lie the files that the task writes (tokenizer, codec, scales).
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 from crossflow.core.files import write_atomically
 from crossflow.core.training.checkpoint import checkpoints
-from crossflow.core.weights import WEIGHTS
+from crossflow.core.weights import WEIGHTS, joint_run
 from crossflow.networks.hub import CONFIG
 
 MANIFEST = "manifest.json"
@@ -56,14 +57,19 @@ class RunFolder:
         return self.path / CONFIG
 
     @property
+    def root(self) -> Path:
+        """Where weights, log and checkpoints lie: the folder itself, or the joint run of which it is a task."""
+        return joint_run(self.path) or self.path
+
+    @property
     def is_run(self) -> bool:
         """Whether a run was prepared here."""
         return self.config.is_file()
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The complete checkpoints, newest first."""
-        return checkpoints(self.path / CHECKPOINTS)
+        """The complete checkpoints, newest first; of a task those of its joint run."""
+        return checkpoints(self.root / CHECKPOINTS)
 
     @property
     def last_step(self) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from crossflow.core.errors import UserError
 from crossflow.core.training.bad_steps import BAD_STEPS
+from crossflow.core.weights import joint_run
 from crossflow.engine.folder import METRICS
 
 CLOCK = frozenset(("seconds_per_step", "cpu_seconds_per_step", "samples_per_second", "data_seconds"))
@@ -60,14 +61,17 @@ class RunLog:
 
     @classmethod
     def read(cls, folder: Path) -> "RunLog":
-        """The log of a run directory; empty without one.
+        """The log of a run directory, or what the log of a joint run says of a task; empty without one.
 
         A line that a training is about to write, or that was cut off by a crash, is left out, and so is what a resumed
         run has repeated.
         """
         lines: dict[str, dict[int, dict[str, Any]]] = {}
-        for line in map(_parse, (*_texts(folder / METRICS), *_texts(folder / BAD_STEPS))):
+        root = joint_run(folder)
+        place, task = (folder, None) if root is None else (root, folder.absolute().name)
+        for line in map(_parse, (*_texts(place / METRICS), *_texts(place / BAD_STEPS))):
             if line is not None:
+                line = line if task is None else _of_task(line, task)
                 lines.setdefault(line["kind"], {})[line["step"]] = line
         return cls({kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in lines.items()})
 
@@ -131,6 +135,15 @@ def _interpolate(x: float, places: Sequence[float], values: Sequence[float]) -> 
         if left <= x <= right and right > left:
             return low + (high - low) * (x - left) / (right - left)
     return values[0] if x < places[0] else values[-1]
+
+
+def _of_task(line: dict[str, Any], task: str) -> dict[str, Any]:
+    """What a line of a joint run says of a task, under the names of a run of its own."""
+    prefix = f"{task}/"
+    own = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+    # The total loss and the share of unconditional samples are of all tasks together.
+    whole = {name: value for name, value in line.items() if "/" not in name and name not in ("loss", "unconditional")}
+    return whole | own
 
 
 def _texts(path: Path) -> list[str]:

@@ -36,6 +36,18 @@ from crossflow.tasks import load_model, save_model
 from crossflow.tasks.base import Pieces, Task
 
 
+class Opening(Access, total=False):
+    """How a run is opened: the arguments of `load` but for the run itself."""
+
+    weights: str | None
+    device: str | None
+    precision: str | None
+    batch_size: int | None
+    compile: bool
+    offload: bool
+    overrides: Sequence[str]
+
+
 def load(
     source: str | Path,
     *,

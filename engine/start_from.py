@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
 from crossflow.core.files import read_tensors
-from crossflow.core.weights import WEIGHTS
+from crossflow.core.weights import WEIGHTS, joint_run, of_task, weights_file
 from crossflow.engine.folder import OBJECTIVE
 
 ADVICE = "Start from another run."
@@ -36,9 +36,10 @@ def start_from(source: str | Path, objective: nn.Module) -> Start:
     """
     folder = Path(source).expanduser()
     weights = {f"model.{name}": value for name, value in _read_generator(folder).items()}
-    if (folder / OBJECTIVE).is_file():
+    path = (joint_run(folder) or folder) / OBJECTIVE
+    if path.is_file():
         # Of these there are no averages.
-        weights |= read_tensors(folder / OBJECTIVE, ADVICE)
+        weights |= _own(read_tensors(path, ADVICE), folder)
     state = objective.state_dict()
     matching = {name for name, value in state.items() if name in weights and weights[name].shape == value.shape}
     if not any(name.startswith("model.") for name in matching):
@@ -53,10 +54,15 @@ def start_from(source: str | Path, objective: nn.Module) -> Start:
 
 
 def _read_generator(folder: Path) -> dict[str, Tensor]:
-    for name in WEIGHTS.values():
-        if (folder / name).is_file():
-            return read_tensors(folder / name, ADVICE)
+    for kind in WEIGHTS:
+        if (path := weights_file(folder, kind)).is_file():
+            return _own(read_tensors(path, ADVICE), folder)
     raise UserError(
         f"train.start_from = {folder} is not a run with weights: it has neither {' nor '.join(WEIGHTS.values())}. Give "
         "the run directory of a `crossflow train` or `crossflow convert`."
     )
+
+
+def _own(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Of the tensors of a joint run those of the task in `folder`; of any other run all."""
+    return tensors if joint_run(folder) is None else of_task(tensors, folder.absolute().name)

@@ -3,7 +3,7 @@
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
-from crossflow.core.weights import WEIGHTS, kind_of_weights, load_weights
+from crossflow.core.weights import kind_of_weights, load_weights
 from crossflow.networks.hub import run_folder
 from crossflow.tasks import load_config
 from crossflow.tasks.base import Task
@@ -35,4 +35,4 @@ def teacher_of(task: Task) -> CrossFlow | None:
         return None
     folder = run_folder(source)
     own = type(task)(load_config(folder), task.parts)
-    return load_weights(own.build_model, folder / WEIGHTS[kind_of_weights(folder)])
+    return load_weights(own.build_model, folder, kind_of_weights(folder))

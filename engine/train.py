@@ -5,7 +5,7 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,23 +266,34 @@ class Run:
         distributed.on_main(lock.acquire)
         resumes = resume is not None and bool(run.checkpoints)
         try:
-            kind = task_class(config.task)
-            # Relative paths of a resumed run refer to the directory where it was started.
-            data = open_data(kind, config, "train", run=folder if resumes else None)
-            preparation = _Preparation(config, run, kind, data, progress)
-            # On the main process alone: a slower process would take the new files for an existing run.
-            with distributed.waiting_for("what the first process prepares"):
-                distributed.on_main(lambda: preparation.resume(data_changed) if resumes else preparation.start(resume))
-            # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
-            task = kind.load(config, folder).to(distributed.device())
-            task.accept(data)
-            objective = _build_objective(config, task, progress, start=not resumes)
+            distributed.on_main(lambda: None if resumes else refuse_earlier(run, resume))
+            opened = cls.prepare(
+                config, folder, progress, resume=resume if resumes else None, data_changed=data_changed
+            )
         except BaseException:
             if distributed.is_main():
                 before.restore()
                 lock.release()
             raise
-        return cls(config, folder, task, data, objective, progress, resume, before, lock)
+        return replace(opened, resume=resume, before=before, lock=lock)
+
+    @classmethod
+    def prepare(
+        cls, config: Config, folder: Path, progress: TrainingProgress, *, resume: str | None, data_changed: bool
+    ) -> "Run":
+        """As `open`, in a folder that the caller has locked; resume: None for a new run, which has no checkpoints."""
+        kind, resumes = task_class(config.task), resume is not None
+        # Relative paths of a resumed run refer to the directory where it was started.
+        data = open_data(kind, config, "train", run=folder if resumes else None)
+        preparation = _Preparation(config, RunFolder(folder), kind, data, progress)
+        # On the main process alone: a slower process would take the new files for an existing run.
+        with distributed.waiting_for("what the first process prepares"):
+            distributed.on_main(lambda: preparation.resume(data_changed) if resumes else preparation.start())
+        # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
+        task = kind.load(config, folder).to(distributed.device())
+        task.accept(data)
+        objective = _build_objective(config, task, progress, start=not resumes)
+        return cls(config, folder, task, data, objective, progress, resume)
 
     # -- training
 
@@ -295,7 +306,7 @@ class Run:
             run_dir=self.folder,
             seed=self.config.seed,
             latent_shape=self.task.latent_shape,
-            callbacks=Callbacks(self._validate, self._sample, progress=self.progress),
+            callbacks=Callbacks(self.validate, self.sample, progress=self.progress),
             settings=self.config.model_dump(mode="json"),
         )
 
@@ -324,7 +335,7 @@ class Run:
     def _train(self) -> Outcome:
         """As `train`, with the folder locked."""
         try:
-            self._open_validation()
+            self.open_validation()
             trainer = self.trainer()
             result = trainer.run(self.resume)
         except BaseException:
@@ -334,15 +345,16 @@ class Run:
         if result.status == "stopped":
             return Outcome(self.folder, result)
         with trainer.learner.averaged():
-            return self._score(result) if distributed.is_main() else Outcome(self.folder, result)
+            return self.score(result) if distributed.is_main() else Outcome(self.folder, result)
 
-    def _open_validation(self) -> None:
+    def open_validation(self) -> None:
         """Opens the data before training, so that data without scores fail at once rather than after hours."""
         self.validation  # noqa: B018
         if distributed.is_main():
             self.cases  # noqa: B018
 
-    def _score(self, result: TrainResult) -> Outcome:
+    def score(self, result: TrainResult) -> Outcome:
+        """Scores the model as it is, beside the trivial baseline, and writes the scores and their pictures."""
         self.progress.note("Scoring the averaged weights on the validation split.")
         seed = self.config.seed
         scores = score(self._pipeline(), self.scoring, self.cases, seed=seed, num_tiles=NUM_SAMPLES)
@@ -376,7 +388,7 @@ class Run:
         device = str(next(self.model.parameters()).device)
         return Pipeline(self.task, self.model, folder=self.folder, weights="ema", device=device, precision="float32")
 
-    def _validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int) -> dict[str, float]:
         """The flow loss on held-out items, with their own sources and with those of other items; with
         `train.eval_scores` also the scores of their outputs.
         """
@@ -388,7 +400,8 @@ class Run:
         )
         return losses | values
 
-    def _sample(self, step: int) -> None:
+    def sample(self, step: int) -> None:
+        """Writes a picture of outputs for the first validation items."""
         distributed.on_main(lambda: self._show(step))
 
     def _show(self, step: int) -> None:
@@ -401,6 +414,16 @@ class Run:
         return save_png(arrange(pages, cell=128), path, {"seed": self.config.seed, "task": self.config.task})
 
 
+def refuse_earlier(run: RunFolder, resume: str | None) -> None:
+    """Raises UserError if the folder of a new run holds a training, unless that is to be resumed."""
+    if run.has_progress and resume is None:
+        some = " with checkpoints" if run.checkpoints else ""
+        raise UserError(
+            f"{run.path} already holds a run{some}. Continue it with "
+            f"`crossflow train --output {run.path} --resume auto`, or choose another --output."
+        )
+
+
 @dataclass(frozen=True)
 class _Preparation:
     """Everything before the flow: learned once by the main process, read by all processes from the run directory."""
@@ -411,14 +434,8 @@ class _Preparation:
     data: Examples
     progress: TrainingProgress
 
-    def start(self, resume: str | None) -> None:
-        """Prepares a new run. Raises UserError if the folder holds a training, unless that is to be resumed."""
-        if self.run.has_progress and resume is None:
-            some = " with checkpoints" if self.run.checkpoints else ""
-            raise UserError(
-                f"{self.run.path} already holds a run{some}. Continue it with "
-                f"`crossflow train --output {self.run.path} --resume auto`, or choose another --output."
-            )
+    def start(self) -> None:
+        """Prepares a new run."""
         self.run.path.mkdir(parents=True, exist_ok=True)
         task = taught_task(self.task, self.config) or self.task.learn(self.config, self.data, self.progress.note)
         self._check_patches(task.latent_shape)

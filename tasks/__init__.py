@@ -142,6 +142,15 @@ def check_headline(headline: Sequence[str], scores: Sequence[str], owner: str) -
         )
 
 
+def tasks_of(value: object) -> tuple[str, ...]:
+    """The names in the line `task` of a configuration: one, or those of a joint run, separated by commas.
+
+    >>> tasks_of("t2i, caption")
+    ('t2i', 'caption')
+    """
+    return tuple(word.strip() for word in str(value).split(",") if word.strip())
+
+
 def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | None = None) -> "Config":
     """The complete configuration of a recipe (a name, a file, or a run directory) with key=value overrides.
 
@@ -162,6 +171,12 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | N
             f"The configuration {source} does not name its task. Add a line `task: "
             f"t2i`, or another of {', '.join(task_names())}."
         )
+    if len(tasks_of(name)) > 1:
+        raise UserError(
+            f"{source} is of several tasks, {', '.join(tasks_of(name))}, and this needs one of them. `crossflow train` "
+            "trains them together; of such a run name a task by --task, or by its folder tasks/NAME in the run "
+            "directory."
+        )
     if task is not None and name != task:
         raise UserError(
             f"The configuration {source} belongs to the task {name!r}, but --task says {task!r}. Leave out one of "
@@ -171,17 +186,17 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), task: str | N
 
 
 def load_model(folder: Path, *, weights: str | None = None, overrides: Sequence[str] = ()) -> "tuple[Task, CrossFlow]":
-    """The task and the model of a run directory, on the CPU.
+    """The task and the model of a run directory, or of a task of a joint run, on the CPU.
 
     weights: ema | model; None: ema where the run has them. overrides: key=value settings that replace the run's. Raises
     UserError when files are missing, damaged, or do not fit.
     """
-    from crossflow.core.weights import WEIGHTS, kind_of_weights, load_weights
+    from crossflow.core.weights import kind_of_weights, load_weights
 
     config = load_config(folder, overrides)
     kind = kind_of_weights(folder, weights)
     task = task_class(config.task).load(config, folder)
-    return task, load_weights(task.build_model, folder / WEIGHTS[kind])
+    return task, load_weights(task.build_model, folder, kind)
 
 
 def save_model(task: "Task", model: "CrossFlow", folder: Path, kinds: Sequence[str] = ("model",)) -> None:

@@ -109,8 +109,16 @@ def tiny() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_settings():
-    """tiny_settings(task): overrides that make any recipe of the task train in about a second."""
-    return lambda task: [*TINY, *TINY_TASK[task]]
+    """tiny_settings(task): overrides that make any recipe of the task train in about a second; of several tasks,
+    separated by commas, a joint recipe.
+    """
+
+    def settings(task: str) -> list[str]:
+        names = task.split(",")
+        prefixes = {name: f"tasks.{name}." if len(names) > 1 else "" for name in names}
+        return [*TINY, *(f"{prefix}{own}" for name, prefix in prefixes.items() for own in TINY_TASK[name])]
+
+    return settings
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,7 @@ def small(argv: list[str], tiny_settings) -> list[str]:
     if argv[0] not in ("train", "cache") or {"--resume", "--verify"} & set(argv):
         return [*argv, "train.steps=4"] if "--resume" in argv else argv
     task = next(argv[argv.index(name) + 1].split("_")[0] for name in ("--task", "--config") if name in argv)
+    task = ",".join(task_names()) if task == "joint" else task
     chosen = {word.partition("=")[0] for word in argv} - {"train.steps"}
     extra = [word for word in tiny_settings(task) if word.partition("=")[0] not in chosen]
     return [*(word for word in argv if not word.startswith("train.steps=")), *extra]

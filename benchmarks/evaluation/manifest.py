@@ -15,7 +15,7 @@ from crossflow.benchmarks.evaluation.protocol import Protocol
 from crossflow.core import distributed
 from crossflow.core.config import SampleConfig
 from crossflow.core.sampling import count_evaluations
-from crossflow.core.weights import WEIGHTS
+from crossflow.core.weights import WEIGHTS, joint_run, weights_file
 from crossflow.engine.provenance import environment, versions
 from crossflow.engine.sample import Pipeline
 from crossflow.networks.frozen import weights_checksum
@@ -78,6 +78,9 @@ def checksums(pipe: Pipeline) -> dict[str, str]:
     weights = set(WEIGHTS.values()) - {WEIGHTS[pipe.weights]}
     unused = (UNUSED | weights) - set(pipe.task.parts.files())
     digests = {}
+    if joint_run(pipe.folder) is not None:
+        with weights_file(pipe.folder, pipe.weights).open("rb") as file:
+            digests[WEIGHTS[pipe.weights]] = hashlib.file_digest(file, "sha256").hexdigest()
     for path in sorted(pipe.folder.rglob("*")):
         name = path.relative_to(pipe.folder)
         hidden = any(part.startswith(".") for part in name.parts)

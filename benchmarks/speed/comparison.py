@@ -18,7 +18,9 @@ from crossflow.benchmarks.speed.released_files import Content, write_released
 from crossflow.benchmarks.speed.released_networks import ReleasedModel
 from crossflow.benchmarks.speed.released_step import ReleasedTraining, released_samples
 from crossflow.benchmarks.speed.training import Case, device_name, precision_name
+from crossflow.core.batch import Batch
 from crossflow.core.errors import UserError
+from crossflow.core.noise import Noise
 from crossflow.core.training.learner import Learner
 from crossflow.core.training.stream import MicroBatch
 from crossflow.engine.sample import Pipeline
@@ -127,6 +129,8 @@ def _released_training(run: Run, folder: Path, device: torch.device) -> Released
 def _differences(learner: Learner, released: ReleasedTraining, micro_batch: MicroBatch) -> dict[str, float]:
     """Relative differences of loss and gradient of one batch, at the same weights."""
     batch, noise = micro_batch.batch, micro_batch.noise
+    assert isinstance(batch, Batch), "recipes of one task are compared"
+    assert isinstance(noise, Noise)
     (drawn,) = learner.objective.draw([batch], [noise])  # type: ignore[operator]
     loss, _ = learner.wrapped(drawn, noise)
     learner.accelerator.backward(loss)

@@ -7,7 +7,7 @@ grid concatenated to z_t. B batch, N tokens, D width, C channels, H W height wid
 """
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,8 @@ class DiT(nn.Module):
     """
 
     position_table: Tensor | None
+    body: ClassVar[tuple[str, ...]] = ("time", "blocks", "final_modulation")
+    """What the tasks of a joint run share; patches, positions, indicator, first and last layer are each task's own."""
 
     def __init__(
         self,

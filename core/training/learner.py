@@ -16,6 +16,7 @@ from crossflow.core import distributed
 from crossflow.core.batch import Batch
 from crossflow.core.config import TrainConfig
 from crossflow.core.errors import UserError
+from crossflow.core.joint import JointBatch, JointNoise
 from crossflow.core.noise import Noise
 from crossflow.core.training import checkpoint, sharding
 from crossflow.core.training.ema import EMA
@@ -39,7 +40,7 @@ class _Losses(nn.Module):
         self.objective = objective
         self.names: tuple[str, ...] = ()
 
-    def forward(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch | JointBatch, noise: Noise | JointNoise) -> tuple[Tensor, Tensor]:
         losses = self.objective(batch, noise)
         names = tuple(losses)
         assert names == (self.names or names), f"the losses changed their names from {self.names} to {names}"
@@ -75,7 +76,7 @@ class Learner:
     def __init__(self, config: TrainConfig, objective: nn.Module, accelerator: Accelerator) -> None:
         self.config, self.objective, self.accelerator = config, objective, accelerator
         self.model: nn.Module = objective.model  # type: ignore[assignment]
-        self._draw: Callable[..., list[Batch]] = objective.draw  # type: ignore[assignment]
+        self._draw: Callable[..., list[Batch | JointBatch]] = objective.draw  # type: ignore[assignment]
         self.device: torch.device = accelerator.device
         if config.checkpointing:
             checkpoint_activations(self.model)
@@ -180,7 +181,7 @@ class Learner:
         elif (not self.is_sharded and skip_if(self.optimizer, is_bad[-1].float())) or not bool(is_bad[-1]):
             self.stepper.step()
 
-    def _share_of_unconditional(self, batches: Sequence[Batch]) -> Tensor:
+    def _share_of_unconditional(self, batches: Sequence[Batch | JointBatch]) -> Tensor:
         flags = [batch.unconditional for batch in batches if batch.unconditional is not None]
         return torch.cat(flags).float().mean() if flags else torch.zeros((), device=self.device)
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from crossflow.core import launcher
 from crossflow.core.batch import Batch, Record, map_tensors
 from crossflow.core.errors import UserError
+from crossflow.core.joint import JointBatch, JointNoise
 from crossflow.core.noise import Noise, Order, keyed_generator, order, training_noise
 from crossflow.core.training.signals import ignore_in_worker
 
@@ -36,7 +37,7 @@ class TrainingData(Protocol):
     def collate(self, examples: list[Any]) -> Record:
         """The record of a batch; runs in the loader workers, if any."""
 
-    def batch(self, record: Record) -> Batch:
+    def batch(self, record: Record) -> Batch | JointBatch:
         """A record as a batch on the training device; runs in the training process."""
 
     @property
@@ -53,7 +54,7 @@ class Loaded:
     """What loader workers make of a micro-batch, on the CPU."""
 
     record: Record
-    noise: Noise
+    noise: Noise | JointNoise
 
     def pin_memory(self) -> Self:
         """Tensors in page-locked memory, whose copies to a GPU overlap; called by the data loader."""
@@ -64,15 +65,17 @@ class Loaded:
 class MicroBatch:
     """The input of one forward pass of one process, on its device."""
 
-    batch: Batch
-    noise: Noise
+    batch: Batch | JointBatch
+    noise: Noise | JointNoise
 
     def __len__(self) -> int:
         return len(self.batch)
 
     def halves(self) -> "list[MicroBatch]":
-        """The first and the second half of the samples, of which there must be an even number."""
+        """The first and the second half of the samples of one task, of which there must be an even number."""
         middle = len(self) // 2
+        assert isinstance(self.batch, Batch), "a joint batch is not halved"
+        assert isinstance(self.noise, Noise)
         assert len(self) == 2 * middle, "an odd number of samples has no halves"
         parts = []
         for rows in (slice(0, middle), slice(middle, None)):
@@ -115,11 +118,15 @@ class MicroBatches(Dataset[Loaded | Refused]):
             return Refused(str(error))
 
     def _load(self, step: int, positions: Sequence[int]) -> Loaded:
+        return self.load(step, positions, positions)
+
+    def load(self, step: int, positions: Sequence[int], keys: Sequence[int]) -> Loaded:
+        """The examples at `positions` of the order of the data; keys: the global positions that key their noise."""
         places = self.examples_at(positions)
         # Data sets that load several items faster together implement this method, as for torch's loaders.
         together = getattr(self.data, "__getitems__", None)
         examples = together(places) if together else [self.data[place] for place in places]
-        noise = training_noise(self.seed, step, positions, self.latent_shape)
+        noise = training_noise(self.seed, step, keys, self.latent_shape)
         return Loaded(self.data.collate(examples), noise)
 
     def examples_at(self, positions: Sequence[int]) -> list[tuple[int, int]]:
@@ -223,7 +230,7 @@ def loaded(dataset: MicroBatches, positions: Positions, num_workers: int, pin: b
 
 
 def on_device(
-    items: Iterable[Loaded], batch: Callable[[Record], Batch], device: torch.device, *, ahead: bool
+    items: Iterable[Loaded], batch: Callable[[Record], Batch | JointBatch], device: torch.device, *, ahead: bool
 ) -> Generator[MicroBatch]:
     """The micro-batches of loaded items on `device`, in order; batch: as `TrainingData.batch`.
 
@@ -243,15 +250,15 @@ def on_device(
         with torch.cuda.stream(stream):
             following = make(item), stream.record_event()
         if pending is not None:
-            yield _claimed(*pending)
+            yield _claimed(*pending, device)
         pending = following
     if pending is not None:
-        yield _claimed(*pending)
+        yield _claimed(*pending, device)
 
 
-def _claimed(micro_batch: MicroBatch, ready: torch.cuda.Event) -> MicroBatch:
+def _claimed(micro_batch: MicroBatch, ready: torch.cuda.Event, device: torch.device) -> MicroBatch:
     """A micro-batch of another stream for use in the present one, which waits for it on the device."""
-    current = torch.cuda.current_stream(micro_batch.noise.time.device)
+    current = torch.cuda.current_stream(device)
     current.wait_event(ready)
 
     def keep(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from crossflow.core.config import TrainConfig
 from crossflow.core.distributed import Abandoned, waiting_for
 from crossflow.core.errors import UserError
 from crossflow.core.files import remove_temporaries
+from crossflow.core.joint import JointBatch
 from crossflow.core.noise import key
 from crossflow.core.progress import Silent, TrainingProgress
 from crossflow.core.settings import flat
@@ -32,6 +33,7 @@ from crossflow.core.training import checkpoint as state
 from crossflow.core.training.bad_steps import BadSteps
 from crossflow.core.training.dry_run import WARM_UP, DryRun, measure, memory
 from crossflow.core.training.failures import NoMemory, explained, memory_in_words
+from crossflow.core.training.joint import micro_batches
 from crossflow.core.training.learner import Learner, StepResult
 from crossflow.core.training.meter import Flags, Meter
 from crossflow.core.training.optim import learning_rate
@@ -47,7 +49,6 @@ from crossflow.core.training.signals import StopRequest
 from crossflow.core.training.stream import (
     Loaded,
     MicroBatch,
-    MicroBatches,
     Positions,
     TrainingData,
     loaded,
@@ -108,7 +109,8 @@ class Trainer:
     scalar losses by name, among them "loss", and `objective.draw(batches, noises)` prepares all parts of a step
     together; `objective.leaves_parameters_out` says whether some parameters get no gradient. data: see `TrainingData`.
     run_dir: the folder of metrics.jsonl, checkpoints/ and the weights.
-    latent_shape: of a sample of z0, for the noise. settings: the configuration that trackers record.
+    latent_shape: of a sample of z0, for the noise; `JointData` knows that of each task. settings: the configuration
+    that trackers record.
 
     A step is the same however it is divided into accumulated parts and processes: the same noise, the same
     unconditional samples and targets, and the losses of one process with the whole batch, as far as they are means or
@@ -140,7 +142,7 @@ class Trainer:
         self.progress: TrainingProgress = observer if observer is not None and self.rank == 0 else Silent()
         check_sizes(config, len(data), self.world_size)
         check_sharding(config, reads_trained_weights=not data.ahead)
-        self.data = MicroBatches(data, seed, latent_shape)
+        self.data = micro_batches(data, seed, latent_shape)
         self.num_examples = len(data)
         self.learner = Learner(config, objective, self.accelerator)
         self.learner.interruptible = lambda: self._abandoning(config.grace_seconds / 2)
@@ -285,7 +287,7 @@ class Trainer:
         """This process's parts of each step from `start` up to `stop`, on its device."""
         data, accumulate = self.data.data, self.config.accumulate
 
-        def batch(record: Record) -> Batch:
+        def batch(record: Record) -> Batch | JointBatch:
             with self.learner.phase("encode"):
                 return data.batch(record)
 

@@ -110,12 +110,12 @@ def gather(folder: Path, *, references: Sequence[Reference] | None = None, measu
 
 
 def _measure(folder: Path, config: Config) -> Measured:
-    kind = task_class(config.task)
+    kind, run = task_class(config.task), RunFolder(folder)
     num = min(NUM_MEASURED, config.data.num_val)
     held_out = open_data(kind, config, "val", run=folder, limit=num)
     losses, posterior = {}, None
     for weights, file in WEIGHTS.items():
-        if (folder / file).is_file():
+        if (run.root / file).is_file():
             task, model = load_model(folder, weights=weights)
             losses[weights] = held_out_loss(task, model, held_out, batch_size=num)
             posterior = posterior or measure_posterior(task, model, held_out)
