@@ -1,5 +1,5 @@
-"""``crossflow benchmark quality|speed|learning|perception|agreement|plan``: results beside the papers' tables; times
-on this machine, which recipe learns fastest on it, and whether its device computes what its CPU does.
+"""``crossflow benchmark quality|speed|learning|joint|perception|agreement|plan``: results beside the papers' tables;
+times on this machine, which recipe learns fastest on it, and whether its device computes what its CPU does.
 """
 
 import json
@@ -178,6 +178,46 @@ def learning(
     clock: Clock = "minutes" if minutes is not None else "cpu minutes"
     budget = Budget(minutes or cpu_minutes or 0.0, clock, points, num, tuple(range(seeds)))
     markdown, html = compare(entries(arguments), budget, output, say, training_progress())
+    say(f"Wrote {html} and {markdown}.")
+
+
+@command.command()
+@click.argument("recipe", type=options.RecipeName())
+@click.option("--task", type=options.TaskNames(), help="The tasks, separated by commas. Default: all of the recipe.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Of steps of each side, by the clock.")
+@click.option(
+    "--cpu-minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Instead of --minutes: in processor time of all threads.",
+)
+@click.option("--num", default=240, show_default=True, type=click.IntRange(1), help="Items of each score.")
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Seeds 0, 1, ... of each training.")
+@click.option(
+    "--output", type=options.PATH, default=Path("joint"), show_default=True, help="Folder of runs and results."
+)
+@options.settings
+def joint(
+    recipe: str, task: str | None, minutes: float | None, cpu_minutes: float | None, num: int, seeds: int,
+    output: Path, overrides: Sequence[str],
+) -> None:  # fmt: skip
+    """What tasks gain or lose by one backbone: a joint run beside runs of each task alone, in equal time.
+
+    \b
+      crossflow benchmark joint joint_tiny --minutes 20
+      crossflow benchmark joint joint_tiny --task t2i,depth --cpu-minutes 30 --seeds 3 backbone.size=tiny
+
+    The separate runs share the time of the joint one, once with the same network for each task, and once with narrower
+    ones that together have as many parameters as the joint network. The page (joint.html, joint.md, joint.json) is
+    written after each seed; after Ctrl-C the same command continues.
+    """
+    if (minutes is None) == (cpu_minutes is None):
+        raise UserError("Give the time of each side, by either --minutes or --cpu-minutes.")
+    from crossflow.benchmarks.joint import Budget, Comparison, compare
+
+    clock = "minutes" if minutes is not None else "cpu minutes"
+    budget = Budget(minutes or cpu_minutes or 0.0, clock, num, tuple(range(seeds)))
+    comparison = Comparison(recipe, tuple(overrides), task, budget, output)
+    markdown, html = compare(comparison, say, training_progress())
     say(f"Wrote {html} and {markdown}.")
 
 

@@ -195,8 +195,8 @@ def test_two_processes_train_as_one(joint: Path, tmp_path: Path, forked):
     command = [*launcher, "train", "--output", str(run), "--resume", "auto"]
     process = forked.Forked(command, tmp_path / "log", PYTHONPATH=os.pathsep.join(sys.path))
     assert process.wait() == 0, process.output()
-    for ours, theirs in zip(lines(run), lines(joint), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for shared, alone in zip(lines(run), lines(joint), strict=True):
+        assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(
