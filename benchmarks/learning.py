@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from crossflow.benchmarks.ablation.results import better
@@ -65,6 +65,8 @@ def entries(arguments: Sequence[str]) -> list[Entry]:
     settings: list[tuple[str | None, str]] = []
     for argument in arguments:
         label, colon, rest = argument.partition("=")[0].partition(":")
+        if PureWindowsPath(argument).is_absolute():  # C:\mine.yaml has no label
+            label, colon, rest = argument, "", ""
         if "=" in argument:
             settings.append((label, argument.partition(":")[2]) if colon else (None, argument))
         elif label in recipes:

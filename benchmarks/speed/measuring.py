@@ -4,7 +4,6 @@ Shares come from one pass under torch.profiler, seconds from passes without it.
 """
 
 import os
-import resource
 import statistics
 import sys
 import time
@@ -109,7 +108,7 @@ def reset_peak(device: torch.device) -> None:
 
 def peak_bytes(device: torch.device) -> int:
     """The largest memory use since `reset_peak`: allocated on a GPU, otherwise resident in the whole process (outside
-    Linux since it started).
+    Linux since it started; 0 on Windows, which does not say).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -117,6 +116,10 @@ def peak_bytes(device: torch.device) -> int:
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -83,17 +83,18 @@ def _worker(error: BaseException) -> str:
         pid, number = match.group(1), _SIGNALS.get(match.group(2).strip(), 0)
     else:
         return ""
-    if number == signal.SIGKILL:
+    name = signal.Signals(number).name if number > 0 else ""  # Windows has neither of these two
+    if name == "SIGKILL":
         advice = (
             "Usually the machine has run out of memory: lower train.num_workers (0 loads in the training process), or "
             "the size of the pictures."
         )
-    elif number == signal.SIGBUS:
+    elif name == "SIGBUS":
         advice = (
             "The shared memory of the machine (/dev/shm) is full: enlarge it (docker run --shm-size), or lower "
             "train.num_workers or the batch."
         )
     else:
         advice = "A library that reads the data has crashed: train.num_workers=0 shows where."
-    how = f"was killed by {signal.Signals(number).name}" if number > 0 else f"ended with status {-number}"
+    how = f"was killed by {name}" if name else f"ended with status {-number}"
     return f"The loader worker (process {pid}) {how}. {advice}"

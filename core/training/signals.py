@@ -37,7 +37,8 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
-            self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
+            if hasattr(signal, "SIGALRM"):
+                self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
             if distributed.is_distributed():
                 self._relay = _Relay()
         return self
@@ -66,7 +67,7 @@ class StopRequest:
             yield
         finally:
             self._patience = None
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            _ring_after(0)
 
     def _wait(self) -> None:
         """Starts the clock of the patience that is left."""
@@ -74,7 +75,7 @@ class StopRequest:
         left = self._received_at + self._patience - time.monotonic()
         if left <= 0:
             self._give_up()
-        signal.setitimer(signal.ITIMER_REAL, left)
+        _ring_after(left)
 
     def _give_up(self, *signal_and_frame: object) -> None:
         if self._patience is not None:
@@ -88,6 +89,12 @@ class StopRequest:
             self.received, self._received_at = signal.Signals(number).name, time.monotonic()
         if self._patience is not None:
             self._wait()
+
+
+def _ring_after(seconds: float) -> None:
+    """SIGALRM to this process; 0: none. Without alarms (Windows) the work that was to be given up ends by itself."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 class _Relay:
@@ -131,7 +138,10 @@ class _Relay:
             return  # the process that holds the store has ended, which the main thread notices; or this one ends
         main = threading.main_thread().ident
         assert main is not None
-        signal.pthread_kill(main, signal.SIGTERM)
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(main, signal.SIGTERM)
+        else:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def ignore_in_worker(worker: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.registry import Registry
@@ -184,6 +184,8 @@ def _recognise(location: str, spec: str) -> tuple[str, str]:
         prefix, colon, _ = location.partition(":")
         if prefix in READERS.names():
             raise UserError(f"{spec!r} has no location: write {prefix}:PATH with {READERS.get(prefix).layout}.")
+        if PureWindowsPath(location).drive:  # C: is no format
+            raise UserError(f"{location!r} does not exist. Give the path of your data, or FORMAT:PATH.")
         problem = unknown_name("data format", prefix if colon else location, READERS.names())
         raise UserError(f"{problem} A spec without a format must be an existing path, and {location!r} is not.")
     for prefix in sorted(READERS.names(), key=lambda name: name == "folder"):  # any image makes a folder, so it is last

@@ -1,6 +1,7 @@
 """The machine: Python, torch, devices with their memory, Java, optional packages, disks."""
 
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -29,17 +30,20 @@ LOW_DISK = 2 * 10**9
 
 @dataclass(frozen=True)
 class Device:
-    """A device that can train, with its memory in bytes; `free` is None where it cannot be asked for."""
+    """A device that can train, with its memory in bytes; `total` is infinite where the system does not say, `free` is
+    None where it cannot be asked for.
+    """
 
     name: str
-    total: int
+    total: float
     free: int | None
     bf16: bool
     """Whether it multiplies in bfloat16 in hardware."""
 
     def __str__(self) -> str:
         free = "" if self.free is None else f", {size_in_words(self.free)} free"
-        return f"{self.name}: {size_in_words(self.total)}{free}, bf16 in {'hardware' if self.bf16 else 'software'}"
+        total = size_in_words(int(self.total)) if math.isfinite(self.total) else "memory unknown"
+        return f"{self.name}: {total}{free}, bf16 in {'hardware' if self.bf16 else 'software'}"
 
 
 def devices() -> list[Device]:
@@ -55,9 +59,9 @@ def devices() -> list[Device]:
 
 
 def _cpu() -> Device:
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     flags = _cpu_flags()
-    return Device(f"cpu, {_num_cores()} cores", pages * size, _available(), bool({"avx512_bf16", "amx_bf16"} & flags))
+    return Device(f"cpu, {_num_cores()} cores", total, _available(), bool({"avx512_bf16", "amx_bf16"} & flags))
 
 
 def _num_cores() -> int:

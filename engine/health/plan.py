@@ -82,7 +82,7 @@ def examine_plan(plan: Plan, device: Device, free: int) -> list[Finding]:
             Finding(
                 "memory",
                 f"A step takes {'at least ' * (plan.checkpoint is None)}{size_in_words(plan.peak)}, and {device.name} "
-                f"has {size_in_words(room)}.",
+                f"has {size_in_words(int(room))}.",
                 f"Raise train.accumulate (now {train.accumulate}), which divides the activations, set "
                 "train.checkpointing=true, or choose a smaller backbone.size.",
             )
