@@ -390,7 +390,7 @@ class Config(Section):
     def _source_fits(self) -> Self:
         """The settings of the source, of its losses and of the path fit each other."""
         source, loss = self.source, self.loss
-        if loss.encoder_gradient == "start" and self.time.at_start == 0:
+        if loss.encoder_gradient == "start" and self.time.at_start == 0 and 0.0 not in self.time.points:
             raise ValueError(
                 "loss.encoder_gradient = start trains the source encoder by the samples at t = 0, of which there are "
                 "none: set time.at_start, to 0.5 for example."

@@ -45,6 +45,11 @@ def distilled(
             f"{source} has trained no flow of its own. Distil the run that it reads backwards, with "
             "interval.both_ways=0.5, and name the result in its place."
         )
+    if config.loss.flow_weight == 0 or config.time.at_start == 1:
+        raise UserError(
+            f"{source} was trained at t = 0 alone (time.at_start = {config.time.at_start:g}, loss.flow_weight = "
+            f"{config.loss.flow_weight:g}), so it takes one step already, and has no flow to distil."
+        )
     own = config.sample.guidance if config.guidance.drop > 0 else 1.0
     kind = task_class(config.task)
     settings = merge(config.model_dump(mode="json"), _changes(config, folder, method, guidance or (own, own)))
@@ -57,7 +62,18 @@ def _changes(config: Config, folder: Path, method: str, scales: tuple[float, flo
     changes: dict[str, Any] = {
         "data": {"train": _from_anywhere(config.data.train, folder)},
         "source": {"frozen": True},
-        "loss": {"encoder": "none", "kl_weight": 0.0},
+        # The flow alone, at all times: what trained the source, or one step, is done.
+        "loss": {
+            "encoder": "none",
+            "kl_weight": 0.0,
+            "encoder_gradient": "diagonal",
+            "direction_weight": 0.0,
+            "mean_weight": 0.0,
+            "decoded": "none",
+            "decoded_network": None,
+        },
+        "path": {"noise": 0.0},
+        "time": {"at_start": 0.0, "points": ()},
         "guidance": {"drop": 0.0},
         "interval": {
             "target": method,

@@ -8,11 +8,13 @@ from safetensors.torch import load_file
 
 from crossflow.cli import main
 from crossflow.core.errors import UserError
+from crossflow.core.settings import build, dump, merge, read
 from crossflow.engine import latents
 from crossflow.engine.distill import distilled
 from crossflow.engine.sample import load
 from crossflow.engine.train import Run
 from crossflow.tasks import task_names
+from crossflow.tasks.sr.config import SrConfig
 
 
 def test_a_distilled_run_keeps_everything_but_the_steps(tiny_run) -> None:
@@ -31,6 +33,22 @@ def test_a_distilled_run_keeps_everything_but_the_steps(tiny_run) -> None:
     assert straight.interval.guidance == (3.0, 3.0)
     with pytest.raises(UserError, match="Did you mean 'reflow'"):
         distilled(str(teacher), method="reflo")
+
+
+def test_what_trained_a_source_or_one_step_is_left_out_of_distillation(tiny_run, tmp_path: Path) -> None:
+    settings = read(tiny_run("sr"))
+    changed = {
+        "loss": {"mean_weight": 1.0, "encoder_gradient": "none", "decoded": "l1"},
+        "time": {"at_start": 0.5},
+        "sr": {"trunk": "residual"},
+    }
+    (tmp_path / "config.yaml").write_text(dump(build(SrConfig, merge(settings, changed))))
+    config = distilled(str(tmp_path))
+    assert (config.loss.decoded, config.loss.mean_weight, config.loss.encoder_gradient) == ("none", 0, "diagonal")
+    assert (config.time.at_start, config.time.law, config.sr.trunk) == (0, "uniform", "residual")
+    (tmp_path / "config.yaml").write_text(dump(build(SrConfig, merge(settings, {"time": {"at_start": 1.0}}))))
+    with pytest.raises(UserError, match="has no flow to distil"):
+        distilled(str(tmp_path))
 
 
 def test_a_distilled_run_begins_with_the_velocities_of_its_teacher(tiny_run, tmp_path: Path) -> None:

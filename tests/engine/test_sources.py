@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from crossflow.benchmarks.ablation.plan import Budget, Plan
 from crossflow.cli import main
 from crossflow.core.batch import Condition
 from crossflow.core.config import Config
+from crossflow.data.images import save_png
 from crossflow.tasks import load_config, task_class, task_names
 
 
@@ -38,23 +40,24 @@ def test_a_backbone_that_keeps_the_condition_reads_it_unless_a_sample_is_uncondi
 
 @pytest.mark.slow
 def test_the_form_of_csfm_trains_samples_and_inverts_with_its_condition(
-    tmp_path: Path, tiny_settings, blind_judge, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = Plan(load_group("source"), Budget(task="t2i", recipe="t2i_tiny", seeds=(0,), only=("csfm",)), tmp_path)
-    run, overrides = tmp_path / "run", [*study.jobs[0].overrides, *tiny_settings("t2i")]
-    assert main(["train", "--task", "t2i", "--output", str(run), *overrides]) == 0
+    budget = Budget(task="depth", recipe="depth_tiny", seeds=(0,), only=("csfm",))
+    csfm = Plan(load_group("source"), budget, tmp_path).jobs[0].overrides
+    run, photo = tmp_path / "run", str(save_png(np.full((16, 16, 3), 99, np.uint8), tmp_path / "photo.png"))
+    assert main(["train", "--task", "depth", "--output", str(run), *csfm, *tiny_settings("depth")]) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (val,) = [line for line in lines if line["kind"] == "val"]
     assert val["source_deviation"] == pytest.approx(1)
     assert val["one_step"] > 0
     assert {"flow", "direction", "loss"} <= set(next(line for line in lines if line["kind"] == "train"))
     model = ["--checkpoint", str(run)]
-    assert main(["sample", *model, "--prompt", "a red cube", "--output", str(tmp_path / "out")]) == 0
-    (picture,) = (tmp_path / "out").glob("*.png")
-    invert = ["invert", *model, "--input", str(picture), "--steps", "2", "--output", str(tmp_path / "back")]
+    assert main(["sample", *model, "--input", photo, "--output", str(tmp_path / "out")]) == 0
+    depth = str(tmp_path / "out" / "photo_depth_mm.png")
+    invert = ["invert", *model, "--input", depth, "--steps", "2", "--output", str(tmp_path / "back")]
     assert main(invert) == 2
-    assert main([*invert, "--source", "a red cube"]) == 0
-    assert main(["interpolate", *model, "--from", "a red cube", "--to", "a blue cube"]) == 2
+    assert main([*invert, "--source", photo]) == 0
+    assert main(["interpolate", *model, "--from", photo, "--to", photo]) == 2
     message = capsys.readouterr().err
     assert "reads its input as a condition" in message
     assert "Use a run with source.condition=false" in message

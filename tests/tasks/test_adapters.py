@@ -35,6 +35,8 @@ VARIANTS = [
     ("sr", []),
     ("sr", ["source.kind=variational"]),
     ("sr", ["source.kind=gaussian"]),
+    ("t2i", ["source.condition=true"]),
+    ("sr", ["sr.trunk=residual", "source.kind=variational", "loss.mean_weight=1"]),
 ]
 
 
