@@ -15,7 +15,7 @@ from crossflow.core.errors import UserError, unknown_name
 COMMANDS = (
     *("train", "distill", "sample", "evaluate", "compare", "statistics"),
     *("interpolate", "arithmetic", "invert", "cache", "convert", "ablate", "benchmark", "data", "list"),
-    *("show", "doctor", "plot", "consolidate", "export", "push", "completion"),
+    *("show", "doctor", "plot", "demo", "consolidate", "export", "push", "completion"),
 )
 """In the order of `crossflow --help`; ``commands/NAME.py`` holds the click command ``command``."""
 

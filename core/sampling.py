@@ -74,11 +74,13 @@ def flow(
     steps: int = 50,
     time_grid: str = "uniform",
     reverse: bool = False,
+    keep_trajectory: bool = False,
     on_step: Progress | None = None,
 ) -> Solution:
     """Integrates the guided velocity from z (B, *latent); the solution counts the network evaluations of each item.
 
     An adaptive solver integrates items one at a time, so the steps and the result of an item depend on no other.
+    keep_trajectory: as for `solve`.
     """
     scheme = SOLVERS.get(solver)
     alone = scheme.adaptive and len(z) > 1
@@ -89,10 +91,14 @@ def flow(
         solutions.append(
             solve(
                 velocity, z[rows], solver=solver, steps=steps, time_grid=time_grid, reverse=reverse,
-                evaluations_at=_evaluations(scheme, guidance), on_step=on_step,
+                evaluations_at=_evaluations(scheme, guidance), keep_trajectory=keep_trajectory, on_step=on_step,
             )
         )  # fmt: skip
-    return Solution(torch.cat([each.z for each in solutions]), sum((each.evaluations for each in solutions), ()))
+    return Solution(
+        torch.cat([each.z for each in solutions]),
+        sum((each.evaluations for each in solutions), ()),
+        [torch.cat(states) for states in zip(*(each.trajectory for each in solutions), strict=True)],
+    )
 
 
 def _evaluations(solver: Solver, guidance: Guidance) -> Callable[[float], int]:

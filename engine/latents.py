@@ -273,6 +273,50 @@ def invert(
     )
 
 
+def edit(
+    pipe: Pipeline,
+    value: str | Path | np.ndarray,
+    *,
+    plus: object = None,
+    minus: object = None,
+    strengths: Sequence[float] = (1.0,),
+    seed: int = 0,
+    output_type: str = "pil",
+    on_step: Progress | None = None,
+    **settings: object,
+) -> Outputs:
+    """Edits a finished output: flows it back to its source latent, adds k (plus - minus) for each strength k, and flows
+    forward again; k = 0 gives the output re-generated from its own latent.
+
+    Args:
+        value: a finished output, as for `invert`.
+        plus, minus: inputs of the task, as for `arithmetic`; at least one of them.
+        settings: solver and steps, see `inversion_settings`.
+
+    Raises UserError for a model that starts from noise, without a term, and for terms whose latents have another shape.
+
+        same, blue = edit(pipe, "cube.png", plus="a blue cube", minus="a red cube", strengths=[0, 1])
+    """
+    terms = {part: term for part, term in (("plus", plus), ("minus", minus)) if term is not None}
+    if not terms:
+        raise UserError("An edit needs something to add or to subtract: give plus, minus, or both.")
+    means = tuple(terms) if len(terms) == 1 else ()
+    encoded = _encode_all(pipe, terms, seed, means=means, shared_noise=True)
+    inversion = invert(pipe, value, seed=seed, on_step=on_step, **settings)  # type: ignore[arg-type]
+    z0 = inversion.z0.to(pipe.device)
+    if wrong := [each for each in encoded.values() if each.z0.shape != z0.shape]:
+        raise UserError(
+            f"The latent of this output has the shape {tuple(z0.shape)}, that of the term {tuple(wrong[0].z0.shape)}: "
+            "give terms of the size that the output's own input has."
+        )
+    added, subtracted = (encoded[part].z0[None] if part in encoded else None for part in ("plus", "minus"))
+    results = (sampling.arithmetic(z0[None], added, subtracted, k)[0] for k in strengths)
+    features = [next(iter(encoded.values())).source.features] * len(strengths)
+    chosen = inversion_settings(pipe, **settings)  # type: ignore[arg-type]
+    outputs = _outputs(pipe, results, features, pipe.task.target(value), chosen, on_step)
+    return Outputs(tuple(outputs), pipe.task.pictures, seed, output_type=output_type)
+
+
 def inversion_settings(pipe: Pipeline, solver: str | None = None, steps: int | None = None) -> SampleConfig:
     """How an output is flowed back: by default with the run's own steps where it is a flow map that jumps both ways,
     else with 50 steps of Heun.

@@ -302,6 +302,18 @@ class Pipeline(HubMethods):
 
         Raises UserError for NaNs, and for guidance of a model that was never trained without its source.
         """
+        return self.solve(source, z0, settings, on_step).z
+
+    def solve(
+        self,
+        source: Source,
+        z0: Tensor,
+        settings: SampleConfig,
+        on_step: Progress | None = None,
+        *,
+        keep_trajectory: bool = False,
+    ) -> Solution:
+        """As `generate`; the solution may keep the states (B, *latent) after each step."""
         scheme = SOLVERS.get(settings.solver)
         is_untrained = self.weak is None and self.task.config.guidance.drop == 0 and not scheme.jumps
         if settings.guidance != 1 and is_untrained:
@@ -311,8 +323,9 @@ class Pipeline(HubMethods):
             )
         guidance = Guidance(settings.guidance, settings.guidance_interval, settings.zero_init / max(settings.steps, 1))
         condition = source.condition.to(self.device) if source.condition is not None else None
+        kept = {"keep_trajectory": True} if keep_trajectory else {}  # schedulers of other libraries keep none
         with self._precise(settings.solver):
-            z1 = self.flow(
+            solution = self.flow(
                 self.model,
                 z0.to(self.device).float(),
                 guidance,
@@ -322,8 +335,10 @@ class Pipeline(HubMethods):
                 steps=settings.steps,
                 time_grid=settings.time_grid,
                 on_step=on_step,
-            ).z
-        return _without_nans(z1, settings)
+                **kept,
+            )
+        _without_nans(solution.z, settings)
+        return solution
 
     @torch.no_grad()
     def invert(self, source: Source, z1: Tensor, settings: SampleConfig, on_step: Progress | None = None) -> Tensor:

@@ -32,6 +32,7 @@ ENTRY_POINTS: set[str] = {
     "core/sampling.py:flow",
     "core/solvers.py:solve",
     "core/training/trainer.py:__init__",
+    "engine/latents.py:edit",
 }
 # `Any` parameters and why a closer type is impossible.
 ANY: dict[str, str] = {
@@ -57,8 +58,8 @@ def parameters(function: Function) -> list[ast.arg]:
 
 
 def is_command(function: Function) -> bool:
-    """Whether click calls the function, whose parameters are the options of a command."""
-    words = ("click.", "command.command", "options.")
+    """Whether its parameters are the options of a command, which click passes, or the fields of a form of the page."""
+    words = ("click.", "command.command", "options.", "site.jobs.endpoint")
     return any(ast.unparse(decorator).startswith(words) for decorator in function.decorator_list)
 
 
