@@ -59,7 +59,8 @@ def command(
     try:
         server = Server(models, runs, host=host, port=port, auth=name_and_password)
     except OSError as error:
-        raise UserError(f"The page cannot listen at {host}:{port or 7860}: {error}. Choose another --port.") from error
+        place = f"{host}, port {port}" if port is not None else f"{host}, ports from 7860"
+        raise UserError(f"The page cannot listen at {place}: taken, or not allowed. Choose another --port.") from error
     with server:
         if host not in LOCAL and auth is None:
             say(f"Everyone who reaches {host} can use this page; --auth USER:PASSWORD asks for a password.")

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from crossflow.core.errors import UserError
+from crossflow.core.progress import Progress
 from crossflow.demo import parts
 from crossflow.demo.limits import whole
 from crossflow.demo.models import Model, examples
@@ -58,7 +59,7 @@ def _handler(site: Site) -> Any:
 
     @site.jobs.endpoint
     def compare(
-        on_step: Any, left: str, right: str, prompt: str, picture: str, num: float, seed: float
+        on_step: Progress, left: str, right: str, prompt: str, picture: str, num: float, seed: float
     ) -> tuple[Any, Any, str, str]:
         pair: Sequence[Model] = [site.models.get(left), site.models.get(right)]
         if pair[0].task != pair[1].task:

@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from crossflow.benchmarks.score_table import score_rows
 from crossflow.core.errors import unknown_name
+from crossflow.core.progress import Progress
 from crossflow.demo import parts
 from crossflow.demo.evaluations import ORDERS, Query, chosen, draw, list_evaluations, read, scores_of
 from crossflow.demo.jobs import sentences
@@ -40,7 +41,7 @@ def build(site: Site, page: gr.Blocks) -> None:
             num = gr.Slider(1, limits.frames, value=6, step=1, label="Items", min_width=120)
         table = gr.HTML()
         buttons = Buttons.form("Draw these items", "run-items")
-        shown = parts.gallery("Input, output, truth", [], columns=6)
+        shown = parts.gallery("Input, output, truth", [], columns=5)
     fields = [name, score, order, low, high, num]
 
     def items(name: str, score: str, order: str, low: float, high: float, num: float) -> str:
@@ -49,7 +50,7 @@ def build(site: Site, page: gr.Blocks) -> None:
 
     @site.jobs.endpoint
     def draw_items(
-        on_step: Any, name: str, score: str, order: str, low: float, high: float, num: float
+        on_step: Progress, name: str, score: str, order: str, low: float, high: float, num: float
     ) -> list[tuple[Any, str]]:
         path, query = _path(site, name), _query(site, score, order, low, high, num)
         ids = [str(row["id"]) for row in chosen(read(path)[1], query)]
@@ -67,7 +68,7 @@ def build(site: Site, page: gr.Blocks) -> None:
     page.load(items, fields, table, queue=False, show_progress="hidden", **PRIVATE)
 
 
-def _other(site: Site, items: Any) -> Any:
+def _other(site: Site, items: Callable[..., str]) -> Any:
     """What is shown of another evaluation: its own first score."""
 
     def opened(name: str, order: str, low: float, high: float, num: float) -> tuple[Any, str]:

@@ -7,11 +7,13 @@ from typing import Any
 import gradio as gr
 
 from crossflow.core.errors import UserError
+from crossflow.core.progress import Progress
 from crossflow.demo import parts
 from crossflow.demo.limits import choice, number, whole
 from crossflow.demo.models import Model, examples
 from crossflow.demo.parts import PRIVATE, Buttons, Site, Source
 from crossflow.engine import latents
+from crossflow.engine.outputs import Outputs
 
 KINDS = ["lerp", "slerp"]
 
@@ -53,7 +55,9 @@ def _follow(site: Site, model: gr.Dropdown, sources: Sequence[Source], shown: gr
     model.change(kind, model, [shown, lines], queue=False, show_progress="hidden", **PRIVATE)
 
 
-def _answer(model: Model, started: float, outputs: Any, names: Sequence[str], **facts: object) -> tuple[Any, str, str]:
+def _answer(
+    model: Model, started: float, outputs: Outputs, names: Sequence[str], **facts: object
+) -> tuple[Any, str, str]:
     shown = parts.pictures(model, outputs, names, **facts)
     return shown, parts.texts(model, outputs, names), parts.note(model, started, [], **facts)
 
@@ -79,7 +83,7 @@ def _interpolation(site: Site, prompts: Sequence[str]) -> None:
 
     @site.jobs.endpoint
     def interpolate(
-        on_step: Any, model: str, start: str, start_picture: str, end: str, end_picture: str,
+        on_step: Progress, model: str, start: str, start_picture: str, end: str, end_picture: str,
         frames: float, kind: str, seed: float,
     ) -> tuple[Any, str, str]:  # fmt: skip
         started, used = time.monotonic(), models.get(model)
@@ -120,7 +124,7 @@ def _arithmetic(site: Site) -> None:
 
     @site.jobs.endpoint
     def arithmetic(
-        on_step: Any, model: str, base: str, base_picture: str, plus: str, plus_picture: str,
+        on_step: Progress, model: str, base: str, base_picture: str, plus: str, plus_picture: str,
         minus: str, minus_picture: str, strength: float, seed: float,
     ) -> tuple[Any, str, str]:  # fmt: skip
         started, used = time.monotonic(), models.get(model)
@@ -170,7 +174,7 @@ def _edit(site: Site) -> Any:
 
     @site.jobs.endpoint
     def edit(
-        on_step: Any, model: str, text: str, picture: str, plus: str, plus_picture: str,
+        on_step: Progress, model: str, text: str, picture: str, plus: str, plus_picture: str,
         minus: str, minus_picture: str, strength: float,
     ) -> tuple[Any, str, str]:  # fmt: skip
         started, used = time.monotonic(), models.get(model)

@@ -51,9 +51,9 @@ class Limits:
             raise UserError(f"{name} has {len(text):,} characters; at most {self.prompt} are read. Shorten it.")
         return text
 
-    def picture(self, path: str | None, name: str) -> np.ndarray:
+    def picture(self, path: object, name: str) -> np.ndarray:
         """The uploaded picture uint8 (H, W, 3), at most `side` pixels wide and high."""
-        if path is None:
+        if not isinstance(path, str):
             raise UserError(f"{name} is missing. Upload a picture, or choose one of the examples.")
         try:
             return self._reduced(load_image(path, max_pixels=self.decoded))
@@ -61,7 +61,7 @@ class Limits:
             reason = str(error).replace(str(path), "the file")
             raise UserError(f"{name} cannot be read as a picture: {reason}. Use a PNG, JPEG or WebP file.") from error
 
-    def depth(self, path: str | None, name: str) -> np.ndarray:
+    def depth(self, path: object, name: str) -> np.ndarray:
         """The uploaded depth map, float32 (H, W) in metres."""
         pixels = self.picture(path, name)  # refuses files that are no picture or too large
         try:

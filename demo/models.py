@@ -105,9 +105,9 @@ def open_models(checkpoints: Sequence[str], load: Callable[[str], Pipeline]) -> 
     for checkpoint in checkpoints:
         stem = Path(checkpoint.rpartition(":")[2]).name or "model"
         names = (stem, *(f"{stem} ({number})" for number in range(2, len(checkpoints) + 1)))
-        taken = {model.name for model in models}
+        used = {model.name for model in models}
         pipe = load(checkpoint)
-        models.append(Model(next(name for name in names if name not in taken), pipe, _makes(pipe)))
+        models.append(Model(next(name for name in names if name not in used), pipe, _makes(pipe)))
     return Models(tuple(models))
 
 

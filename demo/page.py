@@ -16,6 +16,8 @@ from crossflow.demo.parts import Site
 from crossflow.demo.style import SHEET, theme
 
 TITLE = "crossflow"
+CACHE = "GRADIO_TEMP_DIR"
+"""The variable that says where gradio keeps the files of visitors: a process serves a single page."""
 DELETE_EVERY, DELETE_AFTER = 600, 3600
 """Seconds: files of visitors are deleted when they are older than the second."""
 MAX_SESSIONS = 500
@@ -62,7 +64,9 @@ class Server:
     ) -> None:
         self._stack = ExitStack()
         cache = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="crossflow-demo-"))
-        os.environ["GRADIO_TEMP_DIR"] = cache  # gradio reads it when a component is made
+        before = os.environ.get(CACHE)
+        os.environ[CACHE] = cache  # gradio asks for it again and again
+        self._stack.callback(lambda: os.environ.pop(CACHE) if before is None else os.environ.update({CACHE: before}))
         site = Site(models, Path(cache), runs)
         self.page = build(site)
         self._stack.callback(self.page.close, verbose=False)

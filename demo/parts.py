@@ -161,14 +161,14 @@ class Source:
         choice_of_model.change(kind, choice_of_model, shown, queue=False, show_progress="hidden", **PRIVATE)
 
 
-def read_source(model: Model, limits: Limits, prompt: object, picture: str | None, name: str) -> Any:
+def read_source(model: Model, limits: Limits, prompt: object, picture: object, name: str) -> Any:
     """The input of a model: a checked prompt, or a picture of bounded size."""
     if model.takes_text:
         return limits.text(prompt, name)
     return limits.fitting(model.pipe, limits.picture(picture, name))
 
 
-def read_optional(model: Model, limits: Limits, prompt: object, picture: str | None, name: str) -> Any:
+def read_optional(model: Model, limits: Limits, prompt: object, picture: object, name: str) -> Any:
     """As `read_source`; None for a field that is left empty."""
     left_empty = not prompt if model.takes_text else picture is None
     return None if left_empty else read_source(model, limits, prompt, picture, name)
@@ -213,10 +213,10 @@ class Buttons:
 
 def gallery(label: str, models: Sequence[Model], *, columns: int = 4, visible: bool = True) -> gr.Gallery:
     """Pictures with a line under each, without loss."""
-    small = all(model.is_small for model in models)
+    classes = ["result", *["pixels"] * all(model.is_small for model in models), *["strip"] * (columns > 4)]
     return gr.Gallery(
         label=label, show_label=False, format="png", columns=columns, height="auto", object_fit="contain",
-        interactive=False, visible=visible, elem_classes=["result", *(["pixels"] if small else [])],
+        interactive=False, visible=visible, elem_classes=classes,
         buttons=["download", "fullscreen"],
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from crossflow.core.progress import Progress
 from crossflow.demo import parts
 from crossflow.demo.limits import whole
 from crossflow.demo.models import Model, examples
@@ -53,7 +54,7 @@ def _handler(site: Site, first: Model) -> Any:
     """The function behind the button; the first field has the name of what the task takes."""
     limits, models = site.limits, [model for model in site.models.all if model.task == first.task]
 
-    def run(on_step: Any, entered: Any, model: str, num: float, *, chosen: Sequence[Any]) -> tuple[Any, str]:
+    def run(on_step: Progress, entered: object, model: str, num: float, *, chosen: Sequence[object]) -> tuple[Any, str]:
         started, used = time.monotonic(), site.models.get(model)
         if used not in models:
             used = first
@@ -71,13 +72,13 @@ def _handler(site: Site, first: Model) -> Any:
 
     @site.jobs.endpoint
     def of_prompt(
-        on_step: Any, prompt: str, model: str, num: float, steps: float, guidance: float, solver: str, seed: float
+        on_step: Progress, prompt: str, model: str, num: float, steps: float, guidance: float, solver: str, seed: float
     ) -> tuple[Any, str]:
         return run(on_step, prompt, model, num, chosen=(steps, guidance, solver, seed))
 
     @site.jobs.endpoint
     def of_picture(
-        on_step: Any, picture: str, model: str, num: float, steps: float, guidance: float, solver: str, seed: float
+        on_step: Progress, picture: str, model: str, num: float, steps: float, guidance: float, solver: str, seed: float
     ) -> tuple[Any, str]:
         return run(on_step, picture, model, num, chosen=(steps, guidance, solver, seed))
 

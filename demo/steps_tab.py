@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from crossflow.core.progress import Progress
 from crossflow.demo import parts
 from crossflow.demo.limits import whole
 from crossflow.demo.models import examples
@@ -76,7 +77,7 @@ def _trajectory(site: Site) -> Any:
 
     @site.jobs.endpoint
     def follow(
-        on_step: Any, model: str, prompt: str, picture: str, states: float,
+        on_step: Progress, model: str, prompt: str, picture: str, states: float,
         steps: float, guidance: float, solver: str, seed: float,
     ) -> tuple[Any, Any, str, str]:  # fmt: skip
         started, used = time.monotonic(), site.models.get(model)
@@ -97,7 +98,7 @@ def _source(site: Site) -> Any:
 
     @site.jobs.endpoint
     def sample_source(
-        on_step: Any, model: str, prompt: str, picture: str, samples: float, seed: float
+        on_step: Progress, model: str, prompt: str, picture: str, samples: float, seed: float
     ) -> tuple[Any, Any, str, str]:
         started, used = time.monotonic(), site.models.get(model)
         value = parts.read_source(used, limits, prompt, picture, "The source")

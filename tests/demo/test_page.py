@@ -84,11 +84,11 @@ def test_latent_tools_and_steps_agree_with_sampling(client, page) -> None:
 def test_an_output_is_inverted_and_edited(client, tmp_path: Path) -> None:
     shown, _ = client.predict("a red cube", "t2i", 1, *SETTINGS.values(), api_name="/t2i")
     picture = handle_file(shown[0]["image"])
-    given_and_edited, _, note = client.predict(
+    edited, _, note = client.predict(
         "t2i", "", picture, "a blue cube", None, "a red cube", None, 1.0, api_name="/edit"
     )
-    assert [each["caption"] for each in given_and_edited] == ["as given", "re-generated", "edited, strength 1"]
-    assert np.array_equal(pixels(given_and_edited[0]["image"]), pixels(shown[0]["image"]))
+    assert [each["caption"] for each in edited] == ["as given", "re-generated", "edited, strength 1"]
+    assert np.array_equal(pixels(edited[0]["image"]), pixels(shown[0]["image"]))
     assert "error of the latent" in note
     _, lines, _ = client.predict("caption", "a red cube", None, "", None, "", None, 1.0, api_name="/edit")
     assert [line.split(":")[0] for line in lines.splitlines()] == ["as given", "re-generated"]
