@@ -84,9 +84,7 @@ def test_latent_tools_and_steps_agree_with_sampling(client, page) -> None:
 def test_an_output_is_inverted_and_edited(client, tmp_path: Path) -> None:
     shown, _ = client.predict("a red cube", "t2i", 1, *SETTINGS.values(), api_name="/t2i")
     picture = handle_file(shown[0]["image"])
-    edited, _, note = client.predict(
-        "t2i", "", picture, "a blue cube", None, "a red cube", None, 1.0, api_name="/edit"
-    )
+    edited, _, note = client.predict("t2i", "", picture, "a blue cube", None, "a red cube", None, 1.0, api_name="/edit")
     assert [each["caption"] for each in edited] == ["as given", "re-generated", "edited, strength 1"]
     assert np.array_equal(pixels(edited[0]["image"]), pixels(shown[0]["image"]))
     assert "error of the latent" in note
