@@ -136,6 +136,11 @@ class JointObjective(nn.Module):
         """Share of each task in the loss."""
 
     @property
+    def companions(self) -> tuple[nn.Module, ...]:
+        """Those of all tasks, see `Objective.companions`."""
+        return tuple(part for objective in self._objectives().values() for part in objective.companions)
+
+    @property
     def leaves_parameters_out(self) -> bool:
         """Whether some trainable parameters get no gradient."""
         return any(objective.leaves_parameters_out for objective in self._objectives().values())
