@@ -15,18 +15,22 @@ Rows = Sequence[Row]
 
 
 @click.command("list", short_help="Names that options accept: tasks, recipes, protocols.")
-@click.argument("what", type=options.Choice(["tasks", "configs", "datasets", "protocols", "solvers", "backbones"]))
+@click.argument(
+    "what", type=options.Choice(["tasks", "configs", "models", "datasets", "protocols", "solvers", "backbones"])
+)
 @options.as_json
 def command(what: str, as_json: bool) -> None:
-    """Names that options accept: tasks, configs, datasets, protocols, solvers, backbones.
+    """Names that options accept: tasks, configs, models, datasets, protocols, solvers, backbones.
 
     \b
       crossflow list configs
+      crossflow list models              that ship with the package, with their scores and an example of each
       crossflow list protocols --json
     """
     rows: dict[str, Callable[[], Rows]] = {
         "tasks": _tasks,
         "configs": _configs,
+        "models": _models,
         "datasets": _datasets,
         "protocols": _protocols,
         "solvers": _solvers,
@@ -57,6 +61,20 @@ def _configs() -> Rows:
     for name, path in shipped().items():
         comment = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))
         rows.append((name, first_sentence(comment[0].replace("#", " ") if comment else "")))
+    return rows
+
+
+def _models() -> Rows:
+    from crossflow.engine.describe import describe
+    from crossflow.networks.hub import SHIPPED, shipped_models
+
+    rows: list[Row] = []
+    for name, folder in shipped_models().items():
+        run = describe(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        scores = [f"{key} {value:.3g}" for each in run.measurements for key, value in each.leading().items()]
+        example = [str(path) for path in run.samples[-1:]]
+        rows.append((SHIPPED + name, run.config.task, f"{size / 1e6:.1f} MB", "\n".join([", ".join(scores), *example])))
     return rows
 
 

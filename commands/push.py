@@ -20,6 +20,13 @@ from crossflow.commands.console import say
 @click.option("--pull-request", is_flag=True, help="Open a pull request instead of writing to the branch.")
 @click.option("--weights", type=options.Choice(["ema", "model"]), help="Default: the averaged ones (ema).")
 @click.option(
+    "--storage",
+    type=options.Choice(["float32", "half", "int8"]),
+    default="float32",
+    show_default=True,
+    help="How weights are stored: half takes half the space, int8 (a scale per row) a quarter.",
+)
+@click.option(
     "--set",
     "replaced",
     multiple=True,
@@ -30,8 +37,8 @@ from crossflow.commands.console import say
 @click.option("--output", type=options.PATH, help="Folder for --dry-run. Default: outputs/push.")
 def command(
     run: Path, repository: str, licence: str | None, base_model: str | None, text: str, private: bool,
-    branch: str | None, pull_request: bool, weights: str | None, replaced: Sequence[str], dry_run: bool,
-    output: Path | None,
+    branch: str | None, pull_request: bool, weights: str | None, storage: str, replaced: Sequence[str],
+    dry_run: bool, output: Path | None,
 ) -> None:  # fmt: skip
     """Publish RUN on the hub as OWNER/NAME: the run directory with config.json and a model card.
 
@@ -50,13 +57,13 @@ def command(
     about = About(licence, base_model, repository, text)
     if not dry_run:
         say(f"Publishing {run} as {repository}.")
-        address = push_run(run, repository, about=about, weights=weights, overrides=replaced, private=private or None,
-                           branch=branch, create_pr=pull_request)  # fmt: skip
+        address = push_run(run, repository, about=about, weights=weights, storage=storage, overrides=replaced,
+                           private=private or None, branch=branch, create_pr=pull_request)  # fmt: skip
         say(f"Published: {address}")
         say(f"Use it: crossflow.load({repository!r}), or --checkpoint {repository} of any command.")
         return
     check_output(output, overwrite=None)
     with output_folder(Path("outputs/push"), output) as folder:
-        complete(copy_run(run, folder, weights=weights, overrides=replaced), about, origin=run)
+        complete(copy_run(run, folder, weights=weights, storage=storage, overrides=replaced), about, origin=run)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     say(f"Wrote what would be published as {repository} to {folder}: {', '.join(names)}.")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.core.files import read_tensors
 from crossflow.core.model import CrossFlow
+from crossflow.core.storage import read_weights
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ def _assign(model: CrossFlow, path: Path, task: str | None) -> None:
         raise UserError(
             f"{path.parent} has no {path.name}: the run has not saved weights yet, or the file was removed."
         )
-    state = read_tensors(path, "Use another checkpoint of the run.")
+    state = read_weights(path, "Use another checkpoint of the run.")
     state = state if task is None else of_task(state, task)
     expected = model.state_dict()
     wrong = [

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from crossflow.core.config import Config
-from crossflow.core.files import tensor_shapes
 from crossflow.core.settings import build, flat, read, shipped
+from crossflow.core.storage import weight_shapes
 from crossflow.core.weights import joint_run, kind_of_weights, of_task, weights_file
 from crossflow.engine.folder import METRICS, SAMPLES, SCORES, RunFolder
 from crossflow.networks.hub import run_folder
@@ -134,7 +134,7 @@ def _differences(recipe: Mapping[str, object], own: Mapping[str, object]) -> dic
 def _num_parameters(weights: Path, folder: Path) -> dict[str, int]:
     """Numbers of values of the tensors by their part of the model; of a joint run those of the task in `folder`."""
     numbers: dict[str, int] = {}
-    shapes: Mapping[str, tuple[int, ...]] = tensor_shapes(weights)
+    shapes: Mapping[str, tuple[int, ...]] = weight_shapes(weights)
     shapes = shapes if joint_run(folder) is None else of_task(shapes, folder.absolute().name)
     for name, shape in shapes.items():
         part = name.partition(".")[0].replace("_", " ")

@@ -19,9 +19,10 @@ from crossflow.core.files import read_metadata, read_tensors, write_atomically, 
 from crossflow.core.lock import LOCK
 from crossflow.core.output import RECORD
 from crossflow.core.settings import dump, flat
+from crossflow.core.storage import packed, read_weights
 from crossflow.core.weights import WEIGHTS, kind_of_weights
 from crossflow.engine.describe import EVALUATIONS, describe
-from crossflow.engine.folder import CHECKPOINTS, MANIFEST, METRICS, SAMPLES, SCORES, RunFolder
+from crossflow.engine.folder import CHECKPOINTS, MANIFEST, METRICS, OBJECTIVE, SAMPLES, SCORES, RunFolder
 from crossflow.engine.model_card import LIBRARY, About, model_card
 from crossflow.engine.provenance import versions
 from crossflow.networks.hub import CONFIG, PICKLED
@@ -99,15 +100,17 @@ def push_run(
     *,
     about: About | None = None,
     weights: str | None = None,
+    storage: str = "float32",
     overrides: Sequence[str] = (),
     **push: Unpack[Push],
 ) -> str:
     """As `HubMethods.push_to_hub`, for a run directory whose networks need not be loaded.
 
-    weights: ema | model; the averaged ones by default. overrides: settings of the run to replace, as key=value.
+    weights: ema | model; the averaged ones by default. storage: float32 | half | int8, see `copy_run`. overrides:
+    settings of the run to replace, as key=value.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        folder = copy_run(run, Path(temporary) / "run", weights=weights, overrides=overrides)
+        folder = copy_run(run, Path(temporary) / "run", weights=weights, storage=storage, overrides=overrides)
         complete(folder, _titled(about, repo_id), origin=run)
         return upload(folder, repo_id, **push)
 
@@ -117,10 +120,18 @@ def _titled(about: About | None, repo_id: str) -> About:
     return about if about.title else replace(about, title=repo_id)
 
 
-def copy_run(run: Path, target: Path, *, weights: str | None = None, overrides: Sequence[str] = ()) -> Path:
+def copy_run(
+    run: Path,
+    target: Path,
+    *,
+    weights: str | None = None,
+    storage: str = "float32",
+    overrides: Sequence[str] = (),
+) -> Path:
     """Copies what sampling needs of a run directory, with one kind of weights, into a new folder; returns that.
 
-    Raises UserError for a folder that is no run, or has no weights.
+    storage: float32, or smaller: half or int8 (see `core.weights.packed`), without the learned parts of the losses, and
+    with decoders in half precision. Raises UserError for a folder that is no run, or has no weights.
     """
     config = load_config(run, overrides)
     kind = kind_of_weights(run, weights)
@@ -129,18 +140,22 @@ def copy_run(run: Path, target: Path, *, weights: str | None = None, overrides: 
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         hidden = {name for name in names if name.startswith(".") or name.endswith(PICKLED)}
-        return hidden | (set(names) & _NOT_COPIED if Path(folder) == run else set())
+        unused = _NOT_COPIED if storage == "float32" else _NOT_COPIED | {OBJECTIVE}
+        return hidden | (set(names) & unused if Path(folder) == run else set())
 
     shutil.copytree(run, target, ignore=left_out, dirs_exist_ok=True)
     write_atomically(target / CONFIG, dump(config))
-    _write_weights(run / WEIGHTS[kind], target / WEIGHTS["model"], kind)
+    if storage != "float32":
+        for path in target.rglob("*.safetensors"):
+            write_tensors(path, packed(read_tensors(path), "half"), read_metadata(path))
+    _write_weights(run / WEIGHTS[kind], target / WEIGHTS["model"], kind, storage)
     return target
 
 
-def _write_weights(source: Path, target: Path, kind: str) -> None:
+def _write_weights(source: Path, target: Path, kind: str, storage: str = "float32") -> None:
     """The weights as model.safetensors, with metadata that say which they are."""
-    about = {"format": "pt", "library": LIBRARY, "version": _version(), "weights": kind}
-    write_tensors(target, read_tensors(source), {**read_metadata(source), **about})
+    about = {"format": "pt", "library": LIBRARY, "version": _version(), "weights": kind, "storage": storage}
+    write_tensors(target, packed(read_weights(source), storage), {**read_metadata(source), **about})
 
 
 def _version() -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
 from crossflow.core.files import read_tensors
+from crossflow.core.storage import read_weights
 from crossflow.core.weights import WEIGHTS, joint_run, of_task, weights_file
 from crossflow.engine.folder import OBJECTIVE
 
@@ -56,7 +57,7 @@ def start_from(source: str | Path, objective: nn.Module) -> Start:
 def _read_generator(folder: Path) -> dict[str, Tensor]:
     for kind in WEIGHTS:
         if (path := weights_file(folder, kind)).is_file():
-            return _own(read_tensors(path, ADVICE), folder)
+            return _own(read_weights(path, ADVICE), folder)
     raise UserError(
         f"train.start_from = {folder} is not a run with weights: it has neither {' nor '.join(WEIGHTS.values())}. Give "
         "the run directory of a `crossflow train` or `crossflow convert`."

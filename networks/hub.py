@@ -1,12 +1,15 @@
-"""Run directories by place: a folder, or a hub repository that holds one."""
+"""Run directories by place: a folder, a model that ships with the package (zoo:NAME), or a hub repository."""
 
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from crossflow.core.errors import UserError
+from crossflow.core.errors import UserError, unknown_name
+from crossflow.core.recipes import ZOO
 from crossflow.core.weights import WEIGHTS
 
 CONFIG = "config.yaml"
+SHIPPED = "zoo:"
+"""Begins the names of the models that ship with the package."""
 HUB_FILES = ["*.json", "*.yaml", "*.safetensors", "*.txt"]
 """Files of a hub repository that are downloaded; none that unpickling would have to read."""
 NOT_DOWNLOADED = ["checkpoints/*", "evaluation/*", "samples/*", "[!a-zA-Z0-9]*", "*..*"]
@@ -28,10 +31,12 @@ class Access(TypedDict, total=False):
 def run_folder(source: str | Path, revision: str | None = None, **access: Unpack[Access]) -> Path:
     """The run directory `source`, or the local copy of the hub repository of that name.
 
-    source: a folder, or a hub id: owner/name, or owner/name@revision. revision: branch, tag or commit of a repository;
-    its main branch by default. Raises UserError for what is neither a run directory nor a repository that holds one,
-    and for a repository that is unavailable.
+    source: a folder; zoo:NAME, a model that ships with the package; or a hub id: owner/name, or owner/name@revision.
+    revision: branch, tag or commit of a repository; its main branch by default. Raises UserError for what is neither a
+    run directory nor a repository that holds one, and for a repository that is unavailable.
     """
+    if str(source).startswith(SHIPPED):
+        return _shipped(str(source).removeprefix(SHIPPED))
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
@@ -47,6 +52,18 @@ def run_folder(source: str | Path, revision: str | None = None, **access: Unpack
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         raise UserError(f"{source} does not exist. Give a run directory, or a hub id such as owner/name.")
     return _download(repository, revision or tag or None, **access)
+
+
+def shipped_models() -> dict[str, Path]:
+    """The models that ship with the package: name -> run directory."""
+    return {path.parent.name: path.parent for path in sorted(ZOO.glob(f"*/{CONFIG}"))}
+
+
+def _shipped(name: str) -> Path:
+    models = shipped_models()
+    if name not in models:
+        raise unknown_name("model", SHIPPED + name, [SHIPPED + known for known in models])
+    return models[name]
 
 
 def _download(repository: str, revision: str | None, **access: Unpack[Access]) -> Path:

@@ -33,6 +33,7 @@ from crossflow.data.cases import Case
 from crossflow.data.dataset import Examples
 from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, batches, overlap_with_training
+from crossflow.networks.hub import shipped_models
 
 NUM_TILES = 24
 """Items shown on the page."""
@@ -198,7 +199,9 @@ class Evaluation:
         return {**about, "sample": {**about["sample"], "batch_size": None}}
 
     def default_folder(self) -> Path:
-        """RUN/evaluation/NAME; the name contains all settings that differ from the run's own."""
+        """RUN/evaluation/NAME; the name contains all settings that differ from the run's own. A model that ships with
+        the package is not written to: outputs/evaluation/MODEL-NAME.
+        """
         cases, pipe, sampling = self.plan.cases, self.pipe, self.sampling
         place = cases.spec.partition("?")[0].rstrip("/").rpartition("/")[2].replace(":", "-")
         place = place if self.protocol is None else f"{self.protocol.name}-{place}"
@@ -209,6 +212,8 @@ class Evaluation:
         words = [f"{name}{value}".replace(" ", "") for name, value in changed.items()]
         words += [pipe.weights] * (pipe.weights != "ema") + ["autoguided"] * (pipe.weak is not None)
         name = "-".join([place, cases.split, f"{sampling.solver}{sampling.steps}", *words])
+        if pipe.folder in shipped_models().values():
+            return Path("outputs") / "evaluation" / f"{pipe.folder.name}-{name}"
         return (pipe.folder or Path("outputs")) / "evaluation" / name
 
     def real_pictures(self, path: Path | None, progress: Progress | None = None) -> Statistics | None:

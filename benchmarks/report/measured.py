@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from crossflow.core.errors import UserError
-from crossflow.core.files import tensor_shapes
 from crossflow.core.sampling import count_evaluations
 from crossflow.core.settings import read
 from crossflow.core.solvers import SOLVERS
+from crossflow.core.storage import weight_shapes
 
 PARTS = {"backbone": "flow", "source_encoder": "source encoder", "condition_encoder": "condition encoder"}
 """Parts of a model by the first word of their parameters' names."""
@@ -222,7 +222,7 @@ def parameters(run: Path) -> dict[str, int] | None:
     if path is None:
         return None
     counts: dict[str, int] = {}
-    for name, shape in tensor_shapes(path).items():
+    for name, shape in weight_shapes(path).items():
         part = PARTS.get(name.partition(".")[0], "other")
         counts[part] = counts.get(part, 0) + math.prod(shape)
     return counts

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The models in the box, from training to model card: trains their recipes, stores the averaged weights small, scores what
+# is stored, and writes zoo/NAME. Takes about four hours on two CPU cores; continues where it was stopped.
+#
+#   benchmarks/zoo.sh [RUNS]           RUNS: folder of the trainings, by default runs/zoo; finished ones are used as they are
+#   MODELS="sr depth" benchmarks/zoo.sh  these models alone
+#
+# PYTHON names the interpreter (default: python) of an environment in which crossflow is installed.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+runs=${1:-runs/zoo}
+crossflow=("${PYTHON:-python}" -m crossflow)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+wanted() { [[ -z "${MODELS:-}" || " $MODELS " == *" $1 "* ]]; }
+
+# trained RECIPE: trains it into RUNS/RECIPE, or continues.
+trained() {
+  [ -f "$runs/$1/scores.json" ] || "${crossflow[@]}" train --config "$1" --output "$runs/$1" --resume auto
+}
+
+# publish NAME RUN STORAGE TEXT OPTION...: stores the model, scores what is stored, and writes zoo/NAME with an example.
+publish() {
+  local name=$1 run=$2 storage=$3 text=$4 stored=$work/$1 example=$work/example-$1
+  shift 4
+  "${crossflow[@]}" push "$run" "$name" --storage "$storage" --dry-run --output "$stored"
+  "${crossflow[@]}" evaluate --checkpoint "$stored" --num 960
+  rm -rf "$root/zoo/$name"
+  "${crossflow[@]}" push "$stored" "$name" --storage "$storage" --license mit --text "$text" --dry-run --output "$root/zoo/$name"
+  rm -rf "$root/zoo/$name"/{metrics.jsonl,samples,.crossflow.json}
+  "${crossflow[@]}" sample --checkpoint "$root/zoo/$name" --output "$example" --seed 0 "$@"
+  mkdir "$root/zoo/$name/samples"
+  cp "$example"/0000* "$root/zoo/$name/samples/"
+}
+
+# The picture that the examples of captions, depth and super-resolution begin with.
+"${PYTHON:-python}" - "$root/zoo/scene.png" <<'PICTURE'
+import sys
+from PIL import Image
+from crossflow.data.scenes import make_scene, render, scene_seed
+Image.fromarray(render([make_scene(scene_seed("test", 3))], 32)[0][0]).save(sys.argv[1])
+PICTURE
+
+prompt="a red cube left of a blue sphere"
+scene=$root/zoo/scene.png
+if wanted t2i || wanted t2i_few; then trained t2i_small; fi
+if wanted t2i; then
+  publish t2i "$runs/t2i_small" int8 "Pictures of solids from prompts, 50 guided steps." --prompt "$prompt"
+fi
+if wanted t2i_few; then
+  [ -f "$runs/t2i_few/scores.json" ] || "${crossflow[@]}" distill "$runs/t2i_small" --output "$runs/t2i_few"
+  publish t2i_few "$runs/t2i_few" int8 "The model t2i in 4 evaluations, guidance built in." --prompt "$prompt"
+fi
+for task in caption depth sr; do
+  wanted "$task" || continue
+  trained "${task}_small"
+  publish "$task" "$runs/${task}_small" half "${task}_small on drawn scenes of solids." --input "$scene"
+done
