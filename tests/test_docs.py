@@ -57,10 +57,12 @@ def page(name: str) -> list[Fence]:
 
 
 def small(argv: list[str], tiny_settings) -> list[str]:
-    """A training or caching command with settings that make it take about a second."""
-    if argv[0] not in ("train", "cache") or {"--resume", "--verify"} & set(argv):
+    """A command that trains, caches or times, with settings that make it take about a second."""
+    learns = argv[0] in ("train", "cache") or (argv[:2] == ["benchmark", "speed"] and "--recipe" in argv)
+    if not learns or {"--resume", "--verify"} & set(argv):
         return [*argv, "train.steps=4"] if "--resume" in argv else argv
-    task = next(argv[argv.index(name) + 1].split("_")[0] for name in ("--task", "--config") if name in argv)
+    options = [name for name in ("--task", "--config", "--recipe") if name in argv]
+    task = argv[argv.index(options[0]) + 1].split("_")[0]
     task = ",".join(task_names()) if task == "joint" else task
     chosen = {word.partition("=")[0] for word in argv} - {"train.steps"}
     extra = [word for word in tiny_settings(task) if word.partition("=")[0] not in chosen]
