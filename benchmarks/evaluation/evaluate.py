@@ -212,7 +212,7 @@ class Evaluation:
         words = [f"{name}{value}".replace(" ", "") for name, value in changed.items()]
         words += [pipe.weights] * (pipe.weights != "ema") + ["autoguided"] * (pipe.weak is not None)
         name = "-".join([place, cases.split, f"{sampling.solver}{sampling.steps}", *words])
-        if pipe.folder in shipped_models().values():
+        if pipe.folder is not None and pipe.folder in shipped_models().values():
             return Path("outputs") / "evaluation" / f"{pipe.folder.name}-{name}"
         return (pipe.folder or Path("outputs")) / "evaluation" / name
 
