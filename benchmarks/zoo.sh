@@ -9,7 +9,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-runs=${1:-runs/zoo}
+runs=$(realpath -m "${1:-runs/zoo}")
 crossflow=("${PYTHON:-python}" -m crossflow)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -21,18 +21,20 @@ trained() {
   [ -f "$runs/$1/scores.json" ] || "${crossflow[@]}" train --config "$1" --output "$runs/$1" --resume auto
 }
 
-# publish NAME RUN STORAGE TEXT OPTION...: stores the model, scores what is stored, and writes zoo/NAME with an example.
+# publish NAME RUN STORAGE TEXT OPTION...: stores the model, scores what is stored, makes an example by `crossflow sample`
+# with the options, and writes zoo/NAME.
 publish() {
-  local name=$1 run=$2 storage=$3 text=$4 stored=$work/$1 example=$work/example-$1
+  local name=$1 run=$2 storage=$3 text=$4
   shift 4
-  "${crossflow[@]}" push "$run" "$name" --storage "$storage" --dry-run --output "$stored"
-  "${crossflow[@]}" evaluate --checkpoint "$stored" --num 960
+  cd "$work" # names in manifests are relative
+  "${crossflow[@]}" push "$run" "zoo:$name" --storage "$storage" --dry-run --output "$name"
+  "${crossflow[@]}" evaluate --checkpoint "$name" --num 960
+  rm -rf "$name/samples"
+  "${crossflow[@]}" sample --checkpoint "$name" --output "$name/samples" --seed 0 "$@"
   rm -rf "$root/zoo/$name"
-  "${crossflow[@]}" push "$stored" "$name" --storage "$storage" --license mit --text "$text" --dry-run --output "$root/zoo/$name"
-  rm -rf "$root/zoo/$name"/{metrics.jsonl,samples,.crossflow.json}
-  "${crossflow[@]}" sample --checkpoint "$root/zoo/$name" --output "$example" --seed 0 "$@"
-  mkdir "$root/zoo/$name/samples"
-  cp "$example"/0000* "$root/zoo/$name/samples/"
+  "${crossflow[@]}" push "$name" "zoo:$name" --storage "$storage" --license mit --text "$text" --dry-run --output "$root/zoo/$name"
+  cp "$name/samples"/* "$root/zoo/$name/samples/"
+  rm "$root/zoo/$name"/{metrics.jsonl,.crossflow.json}
 }
 
 # The picture that the examples of captions, depth and super-resolution begin with.

@@ -37,7 +37,7 @@ def model_card(run: Description, about: About, pictures: Sequence[str] = ()) -> 
         f"# {title}",
         about.text,
         _summary(run),
-        *(f"![Outputs during training: {Path(name).stem}]({name})" for name in pictures),
+        *(f"![Outputs: {Path(name).stem}]({name})" for name in pictures),
         _use(run, title),
         _scores(run.measurements),
         _training(run),

@@ -171,8 +171,10 @@ def complete(folder: Path, about: About, *, origin: Path | None = None) -> None:
     _expect_public(config)
     if origin is not None and origin.resolve() != folder.resolve():
         _copy_records(origin, folder)
-    manifest = RunFolder(folder).read_manifest()
-    if manifest.pop("directory", None) is not None:  # a path of its author's machine
+    if manifest := RunFolder(folder).read_manifest():  # without the paths of its author's machine
+        manifest.pop("directory", None)
+        words = manifest.get("command", [])
+        manifest["command"] = [Path(word).name if Path(word).is_absolute() else word for word in words]
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
     run = describe(folder)
     write_atomically(

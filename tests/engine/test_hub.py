@@ -104,7 +104,7 @@ def test_the_card_has_what_the_hub_reads(hub, tmp_path: Path) -> None:
     assert validation["dataset"]["split"] == "val"
     text = files["README.md"].decode()
     assert "Of a test." in text
-    assert "![Outputs during training: step_3](samples/step_3.png)" in text
+    assert "![Outputs: step_3](samples/step_3.png)" in text
     assert "| nyu:~/nyu (test) | NYU | delta1 | 0.5 |" in text
     assert json.loads(files["config.json"])["settings"]["task"] == "depth"
 
