@@ -147,7 +147,7 @@ OWN_OPTION = ("solver", "steps", "guidance")
 """Fields of SampleConfig that are options."""
 
 OPTIONS = (
-    click.option("--checkpoint", required=True, help="Run directory, or hub id (owner/name)."),
+    click.option("--checkpoint", required=True, help="Run directory, zoo:NAME, or hub id (owner/name)."),
     click.option("--task", type=options.TaskName(), help="Of a joint run. Default: the only one that fits."),
     click.option("--weights", type=options.Choice(["ema", "model"]), help="Default: the averaged ones (ema)."),
     *options.COMPUTING,

@@ -16,7 +16,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command("demo", short_help="Open the models in a web page.")
-@click.option("--checkpoint", "checkpoints", multiple=True, help="Run directory, or hub id (owner/name); repeatable.")
+@click.option("--checkpoint", "checkpoints", multiple=True, help="Run directory, zoo:NAME or hub id (owner/name); "
+              "repeatable. Default without --runs: the models in the box.")  # fmt: skip
 @click.option("--runs", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of runs: their "
               "training curves, and the items of their evaluations.")  # fmt: skip
 @click.option(
@@ -35,23 +36,22 @@ def command(
     models side by side, training curves, and the worst and best items of evaluations.
 
     \b
+      crossflow demo
       crossflow demo --checkpoint runs/t2i_small --checkpoint runs/depth_small --runs runs
       crossflow demo --checkpoint runs/t2i_small --host 0.0.0.0 --port 8000 --auth me:secret
 
     The page works without a connection to the internet. Ctrl-C ends it.
     """
     name_and_password = _pair(auth)
-    if not checkpoints and runs is None:
-        raise UserError(
-            "There is nothing to show. Give --checkpoint with a run directory, as `crossflow train` writes one, or a "
-            "hub id, repeatable; or --runs with a folder of runs."
-        )
     if importlib.util.find_spec("gradio") is None:
         raise UserError(f"The page needs gradio, which is not installed: {EXTRA}.")
     from crossflow.demo.models import open_models
     from crossflow.demo.page import Server
     from crossflow.engine.sample import load
+    from crossflow.networks.hub import SHIPPED, shipped_models
 
+    if not checkpoints and runs is None:
+        checkpoints = [SHIPPED + name for name in shipped_models()]
     say(f"Loading {count(len(checkpoints), 'model')}.")
     models = open_models(checkpoints, lambda checkpoint: load(checkpoint, device=device, precision=precision))
     for model in models.all:

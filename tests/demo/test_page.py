@@ -325,8 +325,8 @@ def test_hostile_requests_change_nothing(client, page, photo: Path) -> None:
 
 
 def test_the_command_says_what_it_needs(capsys, tmp_path: Path, monkeypatch) -> None:
-    assert main(["demo"]) == 2
-    assert "--checkpoint" in capsys.readouterr().err
+    assert main(["demo", "--checkpoint", "zoo:nothing"]) == 2
+    assert "zoo:nothing" in capsys.readouterr().err
     assert main(["demo", "--runs", str(tmp_path), "--auth", "me"]) == 2
     assert "me:secret" in capsys.readouterr().err
     monkeypatch.setattr("crossflow.commands.demo.importlib.util.find_spec", lambda name: None)
