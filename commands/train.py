@@ -148,10 +148,10 @@ def _train_jointly(
     if not distributed.is_main():
         return
     if _show_time(outcome.result, folder):
-        for name, own in outcome.tasks.items():
+        for name, own in {**run.tasks, **run.backwards}.items():
             say(f"{name}:")
-            _show_task(run.tasks[name], own)
-            say(f"  crossflow sample --checkpoint {folder} --task {name} {_example(run.tasks[name])}")
+            _show_task(own, outcome.tasks[name])
+            say(f"  crossflow sample --checkpoint {folder} --task {name} {_example(own)}")
 
 
 def _show_start(config: "Config", run: "Run", folder: Path) -> None:

@@ -22,6 +22,9 @@ MEMBERS, SHARED = "tasks", "shared"
 of the body, which all tasks share, under `shared`.
 """
 
+BACKWARDS = "backwards"
+"""Where a joint run keeps the tasks that run the flow of another backwards: complete runs of their own."""
+
 
 def joint_run(folder: Path) -> Path | None:
     """The joint run that `folder` is a task of, RUN of RUN/tasks/NAME, which holds its weights, log and checkpoints;

@@ -11,6 +11,7 @@
     samples/                 pictures made during training
     released.json            for a converted run: the published file it came from
     tasks/NAME/              of a joint run: all but weights, log and checkpoints of each task
+    backwards/NAME/          of a joint run: the run of a task that runs the flow of another backwards
 
 Beside these lie the files that the task writes (tokenizer, codec, scales).
 """

@@ -222,6 +222,10 @@ AnyScoring: TypeAlias = Scoring
 """The class by another name, since `Task.Scoring` hides it inside the class."""
 
 
+AnyConfig: TypeAlias = Config
+"""As `AnyScoring`."""
+
+
 class Task(ABC, Generic[C, P]):
     """A task with its configuration and its parts; complete once constructed.
 
@@ -312,6 +316,22 @@ class Task(ABC, Generic[C, P]):
     def outline(cls, config: C) -> Self:
         """The task without data and networks: its model can be built and counted, not used."""
         return cls(config, cls.Parts.outline(config))  # type: ignore[arg-type]
+
+    @classmethod
+    def backwards(cls, settings: Mapping[str, Any], other: AnyConfig, run: str) -> dict[str, Any]:
+        """The settings with which this task runs the flow of another task backwards instead of having its own.
+
+        Args:
+            settings: of this task, nested and complete up to defaults.
+            other: the configuration of the other task, which is trained in the run directory `run`.
+
+        Raises:
+            UserError: this task cannot do so with such a task, or their latents differ.
+        """
+        raise UserError(
+            f"The task {cls.name} has no way to run the flow of {other.task} backwards. Leave out "
+            f"directions.{cls.name}."
+        )
 
     # -- data
 

@@ -17,14 +17,14 @@ from crossflow.core.settings import build, merge, parse_overrides, read
 from crossflow.core.weights import MEMBERS
 from crossflow.tasks import add_recipes_of_packages, task_class, tasks_of
 
-OF_THE_RUN = ("task", "seed", "train", "weights", "tasks")
+OF_THE_RUN = ("task", "seed", "train", "weights", "directions", "backwards", "tasks")
 """Sections of a joint recipe that are not those of its tasks."""
 OWN_BACKBONE = {"patch", "positions"}
 """Settings of the backbone in which tasks may differ: those of its first and last layer."""
 
 
 class JointConfig(Section):
-    """The configuration of a joint run; `members` are those of its tasks, by name, in the order of a batch."""
+    """The configuration of a joint run; `members` are those of the tasks that are trained, in the order of a batch."""
 
     task: str
     """The tasks, separated by commas."""
@@ -33,18 +33,22 @@ class JointConfig(Section):
     """Of the whole run; a batch holds equally many samples of each task."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Weight of a task's loss in the mean over the tasks; 1 where none is set."""
+    directions: dict[str, str] = Field(default_factory=dict)
+    """Task -> the task whose flow it runs backwards, instead of having one of its own: caption: t2i."""
+    backwards: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """The complete settings of these tasks, which learn what they need when the flow is trained."""
     members: dict[str, Any] = Field(default_factory=dict, exclude=True)
 
     @model_validator(mode="after")
     def _trains_together(self) -> Self:
-        names, train = tasks_of(self.task), self.train
+        names, train = tuple(self.members), self.train
         if unknown := [name for name in self.weights if name not in names]:
             raise ValueError(f"weights.{unknown[0]} names none of the tasks {', '.join(names)}.")
         if any(weight <= 0 for weight in self.weights.values()):
             raise ValueError("weights must be positive; leave a task out of --task to train without it.")
         if train.batch_size % (len(names) * train.accumulate):
             raise ValueError(
-                f"train.batch_size = {train.batch_size} is divided evenly among {len(names)} tasks and "
+                f"train.batch_size = {train.batch_size} is divided evenly among {len(names)} task(s) and "
                 f"train.accumulate = {train.accumulate} part(s): give a multiple of {len(names) * train.accumulate}."
             )
         refused = {
@@ -93,27 +97,49 @@ def load_joint(
     content, overridden = read(source), parse_overrides(overrides)
     names = _names(source, content, tasks)
     folder = Path(source) / MEMBERS
-    entries = {name: read(folder / name) for name in names} if folder.is_dir() else content.get("tasks", {})
+    entries = content.get("tasks", {}) | content.get("backwards", {})
+    entries |= {name: read(folder / name) for name in names if (folder / name / "config.yaml").is_file()}
     _refuse_unknown(content, (*tasks_of(content.get("task", "")), *names))
     _refuse_unknown(overridden, names)
-    run = {key: value for key, value in merge(content, overridden).items() if key in ("seed", "train", "weights")}
+    run = merge(content, overridden)
+    directions = {name: other for name, other in run.get("directions", {}).items() if name in names}
+    trained = [name for name in names if name not in directions]
     train = build(TrainConfig, run.get("train", {}))
-    seed = run.get("seed", 0)
-    own = {"seed": seed, "train": train.model_dump() | {"batch_size": max(1, train.batch_size // len(names))}}
+    seed, size = run.get("seed", 0), max(1, train.batch_size // max(1, len(trained)))
+    own = {"seed": seed, "train": train.model_dump() | {"batch_size": size}}
     members: dict[str, Config] = {}
-    for name in names:
+    backwards: dict[str, dict[str, Any]] = {}
+    for name in (*trained, *directions):
         kind = task_class(name)
         settings = _member(name, kind.Config, entries.get(name), content, overridden)
-        settings = merge(settings, parse_overrides(kind.quick)) if quick else settings
+        settings = {**merge(settings, parse_overrides(kind.quick) if quick else {}), "task": name, **own}
         try:
-            members[name] = build(kind.Config, {**settings, "task": name, **own})
+            if name in directions:
+                settings = kind.backwards(
+                    settings, _reversed(name, directions, members), f"{MEMBERS}/{directions[name]}"
+                )
+                backwards[name] = build(kind.Config, settings).model_dump(mode="json")
+            else:
+                members[name] = build(kind.Config, settings)
         except UserError as error:
             raise UserError(f"Task {name}: {error}") from error
     recipe = {name: weight for name, weight in content.get("weights", {}).items() if name in names}
+    weights = {**recipe, **overridden.get("weights", {})}
     return build(
         JointConfig,
-        {**run, "weights": {**recipe, **overridden.get("weights", {})}, "task": ",".join(names), "members": members},
-    )
+        {"task": ",".join(names), "seed": seed, "train": train, "weights": weights, "directions": directions,
+         "backwards": backwards, "members": members},
+    )  # fmt: skip
+
+
+def _reversed(name: str, directions: Mapping[str, str], members: Mapping[str, Config]) -> Config:
+    """The configuration of the task whose flow `name` runs backwards. Raises UserError unless it is trained."""
+    if directions[name] not in members:
+        raise UserError(
+            f"directions.{name} = {directions[name]} names none of the tasks that this run trains: "
+            f"{', '.join(members)}."
+        )
+    return members[directions[name]]
 
 
 def _names(source: str | Path, content: Mapping[str, Any], tasks: str | None) -> tuple[str, ...]:

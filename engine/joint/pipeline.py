@@ -1,5 +1,6 @@
 """`crossflow.load(DIR)` for any run: the pipeline of its task, or, of a joint run, one that does all of its tasks."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -9,7 +10,7 @@ import torch
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.joint import share_body
 from crossflow.core.settings import read
-from crossflow.core.weights import MEMBERS
+from crossflow.core.weights import BACKWARDS, MEMBERS
 from crossflow.engine import sample
 from crossflow.engine.outputs import Outputs
 from crossflow.engine.sample import Opening, Pipeline
@@ -44,7 +45,7 @@ def joint_tasks(folder: Path) -> tuple[str, ...]:
 
 def task_folders(folder: Path) -> list[Path]:
     """The folders of the tasks of a joint run; of any other folder itself."""
-    return [folder / MEMBERS / name for name in joint_tasks(folder)] or [folder]
+    return [member(folder, name) for name in joint_tasks(folder)] or [folder]
 
 
 def member(folder: Path, task: str) -> Path:
@@ -52,7 +53,8 @@ def member(folder: Path, task: str) -> Path:
     names = joint_tasks(folder)
     if task not in names:
         raise unknown_name(f"task of {folder}", task, names)
-    return folder / MEMBERS / task
+    is_backwards = task in read(folder).get(BACKWARDS, {})
+    return folder / (BACKWARDS if is_backwards else MEMBERS) / task
 
 
 def task_for(folder: Path, kind: str | None = None) -> str:
@@ -84,7 +86,9 @@ class JointPipeline:
 
     def __init__(self, members: Mapping[str, Pipeline]) -> None:
         self._members = dict(members)
-        share_body({name: pipe.model for name, pipe in members.items()})
+        # A task that runs the flow of another backwards has a copy of it, which is no body of its own.
+        models = {name: pipe.model for name, pipe in members.items() if hasattr(pipe.model.backbone, "body")}
+        share_body(models)
 
     def __repr__(self) -> str:
         return f"JointPipeline({', '.join(map(repr, self._members.values()))})"
@@ -118,10 +122,10 @@ class JointPipeline:
         return pipe(inputs, num=num, seed=seed, output_type=output_type, **fields)
 
     def _task_of(self, inputs: object) -> str:
-        """The task that takes the inputs: texts are prompts where a task takes prompts, everything else pictures."""
+        """The task that takes the inputs: texts that name no file are prompts, everything else is a picture."""
         values: Sequence[object] = inputs if isinstance(inputs, (list, tuple)) else [inputs]
         texts = [name for name, pipe in self._members.items() if pipe.task.input_kind == "text"]
-        is_text = all(isinstance(value, str) for value in values)
+        is_text = all(isinstance(value, str) and not os.path.isfile(value) for value in values)
         possible = texts if is_text and texts else [name for name in self._members if name not in texts]
         if len(possible) == 1:
             return possible[0]

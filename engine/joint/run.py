@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from crossflow.core import distributed
@@ -17,11 +17,11 @@ from crossflow.core.files import write_atomically
 from crossflow.core.joint import JointModel, JointObjective
 from crossflow.core.lock import FolderLock
 from crossflow.core.progress import Silent, TrainingProgress
-from crossflow.core.settings import dump, flat, read
+from crossflow.core.settings import build, dump, flat, read
 from crossflow.core.training.dry_run import DryRun
 from crossflow.core.training.joint import JointData
 from crossflow.core.training.trainer import Callbacks, Trainer, TrainResult
-from crossflow.core.weights import MEMBERS, shapes_only
+from crossflow.core.weights import BACKWARDS, MEMBERS, shapes_only
 from crossflow.engine.folder import RunFolder, Snapshot
 from crossflow.engine.joint.config import JointConfig
 from crossflow.engine.train import FREE_TO_CHANGE, Estimate, Outcome, Run, TrainingSet, finished, refuse_earlier
@@ -63,7 +63,8 @@ def finished_jointly(config: JointConfig, folder: Path) -> JointOutcome | None:
     """
     outcomes = {name: finished(own, folder / MEMBERS / name) for name, own in config.members.items()}
     complete = {name: outcome for name, outcome in outcomes.items() if outcome is not None}
-    if len(complete) < len(outcomes):
+    is_read = all(RunFolder(folder / BACKWARDS / name).read_scores() for name in config.backwards)
+    if len(complete) < len(outcomes) or not is_read:
         return None
     _check_same(config, RunFolder(folder))
     result = next(iter(complete.values())).result
@@ -101,6 +102,8 @@ class JointRun:
     resume: str | None
     before: Snapshot
     lock: FolderLock
+    backwards: dict[str, Run] = field(default_factory=dict)
+    """The runs of the tasks that run the flow of another backwards, which follow the training."""
 
     @property
     def model(self) -> JointModel:
@@ -201,6 +204,7 @@ class JointRun:
         try:
             for run in self.tasks.values():
                 run.open_validation()
+            distributed.on_main(self._forget_backwards)
             trainer = self.trainer()
             result = trainer.run(self.resume)
         except BaseException:
@@ -212,7 +216,23 @@ class JointRun:
             with trainer.learner.averaged():
                 if distributed.is_main():
                     outcomes = {name: run.score(result) for name, run in self.tasks.items()}
+            outcomes |= {name: self._learn_backwards(name) for name in self.config.backwards}
         return JointOutcome(self.folder, result, outcomes)
+
+    def _forget_backwards(self) -> None:
+        """Removes what has been learned from an earlier state of the flow."""
+        shutil.rmtree(self.folder / BACKWARDS, ignore_errors=True)
+
+    def _learn_backwards(self, name: str) -> Outcome:
+        """The run of a task that needs no flow of its own, from the averaged weights of the one it runs backwards."""
+        self.progress.note(f"Learning {name} from the flow of {self.config.directions[name]}.")
+        kind, flow = task_class(name), self.config.directions[name]
+        settings = kind.backwards(
+            self.config.backwards[name], self.config.members[flow], str((self.folder / MEMBERS / flow).absolute())
+        )
+        run = Run.open(build(kind.Config, settings), self.folder / BACKWARDS / name, progress=self.progress)
+        self.backwards[name] = run
+        return run.train()
 
 
 def _check_same(config: JointConfig, run: RunFolder) -> None:

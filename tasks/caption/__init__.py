@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from crossflow.core import distributed
 from crossflow.core.backbones import build_backbone
 from crossflow.core.batch import Batch, Condition, Record, Source
+from crossflow.core.config import DataConfig
 from crossflow.core.errors import UserError
 from crossflow.core.files import read_tensors, write_atomically
 from crossflow.core.model import CrossFlow
 from crossflow.core.noise import key
 from crossflow.core.objective import Objective
+from crossflow.core.settings import merge
 from crossflow.core.source import SourceEncoder
 from crossflow.data.cache.extract import Extractor, Options
 from crossflow.data.cache.training import cached_batch
@@ -43,7 +45,7 @@ from crossflow.data.resize import center_crop_resize
 from crossflow.networks.codecs.base import Codec
 from crossflow.networks.text.tokenizer import build_tokenizer
 from crossflow.networks.trunks import Reconstructor
-from crossflow.tasks.base import Example, Parts, Pieces, Report, Task, to_tensors
+from crossflow.tasks.base import AnyConfig, Example, Parts, Pieces, Report, Task, to_tensors
 from crossflow.tasks.caption.config import CaptionConfig
 from crossflow.tasks.caption.decoder import TextAutoencoder, TextReport, TextTraining
 from crossflow.tasks.caption.encoder import BagOfTokens, build_trunk
@@ -189,6 +191,26 @@ class Adapter(Task[CaptionConfig, CaptionParts]):
     input_kind = "image"
     flow_alone = ("caption.reading=0", "caption.joint=false")
     quick = ("caption.text_steps=2",)
+
+    @classmethod
+    def backwards(cls, settings: Mapping[str, Any], other: AnyConfig, run: str) -> dict[str, Any]:
+        """Those of captioning by a t2i run backwards, which trains a text decoder alone."""
+        if other.task != "t2i":
+            return super().backwards(settings, other, run)
+        size, shape = settings.get("data", {}).get("image_size", DataConfig().image_size), other.data.image_size
+        if size != shape or other.source.kind == "gaussian":
+            differ = f"data.image_size is {shape} for t2i and {size} for caption"
+            raise UserError(
+                "t2i and caption are two directions of one flow only where their latents agree: "
+                f"{differ if size != shape else 'with source.kind=gaussian t2i starts from noise, not from a text'}. "
+                "Change that, or leave out directions.caption."
+            )
+        changes = {
+            "caption": {"t2i": run, "reading": 0, "joint": False},
+            "source": {"kind": "deterministic"},
+            "train": {"steps": 0},
+        }
+        return merge(settings, changes)
 
     @property
     def codec(self) -> Codec:

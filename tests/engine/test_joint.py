@@ -199,6 +199,35 @@ def test_two_processes_train_as_one(joint: Path, tmp_path: Path, forked):
         assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_t2i_and_caption_are_two_directions_of_one_flow(pair, blind_judge, photo: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    config = pair("directions.caption=t2i", tasks="t2i,caption")
+    assert list(config.members) == ["t2i"]
+    outcome = train_jointly(config, run)
+    assert set(outcome.tasks) == {"t2i", "caption"}
+    assert train_jointly(config, run, resume="auto").already_finished
+    pipe = crossflow.load(run)
+    (caption,) = pipe(str(photo)).captions
+    assert isinstance(caption, str)
+    forwards, backwards = (pipe[name].model.backbone.state_dict() for name in ("t2i", "caption"))
+    assert all(torch.equal(backwards[f"backbone.{name}"], value) for name, value in forwards.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tasks", "message"),
+    [
+        (["directions.caption=t2i", "tasks.t2i.data.image_size=32"], "t2i,caption", r"image_size is 32 for t2i and 16"),
+        (["directions.caption=t2i", "tasks.t2i.source.kind=gaussian"], "t2i,caption", r"starts from noise, not from a"),
+        (["directions.depth=sr"], PAIR, r"depth has no way to run the flow of sr backwards"),
+        (["directions.caption=depth"], "t2i,caption", r"names none of the tasks that this run trains: t2i"),
+    ],
+)
+def test_directions_need_latents_that_agree(pair, overrides: list[str], tasks: str, message: str):
+    with pytest.raises(UserError, match=message):
+        pair(*overrides, tasks=tasks)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
