@@ -43,8 +43,12 @@ class Jobs:
         def handle(*values: object) -> Any:
             *entered, visitor, bar = values
             assert callable(bar), "gradio fills in what it finds in the signature"
-            with self.work(getattr(visitor, "session_hash", None) or "", bar) as on_step:
-                return function(on_step, *entered)
+            try:
+                with self.work(getattr(visitor, "session_hash", None) or "", bar) as on_step:
+                    return function(on_step, *entered)
+            except Cancelled:
+                gr.Info("Cancelled.", title="Stopped", duration=3)
+                return gr.skip()  # what was shown before stays
 
         handle.__signature__ = inspect.Signature([*fields, request, progress])  # type: ignore[attr-defined]
         handle.__annotations__ = {"request": gr.Request}
@@ -52,7 +56,9 @@ class Jobs:
 
     @contextmanager
     def work(self, session: str, bar: Callable[..., object]) -> Iterator[Progress]:
-        """The callback to which a computation reports its steps; raises gr.Error in place of what goes wrong."""
+        """The callback to which a computation reports its steps; raises gr.Error in place of what goes wrong, and
+        Cancelled.
+        """
         cancelled = threading.Event()
 
         def on_step(done: int, total: int) -> None:
@@ -65,8 +71,6 @@ class Jobs:
             try:
                 with sentences():
                     yield on_step
-            except Cancelled:
-                raise gr.Error("Cancelled.", title="Stopped", duration=3, print_exception=False) from None
             finally:
                 self._running.pop(session, None)
 

@@ -208,7 +208,9 @@ class Buttons:
             triggers, endpoint, list(inputs), list(outputs), api_name=name, api_description=about,
             concurrency_limit=1, concurrency_id=TURN, show_progress="full", show_progress_on=outputs[0],
         )  # fmt: skip
-        self.cancel.click(site.jobs.cancel, None, None, cancels=[event], queue=False, **PRIVATE)
+        # A running computation first: gradio itself waits for its end, and removes what is still in the queue.
+        stopped = self.cancel.click(site.jobs.cancel, None, None, queue=False, show_progress="hidden", **PRIVATE)
+        stopped.then(None, None, None, cancels=[event], queue=False, **PRIVATE)
 
 
 def gallery(label: str, models: Sequence[Model], *, columns: int = 4, visible: bool = True) -> gr.Gallery:
