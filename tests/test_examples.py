@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("core", "networks", "data", "tasks", "engine", "released", "benchmarks", "commands")
+FOLDERS = ("core", "networks", "data", "tasks", "engine", "released", "benchmarks", "demo", "commands")
 
 
 def modules_with_examples() -> list[str]:

@@ -105,7 +105,8 @@ def test_every_module_and_recipe_of_the_tree_is_in_the_wheel(tree: Path, wheel: 
         for p in (tree / noun).rglob("*.yaml")
     }
     references = {p.relative_to(tree) for p in (tree / "configs").rglob("*.json")}
-    expected = {f"crossflow/{p.as_posix()}" for p in modules | recipes | references | {Path("py.typed")}}
+    others = {Path("py.typed"), Path("demo/style.css")}
+    expected = {f"crossflow/{p.as_posix()}" for p in modules | recipes | references | others}
     shipped = {name for name in names_in(wheel) if not name.split("/")[0].endswith(".dist-info")}
     assert shipped == expected  # equality: neither tests nor setup.py nor a result of a run is shipped
 

@@ -4,30 +4,29 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-pytest.importorskip("gradio", reason='the page needs gradio: pip install "crossflow-toolkit[demo]"')
-
-from crossflow.demo.models import Models, open_models
-from crossflow.demo.page import Server
-from crossflow.engine.sample import load
+if TYPE_CHECKING:
+    from crossflow.demo.models import Models
 
 RUNS = Path(__file__).resolve().parents[1] / "golden" / "runs"
-PASSWORD = ("me", "secret")
 
 
 class Page(NamedTuple):
     url: str
-    models: Models
+    models: "Models"
     runs: Path
     """The folder behind --runs."""
 
 
 @pytest.fixture(scope="session")
-def models() -> Models:
+def models() -> "Models":
     """Two runs of text to image, and one of each other task."""
+    from crossflow.demo.models import open_models
+    from crossflow.engine.sample import load
+
     names = ("t2i", "t2i", "caption", "depth", "sr")
     return open_models([str(RUNS / name) for name in names], lambda name: load(name, device="cpu"))
 
@@ -52,7 +51,9 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def page(models: Models, runs: Path) -> Iterator[Page]:
+def page(models: "Models", runs: Path) -> Iterator[Page]:
+    from crossflow.demo.page import Server
+
     with Server(models, runs) as server:
         yield Page(server.url.rstrip("/"), models, runs)
 
