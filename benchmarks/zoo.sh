@@ -45,6 +45,14 @@ from crossflow.data.scenes import make_scene, render, scene_seed
 Image.fromarray(render([make_scene(scene_seed("test", 3))], 32)[0][0]).save(sys.argv[1])
 PICTURE
 
+# The judge of scenes, by which text to image is scored; its name changes with the world and its training.
+"${PYTHON:-python}" - "$root/zoo" <<'JUDGE'
+import sys
+from pathlib import Path
+from crossflow.tasks.t2i.recogniser import load_recogniser
+load_recogniser(cache=Path(sys.argv[1]))
+JUDGE
+
 prompt="a red cube left of a blue sphere"
 scene=$root/zoo/scene.png
 if wanted t2i || wanted t2i_few; then trained t2i_small; fi

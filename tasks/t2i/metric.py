@@ -62,7 +62,7 @@ class T2IMetric(TaskMetric[np.ndarray, Prompt | str]):
     Args:
         clip: hub id or folder of a CLIP model of transformers, or the model opened; None: no CLIP score.
         seed: of the shuffled control.
-        judge: finds the solids of pictures; None: the recogniser of the user's cache, trained at the first need.
+        judge: finds the solids of pictures; None: the recogniser that ships with the package.
     """
 
     names = (*PROMPT_KINDS, "overall", "clip_score")

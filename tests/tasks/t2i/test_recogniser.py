@@ -2,6 +2,7 @@
 
 import json
 import logging
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -181,25 +182,25 @@ def test_cache_key_follows_training_and_world(monkeypatch):
 
 @pytest.fixture(scope="module")
 def judge():
-    """Trained in a fifth of the time of the judge that scores rest on: right in 98 % of counts and relations and 95 %
-    of shapes, where that is right in 99 % of all three, as `crossflow evaluate` reports beside the scores of a
-    text-to-image run (judge_count, judge_relation, judge_shape).
+    """The judge that ships, which scores rest on. Where the world, its look or the training change, benchmarks/zoo.sh
+    makes it again.
     """
-    return load_recogniser(Training(num_scenes=4000, steps=500, batch_size=64, lr=5e-3, width=16))
+    with mock.patch.object(module, "train_recogniser", None):  # a training would fail
+        return load_recogniser()
 
 
-@pytest.mark.slow(first=True)
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_judge_is_right_on_renders_it_has_not_seen(judge, size):
     scenes = [make_scene(scene_seed("test", index)) for index in range(1000)]
     measured = accuracy(judge, scenes, size)
-    for name, expected in {"count": 0.96, "shape": 0.93, "colour": 0.97, "relation": 0.95}.items():
+    for name, expected in {"count": 0.97, "shape": 0.97, "colour": 0.99, "relation": 0.97}.items():
         assert measured[name] >= expected, (name, measured)
         assert measured[name] == pytest.approx(judge.report[name], abs=0.02)
     assert json.loads(json.dumps(judge.report)) == judge.report
 
 
-@pytest.mark.slow(first=True)
+@pytest.mark.slow
 def test_real_pictures_of_what_prompts_ask_score_nearly_one(judge):
     """Renders chosen to fulfil a prompt of each kind are judged right; judged by other prompts most are wrong."""
     from crossflow.data.scenes import geneval_prompts
