@@ -33,6 +33,7 @@ publish() {
   "${crossflow[@]}" sample --checkpoint "$name" --output "$name/samples" --seed 0 "$@"
   rm -rf "$root/zoo/$name"
   "${crossflow[@]}" push "$name" "zoo:$name" --storage "$storage" --license mit --text "$text" --dry-run --output "$root/zoo/$name"
+  mkdir -p "$root/zoo/$name/samples"
   cp "$name/samples"/* "$root/zoo/$name/samples/"
   rm "$root/zoo/$name"/{metrics.jsonl,.crossflow.json}
 }
