@@ -73,7 +73,7 @@ def _models() -> Rows:
         run = describe(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         scores = [f"{key} {value:.3g}" for each in run.measurements[-1:] for key, value in each.leading().items()]
-        example = [str(path) for path in run.samples[-1:]]
+        example = [str(path) for path in run.samples[:1]]
         rows.append((SHIPPED + name, run.config.task, f"{size / 1e6:.1f} MB", "\n".join([", ".join(scores), *example])))
     return rows
 
