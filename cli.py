@@ -13,7 +13,7 @@ from crossflow.commands.console import explain, warn
 from crossflow.core.errors import UserError, unknown_name
 
 COMMANDS = (
-    *("train", "distill", "sample", "evaluate", "compare", "statistics"),
+    *("train", "finetune", "distill", "sample", "evaluate", "compare", "statistics"),
     *("interpolate", "arithmetic", "invert", "cache", "convert", "ablate", "benchmark", "data", "list"),
     *("show", "doctor", "plot", "demo", "consolidate", "export", "push", "completion"),
 )

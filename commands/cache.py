@@ -115,7 +115,7 @@ def command(
     _show_plan(builder, expected, output)
     expected.require(output)
     if not dry_run:
-        complete = _run(builder, output)
+        complete = complete_cache(builder, output)
         if complete and any("moments" in part for part in builder.extractor.describe()["parts"]):
             _say(f"Train on it: crossflow train --config {recipe} --data cache:{output} {' '.join(overrides)}".rstrip())
 
@@ -163,7 +163,7 @@ def _show_plan(builder: "Builder", expected: "Estimate", output: Path) -> None:
         _say(f"Continuing: {size_in_words(expected.finished)} are cached already.")
 
 
-def _run(builder: "Builder", output: Path) -> bool:
+def complete_cache(builder: "Builder", output: Path) -> bool:
     """Builds the cache; returns whether it is complete, which only the last of several processes can see."""
     from crossflow.core.files import size_in_words
 

@@ -42,6 +42,7 @@ class Model:
     steps: int | None
     guidance: float | None
     guide_with: str | None
+    adapter_scale: float | None
     output: Path | None
     overwrite: bool
     open_result: bool
@@ -59,7 +60,8 @@ class Model:
             "compile": self.compile,
             "offload": self.offload,
         }
-        pipe = load(self.place, weights=self.weights, overrides=self.replaced, batch_size=self.batch, **where)
+        own: dict[str, Any] = {"weights": self.weights, "adapter_scale": self.adapter_scale, "batch_size": self.batch}
+        pipe = load(self.place, overrides=self.replaced, **own, **where)
         pipe.sample_settings(**self.settings)
         if self.guide_with is not None:
             pipe.guide_with(load(self.guide_with, overrides=self.replaced, **where))
@@ -126,8 +128,9 @@ class Model:
         pipe, settings = self.pipe, self.pipe.sample_settings(**(self.settings | overrides))
         if is_first_process():
             guide = f" by {pipe.guided_by}" if pipe.guided_by is not None else ""
+            adapter = f", adapter at {pipe.adapter_scale:g}" if pipe.adapters else ""
             say(
-                f"Using {self.checkpoint} ({pipe.task.name}, {pipe.weights} weights) on {pipe.device} in "
+                f"Using {self.checkpoint} ({pipe.task.name}, {pipe.weights} weights{adapter}) on {pipe.device} in "
                 f"{pipe.precision}: {settings.solver}, {settings.steps} steps, guidance {settings.guidance:g}{guide}."
             )
             say(f"Results go to {folder}.")
@@ -137,6 +140,7 @@ class Model:
         settings = self.pipe.sample_settings(**self.settings).model_dump(mode="json")
         values: dict[str, Any] = {"seed": self.seed, "checkpoint": self.checkpoint, "weights": self.pipe.weights}
         values |= {"settings": settings}
+        values |= {"adapter_scale": self.adapter_scale} if self.adapter_scale is not None else {}
         values |= {"guided_by": self.pipe.guided_by} if self.pipe.guided_by is not None else {}
         return {
             name: value if isinstance(value, str) else json.dumps(value) for name, value in (values | details).items()
@@ -162,6 +166,7 @@ OPTIONS = (
     click.option("--steps", type=click.IntRange(1), help="Solver steps. Default: the recipe's."),
     click.option("--guidance", type=float, help="Guidance scale; 1 turns guidance off. Default: the recipe's."),
     click.option("--guide-with", metavar="DIR", help="Autoguidance: run directory of a weaker version of the model."),
+    click.option("--adapter-scale", type=float, help="Strength of a fine-tuned run's adapter: 0 base, 1 as trained."),
     click.option(
         "--set",
         "replaced",

@@ -13,6 +13,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.output import check_output
 
 if TYPE_CHECKING:
+    from crossflow.core.config import Config
     from crossflow.engine.health.finding import Finding
 
 
@@ -79,19 +80,26 @@ def _examine_machine() -> Examined:
 
 
 def _examine_plan(source: str, settings: Sequence[str], task: str | None, processes: int) -> Examined:
-    from crossflow.core.files import size_in_words
-    from crossflow.engine.health.machine import devices, free_bytes
-    from crossflow.engine.health.plan import examine_plan, plan
     from crossflow.tasks import load_config, task_class
 
     config = load_config(source, settings, task)
     quick = load_config(source, [*settings, *task_class(config.task).quick], task)
+    return examine_training(source, config, quick, processes)
+
+
+def examine_training(source: str, config: "Config", quick: "Config", processes: int = 1) -> Examined:
+    """Prints what a training takes, and what stands in its way; quick: with less to be learned before its flow."""
+    from crossflow.core.files import size_in_words
+    from crossflow.engine.health.machine import devices, free_bytes
+    from crossflow.engine.health.plan import examine_plan, plan
+
     device, free = devices()[0], free_bytes(Path("runs"))
     size = plan(quick, num_processes=processes, report=say)
     facts = {
         "training data": "unavailable" if size.num_train is None else f"{size.num_train} items, {config.data.train}",
         "validation data": "unavailable" if size.num_val is None else f"{size.num_val} items",
         "parameters": ", ".join(f"{name} {number / 1e6:.2f}M" for name, number in size.parameters.items()),
+        "trained": f"{size.num_trained / 1e6:.2f}M parameters",
         "memory": ", ".join(f"{name} {size_in_words(number)}" for name, number in size.memory.items()),
         "peak": f"{size_in_words(size.peak)} of {device}",
         "checkpoint": "unknown" if size.checkpoint is None else size_in_words(size.checkpoint),

@@ -72,6 +72,7 @@ def _facts(run: "Description") -> dict[str, str]:
         "recipe": f"{run.recipe}{'' if run.differences else ', unchanged'}" if run.recipe else "",
         "trained": f"{run.step or 0} of {run.config.train.steps} steps of {run.config.train.batch_size}",
         "parameters": parts,
+        "base": f"{base}; the parameters are what differs" if (base := run.config.finetune.base) is not None else "",
         "data": f"{run.config.data.train}" + (f", {data['num_items']} items" if "num_items" in data else ""),
         "weights": "none yet" if run.weights is None else str(run.weights),
         "curves": "" if run.curves is None else str(run.curves),

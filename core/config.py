@@ -274,6 +274,32 @@ class IntervalConfig(Section):
         return self.target in ("derivative", "composition")
 
 
+class FinetuneConfig(Section):
+    """A run that stores only what it changes in another run, its base (docs/fine_tuning.md)."""
+
+    base: str | None = None
+    """Run directory, or hub repository, that is changed; none: the run stores all of its weights."""
+    checksum: str | None = None
+    """SHA-256 of the base's weights, which is compared when they are loaded."""
+    rank: int = Field(0, ge=0)
+    """Rank of the matrices that are added to linear layers (LoRA); 0: none, parameters themselves are trained."""
+    alpha: float | None = Field(None, gt=0)
+    """alpha / rank scales the added matrices; none: 1."""
+    targets: tuple[str, ...] = ()
+    """Patterns (*, ?) of the names of linear layers that get such matrices; none: the projections of attention and
+    feed-forwards, where most of the weights lie and which adapters of language models gain most from.
+    """
+    train: tuple[str, ...] = ()
+    """Patterns of the names of parameters that are trained themselves; none: with rank 0 all."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of the names of parameters and layers that stay as they are."""
+
+    @property
+    def factor(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -301,6 +327,8 @@ class TrainConfig(Section):
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool | None = None
     """Compile the blocks of the model by torch.compile; none: on a CUDA GPU for which torch can compile."""
+    offload: bool = False
+    """On a GPU, keep frozen networks in host memory while they do not compute, as pays with cached features."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     sharding: Literal["none", "fsdp"] = "none"
@@ -327,6 +355,8 @@ class TrainConfig(Section):
     """tensorboard, wandb; metrics.jsonl is always written."""
     start_from: str | None = None
     """Run directory whose averaged weights initialise a new run, where names and shapes agree."""
+    parts_from: str | None = None
+    """Run directory whose tokenizer, codec and scales a new run takes over instead of learning its own."""
     max_minutes: float | None = Field(None, gt=0)
     """Stop with a checkpoint after this many minutes."""
     max_bad_steps: int = Field(1, ge=1)
@@ -383,6 +413,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     interval: IntervalConfig = IntervalConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
 

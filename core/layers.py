@@ -246,6 +246,18 @@ def sincos_2d(height: int, width: int, dim: int, device: torch.device | None = N
     return _table(_sincos_2d, (height, width, dim), device)
 
 
+def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    """Positions (N, D) of a row-major grid, bilinearly interpolated for another `grid` (H, W) of the same proportions:
+    (H W, D). None if N positions make no such grid.
+    """
+    height = math.isqrt(len(table) * grid[0] // grid[1])
+    width = height * grid[1] // grid[0]
+    if height * width != len(table) or height == 0:
+        return None
+    planes = table.float().T.unflatten(1, (height, width))[None]
+    return F.interpolate(planes, grid, mode="bilinear", align_corners=False)[0].flatten(1).T.to(table.dtype)
+
+
 def _sincos_tokens(num_tokens: int, width: int, device: torch.device) -> Tensor:
     return sincos_1d(torch.arange(num_tokens, device="cpu"), width).float().to(device)
 

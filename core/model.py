@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from crossflow.core.adapters import Adapters
 from crossflow.core.batch import Condition, Jump
 from crossflow.core.source import SourceEncoder
 
@@ -33,6 +34,10 @@ class CrossFlow(nn.Module):
         self.source_encoder = source_encoder
         self.backbone = backbone
         self.condition_encoder = condition_encoder
+        self.borrowed: frozenset[str] = frozenset()
+        """Names of the tensors that belong to the base of a fine-tuned run: they are neither trained nor stored."""
+        self.adapters: Adapters | None = None
+        """How the weights come about, if they were loaded from fine-tuned runs."""
         self._objective: tuple[nn.Module, ...] = ()
 
     @property

@@ -58,16 +58,42 @@ def kind_of_weights(folder: Path, kind: str | None = None) -> str:
     return kind or ("ema" if weights_file(folder, "ema").is_file() else "model")
 
 
-def load_weights(build: Callable[[], CrossFlow], folder: Path, kind: str) -> CrossFlow:
-    """The model that `build` makes, with the weights of a run directory or of a task of a joint run. Their file is
-    mapped into memory instead of copied.
+def load_weights(
+    build: Callable[[], CrossFlow],
+    state: Mapping[str, Tensor],
+    origin: Path,
+    base: Mapping[str, Tensor] | None = None,
+) -> CrossFlow:
+    """The model that `build` makes, with the weights `state`, which become its own.
 
-    Raises UserError unless the file holds exactly the model's tensors.
+    origin: their file, for the message. base: weights of the run it was fine-tuned from, which supply what `state`
+    lacks where their shapes fit. Raises UserError unless they are exactly the model's tensors.
     """
     with uninitialized():
         model = build()
-    _assign(model, weights_file(folder, kind), None if joint_run(folder) is None else folder.absolute().name)
+    if base is not None:
+        expected, computed = model.state_dict(), dict(model.named_buffers())
+        fitting = {name: tensor for name, tensor in base.items() if _shape(expected.get(name)) == tensor.shape}
+        state = {**{name: value for name, value in computed.items() if name in expected}, **fitting, **state}
+    _assign(model, state, origin)
     return model
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
+
+
+def read_state(folder: Path, kind: str) -> dict[str, Tensor]:
+    """The weights of a run directory, or of a task of a joint run, mapped into memory. Raises UserError without a good
+    file.
+    """
+    path = weights_file(folder, kind)
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} has no {path.name}: the run has not saved weights yet, or the file was removed."
+        )
+    state = read_weights(path, "Use another checkpoint of the run.")
+    return state if joint_run(folder) is None else of_task(state, folder.absolute().name)
 
 
 @contextmanager
@@ -122,13 +148,7 @@ class _NoInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _assign(model: CrossFlow, path: Path, task: str | None) -> None:
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent} has no {path.name}: the run has not saved weights yet, or the file was removed."
-        )
-    state = read_weights(path, "Use another checkpoint of the run.")
-    state = state if task is None else of_task(state, task)
+def _assign(model: CrossFlow, state: Mapping[str, Tensor], origin: Path) -> None:
     expected = model.state_dict()
     wrong = [
         *(f"{key} is missing" for key in expected if key not in state),
@@ -141,5 +161,5 @@ def _assign(model: CrossFlow, path: Path, task: str | None) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(f"{path} does not fit the model of its config.yaml: {'; '.join(wrong[:5])}{more}.")
+        raise UserError(f"{origin} does not fit the model of its config.yaml: {'; '.join(wrong[:5])}{more}.")
     model.load_state_dict({key: tensor.to(expected[key].dtype) for key, tensor in state.items()}, assign=True)

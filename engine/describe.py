@@ -72,6 +72,7 @@ class Description:
             "steps": self.config.train.steps,
             "weights": None if self.weights is None else str(self.weights),
             "parameters": dict(self.num_parameters),
+            "base": self.config.finetune.base,
             "measurements": [
                 {**vars(each), "path": str(each.path), "headline": list(each.headline)} for each in self.measurements
             ],

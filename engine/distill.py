@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crossflow.core.config import Config
+from crossflow.core.config import Config, FinetuneConfig
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.settings import build, merge, parse_overrides
 from crossflow.data.readers import resolve_spec
@@ -60,7 +60,7 @@ def _changes(config: Config, folder: Path, method: str, scales: tuple[float, flo
     """What a run that is distilled by `method` from the run in `folder` changes in its settings."""
     is_range = scales[0] < scales[1]
     changes: dict[str, Any] = {
-        "data": {"train": _from_anywhere(config.data.train, folder)},
+        "data": {"train": from_anywhere(config.data.train, folder)},
         "source": {"frozen": True},
         # The flow alone, at all times: what trained the source, or one step, is done.
         "loss": {
@@ -75,13 +75,14 @@ def _changes(config: Config, folder: Path, method: str, scales: tuple[float, flo
         "path": {"noise": 0.0},
         "time": {"at_start": 0.0, "points": ()},
         "guidance": {"drop": 0.0},
+        "finetune": FinetuneConfig().model_dump(mode="json"),
         "interval": {
             "target": method,
             "teacher": str(folder),
             "guidance": scales,
             "guidance_interval": config.sample.guidance_interval,
         },
-        "train": _shorter(config) | {"start_from": str(folder)},
+        "train": _shorter(config) | {"start_from": str(folder), "parts_from": None},
         "sample": {
             "solver": "euler" if method == "reflow" else "map",
             "steps": NUM_STEPS,
@@ -97,7 +98,7 @@ def _changes(config: Config, folder: Path, method: str, scales: tuple[float, flo
     return changes
 
 
-def _from_anywhere(spec: str, folder: Path) -> str:
+def from_anywhere(spec: str, folder: Path) -> str:
     """The data at `spec`, whose relative path is taken from the directory where the run in `folder` was started."""
     directory = RunFolder(folder).read_manifest().get("directory")
     return resolve_spec(spec, Path(directory), prefer_current=False) if isinstance(directory, str) else spec

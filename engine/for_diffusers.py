@@ -92,7 +92,10 @@ def export(source: str | Path, target: Path, *, weights: str | None = None, over
         "scheduler": [None if scheduler is None else "diffusers", scheduler],
     }
     with replacing_folder(target) as folder:
-        copy_run(run, folder / RUN, weights=weights, overrides=overrides)
+        if config.finetune.base is None:
+            copy_run(run, folder / RUN, weights=weights, overrides=overrides)
+        else:  # whose weights lie elsewhere in part
+            load(run, weights=weights, device="cpu", overrides=overrides).save(folder / RUN)
         write_atomically(folder / "model" / "component.py", COMPONENT_FILE)
         write_atomically(folder / "pipeline.py", PIPELINE_FILE)
         write_json(folder / "model_index.json", index)

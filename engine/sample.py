@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from crossflow.core import distributed, launcher, sampling
+from crossflow.core.adapters import Adapters
 from crossflow.core.allocator import keep_freed_memory
 from crossflow.core.batch import Source
 from crossflow.core.config import SampleConfig
@@ -31,7 +32,9 @@ from crossflow.engine.inputs import NEGATIVE, item_ids, no_negative_prompt, read
 from crossflow.engine.outputs import Outputs, check_output_type
 from crossflow.engine.provenance import open_data
 from crossflow.engine.publish import HubMethods
+from crossflow.networks.frozen import checksum_of, digest
 from crossflow.networks.hub import Access, run_folder
+from crossflow.networks.run_weights import weights_of
 from crossflow.tasks import load_model, save_model
 from crossflow.tasks.base import Pieces, Task
 
@@ -57,6 +60,7 @@ def load(
     batch_size: int | None = None,
     compile: bool = False,
     offload: bool = False,
+    adapter_scale: float | None = None,
     overrides: Sequence[str] = (),
     revision: str | None = None,
     **access: Unpack[Access],
@@ -70,6 +74,7 @@ def load(
         batch_size: pictures, captions or tiles computed together; by default the recipe's sample.batch_size.
         compile: compile the blocks of the model by torch.compile, which takes seconds to minutes at the first call.
         offload: keep the frozen text encoder and autoencoder on the CPU while they are not used.
+        adapter_scale: how strongly the adapter of a fine-tuned run acts; by default 1, see `Pipeline.adapter_scale`.
         overrides: settings of the run to replace, as key=value: a new place of a frozen network (text.encoder,
             codec.source), for example.
         revision: branch, tag or commit of a hub repository; its main branch by default. `owner/name@v1` means the same.
@@ -83,6 +88,8 @@ def load(
     batch = () if batch_size is None else (f"sample.batch_size={batch_size}",)
     task, model = load_model(folder, weights=kind, overrides=[*overrides, *batch])
     pipe = Pipeline(task, model, folder=folder, weights=kind, device=device, precision=precision, offload=offload)
+    if adapter_scale is not None:
+        pipe.adapter_scale = adapter_scale
     return pipe.compile() if compile else pipe
 
 
@@ -147,6 +154,68 @@ class Pipeline(HubMethods):
     def sample_settings(self, **overrides: object) -> SampleConfig:
         """The recipe's sampling settings with some replaced. Raises UserError for unknown or invalid ones."""
         return build(SampleConfig, {**self.settings.model_dump(), **overrides})
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """The fine-tuned runs whose adapters act on the weights, with their scales."""
+        return {} if self.model.adapters is None else dict(self.model.adapters.scales)
+
+    @property
+    def adapter_scale(self) -> float:
+        """How strongly the adapter of a fine-tuned run acts: 0 the weights of its base, 1 as trained.
+
+        With several, of the first; see `add_adapter`. Setting it changes the weights. Raises UserError without any.
+        """
+        return next(iter(self._own_adapters().scales.values()))
+
+    @adapter_scale.setter
+    def adapter_scale(self, scale: float) -> None:
+        adapters = self._own_adapters()
+        adapters.scales[next(iter(adapters.scales))] = scale
+        self._merge()
+
+    def _own_adapters(self) -> Adapters:
+        if self.model.adapters is None:
+            raise UserError(
+                f"{self.folder or 'This model'} has no adapter whose scale could be set: it stores all of its weights."
+            )
+        return self.model.adapters
+
+    def add_adapter(self, source: str | Path, scale: float = 1.0) -> "Pipeline":
+        """Adds what another run was fine-tuned to change in the same base, `scale` times; returns self.
+
+            pipe = crossflow.load("runs/t2i_small").add_adapter("runs/cyan", 0.8).add_adapter("runs/brown")
+
+        The text encoder, sizes and settings stay those of this pipeline. Raises UserError for a run without an adapter,
+        with another base, or with weights that this model lacks.
+        """
+        folder, own = run_folder(source), self.model.adapters
+        added = weights_of(folder).adapters
+        base = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()} if own is None else own.base
+        checksum = checksum_of(map(digest, base.values())) if own is None else own.checksum
+        if added is None or added.checksum != checksum:
+            why = "it stores all of its weights" if added is None else "it was fine-tuned from other weights"
+            raise UserError(
+                f"{source} is no adapter for this model: {why}. Add runs that were fine-tuned, by lora or parts, from "
+                "the same base."
+            )
+        ((run, adapter),) = added.adapters.items()
+        state = self.model.state_dict()
+        lacking = [name for name, value in adapter.shapes.items() if name not in state or state[name].shape != value]
+        if lacking:
+            raise UserError(f"{source} changes weights that this model lacks, such as {lacking[0]}.")
+        others = own or Adapters(base, checksum, {}, {})
+        adapters = Adapters(base, checksum, {**others.adapters, run: adapter}, {**others.scales, run: scale})
+        self.model.adapters = adapters
+        self._merge()
+        return self
+
+    def _merge(self) -> None:
+        """Gives the model the weights of its base with its adapters at their present scales."""
+        parameters = dict(self.model.named_parameters())
+        for name, value in self._own_adapters().merged().items():
+            parameter = parameters[name]
+            parameter.data = value.to(parameter.device, parameter.dtype)
 
     def to(self, device: str | torch.device) -> "Pipeline":
         """Moves everything to a device (`cpu`, `cuda:1`, ...); returns self. Raises UserError if it is unavailable."""

@@ -1,31 +1,41 @@
-"""The trained run from which another one learns: its task, whose parts are shared, and its model (interval.teacher)."""
+"""The trained run from which another one goes on: its task, whose parts are shared, and its model.
+
+It is the teacher whose velocities are learned (interval.teacher), the base that is fine-tuned (finetune.base), or the
+run whose parts are taken over (train.parts_from).
+"""
 
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.model import CrossFlow
-from crossflow.core.weights import kind_of_weights, load_weights
+from crossflow.core.weights import kind_of_weights
+from crossflow.data.dataset import Examples
 from crossflow.networks.hub import run_folder
+from crossflow.networks.run_weights import load_run
 from crossflow.tasks import load_config
-from crossflow.tasks.base import Task
+from crossflow.tasks.base import Report, Task
 
 
-def taught_task(kind: type[Task], config: Config) -> Task | None:
-    """The task of a run that learns from a teacher, with whose latents it works, and so with its tokenizer and codec;
-    None without a teacher.
+def inherited_task(kind: type[Task], config: Config, data: Examples, report: Report) -> Task | None:
+    """The task of a run that goes on from another one, with whose latents it works, and so with its tokenizer and
+    codec; None for a run that begins anew.
 
-    Raises UserError for a teacher of another task.
+    Raises UserError for a run of another task.
     """
-    source = config.interval.teacher
+    sources = {
+        "interval.teacher": config.interval.teacher,
+        "finetune.base": config.finetune.base,
+        "train.parts_from": config.train.parts_from,
+    }
+    setting, source = next(((name, value) for name, value in sources.items() if value is not None), ("", None))
     if source is None:
         return None
     folder = run_folder(source)
     own = load_config(folder)
     if own.task != config.task:
         raise UserError(
-            f"interval.teacher = {source} is a {own.task} run, and this is a {config.task} run. A teacher needs the "
-            "same task."
+            f"{setting} = {source} is a {own.task} run, and this is a {config.task} run. Name a run of the same task."
         )
-    return kind(config, kind.load(own, folder).parts)
+    return kind(config, kind.load(own, folder).parts.revised(own, config, data, report))
 
 
 def teacher_of(task: Task) -> CrossFlow | None:
@@ -35,4 +45,4 @@ def teacher_of(task: Task) -> CrossFlow | None:
         return None
     folder = run_folder(source)
     own = type(task)(load_config(folder), task.parts)
-    return load_weights(own.build_model, folder, kind_of_weights(folder))
+    return load_run(own.build_model, folder, kind_of_weights(folder), own.config.finetune)

@@ -26,6 +26,7 @@ from crossflow.core.progress import Silent, TrainingProgress
 from crossflow.core.settings import dump, flat
 from crossflow.core.solvers import SOLVERS
 from crossflow.core.training.dry_run import DryRun
+from crossflow.core.training.trained import adapt
 from crossflow.core.training.trainer import Callbacks, Trainer, TrainResult
 from crossflow.core.weights import shapes_only
 from crossflow.data.cases import Case, Tile
@@ -37,7 +38,9 @@ from crossflow.engine.provenance import changed, expect_same, manifest, open_dat
 from crossflow.engine.sample import Pipeline
 from crossflow.engine.score import Scores, arrange, held_out_loss, overlap_with_training, score, show
 from crossflow.engine.start_from import start_from
-from crossflow.engine.teacher import taught_task, teacher_of
+from crossflow.engine.teacher import inherited_task, teacher_of
+from crossflow.networks.hub import run_folder
+from crossflow.networks.run_weights import weights_of
 from crossflow.tasks import load_config, task_class
 from crossflow.tasks.base import Example, Scoring, Task
 
@@ -65,10 +68,11 @@ FREE_TO_CHANGE = {
         "auto_micro_batch",
         "sharding",
         "background_saves",
+        "offload",
     )
-} | {"data.train", "data.val", "interval.teacher"}
+} | {"data.train", "data.val", "interval.teacher", "finetune.base", "train.parts_from"}
 """Settings that may change when a run is resumed: its length, its outputs, how fast it is, and the places of its
-teacher and its data, of which the content is compared instead.
+teacher, its base and its data, of which the content is compared instead.
 """
 
 
@@ -192,17 +196,31 @@ class Estimate:
     """
 
     parameters: dict[str, int]
+    num_trained: int
+    """Number of the parameters that are trained."""
     memory: dict[str, int]
 
 
 def estimate(config: Config) -> Estimate:
     """Parameters and memory of a training, without its data and networks. Raises UserError for invalid settings."""
-    task = task_class(config.task).outline(config)
+    model = outline(task_class(config.task).outline(config)).model
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    bytes_trained = sum(parameter.nbytes for parameter in trained)
+    memory = {"weights": size, "gradients": bytes_trained, "optimizer": 2 * bytes_trained, "ema": bytes_trained}
+    return Estimate(model.num_parameters(), sum(parameter.numel() for parameter in trained), memory)
+
+
+def outline(task: Task) -> Objective:
+    """The objective of a run on the meta device, with the parameters that it trains."""
     with shapes_only():
-        model = task.build_model()
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    memory = {"weights": size, "gradients": size, "optimizer": 2 * size, "ema": size}
-    return Estimate(model.num_parameters(), memory)
+        objective = task.build_objective(task.build_model())
+        if (base := task.config.finetune.base) is not None:
+            shapes = {name: weight.shape for name, weight in weights_of(run_folder(base)).state.items()}
+            parameters = objective.model.named_parameters()
+            new = {name for name, weight in parameters if shapes.get(name) != weight.shape}
+            adapt(objective.model, task.config.finetune, new)
+    return objective
 
 
 @dataclass
@@ -290,7 +308,8 @@ class Run:
         with distributed.waiting_for("what the first process prepares"):
             distributed.on_main(lambda: preparation.resume(data_changed) if resumes else preparation.start())
         # Read back even by the process that wrote it, so that a resumed run starts from the very same bits.
-        task = kind.load(config, folder).to(distributed.device())
+        device = distributed.device()
+        task = kind.load(config, folder).to(device, offload=config.train.offload and device.type != "cpu")
         task.accept(data)
         objective = _build_objective(config, task, progress, start=not resumes)
         return cls(config, folder, task, data, objective, progress, resume)
@@ -437,7 +456,9 @@ class _Preparation:
     def start(self) -> None:
         """Prepares a new run."""
         self.run.path.mkdir(parents=True, exist_ok=True)
-        task = taught_task(self.task, self.config) or self.task.learn(self.config, self.data, self.progress.note)
+        note = self.progress.note
+        inherited = inherited_task(self.task, self.config, self.data, note)
+        task = inherited or self.task.learn(self.config, self.data, note)
         self._check_patches(task.latent_shape)
         task.parts.save(self.run.path)
         self.run.write_manifest(manifest(self.config, self.data))
@@ -479,9 +500,19 @@ def _build_objective(config: Config, task: Task, progress: TrainingProgress, *, 
     torch.manual_seed(keyed_generator("weights", config.seed).initial_seed())
     model = task.build_model()
     objective = task.build_objective(model)
-    source = config.train.start_from
+    source, base = config.train.start_from, config.finetune.base
     if source is not None and start:
         progress.note(start_from(source, objective).describe(source))
+    if base is not None:  # also of a resumed run, whose checkpoints have none of its weights
+        start_of_base = start_from(base, objective, config.finetune.checksum)
+        if start:
+            progress.note(start_of_base.describe(base))
+        new = {
+            name.removeprefix("model.")
+            for name in (*start_of_base.resized, *start_of_base.initialised)
+            if name.startswith("model.")
+        }
+        adapt(model, config.finetune, new)
     if (teacher := teacher_of(task)) is not None:
         objective.teach(teacher)
     if config.source.frozen:

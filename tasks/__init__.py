@@ -191,22 +191,25 @@ def load_model(folder: Path, *, weights: str | None = None, overrides: Sequence[
     weights: ema | model; None: ema where the run has them. overrides: key=value settings that replace the run's. Raises
     UserError when files are missing, damaged, or do not fit.
     """
-    from crossflow.core.weights import kind_of_weights, load_weights
+    from crossflow.core.weights import kind_of_weights
+    from crossflow.networks.run_weights import load_run
 
     config = load_config(folder, overrides)
     kind = kind_of_weights(folder, weights)
     task = task_class(config.task).load(config, folder)
-    return task, load_weights(task.build_model, folder, kind)
+    return task, load_run(task.build_model, folder, kind, config.finetune)
 
 
 def save_model(task: "Task", model: "CrossFlow", folder: Path, kinds: Sequence[str] = ("model",)) -> None:
-    """Writes configuration, weights and parts into `folder`, which `load_model` reads."""
+    """Writes configuration, weights and parts into `folder`, which `load_model` reads; all weights are written."""
+    from crossflow.core.config import FinetuneConfig
     from crossflow.core.files import write_atomically, write_tensors
     from crossflow.core.settings import dump
     from crossflow.core.weights import WEIGHTS
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", dump(task.config))
+    whole = task.config.model_copy(update={"finetune": FinetuneConfig()})
+    write_atomically(folder / "config.yaml", dump(whole))
     for kind in kinds:
         write_tensors(folder / WEIGHTS[kind], model.state_dict())
     task.parts.save(folder)

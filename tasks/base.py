@@ -97,6 +97,10 @@ class Parts(ABC, Generic[C]):
             "train on the data themselves."
         )
 
+    def revised(self, before: C, config: C, examples: Examples, report: Report) -> Self:
+        """These parts of a run with the settings `before`, for one that goes on with `config`; here as they are."""
+        return self
+
     def files(self) -> tuple[str, ...]:
         """Files of the run directory that sampling reads besides the weights and what `save` writes."""
         return ()

@@ -31,6 +31,7 @@ HEAVY = {
     *("datasets", "diffusers", "evaluate", "gradio", "h5py", "imageio_ffmpeg", "kornia", "matplotlib", "onnxruntime"),
     *(
         "onnxscript",
+        "peft",
         "pycocoevalcap",
         "scipy",
         "skimage",

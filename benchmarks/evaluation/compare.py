@@ -65,6 +65,7 @@ def options_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "weights": manifest["weights"],
         "seed": manifest["seed"],
         "guide_with": manifest["guided_by"],
+        "adapter_scale": next(iter(manifest.get("adapters", {}).values()), None),
         "replaced": tuple(manifest.get("set", ())),
         "precision": str(manifest.get("precision", "float32")).partition(",")[0],
         "data": manifest["data"]["spec"],

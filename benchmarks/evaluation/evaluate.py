@@ -211,6 +211,7 @@ class Evaluation:
         changed |= {"seed": self.seed} if self.seed else {}
         words = [f"{name}{value}".replace(" ", "") for name, value in changed.items()]
         words += [pipe.weights] * (pipe.weights != "ema") + ["autoguided"] * (pipe.weak is not None)
+        words += [f"adapter{scale:g}" for scale in pipe.adapters.values() if scale != 1]
         name = "-".join([place, cases.split, f"{sampling.solver}{sampling.steps}", *words])
         if pipe.folder is not None and pipe.folder in shipped_models().values():
             return Path("outputs") / "evaluation" / f"{pipe.folder.name}-{name}"

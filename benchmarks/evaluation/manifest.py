@@ -50,6 +50,7 @@ def identity(
         "checksums": checksums(pipe),
         "weights": pipe.weights,
         "guided_by": pipe.guided_by,
+        **({"adapters": pipe.adapters} if pipe.adapters else {}),
         "data": {"spec": cases.spec, "split": cases.split, "fingerprint": cases.fingerprint()},
         "num": num,
         "image_size": pipe.task.config.data.image_size,

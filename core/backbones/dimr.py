@@ -181,6 +181,7 @@ class Stage(nn.Module):
         width, self.stage, self.grid = stage.width, stage, grid
         self.embed = nn.Conv2d(channels[0], width, stage.patch, stride=stage.patch)
         self.positions = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
+        self.grids = {"positions": grid}
         self.upsample = Upsample(before[0], width, before[1]) if before is not None else None
         self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(stage.depth // 2))
         self.norm = TimeLayerNorm(width)

@@ -13,7 +13,7 @@ from crossflow.core.training.sharding import is_divided, like, local
 
 
 class EMA:
-    """The average of all parameters of `model` in float32; buffers are those of the model.
+    """The average of the trained parameters of `model` in float32; all else is that of the model.
 
     Sharded parameters have averages of their local rows.
 
@@ -24,7 +24,7 @@ class EMA:
         self.model = model
         self.decay = decay
         self.num_updates = 0
-        self.parameters = list(model.parameters())
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.shadows = [local(parameter).float().clone() for parameter in self.parameters]
         self._applied = False
 
@@ -62,13 +62,15 @@ class EMA:
         }
         state = dict(self.model.state_dict())
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            state[name] = average[id(parameter)]
+            if id(parameter) in average:
+                state[name] = average[id(parameter)]
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor], num_updates: int) -> None:
         """The inverse of `state_dict`, with the number of updates made."""
-        for (name, _), shadow in zip(self.model.named_parameters(), self.shadows, strict=True):
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        for name, shadow in zip(trained, self.shadows, strict=True):
             shadow.copy_(local(state[name]))
         self.num_updates = num_updates
 

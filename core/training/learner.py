@@ -224,11 +224,16 @@ class Learner:
         self.accelerator.free_memory()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint by file: model, ema, objective (learned parts of the losses), optimizer."""
+        """The tensors of a checkpoint by file: model, ema, objective (learned parts of the losses), optimizer.
+
+        Without those that the model borrows from the base of a fine-tuned run.
+        """
         learned = {name: value for name, value in self.objective.state_dict().items() if not name.startswith("model.")}
+        borrowed = getattr(self.model, "borrowed", frozenset())
+        own = {name: value for name, value in self.model.state_dict().items() if name not in borrowed}
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            "model": own,
+            "ema": {name: value for name, value in self.ema.state_dict().items() if name not in borrowed},
             "objective": learned,
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.names),
         }
@@ -245,8 +250,11 @@ class Learner:
         """
         present = self.tensors()
         model, learned = (Stored(path, part).tensors(present[part]) for part in ("model", "objective"))
+        borrowed = getattr(self.model, "borrowed", frozenset())
+        kept = {name: value for name, value in self.model.state_dict().items() if name in borrowed}
         try:
-            self.objective.load_state_dict({**{f"model.{name}": value for name, value in model.items()}, **learned})
+            whole = {f"model.{name}": value for name, value in (kept | model).items()}
+            self.objective.load_state_dict({**whole, **learned})
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(

@@ -36,6 +36,8 @@ class StepMemory:
     peak: int
     checkpoint: int
     """Bytes of the tensors of a checkpoint."""
+    num_trained: int
+    """Number of trained parameters."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -131,8 +133,9 @@ def _rehearse(
     }
     peak = memory.peak + buckets
     parts["activations"] = max(0, peak - sum(parts.values()))
-    saved = num_bytes(objective.state_dict()) + num_bytes(model.state_dict()) + num_bytes(state)
-    return StepMemory(parts, peak, saved)
+    borrowed = sum(model.state_dict()[name].nbytes for name in getattr(model, "borrowed", ()))
+    saved = num_bytes(objective.state_dict()) + num_bytes(model.state_dict()) + num_bytes(state) - 2 * borrowed
+    return StepMemory(parts, peak, saved, sum(parameter.numel() for parameter in trained))
 
 
 def _without_data(module: nn.Module) -> nn.Module:

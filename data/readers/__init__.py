@@ -1,6 +1,7 @@
 """Data by name: `open_reader("coco:DIR", "train")`. A format is one file in this folder and one line in the table."""
 
 import logging
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path, PureWindowsPath
 
@@ -40,6 +41,7 @@ from crossflow.data.splits import SPLITS
 
 logger = logging.getLogger(__name__)
 
+_REPEATED = re.compile(r"(?:([1-9][0-9]*) \* )?(.*)", re.DOTALL)
 READERS: Registry[type[Reader]] = Registry("data format")
 READERS.register("scenes")(ScenesReader)
 READERS.register("skimage")(SkimageReader)
@@ -92,9 +94,9 @@ def open_reader(
     Raises:
         UserError: unknown prefix, missing location, unknown layout, or no item in the split.
     """
-    if SEPARATOR in spec and existing(spec) is None:
-        parts = [open_reader(part, split, image_size=image_size) for part in spec.split(SEPARATOR)]
-        return JoinedReader(parts, limit, seed)
+    if (parts := joined_parts(spec)) is not None:
+        readers = [(times, open_reader(part, split, image_size=image_size)) for times, part in parts]
+        return JoinedReader([reader for times, reader in readers for _ in range(times)], limit, seed)
     location, forced = split_forced(spec)
     split = forced or split
     if split not in SPLITS:
@@ -107,14 +109,26 @@ def open_reader(
     return READERS.get(prefix)(location, split, image_size=image_size, limit=limit, seed=seed)
 
 
+def joined_parts(spec: str) -> list[tuple[int, str]] | None:
+    """The data sets that `SPEC + N * SPEC` joins, each with the number of times that it is read; None for a single one.
+
+    >>> joined_parts("20 * folder:mine + scenes")
+    [(20, 'folder:mine'), (1, 'scenes')]
+    """
+    matches = [_REPEATED.fullmatch(part) for part in spec.split(SEPARATOR)]
+    if (len(matches) == 1 and not (matches[0] and matches[0][1])) or existing(spec) is not None:
+        return None
+    return [(int(match[1] or 1), match[2]) for match in matches if match]
+
+
 def resolve_spec(spec: str, folder: Path, *, prefer_current: bool = True) -> str:
     """`spec` with its relative path taken from `folder`, if something exists there; otherwise unchanged.
 
     prefer_current: also unchanged if the path exists relative to the current folder.
     """
-    if SEPARATOR in spec and existing(spec) is None:
-        parts = (resolve_spec(part, folder, prefer_current=prefer_current) for part in spec.split(SEPARATOR))
-        return SEPARATOR.join(parts)
+    if (parts := joined_parts(spec)) is not None:
+        resolved = ((times, resolve_spec(part, folder, prefer_current=prefer_current)) for times, part in parts)
+        return SEPARATOR.join(f"{times} * {part}" if times > 1 else part for times, part in resolved)
     rest, split = split_forced(spec)
     parsed = _parse(rest)
     if parsed is not None and _is_embedded(parsed[0]):

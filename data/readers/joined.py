@@ -1,4 +1,7 @@
-"""Several data sets as one: `hypersim:DIR + vkitti:DIR`, as zero-shot depth is trained."""
+"""Several data sets as one: `hypersim:DIR + vkitti:DIR`, as zero-shot depth is trained.
+
+`20 * folder:DIR + scenes` reads the first twenty times in each epoch.
+"""
 
 import copy
 import functools
@@ -6,7 +9,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 from crossflow.data.item import BadItem, Item
 from crossflow.data.reader import Reader
@@ -24,7 +27,8 @@ class JoinedReader(Reader):
 
     def __init__(self, readers: Sequence[Reader], limit: int | None = None, seed: int = 0) -> None:
         self.readers = list(readers)
-        self.spec = SEPARATOR.join(reader.spec for reader in readers)
+        runs = [(spec, len(list(same))) for spec, same in groupby(reader.spec for reader in readers)]
+        self.spec = SEPARATOR.join(f"{times} * {spec}" if times > 1 else spec for spec, times in runs)
         self.split = readers[0].split if len({reader.split for reader in readers}) == 1 else "all"
         self.fields = frozenset.intersection(*(reader.fields for reader in readers))
         self.batch_hint = max(reader.batch_hint for reader in readers)
@@ -77,14 +81,16 @@ class JoinedReader(Reader):
     def with_required(self, fields: Collection[str]) -> "JoinedReader":
         """The same data, in which an item without one of `fields` is bad."""
         reader = copy.copy(self)
-        reader.readers = [part.with_required(fields) for part in self.readers]
+        demanding = {id(part): part.with_required(fields) for part in self.readers}
+        reader.readers = [demanding[id(part)] for part in self.readers]
         reader.required = frozenset(fields)
         reader.__dict__.pop("problems", None)
         return reader
 
     def fingerprint(self) -> str:
         """Of the fingerprints of all data sets, in their order, and of the items that a limit leaves."""
-        digest = hashlib.blake2b("\n".join(reader.fingerprint() for reader in self.readers).encode(), digest_size=16)
+        own = {id(reader): reader.fingerprint() for reader in self.readers}
+        digest = hashlib.blake2b("\n".join(own[id(reader)] for reader in self.readers).encode(), digest_size=16)
         if len(self.ids) < self._starts[-1]:
             digest.update("\n".join(self.ids).encode())
         return digest.hexdigest()

@@ -18,6 +18,7 @@ from crossflow.engine.health.finding import Finding
 OPTIONAL = {
     "h5py": "reads NYU Depth V2's labelled file and Hypersim (extra hdf5)",
     "imageio_ffmpeg": "writes MP4 of crossflow interpolate (extra video)",
+    "peft": "trains adapters of crossflow finetune (extra finetune)",
     "gradio": "shows the web page (extra demo)",
     "tensorboard": "shows curves in a browser (train.trackers=[tensorboard])",
     "wandb": "sends curves to Weights & Biases (train.trackers=[wandb])",

@@ -7,12 +7,11 @@ from crossflow.core.errors import UserError
 from crossflow.core.files import size_in_words
 from crossflow.core.noise import training_noise
 from crossflow.core.training.memory import StepMemory, rehearse
-from crossflow.core.weights import shapes_only
 from crossflow.data.dataset import Examples
 from crossflow.engine.health.finding import Finding
 from crossflow.engine.health.machine import Device
-from crossflow.engine.teacher import taught_task, teacher_of
-from crossflow.engine.train import estimate
+from crossflow.engine.teacher import inherited_task, teacher_of
+from crossflow.engine.train import estimate, outline
 from crossflow.tasks import task_class
 from crossflow.tasks.base import Report
 
@@ -27,6 +26,8 @@ class Plan:
     num_val: int | None
     parameters: dict[str, int]
     """Number of parameters by part."""
+    num_trained: int
+    """Number of those that are trained."""
     memory: dict[str, int]
     """Bytes on each device by part. Without data: as far as settings determine them, without activations."""
     peak: int
@@ -51,16 +52,18 @@ def plan(config: Config, *, num_processes: int = 1, report: Report = lambda line
     size = estimate(config)
     train, val = (_open(config, split, problems) for split in ("train", "val"))
     memory, peak, checkpoint = size.memory, sum(size.memory.values()), None
+    num_trained = size.num_trained
     if train is not None:
         try:
             step, frozen = _rehearse(config, train, num_processes, report)
         except UserError as error:
             problems.append(Finding("networks", str(error), "Until then activations and checkpoints are unknown."))
         else:
+            num_trained = step.num_trained
             memory = step.parts | ({"frozen networks": frozen} if frozen else {})
             peak, checkpoint = step.peak + frozen, step.checkpoint
     numbers = [None if data is None else len(data) for data in (train, val)]
-    return Plan(config, numbers[0], numbers[1], size.parameters, memory, peak, checkpoint, problems)
+    return Plan(config, numbers[0], numbers[1], size.parameters, num_trained, memory, peak, checkpoint, problems)
 
 
 def examine_plan(plan: Plan, device: Device, free: int) -> list[Finding]:
@@ -111,14 +114,15 @@ def _open(config: Config, split: str, problems: list[Finding]) -> Examples | Non
 def _rehearse(config: Config, data: Examples, num_processes: int, report: Report) -> tuple[StepMemory, int]:
     """The memory of a step, and the bytes of the frozen networks beside it."""
     kind = task_class(config.task)
-    task = taught_task(kind, config) or kind.learn(config, data, report)
+    task = inherited_task(kind, config, data, report) or kind.learn(config, data, report)
     batch = task.prepare(task.collate(data.first(2)))
     noise = training_noise(config.seed, 0, range(len(batch)), task.latent_shape)
-    with shapes_only():
-        objective = task.build_objective(task.build_model())
+    objective = outline(task)
     if (teacher := teacher_of(task)) is not None:
         objective.teach(teacher)
     step = rehearse(config.train, objective, batch, noise, num_processes=num_processes)
     trained = {id(weight) for weight in objective.parameters()}
-    weights = {id(weight): weight for network in task.networks for weight in network.parameters()}
+    offloads = config.train.offload and torch.cuda.is_available()
+    networks = () if offloads else task.networks
+    weights = {id(weight): weight for network in networks for weight in network.parameters()}
     return step, sum(weight.nbytes for name, weight in weights.items() if name not in trained)

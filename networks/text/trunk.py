@@ -130,7 +130,9 @@ class QueryHead(nn.Module):
             self.patch = patch or smallest_patch(height, rows, MAX_QUERIES)
             if height % self.patch or rows % self.patch:
                 raise UserError(f"A patch of {self.patch} does not divide a latent of {height} x {rows}.")
-            positions = sincos_2d(height // self.patch, rows // self.patch, 4 * math.ceil(width / 4))[:, :width]
+            grid = (height // self.patch, rows // self.patch)
+            self.grids = {"queries": grid}
+            positions = sincos_2d(*grid, 4 * math.ceil(width / 4))[:, :width]
             out = 2 * channels * self.patch**2
         else:
             positions = sincos_tokens(latent_shape[0], 2 * math.ceil(width / 2))[:, :width]

@@ -4,7 +4,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,15 +89,21 @@ class TextToImageParts(Parts[T2IConfig]):
         """Builds the tokenizer or opens the frozen encoder, opens the codec, and records the image tower."""
         text = TextSide.prepare(config.text, examples.captions(NUM_FOR_TOKENIZER))
         codec = open_codec(config.codec, first_pictures(examples, config.data.image_size, config.codec.factor))
-        tower = None
-        if needs_tower(config):
-            checksum = ImageTower.load(config.tower, None).checksum
-            tower = {"source": str(config.tower.source), "checksum": checksum}
-            report(f"image tower: {config.tower.source}, weights sha256 {checksum[:16]}")
+        tower = _recorded_tower(config, report)
         if text.tokenizer is not None:
             shape = codec.latent_shape(config.data.image_size)
             report(f"tokenizer: {len(text.tokenizer)} tokens; codec: {config.codec.kind}, latent {shape}")
         return cls(text, codec, tower)
+
+    def revised(self, before: T2IConfig, config: T2IConfig, examples: Examples, report: Report) -> Self:
+        """With another frozen text encoder, and with the image tower where the losses need one."""
+        tower = self.tower if self.tower is not None else _recorded_tower(config, report)
+        keeps = config.text.loading() == before.text.loading() or not (config.text.frozen or before.text.frozen)
+        if keeps:
+            text = TextSide(config.text, self.text.tokenizer, self.text.frozen)
+        else:
+            text = TextSide.prepare(config.text, examples.captions(NUM_FOR_TOKENIZER))
+        return replace(self, text=text, tower=tower)
 
     @classmethod
     def load(cls, config: T2IConfig, folder: Path) -> Self:
@@ -124,6 +130,15 @@ class TextToImageParts(Parts[T2IConfig]):
     def outline(cls, config: T2IConfig) -> Self:
         """The text side of the settings alone."""
         return cls(TextSide(config.text), None)
+
+
+def _recorded_tower(config: T2IConfig, report: Report) -> dict[str, str] | None:
+    """Place and checksum of the frozen image tower; None for losses without one."""
+    if not needs_tower(config):
+        return None
+    checksum = ImageTower.load(config.tower, None).checksum
+    report(f"image tower: {config.tower.source}, weights sha256 {checksum[:16]}")
+    return {"source": str(config.tower.source), "checksum": checksum}
 
 
 class Adapter(Task[T2IConfig, TextToImageParts]):

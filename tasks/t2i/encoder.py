@@ -100,7 +100,8 @@ class TextSide:
         if frozen is not None and settings.feature_width not in (None, frozen.width):
             raise UserError(
                 f"text.feature_width = {settings.feature_width}, but the features of {settings.encoder!r} are "
-                f"{frozen.width} wide. Give the encoder that this model was made for."
+                f"{frozen.width} wide. Give the encoder that this model was made for, or, to fine-tune it for another "
+                f"one, text.feature_width={frozen.width}."
             )
 
     @classmethod

@@ -6,9 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from crossflow.core.backbones import build_backbone
+from crossflow.core.config import BackboneConfig
 from crossflow.core.errors import UserError
+from crossflow.core.model import CrossFlow
+from crossflow.core.source import SourceEncoder
 from crossflow.engine.start_from import start_from
 from crossflow.engine.train import Run
+from crossflow.networks.trunks import IdentityTrunk
 from crossflow.tasks import load_config
 
 
@@ -73,3 +78,22 @@ def test_a_frozen_source_encoder_keeps_its_weights(new_run, blind_judge, tmp_pat
     assert any(name.startswith("backbone.") and name not in same for name in before)
     with pytest.raises(UserError, match="learned nothing"):
         new_run("source.frozen=true", name="third")
+
+
+def test_learned_positions_are_resized_for_larger_pictures(tmp_path: Path) -> None:
+    def network(side: int) -> torch.nn.Module:
+        backbone = build_backbone(BackboneConfig(name="dimr", size="tiny", width=16), (3, side, side))
+        source = SourceEncoder(IdentityTrunk(3, False), "deterministic", (3, side, side))
+        return torch.nn.ModuleDict({"model": CrossFlow(source, backbone)})
+
+    small, large = network(8), network(16)
+    save_file(small["model"].state_dict(), tmp_path / "model.safetensors")
+    start = start_from(tmp_path, large)
+    names = [f"backbone.stages.{number}.positions" for number in (0, 1)]
+    assert start.resized == tuple(f"model.{name}" for name in names)
+    assert start.initialised == ()
+    before, after = small["model"].state_dict(), large["model"].state_dict()
+    for name in names:
+        pooled = torch.nn.functional.avg_pool2d(after[name].T.unflatten(1, (-1, int(len(after[name]) ** 0.5)))[None], 2)
+        inner = before[name].T.unflatten(1, (-1, int(len(before[name]) ** 0.5)))[None]
+        assert torch.corrcoef(torch.stack([pooled.flatten(), inner.flatten()]))[0, 1] > 0.9
