@@ -8,6 +8,7 @@ import click
 
 from crossflow.commands import options
 from crossflow.commands.console import say
+from crossflow.core.errors import UserError
 
 if TYPE_CHECKING:
     from crossflow.core.config import Config
@@ -87,16 +88,26 @@ def _with_features(config: "Config", folder: Path) -> "Config":
     """The configuration for training on cached features of its data, which are computed beside `folder` first."""
     from crossflow.commands.cache import complete_cache
     from crossflow.core import distributed
+    from crossflow.data.readers import joined_parts
+    from crossflow.data.spec import split_forced
     from crossflow.engine import cache
     from crossflow.engine.sample import find_device
     from crossflow.tasks import task_class
 
-    if config.data.train.startswith("cache:") or not task_class(config.task).reads_features:
+    spec = config.data.train
+    if spec.startswith("cache:") or not task_class(config.task).reads_features:
         return config
+    if joined_parts(spec) is not None:
+        raise UserError(
+            f"Features are computed of one data set, and this is {spec}. Use --no-features, or --keep 0, or caches "
+            "made by `crossflow cache`: --data '20 * cache:NEW + cache:OLD'."
+        )
     cached = folder.with_name(f"{folder.name}_features")
     device = find_device(cache.own_device())
-    builder = cache.builder(config, config.data.train, cached, device=str(device), offload=device.type != "cpu")
+    builder = cache.builder(config, spec, cached, device=str(device), offload=device.type != "cpu")
     complete_cache(builder, cached)
     distributed.on_main(lambda: None)  # waits until all processes have done their part
-    data = config.data.model_copy(update={"train": f"cache:{cached.resolve()}"})
+    split = split_forced(spec)[1]
+    place = f"cache:{cached.resolve()}" + (f"@{split}" if split else "")
+    data = config.data.model_copy(update={"train": place})
     return config.model_copy(update={"data": data})

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from crossflow.core.config import Config, FinetuneConfig
 from crossflow.core.errors import UserError, unknown_name
 from crossflow.core.settings import build, merge, parse_overrides
 from crossflow.core.training.trained import default_rank
+from crossflow.core.weights import shapes_only
 from crossflow.data.readers import SEPARATOR, joined_parts
 from crossflow.engine.distill import from_anywhere
 from crossflow.networks.hub import run_folder
@@ -74,14 +73,14 @@ def finetuned(source: str, data: str, changes: Changes | None = None, overrides:
             "source": {"frozen": False},
             "loss": {"encoder": "none"},
             "finetune": _section(changes, base, weights.checksum),
-            "train": _training(config, changes.method, base, is_large=is_large),
+            "train": training_settings(config, changes.method, base, is_large=is_large),
         },
     )
     chosen = parse_overrides(overrides)
     tuned = build(kind.Config, merge(merge(settings, parse_overrides(kind.flow_alone)), chosen))
     if changes.method != "lora" or changes.rank is not None or "rank" in chosen.get("finetune", {}):
         return tuned
-    with torch.device("meta"):
+    with shapes_only():
         model = kind.outline(tuned).build_model()
     rank = default_rank(model, tuned.finetune, num_parameters)
     return tuned.model_copy(update={"finetune": tuned.finetune.model_copy(update={"rank": rank})})
@@ -110,7 +109,7 @@ def _section(changes: Changes, base: str, checksum: str) -> dict[str, Any]:
     return section.model_dump(mode="json")
 
 
-def _training(config: Config, method: str, base: str, *, is_large: bool) -> dict[str, Any]:
+def training_settings(config: Config, method: str, base: str, *, is_large: bool) -> dict[str, Any]:
     """Few steps of small batches; large models recompute activations, and keep frozen networks off the device."""
     is_full = method == "full"
     settings: dict[str, Any] = {
@@ -137,7 +136,7 @@ def _training(config: Config, method: str, base: str, *, is_large: bool) -> dict
 
 def _adapter_rate(config: Config) -> float:
     """The learning rate of adapters: the wider a layer, the larger is the change by its two matrices."""
-    with torch.device("meta"):
+    with shapes_only():
         model = task_class(config.task).outline(config).build_model()
     width = max(weight.shape[1] for weight in model.backbone.parameters() if weight.ndim == 2)
     return round(RATE * min(1.0, RATE_WIDTH / width), 7)

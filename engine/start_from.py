@@ -28,6 +28,12 @@ class Start:
     resized: tuple[str, ...]
     initialised: tuple[str, ...]
 
+    @property
+    def new(self) -> set[str]:
+        """The names in the generator of parameters that the other run lacks or has in another size."""
+        names = (*self.resized, *self.initialised)
+        return {name.removeprefix("model.") for name in names if name.startswith("model.")}
+
     def describe(self, source: str) -> str:
         """A sentence for the log."""
         num = len(self.initialised)

@@ -504,15 +504,10 @@ def _build_objective(config: Config, task: Task, progress: TrainingProgress, *, 
     if source is not None and start:
         progress.note(start_from(source, objective).describe(source))
     if base is not None:  # also of a resumed run, whose checkpoints have none of its weights
-        start_of_base = start_from(base, objective, config.finetune.checksum)
+        copied = start_from(base, objective, config.finetune.checksum)
         if start:
-            progress.note(start_of_base.describe(base))
-        new = {
-            name.removeprefix("model.")
-            for name in (*start_of_base.resized, *start_of_base.initialised)
-            if name.startswith("model.")
-        }
-        adapt(model, config.finetune, new)
+            progress.note(copied.describe(base))
+        adapt(model, config.finetune, copied.new)
     if (teacher := teacher_of(task)) is not None:
         objective.teach(teacher)
     if config.source.frozen:

@@ -58,6 +58,8 @@ def page(name: str) -> list[Fence]:
 
 def small(argv: list[str], tiny_settings) -> list[str]:
     """A command that trains, caches or times, with settings that make it take about a second."""
+    if argv[0] == "finetune" and "--dry-run" not in argv:
+        return [*argv, "train.steps=2", "train.batch_size=4", "data.num_val=2"]
     learns = argv[0] in ("train", "cache") or (argv[:2] == ["benchmark", "speed"] and "--recipe" in argv)
     if not learns or {"--resume", "--verify"} & set(argv):
         return [*argv, "train.steps=4"] if "--resume" in argv else argv

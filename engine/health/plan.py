@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from crossflow.core.config import Config
 from crossflow.core.errors import UserError
 from crossflow.core.files import size_in_words

@@ -64,3 +64,19 @@ def test_every_part_of_joined_data_is_resolved_from_the_folder_of_a_run(tmp_path
     assert resolve_spec("folder:a@all + scenes + folder:b", tmp_path) == (
         f"folder:{tmp_path}/a@all + scenes + folder:{tmp_path}/b"
     )
+
+
+def test_a_data_set_can_be_read_several_times(folders: tuple[str, str]):
+    spec = f"2 * {folders[0]} + {folders[1]}"
+    reader = open_reader(spec, "train")
+    assert reader.spec == spec.replace("@all", "")
+    assert list(reader.ids) == [f"folder-{part}/{number}.png" for part in (1, 2) for number in range(3)] + [
+        "folder-3/3.png",
+        "folder-3/4.png",
+    ]
+    assert [int(item.image[0, 0, 0]) for item in reader.load([1, 4])] == [1, 1]
+    assert reader.fingerprint() != open_reader(" + ".join(folders), "train").fingerprint()
+    assert len(open_reader(f"3 * {folders[0]}", "train")) == 9
+    assert resolve_spec("2 * folder:a@all + scenes", Path(folders[0][7:-6])) == f"2 * {folders[0]} + scenes"
+    with pytest.raises(UserError, match="Unknown data format"):
+        open_reader(f"0 * {folders[0]}", "train")
