@@ -19,11 +19,11 @@ from crossflow.tasks import load_config, task_class
 METHODS = ("lora", "full", "parts")
 LARGE = 200_000_000
 """Parameters from which a model is trained in the ways that save memory: those of the releases have more."""
-NUM_STEPS = 500
+NUM_STEPS = 300
 KEPT = 0.5
 """Share of the samples from the data of the trained run, which it would forget otherwise."""
-RATE, RATE_WIDTH = 2e-3, 192
-"""The learning rate of adapters for layers up to this width; for wider ones it falls in proportion."""
+RATE, RATE_WIDTH = 3e-3, 768
+"""The learning rate of adapters for layers of up to so many inputs; for wider ones it falls in proportion."""
 
 
 @dataclass(frozen=True)
