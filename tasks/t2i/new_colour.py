@@ -6,9 +6,8 @@ is read from its pixels.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,8 @@ from crossflow.data.scenes.world import Scene
 from crossflow.tasks.t2i import metric
 from crossflow.tasks.t2i.recogniser import Detection
 
+Sampler = Callable[..., Iterable[np.ndarray]]
+"""A pipeline: prompts, with `ids`, `seed` and `output_type`, -> pictures uint8 (H, W, 3)."""
 COLOUR = "cyan"
 REFLECTANCE = (0.03, 0.55, 0.62)
 _WHITE = 0.88
@@ -59,10 +60,10 @@ def write_pictures(folder: str | Path, num: int = 20, size: int = 32) -> Path:
 
 def judge(images: np.ndarray) -> list[tuple[Detection, ...]]:
     """The solids of pictures uint8 (B, H, W, 3) as the recogniser finds them, with the cyan ones named so."""
-    found = metric.load_recogniser()(images)
+    pictures = metric.load_recogniser()(images)
     return [
         tuple(dataclasses.replace(solid, colour=COLOUR) if is_cyan(image, solid) else solid for solid in solids)
-        for image, solids in zip(images, found, strict=True)
+        for image, solids in zip(images, pictures, strict=True)
     ]
 
 
@@ -75,7 +76,7 @@ def is_cyan(image: np.ndarray, solid: Detection) -> bool:
     return bool(red < 0.35 * green and 0.6 * green < blue < 2.2 * green)
 
 
-def scores(pipe: Any, num: int = 100, seed: int = 0) -> dict[str, float]:
+def scores(pipe: Sampler, num: int = 100, seed: int = 0) -> dict[str, float]:
     """Shares of right pictures, by the rules of the task's own scores: `new`, of prompts such as "a cyan cone", `old`,
     the mean of the six kinds of prompts about scenes, and `old_colors`, of prompts that name another colour.
 
@@ -87,7 +88,7 @@ def scores(pipe: Any, num: int = 100, seed: int = 0) -> dict[str, float]:
     return {"new": _scored(pipe, asked, seed)["colors"], "old": old["overall"], "old_colors": old["colors"]}
 
 
-def _scored(pipe: Any, cases: Sequence[tuple[str, Prompt]], seed: int) -> dict[str, float]:
+def _scored(pipe: Sampler, cases: Sequence[tuple[str, Prompt]], seed: int) -> dict[str, float]:
     scorer = metric.T2IMetric(judge=judge)
     pictures = pipe([prompt.text for _, prompt in cases], ids=[id for id, _ in cases], seed=seed, output_type="np")
     for (id, prompt), picture in zip(cases, pictures, strict=True):
