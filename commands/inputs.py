@@ -72,6 +72,8 @@ def _pictures(paths: Sequence[Path]) -> list[tuple[str, Any]]:
 
 def warn_of_unknown_words(pipe: "Pipeline", values: Sequence[Any]) -> None:
     """Warns once of the words in read inputs that the model never saw in training."""
+    if pipe.adapters or pipe.task.config.train.parts_from is not None:
+        return  # fine-tuning may have taught them
     words = dict.fromkeys(word for value in values for word in pipe.task.unknown_words(value))
     if words:
         warn(f"note: the model was trained without these words and cannot follow them: {', '.join(words)}.")
