@@ -17,6 +17,7 @@ COPY commands /source/commands
 COPY configs /source/configs
 COPY core /source/core
 COPY data /source/data
+COPY demo /source/demo
 COPY engine /source/engine
 COPY networks /source/networks
 COPY released /source/released
