@@ -229,7 +229,7 @@ class Learner:
         Without those that the model borrows from the base of a fine-tuned run.
         """
         learned = {name: value for name, value in self.objective.state_dict().items() if not name.startswith("model.")}
-        borrowed = getattr(self.model, "borrowed", frozenset())
+        borrowed: frozenset[str] = getattr(self.model, "borrowed", frozenset())
         own = {name: value for name, value in self.model.state_dict().items() if name not in borrowed}
         return {
             "model": own,
@@ -250,7 +250,7 @@ class Learner:
         """
         present = self.tensors()
         model, learned = (Stored(path, part).tensors(present[part]) for part in ("model", "objective"))
-        borrowed = getattr(self.model, "borrowed", frozenset())
+        borrowed: frozenset[str] = getattr(self.model, "borrowed", frozenset())
         kept = {name: value for name, value in self.model.state_dict().items() if name in borrowed}
         try:
             whole = {f"model.{name}": value for name, value in (kept | model).items()}

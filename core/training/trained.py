@@ -58,7 +58,7 @@ def default_rank(model: nn.Module, settings: FinetuneConfig, num_parameters: int
     `num_parameters`.
     """
     layers = dict(model.named_modules())
-    lengths = sum(sum(layers[name].weight.shape) for name in linear_layers(model, settings))  # type: ignore[arg-type]
+    lengths = sum(sum(layers[name].weight.shape) for name in linear_layers(model, settings))
     rank = 1
     while rank < LARGEST_RANK and 2 * rank * lengths < LARGEST_SHARE * num_parameters:
         rank *= 2

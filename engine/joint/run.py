@@ -87,7 +87,9 @@ def estimate_jointly(config: JointConfig) -> Estimate:
     with shapes_only():
         model = JointModel({name: task.build_model() for name, task in tasks.items()})
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return Estimate(model.num_parameters(), {"weights": size, "gradients": size, "optimizer": 2 * size, "ema": size})
+    num = sum(parameter.numel() for parameter in model.parameters())
+    memory = {"weights": size, "gradients": size, "optimizer": 2 * size, "ema": size}
+    return Estimate(model.num_parameters(), num, memory)
 
 
 @dataclass
