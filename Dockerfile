@@ -22,6 +22,7 @@ COPY engine /source/engine
 COPY networks /source/networks
 COPY released /source/released
 COPY tasks /source/tasks
+COPY zoo /source/zoo
 RUN pip install --no-cache-dir uv \
  && uv pip install --system --no-cache --torch-backend "${TORCH}" "/source[${EXTRAS}]" \
  && rm -rf /source

@@ -255,7 +255,8 @@ def test_where_the_times_agree_the_loss_is_that_of_the_flow(tiny_dit: Callable) 
         config = {"task": "toy", "source": {"kind": "gaussian"}, "loss": {"encoder": "none"}, "guidance": {"drop": 0}}
         objective = Objective(model, build(Config, config | {"interval": settings, "backbone": backbone}))
         z0 = noise.source.clone().requires_grad_()
-        value = objective._flow_loss(replace(batch, unconditional=torch.zeros(8, dtype=torch.bool)), z0, noise)
+        certain = replace(batch, unconditional=torch.zeros(8, dtype=torch.bool))
+        value = objective._flow_losses(certain, z0, noise)["flow"]
         return value, torch.autograd.grad(value, z0)[0]
 
     plain, gradient = loss()
