@@ -27,7 +27,7 @@ publish() {
   local name=$1 run=$2 storage=$3 text=$4
   shift 4
   cd "$work" # names in manifests are relative
-  "${crossflow[@]}" push "$run" "zoo:$name" --storage "$storage" --dry-run --output "$name"
+  "${crossflow[@]}" push "$run" "zoo:$name" --storage "$storage" --dry-run --output "$name" "${replaced[@]}"
   "${crossflow[@]}" evaluate --checkpoint "$name" --num 960
   rm -rf "$name/samples"
   "${crossflow[@]}" sample --checkpoint "$name" --output "$name/samples" --seed 0 "$@"
@@ -54,6 +54,7 @@ from crossflow.tasks.t2i.recogniser import load_recogniser
 load_recogniser(cache=Path(sys.argv[1]))
 JUDGE
 
+replaced=() # settings that name folders of this machine
 prompt="a red cube left of a blue sphere"
 scene=$root/zoo/scene.png
 if wanted t2i || wanted t2i_few; then trained t2i_small; fi
@@ -61,8 +62,10 @@ if wanted t2i; then
   publish t2i "$runs/t2i_small" int8 "Pictures of solids from prompts, 50 guided steps." --prompt "$prompt"
 fi
 if wanted t2i_few; then
-  [ -f "$runs/t2i_few/scores.json" ] || "${crossflow[@]}" distill "$runs/t2i_small" --output "$runs/t2i_few"
+  [ -f "$runs/t2i_few/scores.json" ] || "${crossflow[@]}" distill "$runs/t2i_small" --output "$runs/t2i_few" train.steps=1300
+  replaced=(--set interval.teacher=zoo:t2i)
   publish t2i_few "$runs/t2i_few" int8 "The model t2i in 4 evaluations, guidance built in." --prompt "$prompt"
+  replaced=()
 fi
 if wanted caption; then
   trained caption_tiny
