@@ -203,7 +203,7 @@ class Estimate:
 
 def estimate(config: Config) -> Estimate:
     """Parameters and memory of a training, without its data and networks. Raises UserError for invalid settings."""
-    model = outline(task_class(config.task).outline(config)).model
+    model = outline(task_class(config.task).outline(config))
     size = sum(parameter.nbytes for parameter in model.parameters())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     bytes_trained = sum(parameter.nbytes for parameter in trained)
@@ -211,16 +211,15 @@ def estimate(config: Config) -> Estimate:
     return Estimate(model.num_parameters(), sum(parameter.numel() for parameter in trained), memory)
 
 
-def outline(task: Task) -> Objective:
-    """The objective of a run on the meta device, with the parameters that it trains."""
+def outline(task: Task) -> CrossFlow:
+    """The model of a run on the meta device, with the parameters that it trains."""
     with shapes_only():
-        objective = task.build_objective(task.build_model())
+        model = task.build_model()
         if (base := task.config.finetune.base) is not None:
             shapes = {name: weight.shape for name, weight in weights_of(run_folder(base)).state.items()}
-            parameters = objective.model.named_parameters()
-            new = {name for name, weight in parameters if shapes.get(name) != weight.shape}
-            adapt(objective.model, task.config.finetune, new)
-    return objective
+            new = {name for name, weight in model.named_parameters() if shapes.get(name) != weight.shape}
+            adapt(model, task.config.finetune, new)
+    return model
 
 
 @dataclass

@@ -9,6 +9,7 @@ from crossflow.core.errors import UserError
 from crossflow.core.files import size_in_words
 from crossflow.core.noise import training_noise
 from crossflow.core.training.memory import StepMemory, rehearse
+from crossflow.core.weights import shapes_only
 from crossflow.data.dataset import Examples
 from crossflow.engine.health.finding import Finding
 from crossflow.engine.health.machine import Device
@@ -119,7 +120,9 @@ def _rehearse(config: Config, data: Examples, num_processes: int, report: Report
     task = inherited_task(kind, config, data, report) or kind.learn(config, data, report)
     batch = task.prepare(task.collate(data.first(2)))
     noise = training_noise(config.seed, 0, range(len(batch)), task.latent_shape)
-    objective = outline(task)
+    model = outline(task)
+    with shapes_only():
+        objective = task.build_objective(model)
     if (teacher := teacher_of(task)) is not None:
         objective.teach(teacher)
     step = rehearse(config.train, objective, batch, noise, num_processes=num_processes)
