@@ -48,12 +48,13 @@ def command(
     from crossflow.core import distributed
     from crossflow.engine.distill import distilled
     from crossflow.engine.folder import new_folder
+    from crossflow.networks.hub import short_name
 
     settings = ([f"data.train={data}"] if data is not None else []) + list(overrides)
     config = distilled(source, method=method, guidance=_scales(guidance), overrides=settings)
     distributed.limit_waiting(config.train.timeout_minutes, "train.timeout_minutes")
     distributed.device()  # joins the processes of a launcher, if there are several
-    name = f"{Path(source).expanduser().resolve().name}_distilled"
+    name = f"{short_name(source)}_distilled"
     folder = output or distributed.on_main(lambda: new_folder(Path("runs"), name))
     if distributed.is_main():
         say(f"Using {source} ({config.task}) on {config.data.train}. The run goes to {folder}.")

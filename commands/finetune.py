@@ -67,6 +67,7 @@ def command(
     from crossflow.core import distributed
     from crossflow.engine.finetune import Changes, finetuned
     from crossflow.engine.folder import new_folder
+    from crossflow.networks.hub import short_name
 
     config = finetuned(source, data, Changes(method, rank, train, freeze, keep), overrides)
     distributed.limit_waiting(config.train.timeout_minutes, "train.timeout_minutes")
@@ -74,7 +75,7 @@ def command(
     if dry_run:
         examine_training(source, config, config)
         return
-    name = f"{Path(source).expanduser().resolve().name}_finetuned"
+    name = f"{short_name(source)}_finetuned"
     folder = output or distributed.on_main(lambda: new_folder(Path("runs"), name))
     if distributed.is_main():
         say(f"Using {source} ({config.task}) on {config.data.train}. The run goes to {folder}.")

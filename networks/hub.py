@@ -54,6 +54,17 @@ def run_folder(source: str | Path, revision: str | None = None, **access: Unpack
     return _download(repository, revision or tag or None, **access)
 
 
+def short_name(source: str | Path) -> str:
+    """The last part of what `run_folder` takes, for names of what is made from it: zoo:t2i -> t2i, me/t2i@v1 -> t2i.
+
+    >>> short_name("zoo:t2i"), short_name("me/t2i@v1"), short_name("runs/mine/")
+    ('t2i', 't2i', 'mine')
+    """
+    name = str(source).removeprefix(SHIPPED)
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else path.name.partition("@")[0]
+
+
 def shipped_models() -> dict[str, Path]:
     """The models that ship with the package: name -> run directory."""
     return {path.parent.name: path.parent for path in sorted(ZOO.glob(f"*/{CONFIG}"))}
