@@ -9,6 +9,9 @@ from crossflow.engine.health.finding import Finding
 
 # -- data, speed and disk
 
+FEW = 8
+"""Fewer scored items than this have intervals that hold nearly every score."""
+
 
 def validation_data(evidence: Evidence) -> Iterator[Finding]:
     """Validation on training items."""
@@ -129,7 +132,9 @@ def _baseline(evidence: Evidence, name: str) -> float | None:
 
 
 def _reaches_baseline(evidence: Evidence, name: str) -> bool:
-    """Whether a score cannot be told from the baseline's: its interval holds the latter."""
+    """Whether a score cannot be told from the baseline's: its interval holds the latter. Few items tell nothing."""
+    if evidence.scores["scores"].get("num_items", FEW) < FEW:
+        return False
     interval, baseline = evidence.scores["intervals"].get(name), _baseline(evidence, name)
     return interval is not None and baseline is not None and interval[0] <= baseline <= interval[1]
 
