@@ -64,7 +64,7 @@ def command(
 
     source = _source(task, recipe, output if resume is not None else None)
     settings = ([f"data.train={data}"] if data is not None else []) + list(overrides)
-    if "," in (task or "") or is_joint(source):
+    if "," in (task or "") or (source != f"{task}_tiny" and is_joint(source)):
         _train_jointly(source, settings, task, output, resume, data_changed, dry_run)
         return
     config = load_config(source, settings, task)

@@ -325,7 +325,7 @@ class Pipeline(HubMethods):
         for places in _batches(pieces, settings.batch_size):
             source = self.source([pieces[i].values[k] for i, k in places])
             z0 = self.latents(source, [names[i][k] for i, k in places], seed, settings.mode)
-            z1 = self.generate(source, z0, settings, on_step)
+            z1 = self.solve(source, z0, settings, on_step).z
             latents |= zip(places, z1, strict=True)
             decoded |= zip(places, self.decode(z1, source.features), strict=True)
         numbers = [range(len(part.values)) for part in pieces]

@@ -61,6 +61,7 @@ def from_reference(kind: str, state_dict: Mapping[str, Tensor], config: Referenc
     Dropped keys are logged and listed in `.reference.dropped`.
     Raises UserError that lists every missing, mismatched and unknown key.
 
+    >>> import torch
     >>> vae = {"ch": 32, "ch_mult": [1, 1, 1, 1], "in_channels": 3, "out_ch": 3, "num_res_blocks": 1, "z_channels": 4}
     >>> shapes = expected("autoencoder_kl", vae, ())
     >>> state = {key: torch.randn(shape) for key, shape in shapes.items()}

@@ -45,13 +45,13 @@ def test_a_model_makes_its_example(name: str, tmp_path: Path) -> None:
     examples = sorted((MODELS[name] / "samples").iterdir())
     assert examples
     for example in examples:
-        made = tmp_path / example.name
+        output = tmp_path / example.name
         if example.suffix == ".png":
-            shown, again = (np.asarray(Image.open(path), dtype=float) for path in (example, made))
+            shown, again = (np.asarray(Image.open(path), dtype=float) for path in (example, output))
             assert shown.std() > 0.05 * shown.max()
             assert np.abs(again - shown).mean() < 0.01 * shown.max()
         elif example.suffix == ".txt":
-            assert made.read_text(encoding="utf-8") == example.read_text(encoding="utf-8")
+            assert output.read_text(encoding="utf-8") == example.read_text(encoding="utf-8")
 
 
 def test_models_are_listed_and_near_names_suggested(capsys) -> None:

@@ -28,10 +28,10 @@ def test_the_judge_tells_the_colour_from_all_others(monkeypatch: pytest.MonkeyPa
         image = new_colour.paint(scene, 32)
         for solid in scene.objects:
             truth = solid.colour == "white"
-            seen = Detection(solid.shape, "blue", solid.size, solid.material, *solid.centre, solid.y, 1.0)
-            monkeypatch.setattr(metric, "load_recogniser", lambda seen=seen: lambda images: [(seen,)])
-            ((found,),) = new_colour.judge(image[None])
-            right[truth] += (found.colour == "cyan") == truth
+            blue = Detection(solid.shape, "blue", solid.size, solid.material, *solid.centre, solid.y, 1.0)
+            monkeypatch.setattr(metric, "load_recogniser", lambda blue=blue: lambda images: [(blue,)])
+            ((judged,),) = new_colour.judge(image[None])
+            right[truth] += (judged.colour == "cyan") == truth
             total[truth] += 1
     assert right[True] >= 0.95 * total[True]
     assert right[False] >= 0.97 * total[False]
