@@ -63,7 +63,7 @@ if wanted t2i; then
 fi
 if wanted t2i_few; then
   [ -f "$runs/t2i_few/scores.json" ] || "${crossflow[@]}" distill "$runs/t2i_small" --output "$runs/t2i_few" train.steps=1300
-  replaced=(--set interval.teacher=zoo:t2i)
+  replaced=(--set interval.teacher=zoo:t2i --set train.start_from=zoo:t2i)
   publish t2i_few "$runs/t2i_few" int8 "The model t2i in 4 evaluations, guidance built in." --prompt "$prompt"
   replaced=()
 fi
