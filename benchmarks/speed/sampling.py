@@ -107,7 +107,7 @@ def _row(case: Case, run: Run, pipe: Pipeline, batch_size: int | None) -> dict[s
 def _parts(pipe: Pipeline, sample: Callable[[], None]) -> dict[str, float]:
     """Seconds of each part of one call, the device waited for after each."""
     clock = Clock(pipe.device)
-    watched = {"source": "encode", "latents": "source", "generate": "flow", "decode": "decode"}
+    watched = {"source": "encode", "latents": "source", "solve": "flow", "decode": "decode"}
     for method, part in watched.items():
         setattr(pipe, method, clock.around(part, getattr(pipe, method)))
     try:

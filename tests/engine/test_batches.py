@@ -38,7 +38,7 @@ def test_pieces_of_one_shape_share_batches_and_outputs_keep_their_places(monkeyp
     pipe = Pipeline(Doubling(), torch.nn.Identity())  # type: ignore[arg-type]
     names: list[str] = []
     monkeypatch.setattr(pipe, "latents", lambda source, ids, seed, mode: names.extend(ids) or source.features)
-    monkeypatch.setattr(pipe, "generate", lambda source, z0, settings, on_step: z0)
+    monkeypatch.setattr(pipe, "solve", lambda source, z0, settings, on_step: SimpleNamespace(z=z0))
     sizes = [[3, 3], [5], [3, 5, 3]]
     numbers = iter(range(10))
     inputs = [[np.full((size, 2), next(numbers), np.float32) for size in row] for row in sizes]
