@@ -82,10 +82,11 @@ class Killer:
             in_save = job.kills - job.survived - pending <= job.kills_in_save
             process = self.start(job, parts)
             hit = self.kill_in_save(process, parts) if in_save else self.kill_after(process, seconds)
-            if hit:
+            ended = process.poll() == 0 or has_ended(parts)
+            if hit and not ended:
                 pending += 1
                 job.problems += damages(parts)
-            elif process.poll() == 0:  # it ended before its turn; the next kill meets a new one
+            elif ended:  # before its turn; the next kill meets a new one
                 job.survived, pending = job.survived + self.settled(job, parts, expected, pending), 0
                 shutil.rmtree(parts)
                 seconds *= 0.9  # a machine under changing load
@@ -120,6 +121,11 @@ class Killer:
         time.sleep(self.instants.random() * 0.003)
         process.kill()
         return bool(process.wait() == -signal.SIGKILL) and bool(half_written(folder))
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the job has released its folder: a kill then met a process on its way out, with nothing left to do."""
+    return folder.is_dir() and any(folder.iterdir()) and not (folder / ".lock").exists()
 
 
 def half_written(folder: Path) -> list[Path]:
