@@ -124,8 +124,10 @@ class Killer:
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether the job has released its folder: a kill then met a process on its way out, with nothing left to do."""
-    return folder.is_dir() and any(folder.iterdir()) and not (folder / ".lock").exists()
+    """Whether an evaluation has released its folder: a kill then met a process on its way out, with nothing left to do,
+    and the same command would be refused. (Trainings and caches say that they are finished.)
+    """
+    return (folder / "metrics.json").is_file() and not (folder / ".lock").exists()
 
 
 def half_written(folder: Path) -> list[Path]:
