@@ -23,7 +23,7 @@ NUM_STEPS = 300
 KEPT = 0.5
 """Share of the samples from the data of the trained run, which it would forget otherwise."""
 RATE, RATE_WIDTH = 3e-3, 768
-"""The learning rate of adapters for layers of up to so many inputs; for wider ones it falls in proportion."""
+"""The learning rate of adapters in layers with at most RATE_WIDTH inputs; in wider layers it is lower in proportion."""
 
 
 @dataclass(frozen=True)
