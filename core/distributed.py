@@ -126,10 +126,16 @@ def new_cpu_group() -> dist.ProcessGroup:
 
 
 def new_store() -> dist.Store:
-    """A connection to the store by which the processes joined, for short texts under names; for one thread."""
+    """A connection to the store by which the processes joined, for short texts under names; for one thread.
+
+    Every process must call this, and gets its connection when all have theirs: one that connects to a store whose
+    process has ended meanwhile tries again for half an hour.
+    """
     from torch.distributed.distributed_c10d import _get_default_store
 
-    return _get_default_store().clone()
+    store = _get_default_store().clone()
+    barrier()
+    return store
 
 
 @contextmanager

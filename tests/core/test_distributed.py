@@ -38,7 +38,7 @@ def on_ranks(function: Callable[[int], object], folder: Path, world_size: int = 
             try:
                 store = dist.FileStore(str(folder / "store"), world_size)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-                dist.barrier()  # none may end before all are connected
+                distributed._reports()  # as distributed.device does; none ends before all are connected
                 torch.save(function(rank), folder / f"{rank}.pt")
                 dist.destroy_process_group()
                 status = 0

@@ -46,6 +46,20 @@ def test_a_lost_process_ends_the_other_with_a_message(
         ).finish()
 
 
+def test_a_process_that_connects_last_finds_the_others(forked: ModuleType, tmp_path: Path) -> None:
+    """None ends, with the store that it may hold, before all have joined."""
+    (tmp_path / "program.py").write_text(
+        "import os, time\n"
+        "from torch.distributed import PrefixStore\n"
+        "from crossflow.core import distributed\n"
+        "clone = PrefixStore.clone\n"
+        "PrefixStore.clone = lambda store: time.sleep(int(os.environ['RANK'])) or clone(store)\n"
+        "distributed.device()\n"
+    )
+    for process in forked.ranks(2, [str(tmp_path / "program.py")], tmp_path):
+        assert process.wait(20) == 0, process.output()
+
+
 @pytest.mark.parametrize("kind", ["validate", "sample"])
 def test_a_signal_to_one_process_ends_an_evaluation_of_all(
     tiny: ModuleType, forked: ModuleType, tmp_path: Path, kind: str
