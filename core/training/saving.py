@@ -68,13 +68,16 @@ class Saver:
         copies = self._copying() if self._background else None
         tensors = {} if copies is not None else self._learner.tensors()
 
-        def write() -> Path:
-            values = tensors if copies is None else copies.result()
-            path = checkpoint.write_checkpoint(self._root, step, values, state, self._keep)
-            checkpoint.publish(path, WEIGHTS, self._run_dir)
-            return path
+        return lambda: self._write(step, tensors if copies is None else copies.result(), state)
 
-        return write
+    def write(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Writes a checkpoint that is not sharded in the thread that calls this; no other may be being written."""
+        return self._write(step, self._learner.tensors(), state)
+
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+        path = checkpoint.write_checkpoint(self._root, step, tensors, state, self._keep)
+        checkpoint.publish(path, WEIGHTS, self._run_dir)
+        return path
 
     def _copying(self) -> "Future[Any]":
         """Begins to copy the tensors in the thread; the learner waits for the copy before it changes them."""

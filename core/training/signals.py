@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
@@ -24,9 +24,16 @@ class StopRequest:
     """`with StopRequest() as stop:` catches the signals while inside (main thread only) and puts the old handlers back.
 
     `stop.received` is the signal's name, or "" before any.
+
+    rescue: with several processes, what a thread does where the work inside `at_rest` goes on for `patience` seconds
+    after a request. None of them can give up such work, in which the others take part.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rescue: Callable[[], None] | None = None, patience: float = 0) -> None:
+        self._rescue = rescue or (lambda: None)
+        self._rescue_after = patience
+        self._not_at_rest = threading.Lock()
+        self._not_at_rest.acquire()
         self.received = ""
         self._received_at = 0.0
         self._patience: float | None = None  # inside `abandoning`: how long the work may go on after a request
@@ -40,7 +47,7 @@ class StopRequest:
             if hasattr(signal, "SIGALRM"):
                 self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
             if distributed.is_distributed():
-                self._relay = _Relay()
+                self._relay = _Relay(self._rescue_at_rest, self._rescue_after)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -68,6 +75,25 @@ class StopRequest:
         finally:
             self._patience = None
             _ring_after(0)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Context of work that changes nothing of what `rescue` saves. It ends after a `rescue` that has begun."""
+        self._not_at_rest.release()
+        try:
+            yield
+        finally:
+            self._not_at_rest.acquire()
+
+    def _rescue_at_rest(self) -> bool:
+        """Runs `rescue` if the work is at rest; returns whether it is."""
+        is_at_rest = self._not_at_rest.acquire(blocking=False)
+        if is_at_rest:
+            try:
+                self._rescue()
+            finally:
+                self._not_at_rest.release()
+        return is_at_rest
 
     def _wait(self) -> None:
         """Starts the clock of the patience that is left."""
@@ -102,11 +128,14 @@ class _Relay:
 
     Python's handlers run in the main thread, which may be waiting for another process. So the interpreter writes the
     signal to a socket when it comes, and a thread passes it on through the store of the processes.
+
+    rescue: called `patience` seconds after the signal, again and again until it returns True, unless `end` comes first.
     """
 
     _numbers = itertools.count()  # of the trainings, the same in every process
 
-    def __init__(self) -> None:
+    def __init__(self, rescue: Callable[[], bool], patience: float) -> None:
+        self._rescue, self._patience = rescue, patience
         self._name = f"crossflow/stop/{next(self._numbers)}"
         self._store = distributed.new_store()
         self._reader, self._writer = socket.socketpair()
@@ -123,25 +152,36 @@ class _Relay:
         self._reader.close()
 
     def _run(self) -> None:
-        is_stopped = False
         try:
-            while not is_stopped:
-                ready, _, _ = select.select([self._reader], [], [], _EVERY)
-                received = self._reader.recv(64) if ready else b""
-                if ready and not received:
-                    return
-                if {signal.SIGTERM, signal.SIGINT} & set(received):
-                    self._store.set(self._name, "")
-                    return
-                is_stopped = self._store.check([self._name])
+            if self._stop_all():
+                deadline = time.monotonic() + self._patience
+                while self._received(_EVERY) is not None:
+                    if time.monotonic() >= deadline and self._rescue():
+                        return
         except (RuntimeError, OSError, ValueError):
             return  # the process that holds the store has ended, which the main thread notices; or this one ends
+
+    def _received(self, seconds: float) -> bytes | None:
+        """The signals that come within `seconds`; None at the end."""
+        ready, _, _ = select.select([self._reader], [], [], seconds)
+        return (self._reader.recv(64) or None) if ready else b""
+
+    def _stop_all(self) -> bool:
+        """Waits for a signal to any process, and passes it on to the others or to this one; False: none came."""
+        while not self._store.check([self._name]):
+            received = self._received(_EVERY)
+            if received is None:
+                return False
+            if {signal.SIGTERM, signal.SIGINT} & set(received):
+                self._store.set(self._name, "")
+                return True
         main = threading.main_thread().ident
         assert main is not None
         if hasattr(signal, "pthread_kill"):
             signal.pthread_kill(main, signal.SIGTERM)
         else:
             signal.raise_signal(signal.SIGTERM)
+        return True
 
 
 def ignore_in_worker(worker: int = 0) -> None:

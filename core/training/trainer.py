@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +156,9 @@ class Trainer:
         self._overflows = self._overflows_in_a_row = 0
         self._bad_steps = BadSteps(self.run_dir)
         self._halvings = 0  # of the samples in a forward pass, see config.auto_micro_batch
-        self._stop = StopRequest()
+        # Sharded weights are whole in no process, and gathered while a step is made.
+        rescues = self.rank == 0 and not self.learner.is_sharded
+        self._stop = StopRequest(self._rescue if rescues else None, config.grace_seconds / 2)
         self._last: dict[str, dict[str, float]] = {}  # the last numbers of each kind
         self._evaluated: frozenset[str] = frozenset()  # evaluations already made at the step resumed from
         self._used = False
@@ -274,8 +276,8 @@ class Trainer:
             self._record("sample", {})
 
     def _abandoning(self, patience: float) -> AbstractContextManager[None]:
-        """Context of work that is given up after a stop request, unless other processes take part in it."""
-        return self._stop.abandoning(patience) if self.world_size == 1 else nullcontext()
+        """Context of a part of a step; it is given up after a stop request, unless other processes take part in it."""
+        return self._stop.abandoning(patience) if self.world_size == 1 else self._stop.at_rest()
 
     def _abandoning_all(self) -> AbstractContextManager[None]:
         """Context of an evaluation, which all processes give up together after a stop request of any."""
@@ -440,6 +442,19 @@ class Trainer:
                 f"The checkpoint of step {self.step} cannot be written to {self.run_dir} ({error.strerror or error}). "
                 f"Earlier ones are untouched. {self._kept()}"
             ) from error
+
+    def _rescue(self) -> None:
+        """Writes the checkpoint of the last completed step, in a thread, while all processes make the next."""
+        self._saver.wait()
+        folder = state.step_folder(self.checkpoints, self.step)
+        if folder in state.checkpoints(self.checkpoints):
+            return
+        try:
+            self._saver.write(self.step, self._content())
+        except OSError as error:
+            self.progress.note(f"{folder} cannot be written ({error.strerror or error}).")
+        else:
+            self.progress.note(f"Saved {folder}: step {self.step + 1} takes longer than half of train.grace_seconds.")
 
     def _finish_saving(self) -> None:
         """Waits for the checkpoint that is being written, if there is one."""

@@ -79,3 +79,27 @@ def test_a_signal_to_one_process_ends_an_evaluation_of_all(
     for process in forked.ranks(2, [PROGRAM, str(tmp_path / "parts"), *common, "--resume", "auto"], tmp_path):
         process.finish()
     assert [line["step"] for line in tiny.lines(tmp_path / "parts")] == list(range(1, 13))
+
+
+def test_a_step_of_several_processes_that_takes_too_long_is_left_with_a_checkpoint(
+    tiny: ModuleType, forked: ModuleType, tmp_path: Path
+) -> None:
+    """None can give it up; the weights before it are saved beside it, and nothing is lost when all are killed."""
+    common = ["--no-dropout", "log_every=1", "grace_seconds=0.4"]
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    processes = forked.ranks(2, [PROGRAM, str(tmp_path / "parts"), *common, "--endless", "step"], tmp_path)
+    wait_for_step(tmp_path / "parts", 6, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while [state.step_of(path) for path in state.checkpoints(checkpoints)] != [6, 4]:
+        assert time.monotonic() < deadline, processes[0].output()
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+    state.verify(checkpoints / "step_00000006")
+    for process in forked.ranks(2, [PROGRAM, str(tmp_path / "parts"), *common, "--resume", "auto"], tmp_path):
+        process.finish()
+    for process in forked.ranks(2, [PROGRAM, str(tmp_path / "through"), *common], tmp_path):
+        process.finish()
+    tiny.assert_same_run(tmp_path / "through", tmp_path / "parts")
+    assert tiny.lines(tmp_path / "through") == tiny.lines(tmp_path / "parts")

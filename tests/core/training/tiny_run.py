@@ -166,6 +166,20 @@ def endless_samples(step: int) -> None:
     on_main(lambda: time.sleep(600))
 
 
+class EndlessStep(Objective):
+    """The second process never ends its seventh step."""
+
+    def __init__(self, *settings: object) -> None:
+        super().__init__(*settings)
+        self.num_calls = 0
+
+    def forward(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        self.num_calls += 1
+        if self.num_calls == 7 and rank() == 1:
+            time.sleep(600)
+        return super().forward(batch, noise)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
@@ -174,14 +188,15 @@ def main() -> None:
     parser.add_argument("--contrastive", action="store_true")
     parser.add_argument("--no-dropout", action="store_true")
     parser.add_argument("--blocks", type=int, default=0)
-    parser.add_argument("--endless", choices=["validate", "sample"])
+    parser.add_argument("--endless", choices=["validate", "sample", "step"])
     parser.add_argument("settings", nargs="*")
     options = parser.parse_intermixed_args()
     settings = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.settings)}
     torch.manual_seed(0)
-    objective = Objective(options.contrastive, not options.no_dropout, options.blocks)
+    kind = EndlessStep if options.endless == "step" else Objective
+    objective = kind(options.contrastive, not options.no_dropout, options.blocks)
     callbacks = {"validate": endless_validation, "sample": endless_samples}
-    if options.endless:
+    if options.endless in callbacks:
         settings[options.endless] = callbacks[options.endless]
     try:
         result = trainer(options.run_dir, objective, Data(seconds=options.seconds), **settings).run(options.resume)
