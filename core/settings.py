@@ -5,8 +5,10 @@ YAML 1.2 with JSON's numbers, and `<<` for merging. `no`, `on`, `12:30`, `010` a
 number, and a repeated key is an error.
 """
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -87,9 +89,15 @@ def read_yaml(path: Path) -> Any:
 def parse_yaml(text: str, name: str) -> Any:
     """The value of a YAML text; `name` stands for it in the UserError of a malformed one."""
     try:
-        return yaml.load(text, _Loader)
+        return copy.deepcopy(_parsed(text))
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+@lru_cache(maxsize=512)
+def _parsed(text: str) -> Any:
+    """The value of a YAML text, kept: a command reads the same files several times, and parsing takes milliseconds."""
+    return yaml.load(text, _Loader)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

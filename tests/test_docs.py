@@ -57,10 +57,14 @@ def page(name: str) -> list[Fence]:
 
 
 def small(argv: list[str], tiny_settings) -> list[str]:
-    """A command that trains, caches or times, with settings that make it take about a second."""
+    """A command that trains, caches, times, samples or plans, with settings that make it take about a second."""
     if argv[0] == "finetune" and "--dry-run" not in argv:
         return [*argv, "train.steps=2", "train.batch_size=4", "data.num_val=2"]
+    if argv[0] == "sample":
+        steps = argv.index("--steps") if "--steps" in argv else len(argv)
+        return [*argv[:steps], *argv[steps + 2 :], "--steps", "2"]
     learns = argv[0] in ("train", "cache") or (argv[:2] == ["benchmark", "speed"] and "--recipe" in argv)
+    learns = learns or (argv[0] == "doctor" and "--task" in argv)
     if not learns or {"--resume", "--verify"} & set(argv):
         return [*argv, "train.steps=4"] if "--resume" in argv else argv
     options = [name for name in ("--task", "--config", "--recipe") if name in argv]
