@@ -30,7 +30,7 @@ from crossflow.core.solvers import Solution
 from crossflow.engine.model_card import LIBRARY
 from crossflow.engine.outputs import Outputs
 from crossflow.engine.provenance import versions
-from crossflow.engine.publish import copy_run
+from crossflow.engine.publish import copy_run, hide_folders
 from crossflow.engine.sample import Pipeline, load
 from crossflow.networks.hub import run_folder
 from crossflow.tasks import load_config
@@ -96,6 +96,7 @@ def export(source: str | Path, target: Path, *, weights: str | None = None, over
             copy_run(run, folder / RUN, weights=weights, overrides=overrides)
         else:  # whose weights lie elsewhere in part
             load(run, weights=weights, device="cpu", overrides=overrides).save(folder / RUN)
+        hide_folders(folder / RUN)
         write_atomically(folder / "model" / "component.py", COMPONENT_FILE)
         write_atomically(folder / "pipeline.py", PIPELINE_FILE)
         write_json(folder / "model_index.json", index)

@@ -18,12 +18,13 @@ from crossflow.core.errors import UserError
 from crossflow.core.files import read_metadata, read_tensors, write_atomically, write_json, write_tensors
 from crossflow.core.lock import LOCK
 from crossflow.core.output import RECORD
-from crossflow.core.settings import dump, flat
+from crossflow.core.settings import build, dump, flat
 from crossflow.core.storage import packed, read_weights
 from crossflow.core.weights import WEIGHTS, kind_of_weights
 from crossflow.engine.describe import EVALUATIONS, describe
-from crossflow.engine.folder import CHECKPOINTS, MANIFEST, METRICS, OBJECTIVE, SAMPLES, SCORES, RunFolder
+from crossflow.engine.folder import CHECKPOINTS, MANIFEST, METRICS, OBJECTIVE, SAMPLES, SCORES
 from crossflow.engine.model_card import LIBRARY, About, model_card
+from crossflow.engine.places import without_folders
 from crossflow.engine.provenance import versions
 from crossflow.networks.hub import CONFIG, PICKLED
 from crossflow.tasks import load_config
@@ -165,17 +166,13 @@ def _version() -> str:
 def complete(folder: Path, about: About, *, origin: Path | None = None) -> None:
     """Adds to a run directory what the hub shows: config.json, README.md, scores and pictures of the `origin`.
 
-    Raises UserError for settings that name a folder of this machine, where others find nothing.
+    Data and runs that it was made from are named without the folders of the `origin`'s machine. Raises UserError for
+    networks that are folders of this machine, where others find nothing.
     """
-    config = load_config(folder)
-    _expect_public(config)
+    _expect_public(load_config(folder))
     if origin is not None and origin.resolve() != folder.resolve():
         _copy_records(origin, folder)
-    if manifest := RunFolder(folder).read_manifest():  # without the paths of its author's machine
-        manifest.pop("directory", None)
-        words = manifest.get("command", [])
-        manifest["command"] = [Path(word).name if Path(word).is_absolute() else word for word in words]
-        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+        hide_folders(folder)
     run = describe(folder)
     write_atomically(
         folder / CARD, model_card(run, about, [path.relative_to(folder).as_posix() for path in run.samples])
@@ -183,11 +180,22 @@ def complete(folder: Path, about: About, *, origin: Path | None = None) -> None:
     content = {
         "library_name": LIBRARY,
         "library_version": _version(),
-        "task": config.task,
+        "task": run.config.task,
         "pipeline": "crossflow.load",
-        "settings": config.model_dump(mode="json"),
+        "settings": run.config.model_dump(mode="json"),
     }
     write_json(folder / HUB_CONFIG, content)
+
+
+def hide_folders(folder: Path) -> None:
+    """Takes the paths of the author's machine out of the settings and records of a copied run."""
+    config = load_config(folder)
+    write_atomically(folder / CONFIG, dump(build(type(config), without_folders(config.model_dump(mode="json")))))
+    for path in (folder / MANIFEST, folder / SCORES, *folder.glob(f"{EVALUATIONS}/*/metrics.json")):
+        if path.is_file():
+            record = without_folders(json.loads(path.read_text(encoding="utf-8")))
+            record.pop("directory", None)  # where the training was started
+            write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False))
 
 
 def _copy_records(origin: Path, folder: Path) -> None:

@@ -99,14 +99,55 @@ def test_the_card_has_what_the_hub_reads(hub, tmp_path: Path) -> None:
     )  # fmt: skip
     (model,) = card["model-index"]
     validation, nyu = model["results"]
-    assert nyu["dataset"] == {"name": "nyu:~/nyu (NYU)", "type": "nyu", "split": "test"}
+    assert nyu["dataset"] == {"name": "nyu:nyu (NYU)", "type": "nyu", "split": "test"}
     assert nyu["metrics"] == [{"type": "delta1", "value": 0.5, "name": "delta1"}]
     assert validation["dataset"]["split"] == "val"
     text = files["README.md"].decode()
     assert "Of a test." in text
     assert "![Outputs: step_3](samples/step_3.png)" in text
-    assert "| nyu:~/nyu (test) | NYU | delta1 | 0.5 |" in text
+    assert "| nyu:nyu (test) | NYU | delta1 | 0.5 |" in text
     assert json.loads(files["config.json"])["settings"]["task"] == "depth"
+
+
+def test_what_is_published_names_no_folder_of_its_author(tmp_path: Path) -> None:
+    run = tmp_path / "my runs" / "sr"
+    shutil.copytree(RUNS / "sr", run)
+    private = f"{tmp_path}/my pictures"
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["train"] = f"20 * folder:{private}@all + scenes"
+    settings["train"] |= {"start_from": f"{tmp_path}/first", "parts_from": str(run.parent / "second")}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    manifest = {
+        "directory": str(tmp_path),
+        "command": ["train", f"data.train=folder:{private}"],
+        "data": {"spec": private},
+    }
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "evaluation" / "own").mkdir(parents=True)
+    evaluation = {"scores": {"psnr_y": 20.0}, "intervals": {}, "manifest": {"data": {"spec": f"pairs:{private}"}}}
+    (run / "evaluation" / "own" / "metrics.json").write_text(json.dumps(evaluation))
+    published = tmp_path / "published"
+    assert main(["push", str(run), "me/sr", "--dry-run", "--output", str(published)]) == 0
+    files = [path for path in published.rglob("*") if path.is_file()]
+    assert not [path.name for path in files if str(tmp_path).encode() in path.read_bytes()]
+    config = crossflow.load(published).task.config
+    assert config.data.train == "20 * folder:my pictures@all + scenes"
+    assert (config.train.start_from, config.train.parts_from) == ("first", "second")
+    assert str(tmp_path) in (run / "config.yaml").read_text()
+
+
+def test_places_are_hidden_and_names_and_addresses_stay() -> None:
+    from crossflow.engine.places import without_folders
+
+    texts = {
+        "wds:https://host/a/b.tar": "wds:https://host/a/b.tar",
+        "me/model": "me/model",
+        "C:\\Users\\me\\first": "first",
+        "folder:C:\\Users\\me\\mine@val": "folder:mine@val",
+        "~/runs/first": "first",
+        "a cube / a sphere": "a cube / a sphere",
+    }
+    assert without_folders(list(texts)) == list(texts.values())
 
 
 def test_revisions_tokens_and_the_cache(hub, tmp_path: Path) -> None:
