@@ -4,6 +4,7 @@ Three families, recognised by the network's own `config.model_type`: CLIP text t
 norm), T5 encoders, and decoders of the Llama type (hidden states of a layer). B batch, N tokens, D width.
 """
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -96,7 +97,7 @@ class FrozenTextEncoder(Frozen):
         settings = settings or TextEncoderSettings()
         config = network.config
         self.family = _family(config.model_type)
-        self.width = int(config.d_model if self.family == "t5" else _text_config(config).hidden_size)
+        self.width = _width(config)
         num_layers = int(_text_config(config).num_hidden_layers)
         if settings.layer is not None and not -num_layers - 1 <= settings.layer <= num_layers:
             raise UserError(
@@ -120,13 +121,9 @@ class FrozenTextEncoder(Frozen):
         """
         import transformers
 
-        source = settings.source
-        if Path(source).expanduser().is_dir():
-            source = str(Path(source).expanduser().resolve())
+        source = _resolved(settings.source)
         subfolder = {"subfolder": settings.subfolder} if settings.subfolder else {}
-        # An unknown type of network is rejected before its weights are downloaded.
-        config = load_public(transformers.AutoConfig.from_pretrained, source, files=FILES, **subfolder)
-        _family(config.model_type)
+        config = _config(source, settings.subfolder)  # rejects an unknown type before weights are downloaded
         load = _network_class(config.model_type).from_pretrained
         dtype = getattr(torch, settings.precision)
         network = load_frozen(load, source, files=FILES, subfolder=settings.subfolder, dtype=dtype)
@@ -212,6 +209,32 @@ class FrozenTextEncoder(Frozen):
             return tokens, torch.cat(pooled)
         weight = mask[..., None].float()
         return tokens, (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+@functools.lru_cache(maxsize=8)
+def feature_width(source: str, subfolder: str = "") -> int:
+    """D of a frozen text encoder, from its configuration alone. Raises UserError as `FrozenTextEncoder.load`."""
+    return _width(_config(_resolved(source), subfolder))
+
+
+def _resolved(source: str) -> str:
+    """A hub id as it is; a folder by its whole path."""
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else source
+
+
+def _config(source: str, subfolder: str) -> "PretrainedConfig":
+    """The configuration of a network of a known family."""
+    import transformers
+
+    inside = {"subfolder": subfolder} if subfolder else {}
+    config = load_public(transformers.AutoConfig.from_pretrained, source, files=FILES, **inside)
+    _family(config.model_type)
+    return config
+
+
+def _width(config: "PretrainedConfig") -> int:
+    return int(config.d_model if _family(config.model_type) == "t5" else _text_config(config).hidden_size)
 
 
 def _family(model_type: str) -> str:

@@ -22,7 +22,7 @@ from crossflow.core.files import write_json
 from crossflow.core.layers import patchify
 from crossflow.core.noise import keyed_generator
 from crossflow.networks.alignment import token_head
-from crossflow.networks.text.frozen_encoder import FrozenTextEncoder, TextEncoderSettings
+from crossflow.networks.text.frozen_encoder import FrozenTextEncoder, TextEncoderSettings, feature_width
 from crossflow.networks.text.tokenizer import CaptionTokenizer, build_tokenizer, load_tokenizer, tokenize
 from crossflow.networks.text.trunk import QueryHead, TextTransformer, TextTrunk, smallest_patch
 from crossflow.networks.text.variational import TextVariationalSizes, TextVariationalTrunk
@@ -160,10 +160,12 @@ class TextSide:
     @property
     def feature_width(self) -> int:
         """D of the frozen encoder's features."""
-        width = self.frozen.width if self.frozen is not None else self.settings.feature_width
-        if width is None:
-            raise UserError("Set text.feature_width to build this model without loading its frozen text encoder.")
-        return width
+        if self.frozen is not None:
+            return self.frozen.width
+        if self.settings.feature_width is not None:
+            return self.settings.feature_width
+        assert self.settings.encoder is not None, "features are those of a frozen encoder"
+        return feature_width(self.settings.encoder, self.settings.subfolder)
 
     @property
     def vocab_size(self) -> int:

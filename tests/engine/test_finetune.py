@@ -164,6 +164,23 @@ def test_other_tasks_are_fine_tuned(tiny_run, no_java, tmp_path: Path, task: str
     assert (before == after) == is_full
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(forked, tiny_run, no_java, tmp_path: Path) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    argv = ["finetune", str(tiny_run("depth")), "--data", "scenes", *SMALL, "train.lr=0.05", "train.warmup_steps=0"]
+    assert main([*argv, "--output", str(alone)]) == 0
+    for process in forked.ranks(2, ["-m", "crossflow", *argv, "--output", str(shared)], tmp_path):
+        process.finish()
+    expected, learned = (load_file(run / "model.safetensors") for run in (alone, shared))
+    assert expected.keys() == learned.keys()
+    assert any(tensor.abs().max() > 0.01 for name, tensor in expected.items() if ".lora_B." in name)
+    for name, tensor in expected.items():
+        assert torch.allclose(learned[name], tensor, atol=1e-4), name
+    picture = np.zeros((16, 16, 3), np.uint8)
+    depths = [load(run, device="cpu")(picture, output_type="np")[0] for run in (alone, shared)]
+    assert np.allclose(*depths, rtol=1e-3)
+
+
 def test_a_dry_run_says_what_is_trained(tiny_run, capsys) -> None:
     argv = [
         "finetune",

@@ -108,3 +108,25 @@ def test_a_text_encoder_whose_weights_changed_is_refused(
     save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="SHA-256"):
         load(run)
+
+
+@pytest.mark.slow
+def test_a_run_is_fine_tuned_to_read_through_another_text_encoder(
+    pretrained, tiny_run, blind_judge, tmp_path: Path
+) -> None:
+    """The layer that reads the encoder's features is trained whole, beside the adapters of others."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    small = ["--data", "scenes", "data.num_train=8", "data.num_val=2", "train.steps=1", "train.batch_size=4"]
+    settings = ["text.max_length=16", "finetune.rank=2", *small]
+    clip, t5 = (f"text.encoder={pretrained(kind)}" for kind in ("clip", "t5"))
+    assert main(["finetune", str(tiny_run("t2i")), "--output", str(first), clip, *settings]) == 0
+    # an encoder of the same width: the layer is there, and is trained where it is asked for
+    assert (
+        main(["finetune", str(first), "--output", str(second), "--train", "source_encoder.*.embed.*", t5, *settings])
+        == 0
+    )
+    for run in (first, second):
+        whole = {name for name in load_file(run / "model.safetensors") if ".lora_" not in name}
+        assert "source_encoder.trunk.transformer.embed.1.weight" in whole
+        assert all(name.startswith("source_encoder.") for name in whole)
+        assert load(run)("a red cube", output_type="np")[0].shape == (16, 16, 3)
