@@ -10,7 +10,7 @@ _FOLDERS = re.compile(r"(^|[\s:=,\[('\"])(?:[A-Za-z]:[\\/]|~?/(?![/\s]))(?:.*[\\
 """A root and the folders below it, at the beginning or behind a prefix or KEY=; not the // of an address."""
 
 
-def without_folders(value: Any) -> Any:
+def without_folders(value: object) -> Any:
     """A copy of JSON content whose texts name files and folders without where they lie.
 
     /home/me/runs/first -> first, folder:/home/me/mine@all -> folder:mine@all; relative paths and addresses stay.
