@@ -150,6 +150,27 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate="none" if exact else approximate)
 
 
+def autocasted(x: Tensor) -> Tensor:
+    """x in the type in which autocast computes matrix products, if it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class SampleLinear(nn.Linear):
+    """A linear map of one vector per sample, not per token: (B, D') -> (B, D).
+
+    On the CPU it is computed in float32 also under autocast: the rows are so few that the conversion of the weight and
+    of its gradient takes longer than the product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, D') -> (B, D)."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class DepthwiseConv(nn.Conv2d):
     """A convolution of each channel by itself with an odd `kernel`, padded to keep the size: (B, C, H, W) -> the same.
 

@@ -19,7 +19,7 @@ from crossflow.core.backbones import dimr, dit
 from crossflow.core.backbones.dimr import DiMR, GatedFeedForward, TimeLayerNorm, TimeParameter, TimeRMSNorm
 from crossflow.core.backbones.dit import DiT
 from crossflow.core.errors import UserError
-from crossflow.core.layers import Attention, patchify, sincos_2d, sincos_tokens, unpatchify
+from crossflow.core.layers import Attention, SampleLinear, patchify, sincos_2d, sincos_tokens, unpatchify
 from crossflow.core.model import CrossFlow
 from crossflow.networks.text.variational import PostNormLayer, TextVariationalTrunk, UnbiasedNorm
 
@@ -278,6 +278,7 @@ class ReleasedTrunk(nn.Module):
 
     def __init__(self, product: TextVariationalTrunk) -> None:
         super().__init__()
+        _make_plain(product)
         self.compressor, self.head = product.compressor, product.head
         self.latent_shape, self.by_token = product.latent_shape, product.by_token
         layers: Iterable[nn.Module] = [*product.layers, *product.reductions]
@@ -291,3 +292,13 @@ class ReleasedTrunk(nn.Module):
         if self.by_token:
             return torch.stack(self.head(x).chunk(2, dim=-1), dim=1)
         return self.head(x.flatten(1)).flatten(1).unflatten(1, (2, *self.latent_shape))
+
+
+def _make_plain(network: nn.Module) -> None:
+    """Puts torch's own linear maps, in the precision of autocast, in the place of the product's `SampleLinear`."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, SampleLinear):
+                plain = nn.Linear(child.in_features, child.out_features, device="meta")
+                plain.weight, plain.bias = child.weight, child.bias
+                setattr(module, name, plain)

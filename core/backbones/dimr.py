@@ -20,7 +20,7 @@ from crossflow.core.backbones.conditioning import JumpEmbedding, context_tokens,
 from crossflow.core.batch import Condition, Jump
 from crossflow.core.config import BackboneConfig, StageConfig
 from crossflow.core.errors import UserError, unknown_name
-from crossflow.core.layers import Attention, DepthwiseConv, unpatchify
+from crossflow.core.layers import Attention, DepthwiseConv, autocasted, unpatchify
 
 
 class Size(NamedTuple):
@@ -95,7 +95,7 @@ class TimeLayerNorm(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, ..., D), c (B,) -> like x."""
         normed = F.layer_norm(x.float(), (self.width,))
-        return (normed * _along(self.weight(c), x) + _along(self.bias(c), x)).to(x.dtype)
+        return torch.addcmul(_along(self.bias(c), x), normed, _along(self.weight(c), x)).to(x.dtype)
 
 
 class GatedFeedForward(nn.Module):
@@ -109,6 +109,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        x = autocasted(x)  # here, so that both maps share the conversion
         return self.out(F.gelu(self.gate(x)) * self.value(x))
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-from crossflow.core.layers import TransformerLayer, sincos_2d, sincos_tokens, unpatchify
+from crossflow.core.layers import SampleLinear, TransformerLayer, sincos_2d, sincos_tokens, unpatchify
 
 MAX_QUERIES = 64  # at this number a query head costs about as much as a backbone of the same width on patches of 4
 
@@ -163,7 +163,7 @@ class FlattenHead(nn.Module):
         self.max_length = max_length
         narrow = max(1, width // 8)
         self.narrow = nn.Linear(width, narrow)
-        self.out = nn.Linear(max_length * narrow, 2 * math.prod(latent_shape))
+        self.out = SampleLinear(max_length * narrow, 2 * math.prod(latent_shape))
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens (B, N, D), mask (B, N) bool -> (B, 2, *latent)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossflow.core.errors import UserError
-from crossflow.core.layers import Attention
+from crossflow.core.layers import Attention, SampleLinear
 from crossflow.networks.text.trunk import attendable
 
 NUM_REDUCTIONS = 3
@@ -74,8 +74,8 @@ class Adaptor(nn.Module):
     def __init__(self, num_inputs: int, channels: int, height: int, width: int) -> None:
         super().__init__()
         area = height * width
-        self.fc1, self.norm1 = nn.Linear(num_inputs, area), nn.LayerNorm(area)
-        self.fc2, self.norm2 = nn.Linear(area, area), nn.LayerNorm(area)
+        self.fc1, self.norm1 = SampleLinear(num_inputs, area), nn.LayerNorm(area)
+        self.fc2, self.norm2 = SampleLinear(area, area), nn.LayerNorm(area)
         self.conv1, self.norm3 = nn.Conv2d(1, 32, 3, padding=1), nn.LayerNorm([32, height, width])
         self.conv2, self.norm4 = nn.Conv2d(32, 64, 3, padding=1), nn.LayerNorm([64, height, width])
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
@@ -140,11 +140,10 @@ class TextVariationalTrunk(nn.Module):
         if head == "adaptor":
             channels, height, columns = latent_shape
             self.head: nn.Module = Adaptor(num_tokens * narrowed, 2 * channels, height, columns)
+        elif by_token:
+            self.head = nn.Linear(narrowed, 2 * latent_shape[1])
         else:
-            self.head = nn.Linear(narrowed if by_token else num_tokens * narrowed, self._num_outputs(latent_shape))
-
-    def _num_outputs(self, latent_shape: tuple[int, ...]) -> int:
-        return 2 * latent_shape[1] if self.by_token else 2 * math.prod(latent_shape)
+            self.head = SampleLinear(num_tokens * narrowed, 2 * math.prod(latent_shape))
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """features (B, N, D'), mask (B, N), nonzero = token -> (B, 2, *latent). Raises UserError for another N."""

@@ -11,6 +11,7 @@ from crossflow.core.layers import (
     Attention,
     DepthwiseConv,
     FeedForward,
+    SampleLinear,
     TimestepEmbedding,
     TransformerLayer,
     patchify,
@@ -184,6 +185,16 @@ def test_a_depthwise_convolution_on_the_cpu_is_exact_under_autocast() -> None:
         assert torch.equal(conv(x), expected)
         assert conv(x.bfloat16()).dtype == torch.float32
     assert conv.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_map_of_a_vector_per_sample_is_exact_under_autocast() -> None:
+    linear = SampleLinear(6, 5)
+    x = torch.randn(3, 6)
+    expected = F.linear(x, linear.weight, linear.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x), expected)
+        assert linear(x.bfloat16()).dtype == torch.float32
+    assert linear.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_table_made_of_fake_tensors_is_not_kept() -> None:
