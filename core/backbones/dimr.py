@@ -95,7 +95,7 @@ class TimeLayerNorm(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, ..., D), c (B,) -> like x."""
         normed = F.layer_norm(x.float(), (self.width,))
-        return torch.addcmul(_along(self.bias(c), x), normed, _along(self.weight(c), x)).to(x.dtype)
+        return (normed * _along(self.weight(c), x)).add_(_along(self.bias(c), x)).to(x.dtype)
 
 
 class GatedFeedForward(nn.Module):
