@@ -226,7 +226,9 @@ class Stage(nn.Module):
         num_skips = len(self.skips)
         for i, block in enumerate(blocks):
             if i > num_skips:
-                x = self.skips[i - num_skips - 1](torch.cat([x, outputs[2 * num_skips - i]], dim=-1))
+                skip = outputs[2 * num_skips - i]
+                # Converted before they are joined, which moves half of the bytes.
+                x = self.skips[i - num_skips - 1](torch.cat([autocasted(x), autocasted(skip)], dim=-1))
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *conditions, use_reentrant=False)
             else:
