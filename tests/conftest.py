@@ -31,9 +31,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core, up to 4, and two more for slow tests, which wait for other processes and for timeouts."""
+    """A worker for each core, up to 4, and one more for slow tests, which wait for other processes and for timeouts.
+
+    More would only import libraries more often: each worker has its own, and again in the process that it forks from.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4) if "not slow" in config.option.markexpr else min(cores + 2, 5)
+    return min(cores, 4) if "not slow" in config.option.markexpr else min(cores + 1, 5)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

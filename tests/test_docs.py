@@ -76,11 +76,11 @@ def small(argv: list[str], tiny_settings) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch, blind_judge, no_java, forked_pools) -> Path:
+def workplace(tmp_path: Path, monkeypatch, blind_judge, no_java) -> Path:
     """The current folder of a page, with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
-    # `crossflow benchmark speed --part scenes`: few small pictures in two processes
-    monkeypatch.setattr(rendering_speed, "__defaults__", ((8,), (2,), 8, lambda: None))
+    # `crossflow benchmark speed --part scenes`: few small pictures in one process
+    monkeypatch.setattr(rendering_speed, "__defaults__", ((8,), (1,), 8, lambda: None))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
     picture.save("photo.jpg")
     Path("my_pictures").mkdir()

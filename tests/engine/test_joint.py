@@ -1,9 +1,7 @@
 """Joint runs: what is shared and what is not, equality with single runs, exact resuming, sampling by task."""
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -191,10 +189,8 @@ def test_two_processes_train_as_one(joint: Path, tmp_path: Path, forked):
     run = tmp_path / "run"
     for name in PAIR.split(","):
         (run / "tasks" / name / "scores.json").unlink()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "crossflow", "--"]
-    command = [*launcher, "train", "--output", str(run), "--resume", "auto"]
-    process = forked.Forked(command, tmp_path / "log", PYTHONPATH=os.pathsep.join(sys.path))
-    assert process.wait() == 0, process.output()
+    for process in forked.ranks(2, ["-m", "crossflow", "train", "--output", str(run), "--resume", "auto"], tmp_path):
+        process.finish()
     for shared, alone in zip(lines(run), lines(joint), strict=True):
         assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5)
 

@@ -20,7 +20,7 @@ BLOCKS = [
 SHARED = [
     *("data.num_train=8", "data.num_val=2", "source.width=32", "source.depth=1"),
     *("backbone.width=16", "backbone.depth=3", "backbone.heads=2"),
-    *("train.steps=2", "train.batch_size=4", "train.warmup_steps=1", "train.precision=no", "train.save_every=1"),
+    *("train.steps=2", "train.batch_size=4", "train.warmup_steps=1", "train.precision=no", "train.sample_every=0"),
     "sample.steps=2",
 ]
 TEXT = ["text.feature_width=32", "source.hidden=16", "source.heads=2"]

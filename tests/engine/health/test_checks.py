@@ -87,7 +87,7 @@ def test_too_few_unconditional_samples(trained: Trained) -> None:
 
 
 def test_captions_of_other_pictures(trained: Trained, coloured: Callable[[bool], Path], blind_judge: None) -> None:
-    small = ["text.max_length=8", "train.steps=80", "sample.steps=2", "data.num_val=8", "loss.encoder=none"]
+    small = ["text.max_length=8", "train.steps=50", "sample.steps=2", "data.num_val=8", "loss.encoder=none"]
     messages = {
         shuffled: names(trained(f"data.train=folder:{coloured(shuffled)}", *small, recipe="t2i_tiny"))
         for shuffled in (False, True)
