@@ -68,8 +68,8 @@ if wanted t2i_few; then
   replaced=()
 fi
 if wanted caption; then
-  trained caption_tiny
-  publish caption "$runs/caption_tiny" half "Captions of drawn scenes; names about a third of the solids." --input "$scene"
+  trained caption_small
+  publish caption "$runs/caption_small" half "Captions of drawn scenes." --input "$scene"
 fi
 if wanted depth; then
   trained depth_small
