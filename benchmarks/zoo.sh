@@ -69,7 +69,7 @@ if wanted t2i_few; then
 fi
 if wanted caption; then
   trained caption_small
-  publish caption "$runs/caption_small" half "Captions of drawn scenes." --input "$scene"
+  publish caption "$runs/caption_small" int8 "Captions of drawn scenes." --input "$scene"
 fi
 if wanted depth; then
   trained depth_small
