@@ -19,11 +19,14 @@ from crossflow.tasks import load_config, task_class
 METHODS = ("lora", "full", "parts")
 LARGE = 200_000_000
 """Parameters from which a model is trained in the ways that save memory: those of the releases have more."""
-NUM_STEPS = 300
+NUM_STEPS = 600
 KEPT = 0.5
 """Share of the samples from the data of the trained run, which it would forget otherwise."""
-RATE, RATE_WIDTH = 3e-3, 768
-"""The learning rate of adapters in layers with at most RATE_WIDTH inputs; in wider layers it is lower in proportion."""
+BATCH, LARGE_BATCH = 16, 8
+RATE, RATE_WIDTH = 6e-3, 768
+"""The learning rate of adapters for batches of BATCH, in layers with at most RATE_WIDTH inputs. It is lower in
+proportion with smaller batches and in wider layers.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,20 @@ def finetuned(source: str, data: str, changes: Changes | None = None, overrides:
     num_parameters = sum(tensor.numel() for tensor in weights.state.values())
     is_large = num_parameters > LARGE
     base = str(folder) if Path(source).expanduser().is_dir() else source
+    old = _kept_data(config, folder, changes.keep, is_large=is_large)
+    # The encoder loss holds the source encoder in its form, without which old inputs are lost. Among copies of a few
+    # pictures alone it has no true negatives, and for a large model it would train a large head anew.
+    loss = {"encoder": "none"} if old is None or is_large else {}
     settings = merge(
         config.model_dump(mode="json"),
         {
             "data": {
-                "train": _with_kept(config, folder, data, changes.keep, is_large=is_large),
+                "train": _joined(config, data, old, KEPT if changes.keep is None else changes.keep),
                 "val": _readable(config, folder, "val"),
                 "num_train": None,
             },
             "source": {"frozen": False},
-            "loss": {"encoder": "none"},
+            "loss": loss,
             "finetune": _section(changes, base, weights.checksum),
             "train": training_settings(config, changes.method, base, is_large=is_large),
         },
@@ -111,10 +118,10 @@ def _section(changes: Changes, base: str, checksum: str) -> dict[str, Any]:
 
 def training_settings(config: Config, method: str, base: str, *, is_large: bool) -> dict[str, Any]:
     """Few steps of small batches; large models recompute activations, and keep frozen networks off the device."""
-    is_full = method == "full"
+    is_full, batch_size = method == "full", LARGE_BATCH if is_large else BATCH
     settings: dict[str, Any] = {
         "steps": NUM_STEPS,
-        "batch_size": 8 if is_large else 16,
+        "batch_size": batch_size,
         "accumulate": 1,
         "warmup_steps": 20,
         "schedule": "cosine",
@@ -128,7 +135,7 @@ def training_settings(config: Config, method: str, base: str, *, is_large: bool)
         "parts_from": base if is_full else None,
     }
     if method == "lora":
-        settings |= {"optimizer": "adamw", "lr": _adapter_rate(config)}
+        settings |= {"optimizer": "adamw", "lr": round(_adapter_rate(config) * batch_size / BATCH, 7)}
     else:
         settings |= {"lr": config.train.lr / 10} | ({"optimizer": "adamw8bit"} if is_large else {})
     return settings | ({"checkpointing": True, "offload": True} if is_large else {})
@@ -139,7 +146,7 @@ def _adapter_rate(config: Config) -> float:
     with shapes_only():
         model = task_class(config.task).outline(config).build_model()
     width = max(weight.shape[1] for weight in model.backbone.parameters() if weight.ndim == 2)
-    return round(RATE * min(1.0, RATE_WIDTH / width), 7)
+    return RATE * min(1.0, RATE_WIDTH / width)
 
 
 def _readable(config: Config, folder: Path, split: str) -> str | None:
@@ -153,17 +160,21 @@ def _readable(config: Config, folder: Path, split: str) -> str | None:
     return spec
 
 
-def _with_kept(config: Config, folder: Path, data: str, keep: float | None, *, is_large: bool) -> str:
-    """The data `data`, read so often beside those of the run in `folder` that these are the share `keep`."""
+def _kept_data(config: Config, folder: Path, keep: float | None, *, is_large: bool) -> str | None:
+    """The data of the run in `folder`; None if nothing is kept of them. Raises UserError if they cannot be read."""
     old = None if keep == 0 or (keep is None and is_large) else _readable(config, folder, "train")
     if old is None and keep:
         raise UserError(
             f"--keep {keep:g} takes a share of the samples from the data of the trained run, which cannot be read "
             f"here: {config.data.train}. Join others: --data '20 * folder:mine + folder:OLD' --keep 0."
         )
+    return old
+
+
+def _joined(config: Config, data: str, old: str | None, share: float) -> str:
+    """The data `data`, read so often beside `old` that these are a share of the samples."""
     if old is None or old == data:
         return data
-    share = KEPT if keep is None else keep
     parts = joined_parts(data) or [(1, data)]
     kind = task_class(config.task)
     whole = config.model_copy(update={"data": config.data.model_copy(update={"num_train": None})})

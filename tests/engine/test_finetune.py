@@ -23,7 +23,7 @@ SMALL = ["train.steps=2", "train.batch_size=4", "data.num_train=8", "data.num_va
 def adapter(tiny_run, blind_judge, tmp_path_factory) -> Path:
     """A t2i run of two steps whose adapter has learned at a rate that shows."""
     run = tmp_path_factory.mktemp("adapter") / "run"
-    settings = ["train.lr=0.05", "train.warmup_steps=0", "train.ema=0"]
+    settings = ["train.lr=0.05", "train.warmup_steps=0", "train.ema=0", "loss.encoder=none"]
     assert main(["finetune", str(tiny_run("t2i")), "--data", "scenes", "--output", str(run), *SMALL, *settings]) == 0
     return run
 
@@ -33,8 +33,9 @@ def test_settings_follow_from_the_method(tiny_run, tmp_path: Path) -> None:
     make_pictures(tmp_path / "mine")
     lora = finetuned(str(base), f"folder:{tmp_path}/mine@all")
     assert lora.data.train == f"5000 * folder:{tmp_path}/mine@all + scenes"  # 4 pictures, as often as 20,000 scenes
-    assert (lora.data.val, lora.loss.encoder) == ("scenes", "none")
-    assert finetuned(str(base), "folder:mine", Changes(keep=0)).data.train == "folder:mine"
+    assert (lora.data.val, lora.loss.encoder) == ("scenes", "contrastive")
+    alone = finetuned(str(base), "folder:mine", Changes(keep=0))
+    assert (alone.data.train, alone.loss.encoder) == ("folder:mine", "none")
     assert lora.finetune.base == str(base.resolve())
     assert lora.finetune.checksum == weights_of(base).checksum
     assert lora.finetune.rank >= 1
@@ -143,7 +144,7 @@ def test_a_missing_or_changed_base_is_explained(tiny_run, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_pictures_of_another_size_train_what_the_base_lacks(tiny_run, blind_judge, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
-    larger = ["data.image_size=32", "finetune.rank=2", *SMALL, "train.steps=1"]
+    larger = ["data.image_size=32", "finetune.rank=2", *SMALL, "train.steps=1", "loss.encoder=none"]
     assert main(["finetune", str(tiny_run("t2i")), "--data", "scenes", "--output", str(run), *larger]) == 0
     out = "source_encoder.trunk.head.out"
     assert f"2 keep their random initialisation (model.{out}.weight, model.{out}.bias)" in " ".join(
@@ -193,7 +194,7 @@ def test_a_dry_run_says_what_is_trained(tiny_run, capsys) -> None:
         "*.final.*",
         "--dry-run",
     ]
-    assert main([*argv, *SMALL]) == 0
+    assert main([*argv, *SMALL, "loss.encoder=none"]) == 0
     assert "trained 0.00M parameters" in " ".join(capsys.readouterr().out.split())
 
 
