@@ -451,8 +451,8 @@ class Trainer:
             return
         try:
             self._saver.write(self.step, self._content())
-        except OSError as error:
-            self.progress.note(f"{folder} cannot be written ({error.strerror or error}).")
+        except (OSError, UserError) as error:
+            self.progress.note(f"The checkpoint of step {self.step} cannot be written: {error}")
         else:
             self.progress.note(f"Saved {folder}: step {self.step + 1} takes longer than half of train.grace_seconds.")
 

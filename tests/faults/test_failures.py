@@ -155,3 +155,15 @@ def test_a_clock_set_back_changes_nothing(tiny: ModuleType, tmp_path: Path, monk
     tiny.assert_same_run(tmp_path / "steady", tmp_path / "turned")
     lines = [json.loads(line) for line in (tmp_path / "turned" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["seconds_per_step"] >= 0 for line in lines)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), state.NoSpace(Path("there"), 2, 10, 5)])
+def test_a_checkpoint_beside_a_long_step_that_cannot_be_written_is_reported(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It is a thread that writes it, whose errors nobody would see."""
+    trainer, notes = tiny.trainer(tmp_path), []
+    monkeypatch.setattr(trainer.progress, "note", notes.append)
+    monkeypatch.setattr(trainer.learner, "tensors", lambda: (_ for _ in ()).throw(error))
+    trainer._rescue()
+    assert notes == [f"The checkpoint of step 0 cannot be written: {error}"]
