@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The models in the box, from training to model card: trains their recipes, stores the averaged weights small, scores what
-# is stored, and writes zoo/NAME. Takes about two hours on two CPU cores; continues where it was stopped.
+# is stored, and writes zoo/NAME. Takes about three hours on two CPU cores; continues where it was stopped.
 #
 #   benchmarks/zoo.sh [RUNS]           RUNS: folder of the trainings, by default runs/zoo; finished ones are used as they are
 #   MODELS="sr depth" benchmarks/zoo.sh  these models alone
